@@ -1,0 +1,235 @@
+"""The one configuration of a quantization run: frozen, validated once, unknown keys refused.
+
+`QuantConfig` is what the user says; `LayerSettings` is what one layer gets after the overrides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import ConfigError
+
+BITS = (2, 3, 4, 8)
+ACT_ORDERS = ("group", "none", "full")
+METHODS = ("gptq", "rtn")
+FORMATS = ("gptq", "gptq_v2")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SKIP = "skip"
+
+# What users of other tools type, and what it is called here.
+_FOREIGN_KEYS = {
+    "desc_act": "act_order='full' (False: 'group' or 'none')",
+    "act_group_aware": "act_order='group'",
+    "static_groups": "nothing: groups are always static",
+    "damp_percent": "damp",
+    "nsamples": "num_samples",
+    "seqlen": "seq_len",
+    "model_seqlen": "seq_len",
+    "checkpoint_format": "format",
+    "true_sequential": "nothing: fewbit is always true-sequential",
+    "dynamic": "override and ignore",
+    "w_bit": "bits",
+    "q_group_size": "group_size",
+}
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """How one layer is quantized, after all overrides."""
+
+    bits: int
+    group_size: int
+    sym: bool
+    act_order: str
+    damp: float
+    method: str
+
+    def __post_init__(self) -> None:
+        _one_of("bits", self.bits, BITS)
+        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
+            raise ConfigError(f"group_size must be an integer, not {self.group_size!r}")
+        if self.group_size != -1 and self.group_size <= 0:
+            raise ConfigError(
+                f"group_size must be positive, or -1 for one group per row; got {self.group_size}. "
+                "Common choices are 128, 64 and 32."
+            )
+        if not isinstance(self.sym, bool):
+            raise ConfigError(f"sym must be True or False, not {self.sym!r}")
+        _one_of("act_order", self.act_order, ACT_ORDERS)
+        _one_of("method", self.method, METHODS)
+        if isinstance(self.damp, bool) or not isinstance(self.damp, (int, float)) or not 0 < self.damp < 1:
+            raise ConfigError(f"damp must lie between 0 and 1 (both excluded); got {self.damp}. Usual: 0.01 to 0.1.")
+
+
+LAYER_KEYS = tuple(f.name for f in dataclasses.fields(LayerSettings))
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Everything that decides the bytes of a quantized checkpoint, beside the model and the text.
+
+    Attributes:
+        bits: 2, 3, 4 or 8.
+        group_size: inputs that share one scale and zero point; −1 for one group per row.
+        sym: symmetric grids (zero point fixed at 2^(bits−1)) or asymmetric ones.
+        act_order: column order of the solver. "group" sorts inside and between groups and needs no
+            g_idx; "full" is the classic desc_act and writes one; "none" keeps the order.
+        damp: λ as a fraction of the mean of diag(H).
+        method: "gptq", or "rtn" for round-to-nearest on the same grid without calibration.
+        ignore: regular expressions; a layer whose full name one of them matches (`re.search`) stays as it is.
+        override: regular expression → settings for the layers it matches, or "skip". The first match
+            decides. Settings: bits, group_size, sym, act_order, damp, method.
+        lm_head: also quantize the output embedding.
+        format: "gptq" (v1, read by everything) or "gptq_v2".
+        num_samples: calibration sequences. seq_len: tokens in each. batch_size: sequences per batch.
+        seed: chooses the calibration windows.
+        dtype: of the forward pass: "auto" keeps the model's.
+        strict: every fallback is an error.
+
+    Raises:
+        ConfigError: a value is out of range or a key is unknown.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = True
+    act_order: str = "group"
+    damp: float = 0.01
+    method: str = "gptq"
+    ignore: tuple[str, ...] = ()
+    override: Mapping[str, Mapping[str, Any] | str] = field(default_factory=dict)
+    lm_head: bool = False
+    format: str = "gptq"
+    num_samples: int = 128
+    seq_len: int = 2048
+    batch_size: int = 1
+    seed: int = 0
+    dtype: str = "auto"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        patterns = (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore)
+        object.__setattr__(self, "ignore", patterns)
+        object.__setattr__(self, "override", dict(self.override))
+        _one_of("format", self.format, FORMATS)
+        _one_of("dtype", self.dtype, DTYPES)
+        for name in ("num_samples", "seq_len", "batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1; got {value!r}")
+        for pattern in (*self.ignore, *self.override):
+            _check_pattern(pattern)
+        self.defaults  # noqa: B018 - validates the global settings
+        for pattern, settings in self.override.items():
+            self._overridden(pattern, settings)
+
+    @property
+    def defaults(self) -> LayerSettings:
+        """The settings of a layer that no override touches."""
+        return LayerSettings(**{key: getattr(self, key) for key in LAYER_KEYS})
+
+    def layer(self, name: str) -> LayerSettings | None:
+        """The settings of the layer called `name`; None where it is to stay as it is."""
+        if any(re.search(pattern, name) for pattern in self.ignore):
+            return None
+        for pattern, settings in self.override.items():
+            if re.search(pattern, name):
+                return self._overridden(pattern, settings)
+        return self.defaults
+
+    def _overridden(self, pattern: str, settings: Mapping[str, Any] | str) -> LayerSettings | None:
+        if settings == SKIP:
+            return None
+        if not isinstance(settings, Mapping):
+            raise ConfigError(f"override for {pattern!r} must be {SKIP!r} or settings; got {settings!r}")
+        _refuse_unknown(settings, LAYER_KEYS, f"override for {pattern!r}")
+        return dataclasses.replace(self.defaults, **settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` is the inverse."""
+        result = dataclasses.asdict(self)
+        result["ignore"] = list(self.ignore)
+        return result
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ConfigError: a key is unknown; the message names the nearest known one.
+        """
+        _refuse_unknown(values, [f.name for f in dataclasses.fields(cls)], "QuantConfig")
+        return cls(**values)
+
+
+def parse_overrides(texts: Iterable[str]) -> dict[str, dict[str, Any] | str]:
+    """Read the command line's ``REGEX=bits:8,group_size:32`` and ``REGEX=skip``.
+
+    Raises:
+        ConfigError: a text does not have this form.
+    """
+    result: dict[str, dict[str, Any] | str] = {}
+    for text in texts:
+        pattern, separator, settings = text.rpartition("=")
+        if not separator or not pattern or not settings:
+            raise ConfigError(
+                f"cannot read override {text!r}: write REGEX=bits:8,group_size:32 or REGEX=skip"
+            )
+        result[pattern] = SKIP if settings == SKIP else _parse_settings(text, settings)
+    return result
+
+
+def _parse_settings(text: str, settings: str) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for item in settings.split(","):
+        key, separator, value = (part.strip() for part in item.partition(":"))
+        key = key.replace("-", "_")
+        if not separator or not value:
+            raise ConfigError(f"cannot read {item!r} in override {text!r}: write key:value, for example bits:8")
+        _refuse_unknown([key], LAYER_KEYS, f"override {text!r}")
+        result[key] = _parse_value(key, value, text)
+    return result
+
+
+def _parse_value(key: str, value: str, text: str) -> Any:
+    if key in ("act_order", "method"):
+        return value
+    if key == "sym":
+        if value.lower() not in ("true", "false"):
+            raise ConfigError(f"sym in override {text!r} must be true or false, not {value!r}")
+        return value.lower() == "true"
+    number = float if key == "damp" else int
+    if not re.fullmatch(r"-?\d+" if number is int else r"-?[\d.]+(e-?\d+)?", value):
+        raise ConfigError(f"{key} in override {text!r} must be a number, not {value!r}")
+    return number(value)
+
+
+def _one_of(name: str, value: object, allowed: tuple[Any, ...]) -> None:
+    if isinstance(value, bool) or value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
+
+
+def _check_pattern(pattern: object) -> None:
+    if not isinstance(pattern, str):
+        raise ConfigError(f"a layer pattern must be a string, not {pattern!r}")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{pattern!r} is not a regular expression: {error}") from error
+
+
+def _refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> None:
+    known = list(known)
+    for key in given:
+        if key in known:
+            continue
+        hint = _FOREIGN_KEYS.get(key)
+        if hint is None:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = near[0] if near else f"one of {', '.join(known)}"
+        raise ConfigError(f"{where} has no setting {key!r}; use {hint}")
