@@ -1,0 +1,95 @@
+"""What happens when a Hessian is bad: a ladder of remedies, each one recorded by name.
+
+Contract: `prepare` never fails. It returns the first factorization that works, or none, and the names of
+the rungs that were needed, in order. Whether a rung is acceptable is the caller's decision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .hessian import Hessian
+from .ldlq import Factor, factor, order
+
+TOKENS_DROPPED = "non-finite tokens dropped"
+NO_TOKENS = "no calibration tokens"
+FLOAT64 = "float64 factorization"
+DAMP_RAISED = "damping raised"
+EIGENVALUES_CLAMPED = "eigenvalues clamped"
+ROUND_TO_NEAREST = "diagonal-weighted round-to-nearest"
+
+_LARGEST_DAMP = 1.0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the layers that share a Hessian share.
+
+    Attributes:
+        D: float32 (n,), the weights of the grid fit.
+        g_idx: int32 (n,). factor: None means that only round-to-nearest is left.
+        damp: the damping in use, as a fraction. dead: columns whose input was always zero.
+        fallbacks: names of the rungs that were needed.
+    """
+
+    D: Tensor
+    g_idx: Tensor
+    factor: Factor | None
+    damp: float
+    dead: int
+    fallbacks: tuple[str, ...]
+
+
+def prepare(hessian: Hessian, group_size: int, act_order: str, damp: float) -> Prepared:
+    """Order the columns and factor H, going down the ladder as far as needed."""
+    fallbacks = (TOKENS_DROPPED,) if hessian.dropped else ()
+    H = hessian.matrix()
+    diag = hessian.diagonal()
+    perm, g_idx = order(diag, group_size, act_order)
+    dead = int((diag == 0).sum())
+    if hessian.tokens == 0 or dead == len(diag):
+        names = (*fallbacks, NO_TOKENS, ROUND_TO_NEAREST)
+        return Prepared(torch.ones_like(diag), g_idx, None, damp, dead, names)
+    found, used, rungs = climb_down(H, perm, damp)
+    return Prepared(grid_weights(diag, damp), g_idx, found, used, dead, (*fallbacks, *rungs))
+
+
+def grid_weights(diag: Tensor, damp: float) -> Tensor:
+    """diag(H_λ): the small λ keeps columns that never were active inside the range of the grid."""
+    diag = torch.where(torch.isfinite(diag), diag, diag.new_ones(())).clamp(min=0)
+    return diag + damp * diag.mean()
+
+
+def climb_down(H: Tensor, perm: Tensor, damp: float) -> tuple[Factor | None, float, tuple[str, ...]]:
+    """The factorization, the damping it needed, and the rungs below the plain float32 one.
+
+    Args:
+        H: float32 (n, n), symmetric. perm: int64 (n,). damp: as a fraction.
+    """
+    if not bool(torch.isfinite(H).all()):
+        return None, damp, (ROUND_TO_NEAREST,)
+    found = factor(H, perm, damp)
+    if found is not None:
+        return found, damp, ()
+    found = factor(H, perm, damp, torch.float64)
+    if found is not None:
+        return found, damp, (FLOAT64,)
+    raised = damp
+    while raised < _LARGEST_DAMP:
+        raised = min(10 * raised, _LARGEST_DAMP)
+        found = factor(H, perm, raised, torch.float64)
+        if found is not None:
+            return found, raised, (FLOAT64, DAMP_RAISED)
+    found = factor(clamped(H), perm, damp, torch.float64)
+    if found is not None:
+        return found, damp, (FLOAT64, DAMP_RAISED, EIGENVALUES_CLAMPED)
+    return None, damp, (FLOAT64, DAMP_RAISED, EIGENVALUES_CLAMPED, ROUND_TO_NEAREST)
+
+
+def clamped(H: Tensor) -> Tensor:
+    """The nearest positive semidefinite matrix: negative eigenvalues set to zero, in float64."""
+    values, vectors = torch.linalg.eigh(H.double())
+    return (vectors * values.clamp(min=0)) @ vectors.T

@@ -1,0 +1,193 @@
+"""The grid of a layer: one scale and one integer zero point per row and group, fitted before the sweep.
+
+Contract: minimises Σ_i D_i (ŵ_i − w_i)² for every row and group on its own, with ŵ = s (q − z),
+q = clamp(round(w / s) + z, 0, 2^bits − 1). The scale is rounded to float16 before its error is measured,
+so what is chosen is what is stored. D is diag(H) or ones; the off-diagonal of H is the sweep's business.
+
+The search (the integer-zero form of NeUQI, arXiv:2505.17595): every candidate zero point with a coarse
+list of scales, then a fine list around the best one, then the least-squares scale of the codes found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import native
+from .native import Backend
+
+SMALLEST_SCALE = 2.0**-14  # the smallest normal float16: below it a scale would lose precision, or be zero
+LARGEST_SCALE = 65504.0  # the largest finite float16
+
+_PIECE_ELEMENTS = 1 << 19  # the torch path works on this many weights at a time
+_LEAST_SQUARES_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scales float16 (m, G), zeros int16 (m, G), and g_idx int32 (n,), the group of every column."""
+
+    scales: Tensor
+    zeros: Tensor
+    g_idx: Tensor
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """What is tried: multiples of a base scale, multiples of the best of them, and zero points.
+
+    Zero points are relative to the one of the plain min-max grid.
+    """
+
+    coarse: Tensor
+    fine: Tensor
+    offsets: Tensor
+
+
+def fit_grid(W: Tensor, D: Tensor, g_idx: Tensor, bits: int, *, sym: bool, backend: Backend = "auto") -> Grid:
+    """Fit scales and zero points.
+
+    Symmetric: the zero point is 2^(bits−1) and scales of both signs are tried, because the sign decides
+    which side has one level more. Asymmetric: scales are positive and zero points lie in 1 … 2^bits − 1,
+    which every reader of the v1 format takes.
+
+    Args:
+        W: float32 (m, n), finite. D: float32 (n,), not negative.
+        g_idx: int (n,), the group of every column, 0 … G−1 with none empty.
+        bits: 2, 3, 4 or 8.
+
+    Returns:
+        The grid. A group of zeros gets scale 1.
+    """
+    columns = torch.argsort(g_idx, stable=True)
+    counts = torch.bincount(g_idx.long())
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    if not torch.equal(columns, torch.arange(len(columns), device=columns.device)):
+        W, D = W[:, columns], D[columns]
+    # A group without any weight in D (inputs that never were active) is fitted as if all mattered alike.
+    idle = torch.zeros_like(counts, dtype=D.dtype).index_add_(0, g_idx.long()[columns], D) == 0
+    D = torch.where(idle[g_idx.long()[columns]], torch.ones_like(D), D)
+    candidates = _candidates(bits, sym)
+    if native.use(backend, W):
+        scales, zeros = native.fit_grid(
+            W.contiguous(),
+            D.contiguous(),
+            starts.int(),
+            candidates.coarse,
+            candidates.fine,
+            candidates.offsets,
+            bits,
+            sym,
+        )
+    else:
+        scales, zeros = _fit_torch(W, D, starts, candidates, bits, sym)
+    return Grid(scales.half(), zeros.short(), g_idx.int())
+
+
+def nearest(W: Tensor, grid: Grid, bits: int) -> Tensor:
+    """Round-to-nearest codes of W on the grid: uint8 (m, n)."""
+    groups = grid.g_idx.long()
+    s = grid.scales.float()[:, groups]
+    z = grid.zeros.float()[:, groups]
+    return torch.round(W / s).add_(z).clamp_(0, 2**bits - 1).to(torch.uint8)
+
+
+def _candidates(bits: int, sym: bool) -> _Candidates:
+    """The lists of the search. Their lengths are the cost: about 100 (symmetric) or 300 evaluations."""
+    levels = 2**bits - 1
+    # Above `high`, every weight lies inside the grid and a larger scale only makes it coarser.
+    half = 2 ** (bits - 1)
+    high = 1.05 * (half / (half - 1) if sym else levels / (levels - 1))
+    low = {2: 0.25, 3: 0.3, 4: 0.4, 8: 0.7}[bits]
+    count = 40 if sym else 28
+    ratio = (low / high) ** (1 / (count - 1))
+    coarse = high * ratio ** torch.arange(count, dtype=torch.float32)
+    fine = ratio ** (torch.arange(-8, 9, dtype=torch.float32) / 9)
+    reach = {2: 2, 3: 4, 4: 5, 8: 8}[bits]
+    return _Candidates(coarse, fine, torch.arange(-reach, reach + 1, dtype=torch.int32))
+
+
+def _fit_torch(
+    W: Tensor, D: Tensor, starts: Tensor, candidates: _Candidates, bits: int, sym: bool
+) -> tuple[Tensor, Tensor]:
+    """The search in torch: float32 scales and zeros (m, G)."""
+    bounds = starts.tolist()
+    m, G = W.shape[0], len(bounds) - 1
+    width = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+    # Groups padded to one width with columns of weight 0, which change neither range nor error.
+    index = torch.zeros(G, width, dtype=torch.long, device=W.device)
+    inside = torch.zeros(G, width, dtype=W.dtype, device=W.device)
+    for g, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        index[g, : b - a] = torch.arange(a, b)
+        inside[g, : b - a] = 1
+    D_groups = D[index] * inside
+    scales = torch.empty(m, G, dtype=torch.float32, device=W.device)
+    zeros = torch.empty_like(scales)
+    step = max(1, _PIECE_ELEMENTS // (G * width))
+    for a in range(0, m, step):
+        W_groups = W[a : a + step][:, index] * inside
+        search = _Search(W_groups, D_groups, candidates, bits, sym)
+        scales[a : a + step], zeros[a : a + step] = search.run()
+    return scales, zeros
+
+
+class _Search:
+    """The search for one piece: W (m, G, width), D (G, width); state is the best so far, (m, G)."""
+
+    def __init__(self, W: Tensor, D: Tensor, candidates: _Candidates, bits: int, sym: bool) -> None:
+        self.W, self.D, self.candidates = W, D, candidates
+        self.levels, self.sym = 2**bits - 1, sym
+        self.zero = float(2 ** (bits - 1))
+        self.low, self.high = W.amin(2).clamp(max=0), W.amax(2).clamp(min=0)
+        self.error = torch.full_like(self.low, float("inf"))
+        self.s, self.z = torch.ones_like(self.low), torch.full_like(self.low, self.zero)
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        if self.sym:
+            base = torch.maximum(-self.low, self.high) / self.zero
+            for factor in self.candidates.coarse.tolist():
+                self.attempt(base * factor, self.z)
+                self.attempt(base * -factor, self.z)
+        else:
+            base = (self.high - self.low) / self.levels
+            middle = torch.round(-self.low / base.clamp(min=1e-38))
+            for offset in self.candidates.offsets.tolist():
+                z = (middle + offset).clamp(1, self.levels)
+                for factor in self.candidates.coarse.tolist():
+                    self.attempt(base * factor, z)
+        best = self.s
+        for factor in self.candidates.fine.tolist():
+            self.attempt(best * factor, self.z)
+        for _ in range(_LEAST_SQUARES_STEPS):
+            self.attempt(self.least_squares(), self.z)
+        empty = self.high == self.low
+        return torch.where(empty, 1.0, self.s), torch.where(empty, self.zero, self.z)
+
+    def attempt(self, s: Tensor, z: Tensor) -> None:
+        """Keep (s, z) where it is better than the best so far."""
+        s = _storable(s)
+        error = self.codes(s, z).mul_(s[..., None]).sub_(self.W).square_().mul_(self.D).sum(2)
+        better = error < self.error
+        self.error = torch.where(better, error, self.error)
+        self.s, self.z = torch.where(better, s, self.s), torch.where(better, z, self.z)
+
+    def codes(self, s: Tensor, z: Tensor) -> Tensor:
+        """q − z, (m, G, width)."""
+        q = torch.round(self.W * (1 / s)[..., None])
+        return torch.clamp(q, -z[..., None], (self.levels - z)[..., None], out=q)
+
+    def least_squares(self) -> Tensor:
+        """The scale that is best for the codes of the best grid: Σ D w q / Σ D q²."""
+        q = self.codes(self.s, self.z)
+        Dq = q * self.D
+        norm = (Dq * q).sum(2)
+        s = (Dq * self.W).sum(2) / norm.clamp(min=1e-38)
+        usable = (norm > 0) & (s * self.s > 0)
+        return torch.where(usable, s, self.s)
+
+
+def _storable(s: Tensor) -> Tensor:
+    """s as float16 will hold it: normal, finite, with its sign."""
+    return s.abs().clamp(SMALLEST_SCALE, LARGEST_SCALE).copysign(s).half().float()

@@ -1,0 +1,137 @@
+"""The compiled part of the solver: the only place that imports `fewbit._native`.
+
+Contract: every function here has a torch counterpart that gives the same result up to the order of
+floating-point sums. Where the module is absent, `available` is False and `why_not` says why.
+Threads follow `torch.get_num_threads()`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import KernelError
+
+Backend = Literal["auto", "torch", "native"]
+
+
+@functools.cache
+def _load() -> tuple[Any, str]:
+    """The compiled module and an empty string, or None and the reason."""
+    try:
+        return importlib.import_module("fewbit._native"), ""
+    except ImportError as error:
+        return None, (
+            f"the compiled module fewbit._native cannot be imported ({error}). Installing fewbit with a C++17 "
+            "compiler at hand builds it; until then the slower torch path is used."
+        )
+
+
+def available() -> bool:
+    """Whether the compiled solver can be used here."""
+    return _load()[0] is not None
+
+
+def why_not() -> str:
+    """Why it cannot, in words; empty where it can."""
+    return _load()[1]
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """What the compiled module found on this processor, for example ``("avx2", "avx512", "avx512_bf16")``."""
+    module, _ = _load()
+    return tuple(module.instruction_sets()) if module is not None else ()
+
+
+def use(backend: Backend, tensor: Tensor, needs: str | None = None) -> bool:
+    """Whether a computation on `tensor` runs in the compiled module.
+
+    Args:
+        backend: "auto" takes the module where it can run; "native" insists; "torch" refuses it.
+        tensor: the main operand; the module works in CPU memory only.
+        needs: an instruction set without which there is no compiled version.
+
+    Raises:
+        KernelError: "native" was asked for and cannot run; the message says which condition fails.
+    """
+    if backend == "torch":
+        return False
+    reason = _why_not_here(tensor, needs)
+    if reason and backend == "native":
+        raise KernelError(f"the compiled solver cannot run: {reason}")
+    return not reason
+
+
+def _why_not_here(tensor: Tensor, needs: str | None) -> str:
+    if not available():
+        return why_not()
+    if tensor.device.type != "cpu":
+        return f"the tensor is on {tensor.device}, and it works on the CPU only"
+    if needs is not None and needs not in instruction_sets():
+        return f"this processor has no {needs}"
+    return ""
+
+
+def syrk_bf16(X: Tensor, H: Tensor) -> None:
+    """Upper triangle of H += Xᵀ X. X: bfloat16 (tokens, n) contiguous; H: float32 (n, n) contiguous."""
+    tokens, n = X.shape
+    _load()[0].syrk_bf16(X.data_ptr(), H.data_ptr(), tokens, n, torch.get_num_threads())
+
+
+def fit_grid(
+    W: Tensor, D: Tensor, starts: Tensor, factors: Tensor, fine: Tensor, offsets: Tensor, bits: int, sym: bool
+) -> tuple[Tensor, Tensor]:
+    """The search of `solver.grid`, groups being the columns ``starts[g] … starts[g+1]``.
+
+    Args:
+        W: float32 (m, n) contiguous. D: float32 (n,). starts: int32 (G + 1,).
+        factors, fine: float32, multiples of the base scale and of the best coarse scale.
+        offsets: int32, candidate zero points relative to the middle one; ignored when `sym`.
+
+    Returns:
+        scales float32 (m, G) and zeros float32 (m, G).
+    """
+    m, n = W.shape
+    G = starts.numel() - 1
+    scales = torch.empty(m, G, dtype=torch.float32)
+    zeros = torch.empty(m, G, dtype=torch.float32)
+    _load()[0].fit_grid(
+        W.data_ptr(), D.data_ptr(), starts.data_ptr(), m, n, G,
+        factors.data_ptr(), factors.numel(), fine.data_ptr(), fine.numel(), offsets.data_ptr(), offsets.numel(),
+        bits, sym, scales.data_ptr(), zeros.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return scales, zeros
+
+
+def ldlq_block(
+    W: Tensor,
+    T: Tensor,
+    F: Tensor,
+    d: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    groups: Tensor,
+    bits: int,
+    E: Tensor,
+) -> tuple[Tensor, float]:
+    """One block of `solver.ldlq`: codes uint8 (m, k), and the block's share of the loss. Fills E.
+
+    Args:
+        W: float32 (m, k) contiguous, the weights. T: float32 (m, k) contiguous, the targets, overwritten.
+        F: float32 (k, k) contiguous, unit upper triangular. d: float32 (k,), the diagonal of D.
+        scales, zeros: float32 (m, G) contiguous. groups: int32 (k,).
+        E: float32 (m, k), rows may be strided; receives W − Ŵ.
+    """
+    m, k = W.shape
+    codes = torch.empty(m, k, dtype=torch.uint8)
+    losses = torch.empty(m, dtype=torch.float64)
+    _load()[0].ldlq_block(
+        W.data_ptr(), T.data_ptr(), F.data_ptr(), d.data_ptr(), scales.data_ptr(), zeros.data_ptr(), groups.data_ptr(),
+        m, k, scales.shape[1], bits, codes.data_ptr(), E.data_ptr(), E.stride(0), losses.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return codes, float(losses.sum())
