@@ -1,0 +1,169 @@
+"""Which modules of a model will be quantized, with what settings, and why the others will not.
+
+A plan is made before any work. It needs no definition of the architecture: the layers inside
+numbered blocks (``model.layers.3.…``) are quantized, everything else is left alone and listed
+with its reason. In a model without numbered blocks every layer is quantized.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from .config import LayerSettings, QuantConfig
+from .errors import ConfigError, ModelError
+from .walk.layers import is_layer, matrix_shape
+
+_BLOCK = re.compile(r"^(?:.*?\.)?\d+(?=\.|$)")
+_ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer that will be quantized: its weight is (out_features, in_features)."""
+
+    name: str
+    out_features: int
+    in_features: int
+    settings: LayerSettings
+    block: str
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """One weight matrix that stays as it is, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will happen to every weight matrix of a model."""
+
+    layers: tuple[LayerPlan, ...]
+    skipped: tuple[Skipped, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def weights(self) -> int:
+        """Number of weights that will be quantized."""
+        return sum(layer.weights for layer in self.layers)
+
+    def block_layers(self) -> dict[str, list[str]]:
+        """Names of the layers of each block, in order."""
+        blocks: dict[str, list[str]] = {}
+        for layer in self.layers:
+            blocks.setdefault(layer.block, []).append(layer.name)
+        return blocks
+
+
+def block_of(name: str) -> str:
+    """The numbered block a module belongs to (``model.layers.3``), or its own name outside of blocks."""
+    match = _BLOCK.match(name)
+    return match.group(0) if match else name
+
+
+def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
+    """Decide for every weight matrix of `model`.
+
+    Raises:
+        ConfigError: a pattern in `ignore` or `override` matches nothing.
+        ModelError: no layer is left to quantize.
+    """
+    candidates = {name: module for name, module in model.named_modules() if is_layer(module)}
+    _check_patterns(config, candidates)
+    head = output_embedding_name(model)
+    has_blocks = any(_BLOCK.match(name) for name in candidates)
+    layers: list[LayerPlan] = []
+    skipped: list[Skipped] = []
+    for name, module in candidates.items():
+        settings = config.layer(name)
+        reason = _why_not(name, module, name == head, has_blocks, config)
+        if settings is None:
+            reason = "asked to stay as it is (ignore or override)"
+        if reason is not None or settings is None:
+            skipped.append(Skipped(name, tuple(module.weight.shape), reason or ""))
+            continue
+        out_features, in_features = matrix_shape(module)
+        layers.append(LayerPlan(name, out_features, in_features, settings, block_of(name)))
+    skipped.extend(_fused_experts(model))
+    if not layers:
+        reasons = Counter(item.reason for item in skipped)
+        listed = "; ".join(f"{count} × {reason}" for reason, count in reasons.items()) or "it has no linear layers"
+        raise ModelError(f"nothing to quantize in {type(model).__name__}: {listed}")
+    return Plan(tuple(layers), tuple(skipped), tuple(_notes(layers)))
+
+
+def output_embedding_name(model: nn.Module) -> str | None:
+    """Name of the output embedding (``lm_head``), if the model has one."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    if head is None:
+        return None
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def _why_not(name: str, module: nn.Module, is_head: bool, has_blocks: bool, config: QuantConfig) -> str | None:
+    explicit = any(re.search(pattern, name) for pattern in config.override)
+    if is_head:
+        return None if config.lm_head or explicit else "output embedding (quantized with lm_head=True, --lm-head)"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "its weight is used directly, not through its forward"
+    if isinstance(module, nn.Conv2d) and module.groups != 1:
+        return "convolution with groups"
+    if explicit:
+        return None
+    if _ROUTER.search(name):
+        return "router of a mixture of experts"
+    if has_blocks and not _BLOCK.match(name):
+        return "outside the repeated blocks (name it in an override to quantize it)"
+    return None
+
+
+def _fused_experts(model: nn.Module) -> Iterable[Skipped]:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3 and _BLOCK.match(name):
+            yield Skipped(name, tuple(parameter.shape), "fused expert weights: not supported yet")
+
+
+def _check_patterns(config: QuantConfig, names: Iterable[str]) -> None:
+    names = list(names)
+    for pattern in (*config.ignore, *config.override):
+        if not any(re.search(pattern, name) for name in names):
+            shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+            raise ConfigError(
+                f"the pattern {pattern!r} matches no layer of this model; its layers are called {shown or '(none)'}"
+            )
+
+
+def _notes(layers: Iterable[LayerPlan]) -> Iterable[str]:
+    uneven = Counter(
+        (layer.in_features, layer.settings.group_size)
+        for layer in layers
+        if layer.settings.group_size != -1 and layer.in_features % layer.settings.group_size
+    )
+    for (width, size), count in uneven.items():
+        fitting = [g for g in (128, 64, 32) if width % g == 0 and g < size]
+        advice = f"group size {fitting[0]} divides it" if fitting else "group size -1 always fits"
+        yield (
+            f"{count} layers have {width} inputs, which group size {size} does not divide: their last group is "
+            f"shorter. fewbit reads that; vLLM, SGLang and GPTQModel may not ({advice})."
+        )
+    ragged = sum(layer.in_features % 32 != 0 or layer.out_features % 32 != 0 for layer in layers)
+    if ragged:
+        yield (
+            f"{ragged} layers have a width that is not a multiple of 32: their packed words are padded. "
+            "fewbit reads that; other engines may not."
+        )

@@ -1,0 +1,225 @@
+"""The model to be quantized, as it lies on disk: a transformers folder, a Hub id or a GGUF file.
+
+Everything that is downloaded becomes a local folder first; from there on there is one path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import DependencyError, ModelError
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+_NOT_COPIED = ("README.md", ".gitattributes", "config.json", "quantize_config.json", "fewbit_manifest.json")
+_COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk. `gguf` is the file's name inside `folder`, or None for a transformers folder."""
+
+    folder: Path
+    gguf: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.gguf is not None:
+            options["gguf_file"] = self.gguf
+        return options
+
+    def weight_files(self) -> list[Path]:
+        """The files that hold the weights, sorted by name."""
+        if self.gguf is not None:
+            return [self.folder / self.gguf]
+        files = sorted(self.folder.glob("*.safetensors"))
+        if not files and self.allow_pickle:
+            files = sorted(path for suffix in _PICKLE_SUFFIXES for path in self.folder.glob(f"*{suffix}"))
+        return files
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the configuration and every byte of the weight files."""
+        digest = hashlib.sha256()
+        config = self.folder / "config.json"
+        if self.gguf is None:
+            digest.update(config.read_bytes())
+        for path in self.weight_files():
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+    def load_config(self) -> Any:
+        """The transformers configuration."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.folder, **self._options)
+        except (ValueError, OSError, KeyError) as error:
+            raise ModelError(f"cannot read the configuration in {self.folder}: {_first_line(error)}") from error
+
+    def load_model(self, dtype: str, device: torch.device) -> nn.Module:
+        """The model in evaluation mode; `dtype` "auto" keeps the stored one.
+
+        Raises:
+            ModelError: the weights cannot be read, are missing, or are already quantized.
+        """
+        from safetensors import SafetensorError
+
+        config = self.load_config()
+        model_class = self._model_class(config)
+        options = dict(self._options, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        if self.gguf is not None:
+            options["quantization_config"] = _gguf_dequantize()
+        elif not self.allow_pickle:
+            options["use_safetensors"] = True
+        try:
+            model, info = model_class.from_pretrained(self.folder, output_loading_info=True, **options)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise ModelError(f"cannot load the weights in {self.folder}: {_first_line(error)}") from error
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ModelError(
+                f"{self.folder} lacks {len(missing)} weights of {type(model).__name__}, for example {missing[0]}: "
+                "the download may be incomplete, or the architecture in config.json is wrong"
+            )
+        if self.gguf is not None and hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        loaded: nn.Module = model.to(device).eval()
+        return loaded
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer that lies beside the model.
+
+        Raises:
+            ModelError: there is none.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, **self._options)
+        except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+            raise ModelError(
+                f"no tokenizer can be found for {self.folder}: {_first_line(error)}. "
+                "Pass tokenizer=…, or give the data as token ids."
+            ) from error
+
+    def config_dict(self, model: nn.Module) -> dict[str, Any]:
+        """``config.json`` of the result: the source's own where there is one, else the model's."""
+        path = self.folder / "config.json"
+        if self.gguf is None and path.is_file():
+            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            values = model_config_dict(model)
+        values.setdefault("architectures", [type(model).__name__])
+        key = "torch_dtype" if "torch_dtype" in values else "dtype"
+        values[key] = str(next(model.parameters()).dtype).removeprefix("torch.")
+        return values
+
+    def files_to_copy(self) -> dict[str, Path]:
+        """Tokenizer, generation config, chat template, processor and, if it was trusted, the model's code."""
+        if self.gguf is not None:
+            return {}
+        suffixes = (*_COPIED_SUFFIXES, ".py") if self.trust_remote_code else _COPIED_SUFFIXES
+        return {
+            path.name: path
+            for path in sorted(self.folder.iterdir())
+            if path.is_file()
+            and path.suffix in suffixes
+            and path.name not in _NOT_COPIED
+            and not path.name.endswith(".index.json")
+        }
+
+    def _model_class(self, config: Any) -> Any:
+        import transformers
+
+        if getattr(config, "quantization_config", None) and self.gguf is None:
+            method = config.quantization_config
+            method = method.get("quant_method") if isinstance(method, dict) else method.quant_method
+            raise ModelError(
+                f"{self.folder} is already quantized ({method}): quantize the original model, "
+                "or use `fewbit convert` to change the format"
+            )
+        names = getattr(config, "architectures", None) or []
+        if self.trust_remote_code and getattr(config, "auto_map", None):
+            known = [key for key in config.auto_map if key.startswith("AutoModel")]
+            return getattr(transformers, known[0] if known else "AutoModelForCausalLM")
+        found = getattr(transformers, names[0], None) if names else None
+        return found or transformers.AutoModelForCausalLM
+
+
+def open_source(model: str | Path, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> Source:
+    """Find `model`: a folder, a ``.gguf`` file, or a Hub id, which is downloaded.
+
+    Raises:
+        ModelError: it is none of these, or the folder lacks its configuration or weights.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{path} is a file but not a .gguf file; give the folder that holds config.json")
+        return Source(path.parent, path.name, trust_remote_code, allow_pickle)
+    if not path.is_dir():
+        path = _download(str(model))
+    source = Source(path, None, trust_remote_code, allow_pickle)
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} has no config.json: it is not a transformers model folder")
+    if not source.weight_files():
+        pickled = sorted(p.name for suffix in _PICKLE_SUFFIXES for p in path.glob(f"*{suffix}"))
+        hint = (
+            f"only pickle files ({pickled[0]} …), which can run code when opened; pass --allow-pickle "
+            "(allow_pickle=True) if you trust them"
+            if pickled
+            else "no .safetensors files"
+        )
+        raise ModelError(f"{path} holds {hint}")
+    return source
+
+
+def model_config_dict(model: nn.Module) -> dict[str, Any]:
+    """The configuration of a model in memory as plain JSON types; empty for a plain nn.Module."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_json_string"):
+        return {}
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    values.pop("_name_or_path", None)
+    values.pop("_model_name_or_path", None)
+    return values
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    ignored = [f"*{suffix}" for suffix in (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")]
+    try:
+        return Path(snapshot_download(name, ignore_patterns=ignored))
+    except HFValidationError as error:
+        raise ModelError(f"{name} is neither a folder, a .gguf file nor a Hub id") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(f"{name} is no local folder and cannot be downloaded: {_first_line(error)}") from error
+
+
+def _gguf_dequantize() -> Any:
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise DependencyError("reading .gguf files needs the gguf package: pip install 'fewbit[gguf]'") from error
+    from transformers import GgufConfig
+
+    return GgufConfig(dequantize=True)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,68 @@
+"""The kinds of layer that can be quantized, seen as one thing: a matrix (out, in) applied to rows.
+
+nn.Linear holds it as it is, transformers' Conv1D transposed, nn.Conv2d with the kernel flattened
+into the inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from transformers.pytorch_utils import Conv1D
+
+LAYER_TYPES = (nn.Linear, Conv1D, nn.Conv2d)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether `module` is of a kind that can be quantized and holds a plain weight."""
+    return isinstance(module, LAYER_TYPES) and isinstance(getattr(module, "weight", None), nn.Parameter)
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of the weight matrix."""
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[1]), int(module.weight.shape[0])
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0], weight[0].numel()
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """The weight as a matrix (out, in); a view where the layout allows it."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    weight = weight.detach()
+    return weight.T if isinstance(module, Conv1D) else weight.flatten(1)
+
+
+def set_weight_matrix(module: nn.Module, W: Tensor) -> None:
+    """Put a matrix (out, in) in place of the weight; other modules that shared the old one keep it."""
+    old = module.weight
+    assert isinstance(old, Tensor)
+    new = W.T.contiguous() if isinstance(module, Conv1D) else W.reshape(old.shape)
+    module.weight = nn.Parameter(new.to(old.dtype), requires_grad=False)
+
+
+def input_rows(module: nn.Module, x: Tensor) -> Tensor:
+    """The inputs that the matrix is applied to, as rows (tokens, in).
+
+    For a convolution every output position is a row: the patch under the kernel.
+    """
+    if not isinstance(module, nn.Conv2d):
+        return x.reshape(-1, x.shape[-1])
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padded = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    patches = F.unfold(padded, module.kernel_size, dilation=module.dilation, stride=module.stride)
+    return patches.transpose(1, 2).reshape(-1, patches.shape[1])
+
+
+def row_mask(x: Tensor, masks: list[Tensor]) -> Tensor | None:
+    """The first of `masks` (batch, tokens) that describes the rows of `x`, flattened; None if none does.
+
+    Layers see (batch, tokens, in) or, in models that flatten early, (batch·tokens, in).
+    """
+    for mask in masks:
+        if x.shape[:-1] == mask.shape or (x.ndim == 2 and x.shape[0] == mask.numel()):
+            return mask.reshape(-1).to(device=x.device, dtype=torch.bool)
+    return None

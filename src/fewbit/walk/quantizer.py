@@ -1,0 +1,233 @@
+"""What happens at a meeting point: Hessian, solve, quantized weight in place, block to the sink.
+
+`LayerQuantizer.meet` is given to the walk. Layers found in the journal are put in place without being
+solved. When all layers of a block are done, their packed tensors go to the sink.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.layout import pack, unpack
+from ..codes import Codes
+from ..errors import ModelError, SolverError
+from ..plan import LayerPlan, Plan
+from ..solver import Solution, quantize_weight
+from .hessians import HessianPool, SharedHessian
+from .layers import input_rows, set_weight_matrix, weight_matrix
+from .lockstep import Arrival
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What was done to one layer.
+
+    Attributes:
+        tokens: rows that entered the Hessian; `masked` were padding, `dropped` were not finite.
+        loss: tr((W−Ŵ) H (W−Ŵ)ᵀ) / tokens, the squared output error per calibration token.
+        output_error: ‖(W−Ŵ)X‖ / ‖WX‖ on the first calibration batch; None without calibration.
+        fallbacks: rungs of the ladder that were needed; empty in the normal case.
+        seconds: time for this layer alone.
+    """
+
+    name: str
+    block: str
+    out_features: int
+    in_features: int
+    bits: int
+    group_size: int
+    sym: bool
+    act_order: str
+    method: str
+    tokens: int
+    masked: int
+    dropped: int
+    loss: float
+    output_error: float | None
+    fallbacks: tuple[str, ...]
+    stored_bytes: int
+    seconds: float
+
+
+class Sink(Protocol):
+    """Where finished blocks go: the journal on disk, or a dictionary for a model in memory."""
+
+    records: dict[str, dict[str, Any]]
+
+    def tensors(self, layer: str) -> dict[str, Tensor]:
+        """The packed tensors of a finished layer."""
+
+    def append(self, block: str, tensors: Mapping[str, Mapping[str, Tensor]], records: Mapping[str, Any]) -> None:
+        """Take a finished block."""
+
+
+class MemorySink:
+    """Keeps the packed tensors of a model that is quantized in place."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, dict[str, Any]] = {}
+        self._tensors: dict[str, dict[str, Tensor]] = {}
+
+    def tensors(self, layer: str) -> dict[str, Tensor]:
+        """The packed tensors of a finished layer."""
+        return self._tensors[layer]
+
+    def append(self, block: str, tensors: Mapping[str, Mapping[str, Tensor]], records: Mapping[str, Any]) -> None:
+        """Take a finished block."""
+        self._tensors.update({layer: dict(parts) for layer, parts in tensors.items()})
+        self.records.update(records)
+
+
+class Timers:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def time(self, phase: str) -> Any:
+        """Add the time spent inside to `phase`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+class LayerQuantizer:
+    """Quantizes the layers of a plan as the walk meets them.
+
+    Args:
+        modules: layer name → module, for every layer of the plan.
+        masks: for every job, its padding masks (see `HessianPool`).
+        fmt: "gptq" or "gptq_v2", the layout that the sink gets.
+        strict: raise SolverError where a fallback would be used.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        modules: Mapping[str, nn.Module],
+        masks: Sequence[list[Tensor]],
+        sink: Sink,
+        *,
+        fmt: str,
+        strict: bool,
+        timers: Timers,
+        progress: Progress,
+    ) -> None:
+        self.plan = plan
+        self.modules = modules
+        self.sink = sink
+        self.fmt = fmt
+        self.strict = strict
+        self.timers = timers
+        self.progress = progress
+        self.hessians = HessianPool(masks)
+        self._layers = {layer.name: layer for layer in plan.layers}
+        self._open = {block: set(names) for block, names in plan.block_layers().items()}
+        self._finished: dict[str, dict[str, tuple[dict[str, Tensor], LayerRecord]]] = {}
+        self._done_weights = 0
+
+    def meet(self, name: str, arrivals: Sequence[Arrival]) -> None:
+        """Quantize the layer `name` from the inputs that arrived at it; none means no calibration."""
+        layer, module = self._layers[name], self.modules[name]
+        if name in self.sink.records:
+            with self.timers.time("resume"):
+                set_weight_matrix(module, self._stored(layer).dequantize().to(module.weight.device))
+        else:
+            self._solve(layer, module, arrivals)
+        self._done_weights += layer.weights
+        self.progress("quantize", self._done_weights, self.plan.weights)
+
+    def _solve(self, layer: LayerPlan, module: nn.Module, arrivals: Sequence[Arrival]) -> None:
+        start = time.perf_counter()
+        shared: SharedHessian | None = None
+        if layer.settings.method == "gptq" and arrivals:
+            with self.timers.time("hessian"):
+                shared = self.hessians.get(layer.name, module, arrivals)
+        W = weight_matrix(module)
+        with self.timers.time("solve"):
+            solution = self._quantize(layer, W, shared)
+        Wq = solution.codes.dequantize(W.dtype)
+        error = _output_error(module, W, Wq, arrivals[0].x) if arrivals else None
+        set_weight_matrix(module, Wq)
+        with self.timers.time("pack"):
+            tensors = {key: tensor.cpu() for key, tensor in pack(solution.codes, self.fmt).items()}
+        record = self._record(layer, solution, shared, error, tensors, time.perf_counter() - start)
+        self._finish(layer, tensors, record)
+
+    def _quantize(self, layer: LayerPlan, W: Tensor, shared: SharedHessian | None) -> Solution:
+        hessian, cache = (shared.hessian, shared.cache) if shared else (None, None)
+        try:
+            solution = quantize_weight(W, hessian, layer.settings, cache)
+        except SolverError as error:
+            raise ModelError(f"layer {layer.name} cannot be quantized: {error}") from error
+        if solution.fallbacks and self.strict:
+            raise SolverError(
+                f"layer {layer.name} needed a fallback ({', '.join(solution.fallbacks)}) and strict mode refuses it: "
+                "give more calibration text, raise damp, or leave out --strict"
+            )
+        return solution
+
+    def _record(
+        self,
+        layer: LayerPlan,
+        solution: Solution,
+        shared: SharedHessian | None,
+        error: float | None,
+        tensors: Mapping[str, Tensor],
+        seconds: float,
+    ) -> LayerRecord:
+        tokens = shared.hessian.tokens if shared else 0
+        return LayerRecord(
+            name=layer.name,
+            block=layer.block,
+            out_features=layer.out_features,
+            in_features=layer.in_features,
+            **{key: getattr(layer.settings, key) for key in ("bits", "group_size", "sym", "act_order", "method")},
+            tokens=tokens,
+            masked=shared.masked if shared else 0,
+            dropped=shared.hessian.dropped if shared else 0,
+            loss=solution.loss / max(tokens, 1),
+            output_error=error,
+            fallbacks=tuple(solution.fallbacks),
+            stored_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+            seconds=seconds,
+        )
+
+    def _finish(self, layer: LayerPlan, tensors: dict[str, Tensor], record: LayerRecord) -> None:
+        self._finished.setdefault(layer.block, {})[layer.name] = (tensors, record)
+        remaining = self._open[layer.block]
+        remaining.discard(layer.name)
+        if not remaining:
+            done = self._finished.pop(layer.block)
+            with self.timers.time("journal"):
+                self.sink.append(
+                    layer.block,
+                    {name: parts for name, (parts, _) in done.items()},
+                    {name: asdict(record) for name, (_, record) in done.items()},
+                )
+
+    def _stored(self, layer: LayerPlan) -> Codes:
+        tensors = self.sink.tensors(layer.name)
+        settings = layer.settings
+        return unpack(
+            tensors, settings.bits, settings.group_size, self.fmt, layer.in_features, layer.out_features
+        )
+
+
+def _output_error(module: nn.Module, W: Tensor, Wq: Tensor, x: Tensor) -> float:
+    """‖(W−Ŵ)X‖ / ‖WX‖ on one batch: the layer's own error, apart from what earlier layers added."""
+    X = input_rows(module, x).to(W.dtype)
+    reference = (X @ W.T).float().norm()
+    return float((X @ (W - Wq).T).float().norm() / reference) if reference > 0 else 0.0

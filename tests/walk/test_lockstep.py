@@ -1,0 +1,180 @@
+"""The walk against a slow, separate, obvious implementation that replays the whole model for every layer."""
+
+import pytest
+import torch
+from models import FAMILIES, random_sequences, tiny_model
+from torch import nn
+
+from fewbit.config import QuantConfig
+from fewbit.plan import make_plan
+from fewbit.solver import Hessian, quantize_weight
+from fewbit.walk.layers import input_rows, set_weight_matrix, weight_matrix
+from fewbit.walk.lockstep import walk
+
+CONFIG = QuantConfig(bits=3, group_size=16, seq_len=24)
+
+
+def batches_for(model, count=4):
+    sequences = [s["input_ids"][None] for s in random_sequences(count)]
+    if model.config.is_encoder_decoder:
+        return [{"input_ids": ids, "decoder_input_ids": ids[:, :20]} for ids in sequences]
+    return [{"input_ids": ids} for ids in sequences]
+
+
+def execution_order(model, layers, batch):
+    order = []
+    hooks = [m.register_forward_pre_hook(lambda m, a, name=n: order.append(name)) for n, m in layers.items()]
+    with torch.no_grad():
+        model(**batch, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return list(dict.fromkeys(order))
+
+
+def replay(model, batches):
+    """True-sequential GPTQ: for each layer run everything again, collect its inputs, quantize it, go on."""
+    layers = {layer.name: model.get_submodule(layer.name) for layer in make_plan(model, CONFIG).layers}
+    codes = {}
+    for name in execution_order(model, layers, batches[0]):
+        module, seen = layers[name], []
+        hook = module.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            for batch in batches:
+                model(**batch, use_cache=False)
+        hook.remove()
+        hessian = Hessian(input_rows(module, seen[0]).shape[1])
+        for x in seen:
+            hessian.add(input_rows(module, x))
+        W = weight_matrix(module)
+        codes[name] = quantize_weight(W, hessian, CONFIG.defaults).codes
+        set_weight_matrix(module, codes[name].dequantize(W.dtype))
+    return codes
+
+
+def lockstep(model, batches):
+    """The same with the walk; also counts how often each layer's own forward ran."""
+    layers = {layer.name: model.get_submodule(layer.name) for layer in make_plan(model, CONFIG).layers}
+    codes = {}
+
+    def meet(name, arrivals):
+        module = layers[name]
+        hessian = Hessian(input_rows(module, arrivals[0].x).shape[1])
+        for arrival in arrivals:
+            hessian.add(input_rows(module, arrival.x))
+        W = weight_matrix(module)
+        codes[name] = quantize_weight(W, hessian, CONFIG.defaults).codes
+        set_weight_matrix(module, codes[name].dequantize(W.dtype))
+
+    with torch.no_grad():
+        traffic = walk(layers, [lambda b=b: model(**b, use_cache=False) for b in batches], meet)
+    return codes, traffic
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_walk_is_true_sequential(family):
+    slow_model, fast_model = tiny_model(family), tiny_model(family)
+    batches = batches_for(slow_model)
+    expected = replay(slow_model, batches)
+    codes, traffic = lockstep(fast_model, batches)
+    assert list(codes) == list(expected)
+    assert traffic.unreached == []
+    assert not traffic.late
+    for name, want in expected.items():
+        assert torch.equal(codes[name].codes, want.codes), name
+        assert torch.equal(codes[name].scales, want.scales), name
+    for (name, a), (_, b) in zip(slow_model.named_parameters(), fast_model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "t5"])
+def test_every_batch_goes_through_every_layer_once(family):
+    model = tiny_model(family)
+    batches = batches_for(model)
+    layers = {layer.name: model.get_submodule(layer.name) for layer in make_plan(model, CONFIG).layers}
+    calls = dict.fromkeys(layers, 0)
+    for name, module in layers.items():
+
+        def counted(*args, _name=name, _forward=module.forward):
+            calls[_name] += 1
+            return _forward(*args)
+
+        module.forward = counted
+    lockstep(model, batches)
+    last = list(layers)[-1]
+    assert calls.pop(last) in (0, len(batches))  # nothing after the last layer needs its output
+    assert set(calls.values()) == {len(batches)}
+
+
+def test_walk_restores_forwards_and_ends_before_the_head():
+    model = tiny_model("llama")
+    ran = []
+    model.lm_head.register_forward_pre_hook(lambda *_: ran.append(1))
+    batches = batches_for(model)
+    lockstep(model, batches)
+    assert ran == []
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    assert model(**batches[0]).logits.shape == (1, 24, model.config.vocab_size)
+
+
+class Choosy(nn.Module):
+    """Each input takes its own way: odd first tokens skip `a`; `last` is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, x):
+        a, b, last, never = self.blocks
+        if x[0, 0] > 0:
+            x = a(x)
+        x = last(b(x))
+        return last(x) if x.shape[0] < 100 else never(x)
+
+
+def choosy_walk(inputs):
+    model = Choosy()
+    met = {}
+    layers = {f"blocks.{i}": m for i, m in enumerate(model.blocks)}
+    with torch.no_grad():
+        traffic = walk(
+            layers,
+            [lambda x=x: model(x) for x in inputs],
+            lambda name, arrivals: met.setdefault(name, [a.job for a in arrivals]),
+        )
+    return met, traffic
+
+
+def test_batches_that_skip_a_layer_wait_for_the_others():
+    inputs = [torch.full((3, 8), v) for v in (1.0, -1.0, 1.0)]
+    met, traffic = choosy_walk(inputs)
+    assert met == {"blocks.0": [0, 2], "blocks.1": [0, 1, 2], "blocks.2": [0, 1, 2]}
+    assert traffic.met == ["blocks.0", "blocks.1", "blocks.2"]
+    assert traffic.late == {"blocks.2": 3}
+    assert traffic.unreached == ["blocks.3"]
+
+
+def test_an_error_in_a_job_ends_the_walk_and_restores_the_model():
+    model = Choosy()
+    layers = {f"blocks.{i}": m for i, m in enumerate(model.blocks)}
+    inputs = [torch.ones(3, 8), torch.ones(3, 9)]
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), torch.no_grad():
+        walk(layers, [lambda x=x: model(x) for x in inputs], lambda name, arrivals: None)
+    assert all("forward" not in module.__dict__ for module in model.blocks)
+    assert torch.is_grad_enabled()
+
+
+def test_an_error_in_meet_ends_the_walk_and_keeps_an_earlier_forward():
+    model = Choosy()
+
+    def own(x):
+        return nn.functional.linear(x, model.blocks[0].weight)
+
+    model.blocks[0].forward = own
+
+    def meet(name, arrivals):
+        raise ValueError("stop here")
+
+    layers = {f"blocks.{i}": m for i, m in enumerate(model.blocks)}
+    with pytest.raises(ValueError, match="stop here"):
+        walk(layers, [lambda: model(torch.ones(3, 8))], meet)
+    assert model.blocks[0].forward is own
