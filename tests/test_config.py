@@ -1,0 +1,103 @@
+import dataclasses
+
+import pytest
+
+from fewbit import QuantConfig
+from fewbit.config import parse_overrides
+from fewbit.errors import ConfigError, FewbitError
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"bits": 5}, "bits must be one of 2, 3, 4, 8; got 5"),
+        ({"bits": True}, "bits must be one of"),
+        ({"group_size": 0}, "group_size must be positive, or -1"),
+        ({"group_size": -2}, "group_size must be positive, or -1"),
+        ({"group_size": 2.5}, "group_size must be an integer"),
+        ({"damp": 0}, "damp must lie between 0 and 1"),
+        ({"damp": 1}, "damp must lie between 0 and 1"),
+        ({"damp": float("nan")}, "damp must lie between 0 and 1"),
+        ({"act_order": "yes"}, "act_order must be one of group, none, full"),
+        ({"method": "awq"}, "method must be one of gptq, rtn"),
+        ({"format": "marlin"}, "format must be one of gptq, gptq_v2"),
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"sym": 1}, "sym must be True or False"),
+        ({"num_samples": 0}, "num_samples must be a whole number of at least 1"),
+        ({"seq_len": -5}, "seq_len must be a whole number of at least 1"),
+        ({"batch_size": 1.5}, "batch_size must be a whole number"),
+        ({"ignore": ["("]}, "is not a regular expression"),
+        ({"override": {"a": {"bits": 7}}}, "bits must be one of"),
+        ({"override": {"a": {"bit": 4}}}, "override for 'a' has no setting 'bit'; use bits"),
+        ({"override": {"a": "drop"}}, "must be 'skip' or settings"),
+    ],
+)
+def test_bad_values_are_refused(values, message):
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        QuantConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("bit", "bits"),
+        ("desc_act", "act_order='full'"),
+        ("damp_percent", "damp"),
+        ("nsamples", "num_samples"),
+        ("dynamic", "override and ignore"),
+        ("xyzzy", "one of bits, group_size"),
+    ],
+)
+def test_unknown_keys_are_refused_with_a_hint(key, hint):
+    with pytest.raises(ConfigError, match=f"QuantConfig has no setting '{key}'; use {hint}"):
+        QuantConfig.from_dict({key: 1})
+
+
+def test_errors_have_one_root_and_are_value_errors():
+    with pytest.raises(FewbitError):
+        QuantConfig(bits=1)
+    with pytest.raises(ValueError, match="bits"):
+        QuantConfig(bits=1)
+
+
+def test_round_trip_and_frozen():
+    config = QuantConfig(bits=3, group_size=-1, sym=False, ignore=("head",), override={"down": {"bits": 8}, "q": "skip"})
+    assert QuantConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.bits = 4
+
+
+def test_layer_settings_follow_ignore_then_the_first_override():
+    config = QuantConfig(
+        ignore=(r"\.0\.",), override={r"down_proj$": {"bits": 8, "group_size": 32}, r"\.1\.": "skip", "down": {"bits": 2}}
+    )
+    assert config.layer("model.0.down_proj") is None
+    assert config.layer("model.1.down_proj") == dataclasses.replace(config.defaults, bits=8, group_size=32)
+    assert config.layer("model.1.up_proj") is None
+    assert config.layer("model.2.up_proj") == config.defaults
+    assert config.layer("model.2.down_proj.x").bits == 2
+
+
+def test_overrides_from_the_command_line():
+    parsed = parse_overrides(["a=b$=bits:8, group-size:32,sym:false,damp:0.05,act_order:full", "q_proj=skip"])
+    assert parsed == {
+        "a=b$": {"bits": 8, "group_size": 32, "sym": False, "damp": 0.05, "act_order": "full"},
+        "q_proj": "skip",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nothing", "write REGEX=bits:8,group_size:32 or REGEX=skip"),
+        ("=skip", "write REGEX="),
+        ("a=", "write REGEX="),
+        ("a=bits", "write key:value"),
+        ("a=bits:x", "bits in override 'a=bits:x' must be a number"),
+        ("a=bitz:4", "has no setting 'bitz'; use bits"),
+        ("a=sym:maybe", "must be true or false"),
+    ],
+)
+def test_bad_overrides_are_refused(text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_overrides([text])
