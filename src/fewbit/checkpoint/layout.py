@@ -1,0 +1,204 @@
+"""Codes ↔ the packed tensors of a GPTQ layer. Knows nothing of files, names or configurations.
+
+A packed axis is one little-endian bit stream: value ``i`` occupies bits ``bits·i … bits·i + bits − 1``
+and every 32 bits are one int32. So 8 values always fill `bits` whole bytes, which is how both directions
+work here, for every width, in eight passes over the data and without wide intermediates. At 2, 4 and
+8 bits a value never straddles two words; at 3 bits values 10 and 21 of every 32 do.
+
+A layer of shape (out, in) with G groups is stored as
+
+- ``qweight`` int32 (words(in), out), codes packed along the inputs;
+- ``qzeros`` int32 (G, words(out)), zero points packed along the outputs, less one in format "gptq";
+- ``scales`` (G, out), float16 or bfloat16;
+- ``g_idx`` int32 (in,), the group of each input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..codes import Codes, group_count, sequential_groups
+from ..config import FORMATS
+from ..errors import CheckpointError
+
+QWEIGHT, QZEROS, SCALES, G_IDX = PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+# One in every field of a word: what format "gptq" takes off, seen as an operation on whole words.
+_ONE_IN_EACH_FIELD = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+
+
+def word_count(values: int, bits: int) -> int:
+    """Words that `values` packed values take; the last are padded: at 3 bits, words come in threes."""
+    return -(-values // 32) * 3 if bits == 3 else -(-values * bits // 32)
+
+
+def pack(codes: Codes, fmt: str) -> dict[str, Tensor]:
+    """The four tensors of a layer by their short names, as stored in format `fmt`.
+
+    Widths that do not fill their last word are padded with zero bits. The result is on the codes' device.
+
+    Raises:
+        CheckpointError: a code or a zero point has no representation in this format. In "gptq" (v1)
+            that includes zero point 0: what is stored is zero − 1, and readers disagree about −1.
+    """
+    _check_format(fmt)
+    lowest = 1 if fmt == "gptq" else 0
+    _check_range("code", codes.codes, 0, codes.bits, fmt)
+    _check_range("zero point", codes.zeros, lowest, codes.bits, fmt)
+    stored_zeros = (codes.zeros - lowest).to(torch.uint8).t().contiguous()
+    return {
+        QWEIGHT: pack_rows(codes.codes, codes.bits).t().contiguous(),
+        QZEROS: pack_rows(stored_zeros, codes.bits),
+        SCALES: codes.scales.t().contiguous(),
+        G_IDX: codes.g_idx.to(torch.int32).contiguous(),
+    }
+
+
+def unpack(
+    tensors: Mapping[str, Tensor], bits: int, group_size: int, fmt: str, in_features: int, out_features: int
+) -> Codes:
+    """Inverse of `pack`; also takes layers without ``g_idx`` and with other writers' padding.
+
+    Zero points come out as 0 … 2^bits − 1. See `unpack_zeros` for what is read where zero − 1 was −1.
+
+    Raises:
+        CheckpointError: a tensor is missing, has a wrong dtype or shape, or g_idx leaves its range.
+    """
+    _check_format(fmt)
+    groups = group_count(in_features, group_size)
+    problems = shape_problems(tensors, bits, groups, in_features, out_features)
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    g_idx = tensors.get(G_IDX)
+    if g_idx is None:
+        g_idx = sequential_groups(in_features, group_size).to(tensors[QWEIGHT].device)
+    elif in_features and (int(g_idx.min()) < 0 or int(g_idx.max()) >= groups):
+        found = f"{int(g_idx.min())} … {int(g_idx.max())}"
+        raise CheckpointError(f"g_idx holds {found}; with {groups} groups 0 … {groups - 1} are valid")
+    return Codes(
+        codes=unpack_rows(tensors[QWEIGHT].t().contiguous(), bits, in_features),
+        scales=tensors[SCALES].t().contiguous(),
+        zeros=unpack_zeros(tensors[QZEROS], bits, fmt, out_features).t().contiguous(),
+        g_idx=g_idx.to(torch.int32),
+        bits=bits,
+        group_size=group_size,
+    )
+
+
+def shape_problems(
+    tensors: Mapping[str, Tensor], bits: int, groups: int, in_features: int, out_features: int
+) -> list[str]:
+    """What keeps `tensors` from being a layer of this shape, in words; empty if nothing does.
+
+    A packed axis may be longer than needed (padding), never shorter; the others must fit exactly.
+    """
+    problems = [f"{name} is missing" for name in (QWEIGHT, QZEROS, SCALES) if name not in tensors]
+    integers, floats = (torch.int32,), (torch.float16, torch.bfloat16, torch.float32)
+    expected: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...], int | None]] = {
+        QWEIGHT: (integers, (_least_words(in_features, bits), out_features), 0),
+        QZEROS: (integers, (groups, _least_words(out_features, bits)), 1),
+        SCALES: (floats, (groups, out_features), None),
+        G_IDX: ((torch.int32, torch.int64), (in_features,), None),
+    }
+    for name, (dtypes, shape, padded_axis) in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            continue
+        if tensor.dtype not in dtypes:
+            problems.append(
+                f"{name} is {_dtype_name(tensor.dtype)}, not {' or '.join(map(_dtype_name, dtypes))}"
+            )
+        if not _fits(tuple(tensor.shape), shape, padded_axis):
+            least = "" if padded_axis is None else " or more words"
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {shape}{least}")
+    return problems
+
+
+def unpack_zeros(qzeros: Tensor, bits: int, fmt: str, out_features: int) -> Tensor:
+    """Zero points int16 (G, out) in 0 … 2^bits − 1 from ``qzeros`` int32 (G, words).
+
+    Format "gptq" stores zero − 1. Some writers subtract at 2, 4 and 8 bits from whole words, so that
+    zero point 0 borrows from the fields above it; adding back to whole words undoes that exactly and is
+    the same as field by field wherever nothing was borrowed. At 3 bits those writers wrap in the field.
+    """
+    if fmt == "gptq" and bits != 3:
+        qzeros = qzeros + _ONE_IN_EACH_FIELD[bits]
+    zeros = unpack_rows(qzeros, bits, out_features).to(torch.int16)
+    return (zeros + 1) & 7 if fmt == "gptq" and bits == 3 else zeros
+
+
+def pack_rows(values: Tensor, bits: int) -> Tensor:
+    """Pack each row: uint8 (rows, n) with values below 2^bits → int32 (rows, word_count(n, bits))."""
+    rows, n = values.shape
+    words = word_count(n, bits)
+    width = words * 32 // bits
+    if words == 0:
+        return torch.zeros((rows, 0), dtype=torch.int32, device=values.device)
+    values = torch.nn.functional.pad(values, (0, width - n)).contiguous()
+    if bits == 8:
+        return values.view(torch.int32)
+    eights = values.reshape(rows, width // 8, 8)
+    packed = torch.zeros((rows, width // 8, bits), dtype=torch.uint8, device=values.device)
+    for i in range(8):
+        byte, shift = divmod(bits * i, 8)
+        packed[..., byte] |= eights[..., i] << shift
+        if shift + bits > 8:
+            packed[..., byte + 1] |= eights[..., i] >> (8 - shift)
+    return packed.reshape(rows, words * 4).view(torch.int32)
+
+
+def unpack_rows(words: Tensor, bits: int, n: int) -> Tensor:
+    """Inverse of `pack_rows`: int32 (rows, ≥ words) → uint8 (rows, n)."""
+    rows = words.shape[0]
+    if words.shape[1] == 0:
+        return torch.zeros((rows, 0), dtype=torch.uint8, device=words.device)
+    stream = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return stream[:, :n].contiguous()
+    packed = torch.nn.functional.pad(stream, (0, -stream.shape[1] % bits)).reshape(rows, -1, bits)
+    eights = torch.empty((rows, packed.shape[1], 8), dtype=torch.uint8, device=words.device)
+    for i in range(8):
+        byte, shift = divmod(bits * i, 8)
+        value = packed[..., byte] >> shift
+        if shift + bits > 8:
+            value |= packed[..., byte + 1] << (8 - shift)
+        eights[..., i] = value & (2**bits - 1)
+    return eights.reshape(rows, -1)[:, :n].contiguous()
+
+
+def _least_words(values: int, bits: int) -> int:
+    """Like `word_count`, but without the threes that some 3-bit writers leave out."""
+    return -(-values * bits // 32)
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int, ...], padded_axis: int | None) -> bool:
+    if len(shape) != len(expected):
+        return False
+    return all(
+        have >= want if axis == padded_axis else have == want
+        for axis, (have, want) in enumerate(zip(shape, expected, strict=True))
+    )
+
+
+def _check_format(fmt: str) -> None:
+    if fmt not in FORMATS:
+        raise CheckpointError(f"checkpoint format {fmt!r} is not known; use one of {', '.join(FORMATS)}")
+
+
+def _check_range(what: str, values: Tensor, lowest: int, bits: int, fmt: str) -> None:
+    if not values.numel():
+        return
+    low, high = int(values.min()), int(values.max())
+    if low >= lowest and high < 2**bits:
+        return
+    message = f"{what}s {low} … {high} do not fit {bits} bits in format {fmt!r} ({lowest} … {2**bits - 1})"
+    if what == "zero point" and low == 0 and fmt == "gptq":
+        message += "; this format stores zero - 1 and readers disagree about -1: use format 'gptq_v2'"
+    raise CheckpointError(message)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,81 @@
+"""``fewbit_manifest.json``: size and SHA-256 of every file that fewbit wrote into a checkpoint.
+
+It is written before config.json and holds the hash of the config's bytes, so that any later change of any
+listed file shows. It carries its own digest and one fixed form, so that a change of itself shows too.
+Markdown files are not listed: people edit model cards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+NAME = "fewbit_manifest.json"
+_CHUNK = 1 << 23
+
+
+class FileHash(NamedTuple):
+    """Size in bytes and SHA-256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+def encode(files: Mapping[str, FileHash]) -> bytes:
+    """The manifest's bytes: one form for the same files."""
+    listed = {
+        name: {"sha256": files[name].sha256, "size": files[name].size}
+        for name in sorted(files)
+        if not name.endswith(".md")
+    }
+    digest = hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({"version": 1, "files": listed, "digest": digest}, indent=2) + "\n").encode()
+
+
+def hash_bytes(data: bytes) -> FileHash:
+    """Size and SHA-256 of `data`."""
+    return FileHash(len(data), hashlib.sha256(data).hexdigest())
+
+
+def problems(folder: Path) -> list[tuple[str, str]]:
+    """(file, what is wrong) for everything in `folder` that its manifest contradicts.
+
+    Reads every listed file once. Empty where all is as written, or where there is no manifest.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return []
+    raw = path.read_bytes()
+    files = _decode(raw)
+    if files is None:
+        return [(NAME, "was changed since fewbit wrote it; nothing it lists can be trusted")]
+    found = []
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file():
+            found.append((name, "is listed in the manifest but missing"))
+        elif file.stat().st_size != expected.size:
+            found.append((name, f"has {file.stat().st_size} bytes; {expected.size} were written"))
+        elif _hash_file(file) != expected.sha256:
+            found.append((name, "was changed since it was written (SHA-256 differs)"))
+    return found
+
+
+def _decode(raw: bytes) -> dict[str, FileHash] | None:
+    try:
+        listed = json.loads(raw)["files"]
+        files = {name: FileHash(entry["size"], entry["sha256"]) for name, entry in listed.items()}
+        return files if encode(files) == raw else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
