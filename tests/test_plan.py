@@ -88,9 +88,10 @@ def test_nothing_to_quantize():
 
 
 def test_widths_that_groups_do_not_divide_are_noted():
-    notes = make_plan(tiny_model("llama"), QuantConfig(group_size=32)).notes
+    notes = make_plan(tiny_model("llama"), QuantConfig(bits=3, group_size=32)).notes
     assert any("have 48 inputs, which group size 32 does not divide" in note for note in notes)
-    assert any("not a multiple of 32" in note for note in notes)
+    assert any("14 layers have a width that does not fill whole 32-bit words" in note for note in notes)
+    assert make_plan(tiny_model("llama"), QuantConfig(group_size=16)).notes == ()  # 48 × 4 bits are whole words
     assert make_plan(tiny_model("llama", hidden_size=64, intermediate_size=96), QuantConfig(group_size=32)).notes == ()
 
 

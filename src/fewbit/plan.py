@@ -161,9 +161,14 @@ def _notes(layers: Iterable[LayerPlan]) -> Iterable[str]:
             f"{count} layers have {width} inputs, which group size {size} does not divide: their last group is "
             f"shorter. fewbit reads that; vLLM, SGLang and GPTQModel may not ({advice})."
         )
-    ragged = sum(layer.in_features % 32 != 0 or layer.out_features % 32 != 0 for layer in layers)
+    ragged = sum(_is_padded(layer.in_features, layer) or _is_padded(layer.out_features, layer) for layer in layers)
     if ragged:
         yield (
-            f"{ragged} layers have a width that is not a multiple of 32: their packed words are padded. "
+            f"{ragged} layers have a width that does not fill whole 32-bit words: the last word is padded. "
             "fewbit reads that; other engines may not."
         )
+
+
+def _is_padded(width: int, layer: LayerPlan) -> bool:
+    bits = layer.settings.bits
+    return width % 32 != 0 if bits == 3 else width * bits % 32 != 0

@@ -19,6 +19,7 @@ from .errors import DependencyError, ModelError
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _NOT_COPIED = ("README.md", ".gitattributes", "config.json", "quantize_config.json", "fewbit_manifest.json")
 _COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 
 
@@ -99,20 +100,19 @@ class Source:
         return loaded
 
     def load_tokenizer(self) -> Any:
-        """The tokenizer that lies beside the model.
+        """The tokenizer that lies beside the model; None where there is none.
 
         Raises:
-            ModelError: there is none.
+            ModelError: there is one, but it cannot be loaded.
         """
         from transformers import AutoTokenizer
 
+        if self.gguf is None and not any((self.folder / name).is_file() for name in _TOKENIZER_FILES):
+            return None
         try:
             return AutoTokenizer.from_pretrained(self.folder, **self._options)
         except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-            raise ModelError(
-                f"no tokenizer can be found for {self.folder}: {_first_line(error)}. "
-                "Pass tokenizer=…, or give the data as token ids."
-            ) from error
+            raise ModelError(f"the tokenizer in {self.folder} cannot be loaded: {_first_line(error)}") from error
 
     def config_dict(self, model: nn.Module) -> dict[str, Any]:
         """``config.json`` of the result: the source's own where there is one, else the model's."""

@@ -101,9 +101,6 @@ def collect(
     layers = tuple(dict(records[layer.name]) for layer in plan.layers)
     stored_bits = 8 * sum(layer["stored_bytes"] for layer in layers)
     fallbacks = Counter(name for layer in layers for name in layer["fallbacks"])
-    dropped = sum(layer["dropped"] for layer in layers)
-    if dropped:
-        fallbacks["non-finite tokens dropped"] = sum(layer["dropped"] > 0 for layer in layers)
     return Report(
         output=str(output) if output else None,
         config=config.to_dict(),

@@ -162,7 +162,8 @@ class LayerQuantizer:
         error = _output_error(module, W, Wq, arrivals[0].x) if arrivals else None
         set_weight_matrix(module, Wq)
         with self.timers.time("pack"):
-            tensors = {key: tensor.cpu() for key, tensor in pack(solution.codes, self.fmt).items()}
+            # Layers with one input share their g_idx; in a file each has its own.
+            tensors = {key: tensor.cpu().clone() for key, tensor in pack(solution.codes, self.fmt).items()}
         record = self._record(layer, solution, shared, error, tensors, time.perf_counter() - start)
         self._finish(layer, tensors, record)
 

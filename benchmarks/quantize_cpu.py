@@ -1,0 +1,127 @@
+"""How long quantization takes, against one plain forward pass over the same tokens in the same run.
+
+    python benchmarks/quantize_cpu.py [--dtype bfloat16|float32] [--bits 4] [--group-size 64] [--asym] [--no-eval]
+
+SmolLM2-135M, 32 × 512 tokens of Wikipedia. The whole quantization is counted: reading the text and the
+model, hashing the weights, calibration forward, Hessians, solving, writing and syncing the checkpoint.
+Quality: perplexity and KL on 16 × 512 tokens of other articles, beside round-to-nearest.
+Every part runs in a process of its own, so that peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import tempfile
+import time
+from pathlib import Path
+
+import prepare
+
+SAMPLES, SEQ_LEN, EVAL_WINDOWS = 32, 512, 16
+
+
+def plain_forward(dtype: str) -> dict[str, float]:
+    """Seconds of one forward pass over the calibration tokens, with and without the output embedding."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fewbit.calibration import prepare as calibrate
+
+    tokenizer = AutoTokenizer.from_pretrained(prepare.MODEL)
+    model = AutoModelForCausalLM.from_pretrained(prepare.MODEL, dtype=getattr(torch, dtype)).eval()
+    batches = calibrate(str(prepare.TRAIN), tokenizer, num_samples=SAMPLES, seq_len=SEQ_LEN).batches
+    seconds = {}
+    with torch.no_grad():
+        for name, forward in (("body", model.model), ("whole", model)):
+            forward(**batches[0], use_cache=False)
+            start = time.perf_counter()
+            for batch in batches:
+                forward(**batch, use_cache=False)
+            seconds[name] = time.perf_counter() - start
+    return seconds
+
+
+def quantize(output: str, method: str, options: dict) -> dict:
+    """One run of the public API; its report."""
+    import fewbit
+
+    config = fewbit.QuantConfig(method=method, num_samples=SAMPLES, seq_len=SEQ_LEN, **options)
+    return fewbit.quantize(prepare.MODEL, config, dataset=str(prepare.TRAIN), output=output).to_dict()
+
+
+def quality(folder: str | None) -> dict:
+    """Perplexity and KL of a checkpoint (None: the original) against the original in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import fewbit
+    from fewbit.evaluate import evaluate, windows
+
+    tokenizer = AutoTokenizer.from_pretrained(prepare.MODEL)
+    text = windows(str(prepare.TEST), tokenizer, seq_len=SEQ_LEN, num_windows=EVAL_WINDOWS)
+    base = AutoModelForCausalLM.from_pretrained(prepare.MODEL, dtype=torch.float32).eval()
+    model = base if folder is None else fewbit.load(folder, dtype=torch.float32)
+    return evaluate(model, text, against=None if folder is None else base).to_dict()
+
+
+def _child(function, *arguments):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--asym", action="store_true")
+    parser.add_argument("--no-eval", action="store_true")
+    parser.add_argument("--repeat", type=int, default=1, help="time the whole job this often and take the best ratio")
+    arguments = parser.parse_args()
+    prepare.ensure()
+    options = {
+        "bits": arguments.bits,
+        "group_size": arguments.group_size,
+        "sym": not arguments.asym,
+        "dtype": arguments.dtype,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(arguments.repeat):
+            forward = _child(plain_forward, arguments.dtype)
+            report = _child(quantize, f"{folder}/gptq{turn}", "gptq", options)
+            print_times(arguments.dtype, forward, report)
+        if not arguments.no_eval:
+            _child(quantize, f"{folder}/rtn", "rtn", options)
+            results = {
+                "original": _child(quality, None),
+                "round-to-nearest": _child(quality, f"{folder}/rtn"),
+                "fewbit": _child(quality, f"{folder}/gptq0"),
+            }
+            print_quality(results)
+            print(json.dumps({"forward": forward, "seconds": report["seconds"], "quality": results}))
+
+
+def print_times(dtype: str, forward: dict[str, float], report: dict) -> None:
+    """The ratio and where the time went."""
+    total = report["seconds"]
+    print(f"\n{dtype} forward pass: {forward['whole']:.1f} s whole model, {forward['body']:.1f} s without the head")
+    print(f"quantization: {total:.1f} s, peak {report['peak_memory_bytes'] / 1e9:.2f} GB")
+    print(f"ratio: {total / forward['whole']:.2f} × the whole forward, {total / forward['body']:.2f} × without the head")
+    phases = dict(report["seconds_by_phase"])
+    inside = sum(phases.get(phase, 0.0) for phase in ("hessian", "solve", "pack", "journal", "resume"))
+    phases["forward in the walk"] = phases.pop("walk") - inside
+    for phase, seconds in sorted(phases.items(), key=lambda item: -item[1]):
+        print(f"  {phase:20s} {seconds:6.1f} s  {seconds / total:5.1%}")
+
+
+def print_quality(results: dict[str, dict]) -> None:
+    """One line for each checkpoint."""
+    for name, values in results.items():
+        kl = "" if values["kl"] is None else f"   KL {values['kl']:.4f}   same first choice {values['top1_agreement']:.1%}"
+        print(f"{name:18s} perplexity {values['perplexity']:8.3f} ± {values['perplexity'] * values['stderr']:.2f}{kl}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""`quantize`: the whole story, top to bottom.
+
+    config ─ source ─ calibration ─ plan ─ walk (Hessian → solve → weight in place → journal) ─ writer ─ report
+
+For a path the result is a folder and a `Report`; for a model in memory it is the same model with its
+layers replaced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+
+from . import __version__
+from .calibration import Calibration, prepare
+from .checkpoint.assemble import checkpoint_tensors
+from .checkpoint.quantization import build as build_quantization_config
+from .checkpoint.writer import CONFIG, MARKER, CheckpointWriter
+from .config import QuantConfig
+from .errors import CalibrationError, ConfigError, ModelError
+from .plan import Plan, make_plan, output_embedding_name
+from .report.collect import Report, collect
+from .solver import native
+from .source import Source, open_source
+from .walk.journal import Journal, check_output
+from .walk.lockstep import walk
+from .walk.quantizer import LayerQuantizer, MemorySink, Progress, Sink, Timers
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@overload
+def quantize(model: str | Path, config: QuantConfig | None = None, *, output: str | Path, **options: Any) -> Report: ...
+@overload
+def quantize(model: M, config: QuantConfig | None = None, **options: Any) -> M: ...
+
+
+def quantize(
+    model: str | Path | nn.Module,
+    config: QuantConfig | None = None,
+    *,
+    dataset: Any = None,
+    tokenizer: Any = None,
+    output: str | Path | None = None,
+    device: str = "auto",
+    resume: bool = True,
+    max_shard_size: int | str = "5GB",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+) -> Report | nn.Module:
+    """Quantize a model with GPTQ.
+
+    Args:
+        model: a folder, a ``.gguf`` file or a Hub id; or an nn.Module, which is quantized in place.
+        config: what to do; the default is 4 bits, group size 128, symmetric.
+        dataset: calibration text in any form that `fewbit.calibration.prepare` takes: a list of strings
+            or of token dicts, a `datasets.Dataset`, a .txt, .jsonl or .parquet file, or a known name.
+        tokenizer: for text; by default the one beside the model.
+        output: folder to write; it must be new, empty, or hold an interrupted run of the same inputs.
+        device: "auto", "cpu", "cuda", "cuda:1", "xpu" or "mps"; ignored for a model in memory.
+        resume: go on with an interrupted run found in `output`; False refuses it.
+        max_shard_size: bytes, or text such as "5GB".
+        trust_remote_code: run Python code that comes with the model.
+        allow_pickle: read weights from .bin files.
+        progress: called as ``progress(phase, done, total)``.
+
+    Returns:
+        A `Report` for a path; the model itself, its layers now `QuantLinear`, for a module.
+
+    Raises:
+        FewbitError: a subclass says what is wrong, where, and what to do next.
+    """
+    config = config or QuantConfig()
+    progress = progress or _silent
+    if isinstance(model, nn.Module):
+        return _quantize_module(model, config, dataset, tokenizer, progress)
+    if output is None:
+        raise ConfigError("no output folder was given: pass output=…")
+    check_output(Path(output))
+    source = open_source(model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    job = _PathJob(source, config, Path(output), progress)
+    return job.run(dataset, tokenizer, resolve_device(device), resume, max_shard_size)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called `name`; "auto" takes the first accelerator there is.
+
+    Raises:
+        ConfigError: the name is unknown or the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+@dataclass
+class _PathJob:
+    """One run from a model on disk to a checkpoint on disk."""
+
+    source: Source
+    config: QuantConfig
+    output: Path
+    progress: Progress
+
+    def run(
+        self, dataset: Any, tokenizer: Any, device: torch.device, resume: bool, max_shard_size: int | str
+    ) -> Report:
+        start, timers = time.perf_counter(), Timers()
+        with timers.time("calibration"):
+            model_config = self.source.load_config()
+            tokenizer = tokenizer or self.source.load_tokenizer()
+            calibration = _calibrate(self.config, dataset, tokenizer, model_config)
+        with timers.time("load"):
+            model = self.source.load_model(self.config.dtype, device)
+            _check_weights(model)
+            plan = make_plan(model, self.config)
+            fingerprint = _fingerprint(self.config, calibration, self.source.fingerprint())
+        journal = Journal(self.output, fingerprint, resume)
+        try:
+            resumed = len(journal.records)
+            notes = [*plan.notes, *calibration.notes, *journal.notes]
+            notes += _quantize_layers(model, plan, self.config, calibration, journal, timers, self.progress)
+            with timers.time("write"):
+                self._write(model, plan, calibration, journal, max_shard_size, tokenizer)
+            report = collect(
+                output=self.output,
+                config=self.config,
+                plan=plan,
+                records=journal.records,
+                fingerprint=fingerprint,
+                calibration={
+                    "source": calibration.source,
+                    "sequences": calibration.sequences,
+                    "tokens": calibration.tokens,
+                },
+                notes=notes,
+                seconds=time.perf_counter() - start,
+                seconds_by_phase=timers.seconds,
+                resumed_layers=resumed,
+            )
+            report.write(self.output)
+            journal.remove()
+        finally:
+            journal.close()
+        return report
+
+    def _write(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        calibration: Calibration,
+        journal: Journal,
+        max_shard_size: int | str,
+        tokenizer: Any,
+    ) -> None:
+        if (self.output / CONFIG).exists():  # killed between the last file and the end of the journal
+            (self.output / MARKER).unlink(missing_ok=True)
+            return
+        names = [layer.name for layer in plan.layers]
+        config = self.source.config_dict(model)
+        if output_embedding_name(model) in names:
+            config["tie_word_embeddings"] = False
+        extra: dict[str, Path | bytes] = dict(self.source.files_to_copy())
+        if self.source.gguf is not None:
+            extra.update(_tokenizer_files(tokenizer))
+        with CheckpointWriter(self.output, max_shard_size) as writer:
+            for name, tensor in checkpoint_tensors(model, names, journal.tensors):
+                writer.add(name, tensor)
+            writer.finish(config, _quantization_config(self.config, plan, calibration), extra)
+
+
+def _quantize_module(
+    model: nn.Module, config: QuantConfig, dataset: Any, tokenizer: Any, progress: Progress
+) -> nn.Module:
+    """Quantize a model in memory, in place."""
+    from .runtime.replace import replace_layers
+
+    timers, sink = Timers(), MemorySink()
+    if getattr(getattr(model, "config", None), "quantization_config", None):
+        raise ModelError(f"this {type(model).__name__} is already quantized: quantize the original model")
+    if isinstance(tokenizer, (str, Path)):
+        tokenizer = open_source(tokenizer).load_tokenizer()
+    calibration = _calibrate(config, dataset, tokenizer, getattr(model, "config", None))
+    _check_weights(model)
+    plan = make_plan(model, config)
+    was_training = model.training
+    model.eval()
+    _quantize_layers(model, plan, config, calibration, sink, timers, progress)
+    replace_layers(model, plan, sink.tensors, _quantization_config(config, plan, calibration))
+    return model.train(was_training)
+
+
+def _quantize_layers(
+    model: nn.Module,
+    plan: Plan,
+    config: QuantConfig,
+    calibration: Calibration,
+    sink: Sink,
+    timers: Timers,
+    progress: Progress,
+) -> list[str]:
+    """Walk the model; returns sentences about anything a user should know."""
+    modules = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
+    _untie(model, modules)
+    device = next(model.parameters()).device
+    batches = [{key: value.to(device) for key, value in batch.items()} for batch in calibration.batches]
+    masks = [_masks(batch) for batch in batches]
+    quantizer = LayerQuantizer(
+        plan, modules, masks, sink, fmt=config.format, strict=config.strict, timers=timers, progress=progress
+    )
+    notes = [] if native.available() else [f"the compiled solver is not in use ({native.why_not()}): slower"]
+    with torch.no_grad(), timers.time("walk"):
+        if not batches:
+            for name in modules:
+                quantizer.meet(name, [])
+            return notes
+        traffic = walk(modules, [_job(model, batch) for batch in batches], quantizer.meet)
+        for name in traffic.unreached:
+            quantizer.meet(name, [])
+    if traffic.late:
+        count = sum(traffic.late.values())
+        notes.append(f"{count} inputs reached {len(traffic.late)} layers after they were solved and did not count")
+    if traffic.unreached:
+        notes.append(
+            f"no calibration token reached {len(traffic.unreached)} layers, for example {traffic.unreached[0]}: "
+            "round-to-nearest was used there"
+        )
+    return notes
+
+
+def _job(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], object]:
+    accepted = inspect.signature(model.forward).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    extra = {"use_cache": False} if "use_cache" in accepted or (takes_any and hasattr(model, "config")) else {}
+    return lambda: model(**batch, **extra)
+
+
+def _masks(batch: dict[str, Tensor]) -> list[Tensor]:
+    found = (batch.get(key) for key in ("attention_mask", "decoder_attention_mask"))
+    return [mask.bool() for mask in found if mask is not None and mask.ndim == 2 and not bool(mask.all())]
+
+
+def _calibrate(config: QuantConfig, dataset: Any, tokenizer: Any, model_config: Any) -> Calibration:
+    """The calibration batches; none for a run that needs none."""
+    methods = {config.method} | {s["method"] for s in config.override.values() if isinstance(s, dict) and "method" in s}
+    if methods == {"rtn"}:
+        return Calibration(batches=[], fingerprint="none", tokens=0, sequences=0, source="none")
+    if dataset is None:
+        raise CalibrationError(
+            "no dataset was given, and GPTQ needs calibration text: pass a .txt, .jsonl or .parquet file, a list "
+            "of strings, or a known name such as wikitext2 (or choose method rtn, which needs none)"
+        )
+    encoder_decoder = bool(getattr(model_config, "is_encoder_decoder", False))
+    text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    return prepare(
+        dataset,
+        tokenizer,
+        num_samples=config.num_samples,
+        seq_len=config.seq_len,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        max_positions=getattr(text_config, "max_position_embeddings", None),
+        vocab_size=getattr(text_config, "vocab_size", None),
+        decoder_start_token_id=model_config.decoder_start_token_id if encoder_decoder else None,
+    )
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Raises ModelError if any weight is NaN or infinite: found now, not after hours."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or not parameter.numel():
+            continue
+        low, high = (float(value) for value in parameter.detach().aminmax())
+        if not (abs(low) < float("inf") and abs(high) < float("inf")):
+            kind = "NaN" if low != low or high != high else "infinite"
+            raise ModelError(f"the weight {name} holds {kind} values: the model is damaged; download or save it again")
+
+
+def _untie(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    """Give a tied output embedding that will be quantized its own weight, so that the input one stays."""
+    name = output_embedding_name(model)
+    if name in modules:
+        head = modules[name]
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        if getattr(model.config, "tie_word_embeddings", False):
+            model.config.tie_word_embeddings = False
+
+
+def _fingerprint(config: QuantConfig, calibration: Calibration, weights: str) -> dict[str, str]:
+    settings = json.dumps(config.to_dict(), sort_keys=True)
+    return {
+        "fewbit version": __version__,
+        "config": hashlib.sha256(settings.encode()).hexdigest(),
+        "calibration data": calibration.fingerprint,
+        "model": weights,
+    }
+
+
+def _quantization_config(config: QuantConfig, plan: Plan, calibration: Calibration) -> dict[str, Any]:
+    return build_quantization_config(
+        config,
+        {layer.name: layer.settings for layer in plan.layers},
+        [item.name for item in plan.skipped],
+        {"calibration": calibration.fingerprint},
+    )
+
+
+def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    """The progress callback of those who want none."""
+
+

@@ -1,0 +1,38 @@
+"""``fewbit demo``: the whole job, offline, on the small model that ships inside the package."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .display import progress_bar, quiet_transformers, size_text
+
+
+def demo(as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False) -> None:
+    """Quantize the model inside the package to 4, 3 and 2 bits and show what that costs."""
+    from ..demo import showcase
+
+    quiet_transformers()
+    with progress_bar("demo", hidden=as_json) as progress:
+        rows = showcase.run(lambda done, total, what: progress(what, done, total))
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows]))
+        return
+    table = Table("model", "bits per weight", "size", "perplexity", "KL to the original")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        kl = "" if row.kl is None else f"{row.kl:.4f}"
+        table.add_row(row.name, f"{row.bits_per_weight:.2f}", size_text(row.size_bytes), f"{row.perplexity:.2f}", kl)
+    output = Console()
+    output.print(table)
+    output.print("One sentence from each (the prompt is the same, the most likely word is always taken):")
+    for row in rows:
+        if "round" not in row.name:
+            output.print(f"[bold]{row.name}[/]: ", end="")
+            output.print(row.text, markup=False, highlight=False)

@@ -1,0 +1,54 @@
+"""What the commands share on the screen: the console, the progress bar, sizes in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+# Results go to stdout; progress and notes to stderr, so that `--json` can be piped.
+console = Console(stderr=True)
+
+INTERRUPTED = 130  # exit code after Ctrl-C
+
+
+def quiet_transformers() -> None:
+    """Keep the progress bars and advice of transformers off the screen."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def progress_bar(title: str, *, hidden: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A live bar with the time left; gives the callback ``(phase, done, total)`` that moves it."""
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=hidden) as bar:
+        task = bar.add_task(title, total=None)
+
+        def update(phase: str, done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, description=f"{title}: {phase}" if phase else title)
+
+        yield update
+
+
+def size_text(count: int | None) -> str:
+    """Bytes in words: ``4.1 MB``."""
+    if count is None:
+        return "unknown"
+    value = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"

@@ -1,0 +1,67 @@
+"""The `fewbit` command: puts the commands together and turns errors into messages and exit codes.
+
+Exit codes: 0 done, 1 the answer is no, 2 bad usage or bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..errors import FewbitError
+from .convert import convert
+from .demo import demo
+from .display import console
+from .env import env
+from .eval import eval_
+from .generate import generate
+from .inspect import inspect
+from .quantize import quantize
+from .verify import verify
+
+
+class _UnderscoreGroup(TyperGroup):
+    """Takes ``--group_size`` for ``--group-size``, in every command."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command, after its long options were brought to their usual form."""
+        return super().resolve_command(ctx, [_with_dashes(arg) for arg in args])
+
+
+def _with_dashes(arg: str) -> str:
+    if not arg.startswith("--"):
+        return arg
+    name, separator, value = arg.partition("=")
+    return name.replace("_", "-") + separator + value
+
+
+app = typer.Typer(
+    cls=_UnderscoreGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make large language models small: GPTQ quantization to 2, 3, 4 or 8 bits, on the machine you have.",
+)
+app.command()(quantize)
+app.command("eval")(eval_)
+app.command()(inspect)
+app.command()(verify)
+app.command()(generate)
+app.command()(convert)
+app.command()(demo)
+app.command()(env)
+
+
+def run() -> None:
+    """Entry point of the ``fewbit`` command."""
+    try:
+        app()
+    except FewbitError as error:
+        console.print(f"[bold red]error[/] ({type(error).__name__}):", end=" ")
+        console.print(str(error), markup=False, highlight=False)
+        sys.exit(2)

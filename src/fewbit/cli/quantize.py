@@ -1,0 +1,163 @@
+"""``fewbit quantize``: a model in, a GPTQ checkpoint and a report out."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..config import ACT_ORDERS, DTYPES, FORMATS, METHODS, QuantConfig, parse_overrides
+from .display import INTERRUPTED, console, progress_bar, quiet_transformers, size_text
+
+ActOrder = Enum("ActOrder", {name: name for name in ACT_ORDERS}, type=str)
+Method = Enum("Method", {name: name for name in METHODS}, type=str)
+Format = Enum("Format", {name: name for name in FORMATS}, type=str)
+Dtype = Enum("Dtype", {name: name for name in DTYPES}, type=str)
+
+_EXAMPLES = """
+Examples:
+
+  fewbit quantize ./SmolLM2-135M -o ./SmolLM2-135M-4bit --dataset notes.txt
+
+  fewbit quantize org/model -o out --bits 3 --group-size 64 --dataset wikitext2 --eval wikitext2
+
+  fewbit quantize model.gguf -o out --dataset chats.jsonl --override 'down_proj=bits:8' --ignore 'layers.0'
+"""
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="A transformers folder, a .gguf file or a Hub id.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; new, empty or interrupted.")],
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Inputs that share a scale; -1: the whole row.")] = 128,
+    sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric or asymmetric grids.")] = True,
+    act_order: Annotated[ActOrder, typer.Option(help="Order of the columns; full writes a g_idx.")] = ActOrder.group,
+    damp: Annotated[float, typer.Option(help="Damping, as a fraction of mean(diag H).")] = 0.01,
+    method: Annotated[Method, typer.Option(help="gptq, or rtn (round-to-nearest, no text needed).")] = Method.gptq,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="wikitext2, c4, c4-new, a .txt, .jsonl or .parquet file, or - for stdin."),
+    ] = None,
+    num_samples: Annotated[int, typer.Option("--num-samples", "--nsamples", help="Calibration sequences.")] = 128,
+    seq_len: Annotated[int, typer.Option("--seq-len", "--seqlen", help="Tokens in each.")] = 2048,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a forward pass.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu or mps.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Of the forward pass; auto keeps the model's.")] = Dtype.auto,
+    ignore: Annotated[list[str] | None, typer.Option(help="REGEX of layers to leave alone. Repeatable.")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option(help="'REGEX=bits:8,group_size:32' or 'REGEX=skip'. Repeatable.")
+    ] = None,
+    lm_head: Annotated[bool, typer.Option("--lm-head", help="Also quantize the output embedding.")] = False,
+    format: Annotated[Format, typer.Option(help="gptq (v1) is read by everything.")] = Format.gptq,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")] = True,
+    eval_dataset: Annotated[
+        str | None, typer.Option("--eval", help="Measure the result on this text, against the original.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Chooses the calibration windows.")] = 0,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail where a fallback would be used.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weight files.")] = False,
+    push_to_hub: Annotated[str | None, typer.Option(help="Upload the result to this Hub repository.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Also list every layer.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only errors.")] = False,
+) -> None:
+    """Quantize a model with GPTQ into a checkpoint that transformers, vLLM, SGLang and GPTQModel read."""
+    config = QuantConfig(
+        bits=bits,
+        group_size=group_size,
+        sym=sym,
+        act_order=act_order.value,
+        damp=damp,
+        method=method.value,
+        ignore=tuple(ignore or ()),
+        override=parse_overrides(override or ()),
+        lm_head=lm_head,
+        format=format.value,
+        num_samples=num_samples,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        seed=seed,
+        dtype=dtype.value,
+        strict=strict,
+    )
+    from .. import api
+
+    quiet_transformers()
+    try:
+        with progress_bar("quantize", hidden=quiet or as_json) as progress:
+            report = api.quantize(
+                model,
+                config,
+                dataset=dataset,
+                output=output,
+                device=device,
+                resume=resume,
+                max_shard_size=max_shard_size,
+                trust_remote_code=trust_remote_code,
+                allow_pickle=allow_pickle,
+                evaluate_on=eval_dataset,
+                push_to_hub=push_to_hub,
+                progress=progress,
+            )
+    except KeyboardInterrupt as interrupt:
+        console.print(f"interrupted. Finished blocks are kept in {output}: run the same command again to go on.")
+        raise typer.Exit(INTERRUPTED) from interrupt
+    if as_json:
+        print(json.dumps(report.summary()))
+    elif not quiet:
+        _show(report, verbose)
+
+
+quantize.__doc__ = f"{quantize.__doc__}\n{_EXAMPLES}"
+
+
+def _show(report: Any, verbose: bool) -> None:
+    if verbose:
+        console.print(_layer_table(report))
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    errors = [layer["output_error"] for layer in report.layers if layer["output_error"] is not None]
+    table.add_row("quantized", f"{report.modules} layers, {report.bits_per_weight:.3f} bits per weight")
+    table.add_row("left as they are", f"{len(report.skipped)} weight matrices")
+    if errors:
+        worst = max(report.layers, key=lambda layer: layer["output_error"] or 0.0)
+        table.add_row(
+            "output error", f"{sum(errors) / len(errors):.2%} on average, {max(errors):.2%} at most ({worst['name']})"
+        )
+    fallbacks = ", ".join(f"{name} ({count} layers)" for name, count in report.fallbacks.items())
+    table.add_row("fallbacks", fallbacks or "none")
+    table.add_row("time", f"{report.seconds:.1f} s, peak memory {size_text(report.peak_memory_bytes)}")
+    if report.resumed_layers:
+        table.add_row("resumed", f"{report.resumed_layers} layers came from the interrupted run")
+    if report.evaluation:
+        base, after = report.evaluation["base"], report.evaluation["quantized"]
+        table.add_row(
+            "perplexity",
+            f"{base['perplexity']:.3f} before, {after['perplexity']:.3f} after; KL {after['kl']:.4f} nats per token, "
+            f"same first choice {after['top1_agreement']:.1%}",
+        )
+    table.add_row("written to", str(report.output))
+    console.print(table)
+    for note in report.notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
+
+
+def _layer_table(report: Any) -> Table:
+    table = Table("layer", "shape", "bits", "group", "tokens", "output error", "fallbacks")
+    for layer in report.layers:
+        error = "" if layer["output_error"] is None else f"{layer['output_error']:.2%}"
+        table.add_row(
+            layer["name"],
+            f"{layer['out_features']} × {layer['in_features']}",
+            str(layer["bits"]),
+            str(layer["group_size"]),
+            str(layer["tokens"]),
+            error,
+            ", ".join(layer["fallbacks"]),
+        )
+    return table
