@@ -84,7 +84,7 @@ def quantize_weight(
     """Quantize one linear layer.
 
     Args:
-        W: (out, in), any float dtype; computed in float32.
+        W: (out, in), any float dtype, on the device of H; computed in float32.
         H: its Hessian, or None for round-to-nearest. Ignored by the method "rtn".
         settings: bits, group size, and so on.
         cache: shared by the layers that share H.
@@ -138,5 +138,5 @@ def _check(W: Tensor, H: Hessian | None) -> None:
         rows, columns = (~finite).any(1).sum(), (~finite).any(0).sum()
         raise SolverError(
             f"the weight has values that are not finite, in {int(rows)} of {W.shape[0]} rows and "
-            f"{int(columns)} of {W.shape[1]} columns; the checkpoint is damaged, or was saved by a run that diverged"
+            f"{int(columns)} of {W.shape[1]} columns; the checkpoint is damaged, or its training diverged"
         )

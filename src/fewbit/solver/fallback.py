@@ -92,4 +92,4 @@ def climb_down(H: Tensor, perm: Tensor, damp: float) -> tuple[Factor | None, flo
 def clamped(H: Tensor) -> Tensor:
     """The nearest positive semidefinite matrix: negative eigenvalues set to zero, in float64."""
     values, vectors = torch.linalg.eigh(H.double())
-    return (vectors * values.clamp(min=0)) @ vectors.T
+    return torch.mm(vectors * values.clamp(min=0), vectors.T)

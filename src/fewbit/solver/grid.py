@@ -11,6 +11,7 @@ list of scales, then a fine list around the best one, then the least-squares sca
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -71,16 +72,9 @@ def fit_grid(W: Tensor, D: Tensor, g_idx: Tensor, bits: int, *, sym: bool, backe
     D = torch.where(idle[g_idx.long()[columns]], torch.ones_like(D), D)
     candidates = _candidates(bits, sym)
     if native.use(backend, W):
-        scales, zeros = native.fit_grid(
-            W.contiguous(),
-            D.contiguous(),
-            starts.int(),
-            candidates.coarse,
-            candidates.fine,
-            candidates.offsets,
-            bits,
-            sym,
-        )
+        W, D = W.contiguous(), D.contiguous()
+        lists = candidates.coarse, candidates.fine, candidates.offsets
+        scales, zeros = native.fit_grid(W, D, starts.int(), *lists, bits, sym)
     else:
         scales, zeros = _fit_torch(W, D, starts, candidates, bits, sym)
     return Grid(scales.half(), zeros.short(), g_idx.int())
@@ -115,11 +109,11 @@ def _fit_torch(
     """The search in torch: float32 scales and zeros (m, G)."""
     bounds = starts.tolist()
     m, G = W.shape[0], len(bounds) - 1
-    width = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+    width = max(b - a for a, b in pairwise(bounds))
     # Groups padded to one width with columns of weight 0, which change neither range nor error.
     index = torch.zeros(G, width, dtype=torch.long, device=W.device)
     inside = torch.zeros(G, width, dtype=W.dtype, device=W.device)
-    for g, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for g, (a, b) in enumerate(pairwise(bounds)):
         index[g, : b - a] = torch.arange(a, b)
         inside[g, : b - a] = 1
     D_groups = D[index] * inside

@@ -67,8 +67,8 @@ class Hessian:
             native.syrk_bf16(X.contiguous(), self._H)
             return
         step = max(1, _PIECE_BYTES // (4 * self.n))
-        for piece in X.split(step):
-            _add_upper(self._H, piece.float())
+        for a in range(0, X.shape[0], step):
+            _add_upper(self._H, X[a : a + step].float())
 
     def matrix(self) -> Tensor:
         """H, float32 (n, n), symmetric. A view of the state: do not write to it, and do not keep it

@@ -57,7 +57,7 @@ def order(diag: Tensor, group_size: int, act_order: str) -> tuple[Tensor, Tensor
         diag: diag(H), (n,).
         group_size: columns in a group, or −1.
         act_order: "none"; "group" (by diag(H) inside each group, groups by their largest, so that groups
-            stay consecutive columns); "full" (by diag(H), groups are made of consecutive columns in this order).
+            stay consecutive columns); "full" (by diag(H), groups are consecutive columns in this order).
 
     Returns:
         perm int64 (n,), perm[k] is the column processed k-th; g_idx int32 (n,), the group of each column.
@@ -112,34 +112,26 @@ def solve(W: Tensor, factor: Factor, grid: Grid, bits: int, *, backend: Backend 
         The codes and the loss. The loss is measured with H as accumulated: the part of the damping,
         λ ‖W − Ŵ‖², is taken off.
     """
-    m, n = W.shape
-    compiled = native.use(backend, W)
-    scales, zeros = grid.scales.float().contiguous(), grid.zeros.float().contiguous()
-    groups = grid.g_idx[factor.perm].to(W.device)
-    codes = torch.empty(m, n, dtype=torch.uint8, device=W.device)
-    E = torch.empty(m, n, dtype=torch.float32, device=W.device)  # W − Ŵ in processing order
+    # Transposed throughout: a column of the weight is then contiguous, and so are its scales.
+    n, m = W.shape[1], W.shape[0]
+    block = native.ldlq_block if native.use(backend, W) else _block
+    scales, zeros = grid.scales.float().T.contiguous(), grid.zeros.float().T.contiguous()
+    groups = grid.g_idx[factor.perm].contiguous()
+    codes = torch.empty(n, m, dtype=torch.uint8, device=W.device)
+    E = torch.empty(n, m, dtype=torch.float32, device=W.device)  # W − Ŵ in processing order
     loss = 0.0
     for a in range(0, n, _BLOCK):
         b = min(a + _BLOCK, n)
         columns = factor.perm[a:b]
-        W_block = W.index_select(1, columns)
-        # w_i + Σ_{j<a} (w_j − ŵ_j) F_ji for the block's columns; the rest of the sum follows inside it.
-        T = torch.addmm(W_block, E[:, :a], factor.F[:a, a:b]) if a else W_block.clone()
-        block = native.ldlq_block if compiled else _block
-        q, share = block(
-            W_block,
-            T,
-            factor.F[a:b, a:b].contiguous(),
-            factor.d[a:b],
-            scales,
-            zeros,
-            groups[a:b],
-            bits,
-            E[:, a:b],
-        )
-        codes[:, columns] = q
-        loss += share
-    return Sweep(codes, max(0.0, loss - factor.added * float(E.square().sum(dtype=torch.float64))))
+        W_block = W.index_select(1, columns).T.contiguous()
+        # w_i + Σ_{j<a} (w_j − ŵ_j) F_ji; the rest of the sum follows inside the block.
+        T = torch.addmm(W_block, factor.F[:a, a:b].T, E[:a]) if a else W_block.clone()
+        F, d = factor.F[a:b, a:b].contiguous(), factor.d[a:b]
+        q = torch.empty_like(W_block, dtype=torch.uint8)
+        loss += block(W_block, T, F, d, scales, zeros, groups[a:b], bits, q, E[a:b])
+        codes[columns] = q
+    damping = factor.added * float(E.square().sum(dtype=torch.float64))
+    return Sweep(codes.T.contiguous(), max(0.0, loss - damping))
 
 
 def _block(
@@ -151,20 +143,18 @@ def _block(
     zeros: Tensor,
     groups: Tensor,
     bits: int,
+    codes: Tensor,
     E: Tensor,
-) -> tuple[Tensor, float]:
-    """The torch form of `native.ldlq_block`. Works on transposes: a column of W is then contiguous."""
-    W, T = W.T.contiguous(), T.T.contiguous()
-    errors, codes = torch.empty_like(W), torch.empty_like(W, dtype=torch.uint8)
+) -> float:
+    """The torch form of `native.ldlq_block`; T is overwritten."""
     loss = torch.zeros((), dtype=torch.float64, device=W.device)
     levels = 2**bits - 1
     for i, group in enumerate(groups.tolist()):
-        s, z = scales[:, group], zeros[:, group]
+        s, z = scales[group], zeros[group]
         q = torch.round(T[i] / s).add_(z).clamp_(0, levels)
         w_hat = (q - z) * s
         loss += (T[i] - w_hat).square().sum(dtype=torch.float64) * d[i]
-        torch.sub(W[i], w_hat, out=errors[i])
+        torch.sub(W[i], w_hat, out=E[i])
         codes[i] = q.to(torch.uint8)
-        T[i + 1 :].addr_(F[i, i + 1 :], errors[i])
-    E.copy_(errors.T)
-    return codes.T, float(loss)
+        T[i + 1 :].addr_(F[i, i + 1 :], E[i])
+    return float(loss)

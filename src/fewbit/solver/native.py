@@ -26,8 +26,8 @@ def _load() -> tuple[Any, str]:
         return importlib.import_module("fewbit._native"), ""
     except ImportError as error:
         return None, (
-            f"the compiled module fewbit._native cannot be imported ({error}). Installing fewbit with a C++17 "
-            "compiler at hand builds it; until then the slower torch path is used."
+            f"the compiled module fewbit._native cannot be imported ({error}). Installing fewbit with a "
+            "C++17 compiler at hand builds it; until then the slower torch path is used."
         )
 
 
@@ -83,14 +83,21 @@ def syrk_bf16(X: Tensor, H: Tensor) -> None:
 
 
 def fit_grid(
-    W: Tensor, D: Tensor, starts: Tensor, factors: Tensor, fine: Tensor, offsets: Tensor, bits: int, sym: bool
+    W: Tensor,
+    D: Tensor,
+    starts: Tensor,
+    coarse: Tensor,
+    fine: Tensor,
+    offsets: Tensor,
+    bits: int,
+    sym: bool,
 ) -> tuple[Tensor, Tensor]:
     """The search of `solver.grid`, groups being the columns ``starts[g] … starts[g+1]``.
 
     Args:
         W: float32 (m, n) contiguous. D: float32 (n,). starts: int32 (G + 1,).
-        factors, fine: float32, multiples of the base scale and of the best coarse scale.
-        offsets: int32, candidate zero points relative to the middle one; ignored when `sym`.
+        coarse, fine: float32, multiples of the base scale, and of the best coarse scale.
+        offsets: int32, candidate zero points relative to that of the min-max grid; not used when `sym`.
 
     Returns:
         scales float32 (m, G) and zeros float32 (m, G).
@@ -100,9 +107,9 @@ def fit_grid(
     scales = torch.empty(m, G, dtype=torch.float32)
     zeros = torch.empty(m, G, dtype=torch.float32)
     _load()[0].fit_grid(
-        W.data_ptr(), D.data_ptr(), starts.data_ptr(), m, n, G,
-        factors.data_ptr(), factors.numel(), fine.data_ptr(), fine.numel(), offsets.data_ptr(), offsets.numel(),
-        bits, sym, scales.data_ptr(), zeros.data_ptr(), torch.get_num_threads(),
+        W.data_ptr(), D.data_ptr(), starts.data_ptr(), m, n, G, coarse.data_ptr(), coarse.numel(),
+        fine.data_ptr(), fine.numel(), offsets.data_ptr(), offsets.numel(), bits, sym,
+        scales.data_ptr(), zeros.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return scales, zeros
 
@@ -116,22 +123,24 @@ def ldlq_block(
     zeros: Tensor,
     groups: Tensor,
     bits: int,
+    codes: Tensor,
     E: Tensor,
-) -> tuple[Tensor, float]:
-    """One block of `solver.ldlq`: codes uint8 (m, k), and the block's share of the loss. Fills E.
+) -> float:
+    """One block of `solver.ldlq`: fills codes and E, returns the block's share of the loss.
+
+    All matrices are contiguous, and those with m as the last dimension hold one column of W per row.
 
     Args:
-        W: float32 (m, k) contiguous, the weights. T: float32 (m, k) contiguous, the targets, overwritten.
-        F: float32 (k, k) contiguous, unit upper triangular. d: float32 (k,), the diagonal of D.
-        scales, zeros: float32 (m, G) contiguous. groups: int32 (k,).
-        E: float32 (m, k), rows may be strided; receives W − Ŵ.
+        W: float32 (k, m), the weights; k ≤ 128. T: float32 (k, m), the targets.
+        F: float32 (k, k), unit upper triangular. d: float32 (k,), the diagonal of D.
+        scales, zeros: float32 (G, m). groups: int32 (k,).
+        codes: uint8 (k, m), written. E: float32 (k, m), written: W − Ŵ.
     """
-    m, k = W.shape
-    codes = torch.empty(m, k, dtype=torch.uint8)
-    losses = torch.empty(m, dtype=torch.float64)
+    k, m = W.shape
+    loss = torch.empty(m, dtype=torch.float32)
     _load()[0].ldlq_block(
-        W.data_ptr(), T.data_ptr(), F.data_ptr(), d.data_ptr(), scales.data_ptr(), zeros.data_ptr(), groups.data_ptr(),
-        m, k, scales.shape[1], bits, codes.data_ptr(), E.data_ptr(), E.stride(0), losses.data_ptr(),
+        W.data_ptr(), T.data_ptr(), F.data_ptr(), d.data_ptr(), scales.data_ptr(), zeros.data_ptr(),
+        groups.data_ptr(), m, k, bits, codes.data_ptr(), E.data_ptr(), loss.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
-    return codes, float(losses.sum())
+    return float(loss.sum(dtype=torch.float64))

@@ -1,0 +1,64 @@
+// The row-parallel kernels of the solver. Each is compiled once per instruction set and chosen at run time.
+#pragma once
+
+#include <cstdint>
+
+namespace fewbit {
+
+// One call of fit_grid; see src/fewbit/solver/grid.py for the mathematics.
+struct GridProblem {
+    const float* W;         // (m, n)
+    const float* D;         // (n)
+    const int32_t* starts;  // (G + 1): group g is columns starts[g] … starts[g + 1]
+    int64_t m, n, G;
+    const float* coarse;
+    int64_t coarse_count;
+    const float* fine;
+    int64_t fine_count;
+    const int32_t* offsets;
+    int64_t offset_count;
+    int bits;
+    bool sym;
+    float* scales;  // (m, G)
+    float* zeros;   // (m, G)
+};
+
+// One call of ldlq_block; see src/fewbit/solver/ldlq.py. Matrices with m as the last dimension hold one
+// column of the weight per row.
+struct LdlqProblem {
+    const float* W;         // (k, m)
+    const float* T;         // (k, m)
+    const float* F;         // (k, k)
+    const float* d;         // (k)
+    const float* scales;    // (G, m)
+    const float* zeros;     // (G, m)
+    const int32_t* groups;  // (k)
+    int64_t m, k;
+    int bits;
+    uint8_t* codes;  // (k, m)
+    float* E;        // (k, m)
+    float* loss;     // (m)
+};
+
+constexpr int64_t GRID_ROWS = 16;
+constexpr int64_t LDLQ_ROWS = 32;
+constexpr int64_t LDLQ_COLUMNS = 128;  // the largest k
+
+#define FEWBIT_KERNELS(ISA)                                                                 \
+    namespace ISA {                                                                         \
+    /* Rows row … row + GRID_ROWS; scratch holds GRID_ROWS floats per column of a group. */ \
+    void grid_rows(const GridProblem& problem, int64_t row, float* scratch);                \
+    /* Rows row … row + LDLQ_ROWS. */                                                       \
+    void ldlq_rows(const LdlqProblem& problem, int64_t row);                                \
+    }
+
+FEWBIT_KERNELS(generic)
+#if defined(FEWBIT_HAVE_X86)
+FEWBIT_KERNELS(avx2)
+FEWBIT_KERNELS(avx512)
+
+// Upper triangle of H += Xᵀ X; X (tokens, n) bfloat16, H (n, n). Needs AVX512-BF16.
+void syrk_bf16(const uint16_t* X, float* H, int64_t tokens, int64_t n, int threads);
+#endif
+
+}  // namespace fewbit
