@@ -15,7 +15,9 @@ A layer of shape (out, in) with G groups is stored as
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -45,13 +47,10 @@ def pack(codes: Codes, fmt: str) -> dict[str, Tensor]:
             that includes zero point 0: what is stored is zero − 1, and readers disagree about −1.
     """
     _check_format(fmt)
-    lowest = 1 if fmt == "gptq" else 0
     _check_range("code", codes.codes, 0, codes.bits, fmt)
-    _check_range("zero point", codes.zeros, lowest, codes.bits, fmt)
-    stored_zeros = (codes.zeros - lowest).to(torch.uint8).t().contiguous()
     return {
         QWEIGHT: pack_rows(codes.codes, codes.bits).t().contiguous(),
-        QZEROS: pack_rows(stored_zeros, codes.bits),
+        QZEROS: pack_zeros(codes.zeros, codes.bits, fmt),
         SCALES: codes.scales.t().contiguous(),
         G_IDX: codes.g_idx.to(torch.int32).contiguous(),
     }
@@ -88,8 +87,38 @@ def unpack(
     )
 
 
+def without_zero_point_0(codes: Codes) -> Codes:
+    """The same weight without zero points of 0, which format "gptq" cannot say.
+
+    Where zero = 0 the grid is turned round: ``s·q = −s·((M − q) − M)`` with M = 2^bits − 1. Exact.
+    """
+    turned = codes.zeros == 0
+    if not turned.any():
+        return codes
+    largest = 2**codes.bits - 1
+    turned_codes = turned.index_select(1, codes.g_idx.long())
+    return dataclasses.replace(
+        codes,
+        codes=torch.where(turned_codes, largest - codes.codes, codes.codes),
+        zeros=torch.where(turned, largest, codes.zeros).to(torch.int16),
+        scales=torch.where(turned, -codes.scales, codes.scales),
+    )
+
+
+class Shaped(Protocol):
+    """A tensor, or a description of one in a file."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of each value."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes."""
+
+
 def shape_problems(
-    tensors: Mapping[str, Tensor], bits: int, groups: int, in_features: int, out_features: int
+    tensors: Mapping[str, Shaped], bits: int, groups: int, in_features: int, out_features: int
 ) -> list[str]:
     """What keeps `tensors` from being a layer of this shape, in words; empty if nothing does.
 
@@ -115,6 +144,17 @@ def shape_problems(
             least = "" if padded_axis is None else " or more words"
             problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {shape}{least}")
     return problems
+
+
+def pack_zeros(zeros: Tensor, bits: int, fmt: str) -> Tensor:
+    """``qzeros`` int32 (G, words) from zero points (out, G).
+
+    Raises:
+        CheckpointError: a zero point has no representation in this format, see `pack`.
+    """
+    lowest = 1 if fmt == "gptq" else 0
+    _check_range("zero point", zeros, lowest, bits, fmt)
+    return pack_rows((zeros - lowest).to(torch.uint8).t().contiguous(), bits)
 
 
 def unpack_zeros(qzeros: Tensor, bits: int, fmt: str, out_features: int) -> Tensor:

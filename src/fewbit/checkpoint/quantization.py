@@ -75,9 +75,14 @@ class CheckpointSettings:
     assumed: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def base(self) -> LayerFormat:
+        """The format of a layer that no rule touches."""
+        return LayerFormat(self.bits, self.group_size, self.sym, self.desc_act)
+
     def layer(self, name: str) -> LayerFormat | None:
         """The format of the layer called `name`; None where the configuration leaves it unquantized."""
-        base = LayerFormat(self.bits, self.group_size, self.sym, self.desc_act)
+        base = self.base
         is_output = name.rpartition(".")[2] in OUTPUT_EMBEDDINGS
         for pattern, override in self.dynamic.items():
             if re.match(pattern.removeprefix("-:").removeprefix("+:"), name):

@@ -1,0 +1,201 @@
+"""Rewriting a checkpoint without changing a weight: v1 ↔ v2, AutoGPTQ folders, pickles, other shard sizes.
+
+One tensor or layer is in memory at a time. Only ``qzeros`` differ between the formats. Format "gptq" cannot
+say zero point 0; such groups are turned round (see `layout.without_zero_point_0`), which is exact.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..config import FORMATS
+from ..errors import CheckpointError, ConfigError, OutputError
+from . import layout, manifest, quantization
+from .header import TensorInfo
+from .layout import G_IDX, PARTS, QWEIGHT, QZEROS
+from .quantization import CheckpointSettings
+from .reader import LayerSpec, find_config, layer_names, layer_spec, open_weights, read_weight_map
+from .writer import CONFIG, MARKER, QUANTIZE_CONFIG, CheckpointWriter
+
+_PICKLE_INDEX = "pytorch_model.bin.index.json"
+_WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
+# Where the writer's machine kept things: of no use elsewhere, and nobody's business.
+_PRIVATE_KEYS = ("model_name_or_path", "model_file_base_name", "is_marlin_format")
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What `convert` did: layers rewritten, and groups whose grid was turned round (zero point 0)."""
+
+    output: Path
+    format: str
+    layers: int
+    turned_groups: int
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Tensors by name from whatever files there are."""
+
+    tensors: Mapping[str, TensorInfo]
+    tensor: Callable[[str], Tensor]
+
+
+@dataclass
+class _Seen:
+    """What the layers turned out to be, counted on the way."""
+
+    turned_groups: int = 0
+    all_sym: bool = True
+    any_act_order: bool = False
+
+
+def convert(
+    path: str | Path,
+    output: str | Path,
+    fmt: str,
+    *,
+    max_shard_size: int | str = "5GB",
+    allow_pickle: bool = False,
+) -> ConvertResult:
+    """Write the checkpoint in the folder `path` to the folder `output` in format `fmt`.
+
+    Args:
+        path: a GPTQ checkpoint from any tool.
+        output: missing, empty, or left by an interrupted conversion.
+        fmt: "gptq" (v1) or "gptq_v2".
+        max_shard_size: of each weight file.
+        allow_pickle: also read .bin and .pt files, with torch's restricted unpickler.
+
+    Raises:
+        ConfigError: `fmt` is not known.
+        CheckpointError: the source is damaged, or would need `allow_pickle`.
+        OutputError: the output is not empty, or cannot be written.
+    """
+    source_folder, output_folder = Path(path), Path(output)
+    if fmt not in FORMATS:
+        raise ConfigError(f"format must be one of {', '.join(FORMATS)}; got {fmt!r}")
+    config, found, where = find_config(source_folder)
+    settings = quantization.parse(found, str(where), "gptq" if where.name == QUANTIZE_CONFIG else None)
+    if not config:
+        raise CheckpointError(f"{source_folder} has no {CONFIG}; copy the original model's into it")
+    _refuse_non_empty(output_folder)
+    source = _open_source(source_folder, found.get("model_file_base_name"), allow_pickle)
+    specs = {name: layer_spec(name, settings, source.tensors) for name in layer_names(source.tensors)}
+
+    seen = _Seen()
+    with CheckpointWriter(output_folder, max_shard_size) as writer:
+        for name in source.tensors:
+            layer, _, part = name.rpartition(".")
+            if layer not in specs or part not in PARTS:
+                writer.add(name, source.tensor(name))
+            elif part == QWEIGHT:  # the layer's other parts are written with it
+                for short, tensor in _converted(source, specs[layer], fmt, seen).items():
+                    writer.add(f"{layer}.{short}", tensor)
+        restated = _restated(found, settings, fmt, seen)
+        writer.finish(config, restated, dict(_other_files(source_folder)))
+    return ConvertResult(output_folder, fmt, len(specs), seen.turned_groups)
+
+
+def _converted(source: _Source, spec: LayerSpec, fmt: str, seen: _Seen) -> dict[str, Tensor]:
+    """The layer's tensors in format `fmt`: all but qzeros as they are, unless a grid must be turned round."""
+    tensors = {part: source.tensor(f"{spec.name}.{part}") for part in spec.parts if part in PARTS}
+    sizes = (spec.in_features, spec.out_features)
+    try:
+        codes = layout.unpack(tensors, spec.bits, spec.group_size, spec.format, *sizes)
+    except CheckpointError as error:
+        raise CheckpointError(f"layer {spec.name}: {error}") from error
+    seen.all_sym &= bool((codes.zeros == 2 ** (spec.bits - 1)).all())
+    seen.any_act_order |= codes.has_act_order
+    turned = int((codes.zeros == 0).sum()) if fmt == "gptq" else 0
+    if turned:
+        seen.turned_groups += turned
+        return layout.pack(layout.without_zero_point_0(codes), fmt)
+    return tensors | {QZEROS: layout.pack_zeros(codes.zeros, spec.bits, fmt), G_IDX: codes.g_idx}
+
+
+def _restated(
+    found: Mapping[str, Any], settings: CheckpointSettings, fmt: str, seen: _Seen
+) -> dict[str, Any]:
+    """The source's quantization configuration in today's words; what it did not say, the tensors say."""
+    kept = {key: value for key, value in found.items() if key not in _PRIVATE_KEYS}
+    meta: Any = found.get("meta")
+    quantizers = [name for name in settings.quantizers if not name.startswith("fewbit:")]
+    return {
+        **kept,
+        "quant_method": "gptq",
+        "sym": seen.all_sym if "sym" in settings.assumed else settings.sym,
+        "desc_act": seen.any_act_order if "desc_act" in settings.assumed else settings.desc_act,
+        "checkpoint_format": fmt,
+        "format": fmt,
+        "meta": {
+            **(meta if isinstance(meta, dict) else {}),
+            "quantizer": [*quantizers, f"fewbit:{__version__}"],
+        },
+    }
+
+
+def _refuse_non_empty(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file; give a folder")
+    if output.is_dir() and not (output / MARKER).exists() and any(output.iterdir()):
+        raise OutputError(f"{output} is not empty; choose another output folder")
+
+
+def _other_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Tokenizer, generation config, model code and so on: everything but weights and what is rewritten."""
+    for path in sorted(folder.iterdir()):
+        rewritten = path.name in (CONFIG, QUANTIZE_CONFIG, MARKER, manifest.NAME)
+        if path.is_file() and not rewritten and not path.name.endswith(_WEIGHT_ENDINGS):
+            yield path.name, path
+
+
+def _open_source(folder: Path, base_name: str | None, allow_pickle: bool) -> _Source:
+    pickles = _find_pickles(folder) if allow_pickle and not any(folder.glob("*.safetensors")) else []
+    if not pickles:
+        weights = open_weights(folder, base_name)
+        return _Source(weights.tensors, weights.tensor)
+    loaded: dict[str, Tensor] = {}
+    for path in pickles:
+        loaded.update(_load_pickle(path))
+    return _Source({name: _describe(tensor) for name, tensor in loaded.items()}, loaded.__getitem__)
+
+
+def _find_pickles(folder: Path) -> list[Path]:
+    index = folder / _PICKLE_INDEX
+    if index.exists():
+        return [folder / file for file in sorted(set(read_weight_map(index).values()))]
+    found = sorted(path for ending in ("*.bin", "*.pt", "*.pth") for path in folder.glob(ending))
+    found = [path for path in found if path.name != "training_args.bin"]
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise CheckpointError(f"{folder} has several weight files and no {_PICKLE_INDEX}: {names}; keep one")
+    return found
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    """Memory-mapped where the file's age allows it; only tensors and plain containers are unpickled."""
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"cannot read {path} as tensors: {error}") from error
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise CheckpointError(f"{path} holds no state dict (names → tensors)")
+    return loaded
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _describe(tensor: Tensor) -> TensorInfo:
+    return TensorInfo(tensor.dtype, tuple(tensor.shape), 0, tensor.numel() * tensor.element_size())

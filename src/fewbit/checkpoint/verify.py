@@ -1,0 +1,308 @@
+"""Does a GPTQ checkpoint, from any tool, hold together? `verify` collects every problem it can find.
+
+Checked: the configuration, the files against the manifest, headers, the index, tensors that are missing or
+left over, shapes and dtypes, then every layer's contents: scales finite and not zero, g_idx in range, zero
+points plausible, and the configuration's `sym` and `desc_act` true, since fast kernels rely on them instead
+of reading the tensors. With `against`, also how far every layer is from the original weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..codes import sequential_groups
+from ..errors import CheckpointError
+from . import layout, manifest, quantization
+from .header import TensorInfo, read_header
+from .layout import G_IDX, PARTS, QZEROS, SCALES
+from .quantization import CheckpointSettings
+from .reader import (
+    Checkpoint,
+    LayerSpec,
+    Weights,
+    find_config,
+    find_weights,
+    layer_names,
+    layer_spec,
+    open_weights,
+    read_json,
+    read_weight_map,
+)
+from .writer import QUANTIZE_CONFIG
+
+# Writers that take 1 off whole words in format "gptq": what looks overwritten is exact in their files.
+_WHOLE_WORD_WRITERS = ("gptqmodel", "gptq-model", "gpt-qmodel")
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong: where (a file, a tensor or a layer) and what."""
+
+    where: str
+    what: str
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What `verify` found.
+
+    Attributes:
+        problems: everything found, in the order of the checks.
+        layers: quantized layers looked into.
+        errors: with `against`: layer → ‖W − Ŵ‖ / ‖W‖ (Frobenius).
+    """
+
+    problems: list[Problem]
+    layers: int = 0
+    errors: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found."""
+        return not self.problems
+
+
+def verify(path: str | Path, against: str | Path | None = None) -> VerifyResult:
+    """Check the checkpoint in the folder `path`; never stops at the first problem.
+
+    Args:
+        path: a checkpoint's folder.
+        against: the folder of the original model (safetensors), to measure every layer's error.
+
+    Raises:
+        CheckpointError: `path` is not a folder, or `against` cannot be read. Anything else is a `Problem`.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; give the folder of a quantized checkpoint")
+    base = open_weights(Path(against)) if against is not None else None
+
+    problems = [Problem(*found) for found in manifest.problems(folder)]
+    settings, config_problems = _check_config(folder)
+    weights, file_problems = _check_files(folder, settings)
+    problems += config_problems + file_problems
+    if settings is None or weights is None:
+        return VerifyResult(problems)
+
+    specs: dict[str, LayerSpec] = {}
+    for name in layer_names(weights.tensors):
+        try:
+            specs[name] = layer_spec(name, settings, weights.tensors)
+        except CheckpointError as error:
+            problems.append(Problem(name, str(error)))
+    if not layer_names(weights.tensors):
+        problems.append(Problem(str(folder), f"has no tensor named *.{layout.QWEIGHT}: nothing is quantized"))
+    problems += _left_over(weights.tensors)
+    checkpoint = Checkpoint(folder, {}, {}, settings, weights, specs)
+    errors: dict[str, float] = {}
+    for spec in specs.values():
+        problems += _check_layer(checkpoint, spec)
+        if base is not None:
+            problems += _compare(checkpoint, spec, base, errors)
+    problems += _not_finite(weights, specs)
+    return VerifyResult(problems, len(specs), errors)
+
+
+def _check_config(folder: Path) -> tuple[CheckpointSettings | None, list[Problem]]:
+    try:
+        _, found, where = find_config(folder)
+        default_method = "gptq" if where.name == QUANTIZE_CONFIG else None
+        settings = quantization.parse(found, where.name, default_method)
+    except CheckpointError as error:
+        return None, [Problem(str(folder), str(error))]
+    problems = []
+    if found.get("format", settings.format) != settings.format:
+        contradiction = f"checkpoint_format is {settings.format!r} but format is {found['format']!r}"
+        problems.append(Problem(where.name, contradiction))
+    beside = folder / QUANTIZE_CONFIG
+    if where != beside and beside.exists():
+        problems += _compare_configs(settings, beside, where.name)
+    return settings, problems
+
+
+def _compare_configs(settings: CheckpointSettings, beside: Path, main: str) -> Iterator[Problem]:
+    """Both files say the same, or old and new readers see different models."""
+    try:
+        other = quantization.parse(read_json(beside), beside.name, "gptq")
+    except CheckpointError as error:
+        yield Problem(beside.name, str(error))
+        return
+    for key in ("bits", "group_size", "sym", "desc_act", "format"):
+        if key in settings.assumed or key in other.assumed:
+            continue
+        mine, its = getattr(settings, key), getattr(other, key)
+        if mine != its:
+            yield Problem(beside.name, f"{key} is {its!r}, but {main} says {mine!r}")
+
+
+def _check_files(folder: Path, settings: CheckpointSettings | None) -> tuple[Weights | None, list[Problem]]:
+    """The tensors of all files that can be read, and what is wrong with files and index."""
+    try:
+        index, files = find_weights(folder, settings.extra.get("model_file_base_name") if settings else None)
+    except CheckpointError as error:
+        return None, [Problem(str(folder), str(error))]
+    problems: list[Problem] = []
+    tensors: dict[str, TensorInfo] = {}
+    place: dict[str, Path] = {}
+    for path in files:
+        try:
+            infos, metadata = read_header(path)
+        except CheckpointError as error:
+            problems.append(Problem(path.name, str(error)))
+            continue
+        if metadata.get("format") != "pt":
+            problems.append(
+                Problem(path.name, 'has no metadata {"format": "pt"}; transformers refuses such files')
+            )
+        for name, info in infos.items():
+            if name in place:
+                problems.append(Problem(name, f"is both in {place[name].name} and in {path.name}"))
+            tensors[name], place[name] = info, path
+    if index is not None:
+        problems += _check_index(index, tensors, place)
+    for path in sorted(set(folder.glob("*.safetensors")) - set(files)):
+        problems.append(Problem(path.name, "is left over: nothing refers to it"))
+    return Weights(folder, index, files, tensors, place), problems
+
+
+def _check_index(index: Path, tensors: dict[str, TensorInfo], place: dict[str, Path]) -> Iterator[Problem]:
+    weight_map = read_weight_map(index)
+    readable = {path.name for path in place.values()}
+    for name, file in weight_map.items():
+        if file in readable and (name not in place or place[name].name != file):
+            yield Problem(index.name, f"says that {name} is in {file}, but it is not")
+    for name in place.keys() - weight_map.keys():
+        yield Problem(index.name, f"does not list {name}, which is in {place[name].name}")
+    metadata = read_json(index).get("metadata")
+    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+    actual = sum(info.nbytes for info in tensors.values())
+    if isinstance(stated, int) and stated != actual and readable == set(weight_map.values()):
+        yield Problem(index.name, f"says total_size {stated}, but the tensors have {actual} bytes")
+
+
+def _left_over(tensors: dict[str, TensorInfo]) -> Iterator[Problem]:
+    """Parts without a qweight, and float weights beside quantized ones."""
+    layers = set(layer_names(tensors))
+    for name in tensors:
+        layer, _, part = name.rpartition(".")
+        if part in PARTS and layer not in layers:
+            yield Problem(name, f"is left over: {layer} has no qweight")
+        elif part == "weight" and layer in layers:
+            yield Problem(name, f"is left over: {layer} is quantized")
+
+
+def _check_layer(checkpoint: Checkpoint, spec: LayerSpec) -> Iterator[Problem]:
+    if not spec.configured:
+        yield Problem(spec.name, "is quantized, but the configuration says that it is not")
+    yield from _check_scales(checkpoint.tensor(f"{spec.name}.{SCALES}"), spec)
+    yield from _check_zeros(checkpoint.tensor(f"{spec.name}.{QZEROS}"), spec, checkpoint.settings)
+    if spec.has_g_idx:
+        yield from _check_g_idx(checkpoint.tensor(f"{spec.name}.{G_IDX}"), spec)
+
+
+def _check_scales(scales: Tensor, spec: LayerSpec) -> Iterator[Problem]:
+    where = f"{spec.name}.{SCALES}"
+    bad, zero = int((~scales.isfinite()).sum()), int((scales == 0).sum())
+    if bad:
+        yield Problem(where, f"{bad} of {scales.numel()} scales are not finite")
+    if zero:
+        yield Problem(where, f"{zero} of {scales.numel()} scales are zero: their weights are lost")
+
+
+def _check_zeros(qzeros: Tensor, spec: LayerSpec, settings: CheckpointSettings) -> Iterator[Problem]:
+    where = f"{spec.name}.{QZEROS}"
+    if spec.format == "gptq" and not any(
+        name.lower().startswith(_WHOLE_WORD_WRITERS) for name in settings.quantizers
+    ):
+        words = overwritten_words(qzeros, spec.bits, spec.out_features)
+        if words:
+            yield Problem(
+                where,
+                f"{words} words look overwritten: a zero point of 0 was stored as -1 and set all fields "
+                "above it, as AutoGPTQ does; those zero points are lost, quantize the model again",
+            )
+            return
+    zeros = layout.unpack_zeros(qzeros, spec.bits, spec.format, spec.out_features)
+    middle = 2 ** (spec.bits - 1)
+    off = int((zeros != middle).sum())
+    if spec.sym and off:
+        yield Problem(
+            where,
+            f"{off} of {zeros.numel()} zero points are not {middle}, although the configuration says sym: "
+            "kernels for symmetric grids compute wrong weights",
+        )
+
+
+def overwritten_words(qzeros: Tensor, bits: int, out_features: int) -> int:
+    """Full words of a v1 ``qzeros`` (G, words) whose bits from the second-highest value up are all set.
+
+    That is the trace of a writer that stored zero point 0 as -1 in 32 bits: it sets every field above. At
+    3 bits the highest value of the first two words of three goes on in the next word.
+    """
+    full = out_features * bits // 32
+    lowest = torch.tensor([27, 28, 26] if bits == 3 else [32 - 2 * bits]).repeat(full)[:full]
+    words = qzeros[:, :full].to(torch.int64) & 0xFFFFFFFF
+    return int((words >> lowest == 2 ** (32 - lowest) - 1).sum())
+
+
+def _check_g_idx(g_idx: Tensor, spec: LayerSpec) -> Iterator[Problem]:
+    where = f"{spec.name}.{G_IDX}"
+    if not g_idx.numel():
+        return
+    low, high = int(g_idx.min()), int(g_idx.max())
+    if low < 0:
+        yield Problem(where, f"holds negative group {low}")
+    if high >= spec.groups:
+        yield Problem(where, f"holds group {high}, but there are only {spec.groups}")
+    sequential = sequential_groups(spec.in_features, spec.group_size)
+    if low >= 0 and not spec.desc_act and not torch.equal(g_idx.to(torch.int32), sequential):
+        yield Problem(
+            where, "is not sequential, although the configuration does not say desc_act: readers ignore it"
+        )
+    if low >= 0 and spec.group_size != -1:
+        most = int(torch.bincount(g_idx).max())
+        if most > spec.group_size:
+            yield Problem(where, f"gives one group {most} inputs; {spec.group_size} fit")
+
+
+def _not_finite(weights: Weights, specs: dict[str, LayerSpec]) -> Iterator[Problem]:
+    """Non-finite values in what is not quantized (the scales have their own check)."""
+    own = {f"{name}.{part}" for name in specs for part in PARTS}
+    for name, info in weights.tensors.items():
+        if name in own or not info.dtype.is_floating_point or info.dtype.itemsize == 1:
+            continue
+        bad = int((~weights.tensor(name).isfinite()).sum())
+        if bad:
+            yield Problem(name, f"{bad} of its values are not finite")
+
+
+def _compare(
+    checkpoint: Checkpoint, spec: LayerSpec, base: Weights, errors: dict[str, float]
+) -> Iterator[Problem]:
+    """Put ‖W − Ŵ‖ / ‖W‖ into `errors`. Conv1D weights (in, out) are recognised by their shape."""
+    key = f"{spec.name}.weight"
+    if key not in base.tensors:
+        yield Problem(spec.name, f"has no counterpart {key} in {base.folder}")
+        return
+    original = base.tensor(key).float()
+    shape = (spec.out_features, spec.in_features)
+    if tuple(original.shape) not in (shape, shape[::-1]):
+        yield Problem(spec.name, f"has shape {shape}, the original {tuple(original.shape)}")
+        return
+    try:
+        weight = checkpoint.codes(spec.name).dequantize()
+    except CheckpointError as error:
+        yield Problem(spec.name, str(error))
+        return
+    candidates = [w for w in (original, original.t()) if tuple(w.shape) == shape]
+    norm = max(float(original.norm()), torch.finfo(torch.float32).tiny)
+    errors[spec.name] = min(float((w - weight).norm()) / norm for w in candidates)
+    if not errors[spec.name] < 1:
+        yield Problem(
+            spec.name, f"is as far from the original as zero is (relative error {errors[spec.name]:.2f})"
+        )

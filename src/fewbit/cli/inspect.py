@@ -1,0 +1,151 @@
+"""``fewbit inspect``: what a checkpoint is, and what can run it here."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..checkpoint.reader import Checkpoint, LayerSpec, open_checkpoint
+from ..runtime import registry
+from ..runtime.kernel import KernelSpec
+from .display import size_text
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_EXAMPLES = """
+Examples:
+
+  fewbit inspect out
+
+  fewbit inspect out --json
+"""
+
+
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a GPTQ checkpoint, from any tool.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="List every layer.")] = False,
+) -> None:
+    """Show bits, groups, format, sizes and origin of a checkpoint, and which kernels here can run it.
+
+    Only headers are read; `fewbit verify` looks at the contents.
+    """
+    opened = open_checkpoint(checkpoint)
+    if as_json:
+        print(json.dumps(_facts(opened) | {"kernels": _kernels(opened)}))
+        return
+    console = Console()
+    console.print(_summary(opened))
+    if verbose:
+        console.print(_layers(opened))
+    console.print(_kernel_table(opened))
+
+
+inspect.__doc__ = f"{inspect.__doc__}\n{_EXAMPLES}"
+
+
+def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Everything about the checkpoint itself, in plain JSON types."""
+    specs = checkpoint.layers.values()
+    weights = sum(spec.in_features * spec.out_features for spec in specs)
+    nbytes = sum(spec.nbytes for spec in specs)
+    total = sum(info.nbytes for info in checkpoint.tensors.values())
+    settings = checkpoint.settings
+    return {
+        "model_type": checkpoint.config.get("model_type"),
+        "format": settings.format,
+        "bits": settings.bits,
+        "group_size": settings.group_size,
+        "sym": settings.sym,
+        "desc_act": settings.desc_act,
+        "assumed": list(settings.assumed),
+        "made_by": list(settings.quantizers),
+        "modules": len(checkpoint.layers),
+        "layouts": dict(Counter(map(_layout_text, specs))),
+        "padded_modules": sum(spec.padded for spec in specs),
+        "quantized_weights": weights,
+        "bits_per_weight": nbytes * 8 / weights if weights else None,
+        "quantized_bytes": nbytes,
+        "other_bytes": total - nbytes,
+        "files": len(checkpoint.weights.files),
+    }
+
+
+def _summary(checkpoint: Checkpoint) -> Table:
+    facts = _facts(checkpoint)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("model", facts["model_type"] or "unknown")
+    table.add_row("format", facts["format"])
+    table.add_row("made by", ", ".join(facts["made_by"]) or "not stated")
+    for text, count in facts["layouts"].items():
+        table.add_row(f"{count} layers", text)
+    if facts["assumed"]:
+        table.add_row("not stated", f"{', '.join(facts['assumed'])}: read as the default")
+    if facts["padded_modules"]:
+        table.add_row("padded", f"{facts['padded_modules']} layers do not fill their last words")
+    if facts["bits_per_weight"] is not None:
+        per_weight = f"{facts['bits_per_weight']:.2f}, with scales, zero points and g_idx"
+        table.add_row("bits per weight", per_weight)
+    quantized, other = size_text(facts["quantized_bytes"]), size_text(facts["other_bytes"])
+    table.add_row("size", f"{quantized} quantized, {other} not, in {facts['files']} file(s)")
+    return table
+
+
+def _layout_text(spec: LayerSpec) -> str:
+    groups = "one group per row" if spec.group_size == -1 else f"groups of {spec.group_size}"
+    order = ", act-order" if spec.desc_act else ""
+    return f"{spec.bits} bits, {groups}, {'symmetric' if spec.sym else 'asymmetric'}{order}"
+
+
+def _layers(checkpoint: Checkpoint) -> Table:
+    table = Table("layer", "out x in", "layout", "size", box=None, padding=(0, 2, 0, 0))
+    for spec in checkpoint.layers.values():
+        shape = f"{spec.out_features} x {spec.in_features}"
+        table.add_row(spec.name, shape, _layout_text(spec), size_text(spec.nbytes))
+    return table
+
+
+def _kernels(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """For every kernel: how many layers it can run here, and the first reason where it cannot."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float16"
+    dtype = _DTYPES.get(stated, torch.float16)
+    able: Counter[str] = Counter()
+    reasons: dict[str, str] = {}
+    for spec in checkpoint.layers.values():
+        for name, reason in registry.explain(_kernel_spec(spec), device, dtype):
+            able[name] += reason is None
+            if reason is not None:
+                reasons.setdefault(name, reason)
+    return [
+        {"kernel": name, "device": device.type, "modules": count, "why_not": reasons.get(name)}
+        for name, count in able.items()
+    ]
+
+
+def _kernel_spec(spec: LayerSpec) -> KernelSpec:
+    return KernelSpec(
+        bits=spec.bits,
+        group_size=spec.group_size,
+        sym=spec.sym,
+        act_order=spec.desc_act,
+        in_features=spec.in_features,
+        out_features=spec.out_features,
+        format=spec.format,
+    )
+
+
+def _kernel_table(checkpoint: Checkpoint) -> Table:
+    found = _kernels(checkpoint)
+    table = Table("kernel", "layers", "why not", box=None, padding=(0, 2, 0, 0))
+    table.title, table.title_justify = f"kernels on {found[0]['device']}", "left"
+    for row in found:
+        table.add_row(row["kernel"], f"{row['modules']} of {len(checkpoint.layers)}", row["why_not"] or "")
+    return table

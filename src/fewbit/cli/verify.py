@@ -1,0 +1,65 @@
+"""``fewbit verify``: does a checkpoint hold together?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..checkpoint import verify as checkpoint_verify
+
+_EXAMPLES = """
+Examples:
+
+  fewbit verify out
+
+  fewbit verify out --against path/to/original --json
+"""
+
+
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a GPTQ checkpoint, from any tool.")],
+    against: Annotated[
+        Path | None, typer.Option(help="Folder of the original model: also measure every layer's error.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="With --against: every layer.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only the exit code.")] = False,
+) -> None:
+    """Check names, shapes, dtypes, index, hashes, scales, zero points and g_idx.
+
+    Lists every problem that it finds. Exit code 0 if there is none, else 1.
+    """
+    result = checkpoint_verify.verify(checkpoint, against)
+    if as_json:
+        problems = [problem._asdict() for problem in result.problems]
+        answer = {"ok": result.ok, "problems": problems, "layers": result.layers, "errors": result.errors}
+        print(json.dumps(answer))
+    elif not quiet:
+        _show(Console(), result, verbose)
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+verify.__doc__ = f"{verify.__doc__}\n{_EXAMPLES}"
+
+
+def _show(console: Console, result: checkpoint_verify.VerifyResult, verbose: bool) -> None:
+    for problem in result.problems:
+        console.print(f"{problem.where}: {problem.what}", markup=False, highlight=False)
+    if result.errors:
+        ranked = sorted(result.errors.items(), key=lambda item: -item[1])
+        shown = ranked if verbose else ranked[:3]
+        console.print("relative error of the weights, largest first:")
+        for name, error in shown:
+            console.print(f"  {error:.4f}  {name}", markup=False, highlight=False)
+        if len(shown) < len(ranked):
+            mean = sum(result.errors.values()) / len(result.errors)
+            console.print(f"  … {len(ranked) - len(shown)} more (-v shows them); mean {mean:.4f}")
+    if result.ok:
+        console.print(f"[green]ok[/]: {result.layers} quantized layers, nothing wrong")
+    else:
+        console.print(f"[red]{len(result.problems)} problems[/] in {result.layers} quantized layers")
