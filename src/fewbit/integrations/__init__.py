@@ -1,0 +1,1 @@
+"""Where fewbit meets other libraries; nothing here acts on being imported."""

@@ -1,0 +1,1 @@
+"""Running quantized checkpoints: the layers, the kernels behind them, and `load`."""

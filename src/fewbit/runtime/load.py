@@ -1,0 +1,148 @@
+"""``fewbit.load``: a quantized checkpoint as a transformers model.
+
+The folder is checked first (`fewbit.checkpoint.reader`); transformers then builds the model and reads the
+memory-mapped files tensor by tensor, so that the checkpoint is in memory once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..checkpoint.reader import Checkpoint, open_checkpoint
+from ..errors import CheckpointError, ConfigError
+from . import registry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    kernel: str = "auto",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a GPTQ checkpoint, whoever wrote it.
+
+    Args:
+        path: its folder, or a Hub id.
+        device: where the model goes.
+        dtype: of the activations and of what is not quantized; None or "auto" keeps the checkpoint's. On CPU,
+            bfloat16 is the fast one.
+        kernel: "auto", or the name of one that all layers must use (`fewbit.runtime.registry`).
+        trust_remote_code: run the model's own code where the checkpoint has some.
+
+    Returns:
+        A model of the class that config.json names, in eval mode. `kernels` says what its layers run on.
+
+    Raises:
+        CheckpointError: not a quantized checkpoint, damaged, or of another model than its config.json says.
+        KernelError: the kernel asked for does not exist or cannot run here.
+        ConfigError: an unknown dtype.
+    """
+    from ..integrations.transformers import offer
+
+    compute_dtype = _dtype(dtype)
+    if kernel != "auto" and kernel not in registry.names():
+        registry.get(kernel)
+    checkpoint = open_checkpoint(_local(path))
+    offer()
+    config = _config(checkpoint, kernel, trust_remote_code)
+    model_class = _model_class(checkpoint, config, trust_remote_code)
+    model: PreTrainedModel = model_class.from_pretrained(
+        str(checkpoint.path),
+        config=config,
+        dtype=compute_dtype,
+        **({"trust_remote_code": True} if trust_remote_code else {}),
+    )
+    if hasattr(model.config, "transformers_weights"):
+        del model.config.transformers_weights
+    return model.to(device)
+
+
+def kernels(model: nn.Module) -> list[str]:
+    """What the quantized layers of `model` run on, one line per kernel and reason, most layers first."""
+    from ..integrations.transformers import quantized_layers
+
+    counts: Counter[str] = Counter()
+    for _, layer in quantized_layers(model):
+        refused = "; ".join(f"{name}: {reason}" for name, reason in layer.kernel_reasons if reason)
+        counts[layer.kernel.name + (f" ({refused})" if refused else "")] += 1
+    return [f"{count} layers: {line}" for line, count in counts.most_common()]
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
+    if dtype is None or dtype == "auto":
+        return "auto"
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype must be auto, {', '.join(_DTYPES)} or a torch.dtype; got {dtype!r}")
+    return _DTYPES[dtype]
+
+
+def _local(path: str | Path) -> Path:
+    """The folder itself, or a Hub repository's files in the local cache."""
+    folder = Path(path)
+    if folder.exists():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is neither a folder nor a repository that can be read from the Hub: {error}"
+        ) from error
+
+
+def _config(checkpoint: Checkpoint, kernel: str, trust_remote_code: bool) -> Any:
+    """The model's configuration, with the quantization under the name that leads to fewbit."""
+    from transformers import AutoConfig
+
+    if "model_type" not in checkpoint.config:
+        raise CheckpointError(
+            f"{checkpoint.path} has no config.json that names a model_type: copy the original model's into it"
+        )
+    config = AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=trust_remote_code)
+    quantization = json.loads(json.dumps(checkpoint.quantization))
+    config.quantization_config = {**quantization, "quant_method": "fewbit", "backend": kernel}
+    weights = checkpoint.weights
+    config.transformers_weights = (weights.index or weights.files[0]).name
+    return config
+
+
+def _model_class(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> Any:
+    """The class that ``architectures`` names: transformers' own, or the checkpoint's code."""
+    import transformers
+
+    names = getattr(config, "architectures", None) or []
+    auto_map = getattr(config, "auto_map", None) or {}
+    if trust_remote_code and names:
+        for auto_class, reference in auto_map.items():
+            if str(reference).rpartition(".")[2] == names[0]:
+                return getattr(transformers, auto_class)
+    known = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+    if known:
+        return known[0]
+    if names and auto_map:
+        raise CheckpointError(
+            f"{checkpoint.path} needs its own code for {names[0]}; "
+            "if you trust it, pass trust_remote_code=True"
+        )
+    if names:
+        raise CheckpointError(
+            f"transformers {transformers.__version__} has no model class {names[0]}, "
+            f"which {checkpoint.path} needs"
+        )
+    return transformers.AutoModelForCausalLM
