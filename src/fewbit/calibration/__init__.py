@@ -1,0 +1,143 @@
+"""Calibration data: whatever the user has → batches of token ids on the CPU, with a fingerprint.
+
+`prepare` is the whole story; where text comes from is in `sources`, how a text becomes windows in
+`sampling`, how sequences become batches in `sequences`. Nothing here knows a model: what it needs of
+one (positions, vocabulary, decoder start token) is passed in as numbers. The same inputs and the same
+seed give the same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CalibrationError
+from .sampling import choose, sample_windows, thin
+from .sequences import Batch, add_decoder_inputs, check_ids, collate, fingerprint, read_item, truncate
+from .sources import NAMED, Corpus, RetiredDatasetError, Sequences, open_source
+
+__all__ = ["NAMED", "Calibration", "RetiredDatasetError", "prepare"]
+
+_ITEMS_HELD = 4096
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches ready for a model's forward.
+
+    Attributes:
+        batches: dicts of CPU tensors: input_ids int64 (batch, length); attention_mask int64 of the same
+            shape (0 = padding, on the right) only where something is masked; further keys as given.
+        fingerprint: SHA-256 over all of it.
+        tokens: unmasked tokens in all batches.
+        sequences: rows in all batches.
+        source: where they came from, in words (file names without folders).
+        notes: what was done that the caller did not ask for, one sentence each.
+    """
+
+    batches: list[dict[str, Tensor]]
+    fingerprint: str
+    tokens: int
+    sequences: int
+    source: str
+    notes: tuple[str, ...] = ()
+
+
+def prepare(
+    dataset: Any,
+    tokenizer: Any = None,
+    *,
+    num_samples: int | None = 128,
+    seq_len: int = 2048,
+    batch_size: int = 1,
+    seed: int = 0,
+    max_positions: int | None = None,
+    vocab_size: int | None = None,
+    decoder_start_token_id: int | None = None,
+) -> Calibration:
+    """Turn a dataset into calibration batches.
+
+    Running text (files, named sets, a `datasets.Dataset` with text) is tokenised without special tokens
+    and cut into windows of `seq_len`; list elements and rows with ``input_ids`` stay one sequence each
+    and are cut to `seq_len`. Of more windows or sequences than `num_samples`, one is drawn from each of
+    `num_samples` equal parts.
+
+    Args:
+        dataset: see `sources.open_source`.
+        tokenizer: a transformers tokenizer; not needed for token ids.
+        num_samples: sequences to use; None for all.
+        seq_len: tokens per window, and the most per sequence.
+        batch_size: sequences per batch.
+        seed: of the choice.
+        max_positions: the model's longest sequence; `seq_len` is capped to it.
+        vocab_size: the model's; ids outside are refused.
+        decoder_start_token_id: given for encoder-decoder models: batches get ``decoder_input_ids``.
+
+    Raises:
+        CalibrationError: no dataset, an unknown one, no tokens in it, or elements that cannot be used.
+        DependencyError: an optional package is missing.
+    """
+    notes: list[str] = []
+    if max_positions is not None and seq_len > max_positions:
+        notes.append(
+            f"seq_len {seq_len} is more than the model's {max_positions} positions: {max_positions} used"
+        )
+        seq_len = max_positions
+    source = open_source(dataset, tokenizer)
+    if isinstance(source, Corpus):
+        windows, more = sample_windows(
+            source.pieces, tokenizer, num_samples=num_samples, seq_len=seq_len, seed=seed
+        )
+        sequences: list[Batch] = [{"input_ids": window[None]} for window in windows]
+    else:
+        sequences, more = _sample_sequences(source, tokenizer, num_samples, seq_len, seed)
+    notes += more
+    if not sequences:
+        raise CalibrationError(f"{source.label}: the dataset is empty, there is not one token in it")
+    if vocab_size is not None:
+        check_ids(sequences, vocab_size)
+
+    pad_token_id = getattr(tokenizer, "pad_token_id", None)
+    groups = [sequences[i : i + batch_size] for i in range(0, len(sequences), batch_size)]
+    batches = [collate(group, pad_token_id) for group in groups]
+    if decoder_start_token_id is not None:
+        for batch in batches:
+            add_decoder_inputs(batch, decoder_start_token_id)
+    return Calibration(
+        batches=batches,
+        fingerprint=fingerprint(batches),
+        tokens=sum(
+            int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches
+        ),
+        sequences=len(sequences),
+        source=source.label,
+        notes=tuple(notes),
+    )
+
+
+def _sample_sequences(
+    source: Sequences, tokenizer: Any, num_samples: int | None, seq_len: int, seed: int
+) -> tuple[list[Batch], list[str]]:
+    if num_samples is None:
+        items, count = list(enumerate(source.items)), 0
+    else:
+        items, _, count = thin(enumerate(source.items), max(_ITEMS_HELD, num_samples))
+    read = [sequence for position, item in items for sequence in read_item(item, position, tokenizer)]
+    full = [sequence for sequence in read if sequence["input_ids"].shape[1]]
+    chosen = [full[i] for i in choose(len(full), num_samples, seed)]
+    notes = list(_sequence_notes(chosen, len(read) - len(full), max(count, len(full)), seq_len))
+    return [truncate(sequence, seq_len) for sequence in chosen], notes
+
+
+def _sequence_notes(chosen: list[Batch], empty: int, count: int, seq_len: int) -> Iterator[str]:
+    if empty:
+        yield f"{empty} empty sequences were left out"
+    if len(chosen) + empty < count:
+        yield f"{len(chosen)} of {count} sequences were used: raise num_samples to use more"
+    longer = sum(sequence["input_ids"].shape[1] > seq_len for sequence in chosen)
+    if longer:
+        yield f"{longer} of {len(chosen)} sequences were longer than {seq_len} tokens and were cut"

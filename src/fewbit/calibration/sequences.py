@@ -1,0 +1,192 @@
+"""From single sequences to padded batches: the form in which a model takes them.
+
+A sequence is a dict of tensors with a leading dimension of 1. Keys of shape (1, length), such as
+``attention_mask`` or ``token_type_ids``, go with the tokens: they are cut and padded like them. All
+other keys (``pixel_values`` …) pass through whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..errors import CalibrationError
+
+Batch = dict[str, Tensor]
+
+
+def read_item(item: Any, position: int, tokenizer: Any) -> Iterator[Batch]:
+    """The sequences of one list element: a string, a token dict (1-D or 2-D) or bare token ids.
+
+    Strings are encoded as the tokenizer does by default, with its special tokens. Masked columns at
+    either end are removed, so that padding is always on the right later. Lengths may be zero.
+
+    Raises:
+        CalibrationError: the element has another type, or its tensors do not fit together.
+    """
+    where = f"dataset element {position}"
+    if isinstance(item, str):
+        if tokenizer is None:
+            raise CalibrationError(
+                f"{where} is a string, so a tokenizer is needed: pass tokenizer=, or token ids"
+            )
+        item = {"input_ids": tokenizer(item, verbose=False)["input_ids"]}
+    elif isinstance(item, Tensor) or (
+        isinstance(item, (list, tuple)) and all(isinstance(i, int) for i in item)
+    ):
+        item = {"input_ids": item}
+    if not isinstance(item, Mapping) or "input_ids" not in item:
+        got = (
+            f"a dict with {', '.join(map(repr, item))}" if isinstance(item, Mapping) else type(item).__name__
+        )
+        raise CalibrationError(f"{where} is {got}; it must be a string or a dict with input_ids")
+    tensors = {key: _tensor(value, f"{where}, {key!r}") for key, value in item.items() if value is not None}
+    if tensors["input_ids"].ndim == 1:
+        tensors = {key: value[None] for key, value in tensors.items()}
+    _check(tensors, where)
+    for row in range(len(tensors["input_ids"])):
+        yield _strip({key: value[row : row + 1] for key, value in tensors.items()})
+
+
+def _tensor(value: Any, where: str) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CalibrationError(f"{where} cannot be made a tensor: {error}") from error
+    return tensor.long() if tensor.numel() == 0 else tensor
+
+
+def _check(tensors: Batch, where: str) -> None:
+    ids = tensors["input_ids"]
+    if ids.ndim != 2 or ids.dtype.is_floating_point or ids.dtype in (torch.bool, torch.complex64):
+        raise CalibrationError(
+            f"{where}: input_ids must be whole numbers in one or two dimensions; "
+            f"got {ids.dtype} of shape {tuple(ids.shape)}"
+        )
+    tensors["input_ids"] = ids.long()
+    mask = tensors.get("attention_mask")
+    if mask is not None and mask.shape != ids.shape:
+        raise CalibrationError(
+            f"{where}: attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}; "
+            "they must be equal"
+        )
+    for key, value in tensors.items():
+        if value.ndim == 0 or len(value) != len(ids):
+            raise CalibrationError(
+                f"{where}: {key!r} must have {len(ids)} rows as input_ids; got {tuple(value.shape)}"
+            )
+
+
+def _strip(sequence: Batch) -> Batch:
+    mask = sequence.get("attention_mask")
+    if mask is None:
+        return sequence
+    seen = mask[0].nonzero()
+    if len(seen) == 0:
+        return _slice(sequence, 0, 0)
+    sequence = _slice(sequence, int(seen[0]), int(seen[-1]) + 1)
+    if bool(sequence["attention_mask"].all()):
+        del sequence["attention_mask"]
+    return sequence
+
+
+def _slice(sequence: Batch, start: int, stop: int) -> Batch:
+    aligned = sequence["input_ids"].shape
+    return {key: value[:, start:stop] if value.shape == aligned else value for key, value in sequence.items()}
+
+
+def truncate(sequence: Batch, seq_len: int) -> Batch:
+    """The first `seq_len` tokens."""
+    return _slice(sequence, 0, seq_len)
+
+
+def check_ids(sequences: Sequence[Batch], vocab_size: int) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Raises:
+        CalibrationError: a token id lies outside 0 … vocab_size − 1.
+    """
+    for number, sequence in enumerate(sequences):
+        ids = sequence["input_ids"]
+        outside = ids[(ids < 0) | (ids >= vocab_size)]
+        if len(outside):
+            raise CalibrationError(
+                f"calibration sequence {number} has the token id {int(outside[0])}, outside the model's "
+                f"vocabulary of {vocab_size}: was it made with another model's tokenizer?"
+            )
+
+
+def collate(sequences: Sequence[Batch], pad_token_id: int | None) -> Batch:
+    """One batch: padded on the right to the longest sequence; attention_mask only where something is masked.
+
+    Raises:
+        CalibrationError: lengths differ and there is no pad token, or the keys do not fit together.
+    """
+    first = sequences[0]
+    keys = {key for sequence in sequences for key in sequence} - {"attention_mask"}
+    lengths = [sequence["input_ids"].shape[1] for sequence in sequences]
+    longest = max(lengths)
+    if min(lengths) < longest and pad_token_id is None:
+        raise CalibrationError(
+            f"sequences of unequal length ({min(lengths)} and {longest} tokens) in one batch need a "
+            "pad token, and the tokenizer has none: set tokenizer.pad_token = tokenizer.eos_token, "
+            "or use batch_size 1"
+        )
+    padded: dict[str, list[Tensor]] = {key: [] for key in first if key in keys}
+    masks = []
+    for sequence, length in zip(sequences, lengths, strict=True):
+        if missing := keys - sequence.keys():
+            raise CalibrationError(
+                "sequences in one batch must have the same keys, but one lacks "
+                f"{', '.join(sorted(missing))}: use batch_size 1"
+            )
+        for key in keys:
+            value, fill = sequence[key], (pad_token_id or 0) if key == "input_ids" else 0
+            aligned = value.shape == sequence["input_ids"].shape
+            padded[key].append(pad(value, (0, longest - length), value=fill) if aligned else value)
+        mask = sequence.get("attention_mask", torch.ones(1, length, dtype=torch.int64))
+        masks.append(pad(mask.long(), (0, longest - length)))
+    batch = {key: _concatenate(key, values) for key, values in padded.items()}
+    mask = torch.cat(masks)
+    if not bool(mask.all()):
+        batch["attention_mask"] = mask
+    return batch
+
+
+def _concatenate(key: str, values: list[Tensor]) -> Tensor:
+    if len({value.shape for value in values}) > 1:
+        shapes = ", ".join(str(tuple(value.shape)) for value in values)
+        raise CalibrationError(f"{key!r} has different shapes in one batch ({shapes}): use batch_size 1")
+    return torch.cat(values)
+
+
+def add_decoder_inputs(batch: Batch, decoder_start_token_id: int) -> None:
+    """Give an encoder-decoder its second input, in place: the tokens shifted right by one."""
+    if "decoder_input_ids" in batch:
+        return
+    batch["decoder_input_ids"] = _shift_right(batch["input_ids"], decoder_start_token_id)
+    if "attention_mask" in batch:
+        batch["decoder_attention_mask"] = _shift_right(batch["attention_mask"], 1)
+
+
+def _shift_right(values: Tensor, first: int) -> Tensor:
+    return pad(values[:, :-1], (1, 0), value=first)
+
+
+def fingerprint(batches: Sequence[Batch]) -> str:
+    """SHA-256 over the names, shapes, dtypes and bytes of all tensors of all batches, in order."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for key in sorted(batch):
+            value = batch[key]
+            digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(b"\n")
+    return digest.hexdigest()
