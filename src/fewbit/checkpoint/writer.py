@@ -136,6 +136,7 @@ class CheckpointWriter:
         Raises:
             OutputError: the disk is full or fails, or an extra file has a reserved name.
         """
+        self._check_names(extra_files or {})
         if self._entries or not self._shards:
             self._close_shard()
         hashes = self._place_shards()
@@ -237,14 +238,14 @@ class CheckpointWriter:
             hashes[INDEX] = self._write(INDEX, index)
         return hashes
 
+    def _check_names(self, extra_files: Mapping[str, object]) -> None:
+        for name in extra_files:
+            if name in _RESERVED or _SHARD_NAME.fullmatch(name):
+                raise OutputError(f"an extra file cannot be called {name}: that is the checkpoint's own file")
+            if self.folder.resolve() not in (self.folder / name).resolve().parents:
+                raise OutputError(f"extra file {name} would lie outside {self.folder}")
+
     def _write_extra(self, name: str, content: bytes | Path) -> FileHash:
-        if name in _RESERVED or _SHARD_NAME.fullmatch(name):
-            raise OutputError(
-                f"an extra file cannot be called {name}: the checkpoint's own file has this name"
-            )
-        path = self.folder / name
-        if self.folder.resolve() not in path.resolve().parents:
-            raise OutputError(f"extra file {name} would lie outside {self.folder}")
         if isinstance(content, Path):
             with _disk_errors(content, verb="read"):
                 content = content.read_bytes()
