@@ -6,6 +6,7 @@ covers the whole of it; windows then never cross a gap. Special tokens are not a
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -65,7 +66,8 @@ def choose(count: int, wanted: int | None, seed: int) -> list[int]:
         return list(range(count))
     # random() is the one method whose sequence Python guarantees for a seed.
     draw = random.Random(seed).random
-    return [int((part + draw()) * count / wanted) for part in range(wanted)]
+    bounds = [part * count // wanted for part in range(wanted + 1)]
+    return [start + int(draw() * (stop - start)) for start, stop in itertools.pairwise(bounds)]
 
 
 def tokenize(text: Iterable[str], tokenizer: Any) -> Iterator[Tensor]:

@@ -17,6 +17,7 @@ from ..source import Source, open_source
 from .display import progress_bar, quiet_transformers
 from .quantize import Dtype
 
+_AUTO = Dtype("auto")
 _EXAMPLES = """
 Examples:
 
@@ -42,9 +43,7 @@ def eval_(
     batch_size: Annotated[int, typer.Option(min=1, help="Windows in a forward pass.")] = 1,
     bos: Annotated[bool, typer.Option("--bos", help="Begin every window with the BOS token.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu or mps.")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Of the forward pass; auto keeps the model's.")] = Dtype(
-        "auto"
-    ),
+    dtype: Annotated[Dtype, typer.Option(help="Of the forward pass; auto keeps the model's.")] = _AUTO,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the model's own code.")
     ] = False,
