@@ -23,6 +23,7 @@ from .header import TensorInfo
 from .layout import G_IDX, PARTS, QWEIGHT, QZEROS
 from .quantization import CheckpointSettings
 from .reader import LayerSpec, find_config, layer_names, layer_spec, open_weights, read_weight_map
+from .verify import overwritten_words
 from .writer import CONFIG, MARKER, QUANTIZE_CONFIG, CheckpointWriter
 
 _PICKLE_INDEX = "pytorch_model.bin.index.json"
@@ -98,14 +99,16 @@ def convert(
             if layer not in specs or part not in PARTS:
                 writer.add(name, source.tensor(name))
             elif part == QWEIGHT:  # the layer's other parts are written with it
-                for short, tensor in _converted(source, specs[layer], fmt, seen).items():
+                for short, tensor in _converted(source, specs[layer], settings, fmt, seen).items():
                     writer.add(f"{layer}.{short}", tensor)
         restated = _restated(found, settings, fmt, seen)
         writer.finish(config, restated, dict(_other_files(source_folder)))
     return ConvertResult(output_folder, fmt, len(specs), seen.turned_groups)
 
 
-def _converted(source: _Source, spec: LayerSpec, fmt: str, seen: _Seen) -> dict[str, Tensor]:
+def _converted(
+    source: _Source, spec: LayerSpec, settings: CheckpointSettings, fmt: str, seen: _Seen
+) -> dict[str, Tensor]:
     """The layer's tensors in format `fmt`: all but qzeros as they are, unless a grid must be turned round."""
     tensors = {part: source.tensor(f"{spec.name}.{part}") for part in spec.parts if part in PARTS}
     sizes = (spec.in_features, spec.out_features)
@@ -113,6 +116,12 @@ def _converted(source: _Source, spec: LayerSpec, fmt: str, seen: _Seen) -> dict[
         codes = layout.unpack(tensors, spec.bits, spec.group_size, spec.format, *sizes)
     except CheckpointError as error:
         raise CheckpointError(f"layer {spec.name}: {error}") from error
+    lost = overwritten_words(tensors[QZEROS], spec, settings)
+    if lost:
+        raise CheckpointError(
+            f"layer {spec.name}: {lost} words of qzeros look overwritten, so that zero points are lost; "
+            "fewbit verify says more"
+        )
     seen.all_sym &= bool((codes.zeros == 2 ** (spec.bits - 1)).all())
     seen.any_act_order |= codes.has_act_order
     turned = int((codes.zeros == 0).sum()) if fmt == "gptq" else 0

@@ -216,17 +216,14 @@ def _check_scales(scales: Tensor, spec: LayerSpec) -> Iterator[Problem]:
 
 def _check_zeros(qzeros: Tensor, spec: LayerSpec, settings: CheckpointSettings) -> Iterator[Problem]:
     where = f"{spec.name}.{QZEROS}"
-    if spec.format == "gptq" and not any(
-        name.lower().startswith(_WHOLE_WORD_WRITERS) for name in settings.quantizers
-    ):
-        words = overwritten_words(qzeros, spec.bits, spec.out_features)
-        if words:
-            yield Problem(
-                where,
-                f"{words} words look overwritten: a zero point of 0 was stored as -1 and set all fields "
-                "above it, as AutoGPTQ does; those zero points are lost, quantize the model again",
-            )
-            return
+    words = overwritten_words(qzeros, spec, settings)
+    if words:
+        yield Problem(
+            where,
+            f"{words} words look overwritten: a zero point of 0 was stored as -1 and set all fields "
+            "above it, as AutoGPTQ does; those zero points are lost, quantize the model again",
+        )
+        return
     zeros = layout.unpack_zeros(qzeros, spec.bits, spec.format, spec.out_features)
     middle = 2 ** (spec.bits - 1)
     off = int((zeros != middle).sum())
@@ -238,14 +235,18 @@ def _check_zeros(qzeros: Tensor, spec: LayerSpec, settings: CheckpointSettings) 
         )
 
 
-def overwritten_words(qzeros: Tensor, bits: int, out_features: int) -> int:
+def overwritten_words(qzeros: Tensor, spec: LayerSpec, settings: CheckpointSettings) -> int:
     """Full words of a v1 ``qzeros`` (G, words) whose bits from the second-highest value up are all set.
 
     That is the trace of a writer that stored zero point 0 as -1 in 32 bits: it sets every field above. At
-    3 bits the highest value of the first two words of three goes on in the next word.
+    3 bits the highest value of the first two words of three goes on in the next word. Files of writers
+    that work on whole words can hold the same bits and read exactly: 0 words for them.
     """
-    full = out_features * bits // 32
-    lowest = torch.tensor([27, 28, 26] if bits == 3 else [32 - 2 * bits]).repeat(full)[:full]
+    whole_words = any(name.lower().startswith(_WHOLE_WORD_WRITERS) for name in settings.quantizers)
+    if spec.format != "gptq" or whole_words:
+        return 0
+    full = spec.out_features * spec.bits // 32
+    lowest = torch.tensor([27, 28, 26] if spec.bits == 3 else [32 - 2 * spec.bits]).repeat(full)[:full]
     words = qzeros[:, :full].to(torch.int64) & 0xFFFFFFFF
     return int((words >> lowest == 2 ** (32 - lowest) - 1).sum())
 
@@ -264,7 +265,7 @@ def _check_g_idx(g_idx: Tensor, spec: LayerSpec) -> Iterator[Problem]:
         yield Problem(
             where, "is not sequential, although the configuration does not say desc_act: readers ignore it"
         )
-    if low >= 0 and spec.group_size != -1:
+    if 0 <= low <= high < spec.groups and spec.group_size != -1:
         most = int(torch.bincount(g_idx).max())
         if most > spec.group_size:
             yield Problem(where, f"gives one group {most} inputs; {spec.group_size} fit")
