@@ -23,6 +23,8 @@ from .kernel import Kernel, KernelSpec
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_PADDING = "qweight_padding"
+
 
 class QuantizedWeight(Tensor):
     """Stands for a quantized layer's weight: shape, dtype and device are free, anything else dequantizes.
@@ -181,6 +183,9 @@ class QuantizedLayer(nn.Module):
         packed = chosen.repack(self.codes()) if chosen.name != "reference" else {}
         self.kernel = chosen
         if packed:
+            # Some writers pad with words that mean nothing; they are saved as they came.
+            words = layout.word_count(self.spec.in_features, self.spec.bits)
+            packed[_PADDING] = self.qweight[words:].clone()
             del self._buffers[layout.QWEIGHT]
         for name, tensor in packed.items():
             self.register_buffer(name, tensor, persistent=False)
@@ -200,7 +205,8 @@ class QuantizedLayer(nn.Module):
 
     def _restored_qweight(self) -> Tensor:
         codes = self.kernel.restore(self)
-        return layout.pack_rows(codes, self.spec.bits).t().contiguous()
+        words = layout.pack_rows(codes, self.spec.bits).t()
+        return torch.cat([words, self.get_buffer(_PADDING)]).contiguous()
 
     def _sequential(self) -> Tensor:
         return sequential_groups(self.spec.in_features, self.spec.group_size)

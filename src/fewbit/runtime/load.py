@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..checkpoint import layout
 from ..checkpoint.reader import Checkpoint, open_checkpoint
 from ..errors import CheckpointError, ConfigError
 from . import registry
@@ -51,10 +52,10 @@ def load(
     """
     from ..integrations.transformers import offer
 
-    compute_dtype = _dtype(dtype)
     if kernel != "auto" and kernel not in registry.names():
         registry.get(kernel)
     checkpoint = open_checkpoint(_local(path))
+    compute_dtype = _dtype(dtype, checkpoint)
     offer()
     config = _config(checkpoint, kernel, trust_remote_code)
     model_class = _model_class(checkpoint, config, trust_remote_code)
@@ -80,9 +81,13 @@ def kernels(model: nn.Module) -> list[str]:
     return [f"{count} layers: {line}" for line, count in counts.most_common()]
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
+def _dtype(dtype: torch.dtype | str | None, checkpoint: Checkpoint) -> torch.dtype | str:
     if dtype is None or dtype == "auto":
-        return "auto"
+        if checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"):
+            return "auto"
+        # transformers would take the first tensor's, which may be that of quantized scales.
+        dense = (i.dtype for n, i in checkpoint.tensors.items() if n.rpartition(".")[2] not in layout.PARTS)
+        return next((found for found in dense if found.is_floating_point), "auto")
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in _DTYPES:

@@ -1,0 +1,127 @@
+import pytest
+import torch
+from torch.nn import functional
+
+from fewbit.runtime.cpu import DENSE_FROM
+from fewbit.runtime.linear import QuantLinear
+from tiny_gptq import random_codes
+
+BITS = (2, 3, 4, 8)
+
+
+def relative(found, truth):
+    return ((found.double() - truth).norm() / truth.norm()).item()
+
+
+def layer_of(codes, dtype, kernel="reference", bias=None, fmt="gptq"):
+    layer = QuantLinear.from_codes(codes, bias, fmt, compute_dtype=dtype)
+    layer.prepare(kernel)
+    return layer
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("fmt", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize(
+    ("shape", "group_size", "order"),
+    [((5, 70), 32, False), ((1, 33), -1, False), ((48, 96), 64, True), ((33, 1), 128, False)],
+)
+def test_reference_against_float64_with_odd_shapes(bits, fmt, shape, group_size, order):
+    codes = random_codes(*shape, bits, group_size, order=order)
+    bias = torch.randn(shape[0])
+    layer = layer_of(codes, torch.float32, bias=bias, fmt=fmt)
+    x = torch.randn(3, 2, shape[1])
+    truth = x.double() @ codes.dequantize(torch.float64).t() + bias.double()
+    assert relative(layer(x), truth) < 1e-6
+    assert torch.equal(layer.dequantize(torch.float32), codes.dequantize())
+
+
+def test_reference_gradient_is_that_of_a_dense_layer():
+    codes = random_codes(24, 70, 3, 32, order=True)
+    layer = layer_of(codes, torch.float64)
+    x = torch.randn(4, 70, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, x)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "group_size"),
+    [((16, 32), 32), ((112, 192), 64), ((80, 576), 128), ((64, 96), -1), ((144, 192), 96)],
+)
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+def test_int4_is_as_exact_as_a_dense_bfloat16_layer(bits, order, shape, group_size, mean):
+    if order and shape[1] % group_size:
+        pytest.skip("the kernel refuses it; see test_int4_refuses")
+    codes = random_codes(*shape, bits, group_size, order=order)
+    layer = layer_of(codes, torch.bfloat16, "torch_int4")
+    weight = codes.dequantize(torch.float64)
+    # Outputs far smaller than their terms would measure cancellation, not the kernel.
+    x = (torch.randn(40, shape[1]) + mean).bfloat16()
+    truth = x.double() @ weight.t()
+    dense = relative(functional.linear(x, weight.bfloat16()), truth)
+    assert relative(layer(x), truth) < 1.7 * max(dense, 2**-9)
+    assert relative(layer(x.repeat(2, 1)), truth.repeat(2, 1)) < 1.7 * max(dense, 2**-9)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, DENSE_FROM - 1, DENSE_FROM, DENSE_FROM + 1])
+def test_int4_on_both_sides_of_its_threshold(tokens):
+    codes = random_codes(32, 64, 4, 32)
+    layer = layer_of(codes, torch.bfloat16, "torch_int4", bias=torch.randn(32))
+    x = torch.randn(tokens, 64).bfloat16()
+    truth = x.double() @ codes.dequantize(torch.float64).t() + layer.bias.double()
+    assert layer(x).shape == (tokens, 32)
+    assert tokens == 0 or relative(layer(x), truth) < 5e-3
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("order", [False, True])
+def test_int4_gradient(bits, order):
+    codes = random_codes(32, 96, bits, 32, order=order)
+    layer = layer_of(codes, torch.bfloat16, "torch_int4")
+    x = torch.randn(2, 5, 96).bfloat16().requires_grad_()
+    grad = torch.randn(2, 5, 32).bfloat16()
+    layer(x).backward(grad)
+    assert relative(x.grad, grad.double() @ codes.dequantize(torch.float64)) < 1e-2
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize("out_features", [16, 80, 192])
+def test_repacking_is_undone_bit_for_bit(bits, order, out_features):
+    layer = QuantLinear.from_codes(
+        random_codes(out_features, 128, bits, 64, order=order), compute_dtype=torch.bfloat16
+    )
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    layer.prepare()
+    assert layer.kernel.name == "torch_int4"
+    assert "qweight" not in dict(layer.named_buffers())
+    during = layer.state_dict()
+    assert torch.equal(layer.qweight, before["qweight"])
+    layer.restore()
+    for after in (during, layer.state_dict()):
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "torch_int4"])
+def test_operators_are_well_formed(kernel):
+    layer = layer_of(random_codes(32, 64, 4, 32, order=True), torch.bfloat16, kernel)
+    x = torch.randn(3, 64).bfloat16().requires_grad_()
+    if kernel == "reference":
+        op = torch.ops.fewbit.linear_reference.default
+        args = (x, layer.qweight, layer.qzeros, layer.scales, layer.g_idx, 4, "gptq")
+    else:
+        op = torch.ops.fewbit.linear_int4pack.default
+        args = (x, layer.packed, layer.scales_and_zeros, layer.rest, layer.order, 4)
+    torch.library.opcheck(op, args)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "torch_int4"])
+def test_compiles_to_one_graph(kernel):
+    layer = layer_of(random_codes(32, 64, 4, 32), torch.bfloat16, kernel, bias=torch.randn(32))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 64).bfloat16()
+    y = x.clone().requires_grad_()
+    assert torch.equal(compiled(x), layer(x))
+    compiled(y).sum().backward()
+    assert y.grad is not None
