@@ -177,9 +177,9 @@ def pack_rows(values: Tensor, bits: int) -> Tensor:
     width = words * 32 // bits
     if words == 0:
         return torch.zeros((rows, 0), dtype=torch.int32, device=values.device)
-    values = torch.nn.functional.pad(values, (0, width - n)).contiguous()
+    values = torch.nn.functional.pad(values, (0, width - n))
     if bits == 8:
-        return values.view(torch.int32)
+        return _as_words(values, rows)
     eights = values.reshape(rows, width // 8, 8)
     packed = torch.zeros((rows, width // 8, bits), dtype=torch.uint8, device=values.device)
     for i in range(8):
@@ -187,7 +187,7 @@ def pack_rows(values: Tensor, bits: int) -> Tensor:
         packed[..., byte] |= eights[..., i] << shift
         if shift + bits > 8:
             packed[..., byte + 1] |= eights[..., i] >> (8 - shift)
-    return packed.reshape(rows, words * 4).view(torch.int32)
+    return _as_words(packed, rows)
 
 
 def unpack_rows(words: Tensor, bits: int, n: int) -> Tensor:
@@ -195,7 +195,7 @@ def unpack_rows(words: Tensor, bits: int, n: int) -> Tensor:
     rows = words.shape[0]
     if words.shape[1] == 0:
         return torch.zeros((rows, 0), dtype=torch.uint8, device=words.device)
-    stream = words.contiguous().view(torch.uint8)
+    stream = words.reshape(-1).view(torch.uint8).reshape(rows, -1)
     if bits == 8:
         return stream[:, :n].contiguous()
     packed = torch.nn.functional.pad(stream, (0, -stream.shape[1] % bits)).reshape(rows, -1, bits)
@@ -207,6 +207,11 @@ def unpack_rows(words: Tensor, bits: int, n: int) -> Tensor:
             value |= packed[..., byte + 1] << (8 - shift)
         eights[..., i] = value & (2**bits - 1)
     return eights.reshape(rows, -1)[:, :n].contiguous()
+
+
+def _as_words(stream: Tensor, rows: int) -> Tensor:
+    """Bytes as int32 words. Through one dimension: a single column has strides that a 2-D view refuses."""
+    return stream.reshape(-1).view(torch.int32).reshape(rows, -1)
 
 
 def _least_words(values: int, bits: int) -> int:

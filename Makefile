@@ -1,0 +1,44 @@
+# Two commands do everything on a fresh machine with Python 3.10 or newer:
+#   make demo   installs fewbit and runs `fewbit demo`
+#   make test   installs the test extras and runs the tests
+# Inside an active virtual environment they use it; otherwise they make .venv.
+
+PYTHON ?= python3
+VENV := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# A CPU build, so that nobody downloads gigabytes of CUDA for a demo. An installed torch is left alone.
+TORCH := torch==2.13.0
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test test-slow lint clean torch
+
+demo: torch
+	$(PIP) install --quiet .
+	$(BIN)/fewbit demo
+
+test: torch
+	$(PIP) install --quiet '.[test]'
+	$(BIN)/python -m pytest
+
+test-slow: torch
+	$(PIP) install --quiet '.[test]'
+	$(BIN)/python -m pytest -m slow
+
+lint:
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+
+torch: $(BIN)/python
+	@$(BIN)/python -c "import torch" 2>/dev/null \
+	|| $(PIP) install --quiet --retries 1 --timeout 15 $(TORCH) --extra-index-url $(TORCH_INDEX) \
+	|| $(PIP) install --quiet $(TORCH) \
+	|| $(PIP) install --quiet torch
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

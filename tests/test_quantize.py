@@ -1,0 +1,343 @@
+"""`fewbit.quantize` from path to folder, and on a model in memory."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import FAMILIES, TEXT, random_sequences, save_tiny, tiny_model, tiny_tokenizer
+from safetensors.torch import load_file
+from torch import nn
+
+import fewbit
+from fewbit.checkpoint.layout import unpack
+from fewbit.errors import CalibrationError, ConfigError, ModelError, OutputError, SolverError
+
+SMALL = {"group_size": 16, "seq_len": 32, "num_samples": 6}
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT * 8)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_tiny(tmp_path / "model")
+
+
+def logits(model, seed=3):
+    ids = random_sequences(1, 16, seed)[0]["input_ids"][None]
+    extra = {"decoder_input_ids": ids[:, :9]} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model(input_ids=ids, **extra).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_becomes_a_checkpoint_that_loads(tmp_path, text, family):
+    source = save_tiny(tmp_path / "model", family)
+    config = fewbit.QuantConfig(bits=8, **SMALL)
+    report = fewbit.quantize(source, config, dataset=text, output=tmp_path / "out")
+    assert report.modules == len(report.layers) > 0
+    assert report.fallbacks == {}
+    assert all(layer["output_error"] < 0.02 for layer in report.layers)
+    model = fewbit.load(tmp_path / "out")
+    original = tiny_model(family)
+    error = (logits(model) - logits(original)).norm() / logits(original).norm()
+    assert error < 0.05
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "quantize_config.json", "fewbit_manifest.json", "fewbit_report.json"} <= names
+    assert {"tokenizer.json", "tokenizer_config.json", "model.safetensors"} <= names
+    assert ".fewbit" not in names
+    assert ".fewbit-incomplete" not in names
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("group_size", "act_order"), [(-1, "none"), (32, "group"), (20, "full")])
+@pytest.mark.parametrize("sym", [True, False])
+def test_every_setting(tmp_path, text, folder, bits, group_size, act_order, sym):
+    config = fewbit.QuantConfig(
+        bits=bits, group_size=group_size, act_order=act_order, sym=sym, seq_len=32, num_samples=6
+    )
+    report = fewbit.quantize(folder, config, dataset=text, output=tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj"
+    parts = {key: stored[f"{name}.{key}"] for key in ("qweight", "qzeros", "scales", "g_idx")}
+    codes = unpack(parts, bits, group_size, "gptq", 80, 48)
+    assert codes.has_act_order == (act_order == "full")
+    assert int(codes.zeros.min()) >= 1
+    assert not sym or bool((codes.zeros == 2 ** (bits - 1)).all())
+    W = tiny_model("llama").get_submodule(name).weight
+    error = float((codes.dequantize() - W).norm() / W.norm())
+    assert error < {2: 0.75, 3: 0.35, 4: 0.2, 8: 0.02}[bits]
+    assert report.layers[-1]["bits"] == bits
+    quantization = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert quantization["desc_act"] == (act_order == "full")
+    assert (quantization["bits"], quantization["group_size"], quantization["sym"]) == (bits, group_size, sym)
+
+
+def test_overrides_ignore_and_lm_head(tmp_path, text, folder):
+    config = fewbit.QuantConfig(
+        **SMALL, lm_head=True, ignore=("k_proj",), override={"down_proj": {"bits": 8, "group_size": -1}}
+    )
+    report = fewbit.quantize(folder, config, dataset=text, output=tmp_path / "out")
+    layers = {layer["name"]: layer for layer in report.layers}
+    assert "lm_head" in layers
+    assert (layers["model.layers.0.mlp.down_proj"]["bits"], layers["model.layers.0.mlp.up_proj"]["bits"]) == (8, 4)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert "model.layers.0.self_attn.k_proj.weight" in stored
+    assert "lm_head.qweight" in stored
+    model = fewbit.load(tmp_path / "out")
+    assert torch.isfinite(logits(model)).all()
+
+
+def test_a_tied_head_that_is_quantized_leaves_the_embedding_alone(tmp_path, text):
+    source = save_tiny(tmp_path / "model", "llama", tie_word_embeddings=True)
+    config = fewbit.QuantConfig(bits=8, lm_head=True, **SMALL)
+    fewbit.quantize(source, config, dataset=text, output=tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    original = load_file(source / "model.safetensors")
+    assert torch.equal(stored["model.embed_tokens.weight"], original["model.embed_tokens.weight"])
+    assert "lm_head.qweight" in stored
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    tied = tiny_model("llama", tie_word_embeddings=True)
+    model = fewbit.load(tmp_path / "out")
+    assert (logits(model) - logits(tied)).norm() / logits(tied).norm() < 0.05
+
+
+def test_same_inputs_give_the_same_bytes(tmp_path, text, folder):
+    config = fewbit.QuantConfig(**SMALL)
+    for name in ("a", "b"):
+        fewbit.quantize(folder, config, dataset=text, output=tmp_path / name)
+    files = {path.name for path in (tmp_path / "a").iterdir()} - {"fewbit_report.json"}
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_shards_have_an_index(tmp_path, text, folder):
+    fewbit.quantize(
+        folder, fewbit.QuantConfig(**SMALL), dataset=text, output=tmp_path / "out", max_shard_size="20KB"
+    )
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    assert torch.isfinite(logits(fewbit.load(tmp_path / "out"))).all()
+
+
+def test_padding_never_counts(tmp_path, folder):
+    """Short sequences padded in a batch give the codes that they give one by one."""
+    sequences = [{"input_ids": s["input_ids"][: 9 + 5 * i]} for i, s in enumerate(random_sequences(3))]
+    codes = []
+    for batch_size in (1, 3):
+        out = tmp_path / f"out{batch_size}"
+        config = fewbit.QuantConfig(**SMALL, batch_size=batch_size)
+        report = fewbit.quantize(folder, config, dataset=sequences, output=out)
+        assert report.layers[0]["tokens"] == 9 + 14 + 19
+        assert report.layers[0]["masked"] == (0 if batch_size == 1 else 10 + 5)
+        codes.append(load_file(out / "model.safetensors"))
+    first = "model.layers.0.self_attn.q_proj.qweight"
+    assert torch.equal(codes[0][first], codes[1][first])
+
+
+def test_a_model_in_memory_is_quantized_in_place(text):
+    model = tiny_model("llama")
+    before = logits(model)
+    result = fewbit.quantize(
+        model, fewbit.QuantConfig(bits=8, **SMALL), dataset=[TEXT, TEXT[40:]], tokenizer=tiny_tokenizer()
+    )
+    assert result is model
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "QuantLinear"
+    assert (logits(model) - before).norm() / before.norm() < 0.05
+
+
+def test_a_model_in_memory_saves_and_reloads(tmp_path):
+    model = tiny_model("gpt2")
+    fewbit.quantize(model, fewbit.QuantConfig(**SMALL), dataset=random_sequences())
+    model.save_pretrained(tmp_path / "out")
+    again = fewbit.load(tmp_path / "out")
+    assert torch.equal(logits(model), logits(again))
+
+
+class Convolutions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.body = nn.Conv2d(8, 16, 3, padding="same", padding_mode="reflect")
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, pixel_values):
+        x = self.body(torch.relu(self.stem(pixel_values)))
+        return self.head(torch.relu(x).mean(dim=(2, 3)))
+
+
+def test_convolutions_in_a_plain_module():
+    torch.manual_seed(0)
+    model = Convolutions().eval()
+    images = [{"pixel_values": torch.randn(2, 3, 12, 12)} for _ in range(4)]
+    with torch.no_grad():
+        before = model(**images[0])
+        fewbit.quantize(model, fewbit.QuantConfig(bits=8, group_size=-1), dataset=images)
+        after = model(**images[0])
+    assert type(model.stem).__name__ == "QuantConv2d"
+    assert (after - before).norm() / before.norm() < 0.05
+
+
+def test_rtn_needs_no_dataset(tmp_path, folder):
+    report = fewbit.quantize(folder, fewbit.QuantConfig(method="rtn", **SMALL), output=tmp_path / "out")
+    assert {layer["method"] for layer in report.layers} == {"rtn"}
+    assert report.fallbacks == {}
+
+
+def test_layers_with_one_input_share_one_hessian(monkeypatch):
+    from fewbit.walk import hessians
+
+    made = []
+    original = hessians.Hessian
+
+    def counted(*args, **kwargs):
+        made.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(hessians, "Hessian", counted)
+    fewbit.quantize(tiny_model("llama"), fewbit.QuantConfig(**SMALL), dataset=random_sequences())
+    assert len(made) == 2 * 4  # q/k/v, o, gate/up, down in each of two blocks
+
+
+def test_a_dead_column_keeps_its_rounded_weight():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[5] = 0  # input 5 of q/k/v is always zero
+    W = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    fewbit.quantize(model, fewbit.QuantConfig(**SMALL), dataset=random_sequences())
+    Wq = model.model.layers[0].self_attn.q_proj.codes().dequantize()
+    assert float(Wq[:, 5].abs().max()) > 0
+    scale = model.model.layers[0].self_attn.codes if False else model.model.layers[0].self_attn.q_proj.codes().scales
+    assert bool(((Wq[:, 5] - W[:, 5]).abs() <= scale[:, 0].float().abs() / 2 + 1e-6).float().mean() > 0.9)
+
+
+# Bad input: a clear error, and nothing written.
+
+
+def refused(error, message, tmp_path, source, config=None, **options):
+    with pytest.raises(error, match=message):
+        fewbit.quantize(source, config or fewbit.QuantConfig(**SMALL), output=tmp_path / "out", **options)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_nan_weights(tmp_path, text):
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    refused(
+        ModelError, "weight model.layers.1.mlp.up_proj.weight holds NaN values: the model is damaged",
+        tmp_path, tmp_path / "model", dataset=text,
+    )  # fmt: skip
+
+
+def test_no_dataset(tmp_path, folder):
+    refused(CalibrationError, "no dataset was given", tmp_path, folder)
+
+
+def test_no_output(folder):
+    with pytest.raises(ConfigError, match="no output folder was given"):
+        fewbit.quantize(folder)
+
+
+def test_no_tokenizer(tmp_path, text):
+    tiny_model("llama").save_pretrained(tmp_path / "bare")
+    refused(CalibrationError, "tokenizer", tmp_path, tmp_path / "bare", dataset=text)
+    with pytest.raises(CalibrationError, match="tokenizer"):
+        fewbit.quantize(tiny_model("llama"), fewbit.QuantConfig(**SMALL), dataset=[TEXT])
+
+
+def test_a_folder_without_config(tmp_path, text):
+    (tmp_path / "empty").mkdir()
+    refused(ModelError, "has no config.json", tmp_path, tmp_path / "empty", dataset=text)
+
+
+def test_a_folder_without_weights(tmp_path, text, folder):
+    (folder / "model.safetensors").unlink()
+    refused(ModelError, "no .safetensors files", tmp_path, folder, dataset=text)
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    refused(ModelError, "only pickle files.*pass --allow-pickle", tmp_path, folder, dataset=text)
+
+
+def test_an_unreadable_shard(tmp_path, text, folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    refused(ModelError, "cannot load the weights in .*model", tmp_path, folder, dataset=text)
+
+
+def test_missing_weights(tmp_path, text, folder):
+    from safetensors.torch import save_file
+
+    stored = load_file(folder / "model.safetensors")
+    del stored["model.layers.1.mlp.up_proj.weight"]
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(ModelError, "lacks 1 weights .* model.layers.1.mlp.up_proj.weight", tmp_path, folder, dataset=text)
+
+
+def test_an_unknown_architecture(tmp_path, text, folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama9000"}))
+    refused(ModelError, "cannot read the configuration", tmp_path, folder, dataset=text)
+
+
+def test_a_path_that_is_nothing(tmp_path, text):
+    refused(ModelError, "neither a folder, a .gguf file nor a Hub id", tmp_path, "no/such/folder/here", dataset=text)
+    refused(ModelError, "is a file but not a .gguf file", tmp_path, text, dataset=text)
+
+
+def test_an_already_quantized_model(tmp_path, text, folder):
+    fewbit.quantize(folder, fewbit.QuantConfig(**SMALL), dataset=text, output=tmp_path / "once")
+    refused(ModelError, r"is already quantized \(gptq\)", tmp_path, tmp_path / "once", dataset=text)
+
+
+def test_a_target_that_holds_something_else(tmp_path, text, folder):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years")
+    with pytest.raises(OutputError, match="already holds something else"):
+        fewbit.quantize(folder, fewbit.QuantConfig(**SMALL), dataset=text, output=out)
+    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+
+
+def test_a_finished_checkpoint_is_not_overwritten(tmp_path, text, folder):
+    fewbit.quantize(folder, fewbit.QuantConfig(**SMALL), dataset=text, output=tmp_path / "out")
+    with pytest.raises(OutputError, match="already holds something else"):
+        fewbit.quantize(folder, fewbit.QuantConfig(**SMALL), dataset=text, output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:77", "meta-physics"])
+def test_a_device_that_is_not_there(tmp_path, text, folder, device):
+    refused(ConfigError, "cannot be used here", tmp_path, folder, dataset=text, device=device)
+
+
+def test_strict_refuses_fallbacks(tmp_path, folder):
+    one_token = [{"input_ids": torch.tensor([5])}]
+    report = fewbit.quantize(folder, fewbit.QuantConfig(**SMALL), dataset=one_token, output=tmp_path / "soft")
+    assert report.layers[0]["tokens"] == 1
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight.zero_()  # q/k/v see nothing but zeros
+    with pytest.raises(SolverError, match="q_proj needed a fallback .*strict mode refuses it"):
+        fewbit.quantize(model, fewbit.QuantConfig(strict=True, **SMALL), dataset=random_sequences())
+
+
+def test_seq_len_is_capped_with_a_note(tmp_path, text):
+    source = save_tiny(tmp_path / "model", "gpt2")
+    config = fewbit.QuantConfig(group_size=16, seq_len=4096, num_samples=2)
+    report = fewbit.quantize(source, config, dataset=text, output=tmp_path / "out")
+    assert any("seq_len 4096 is more than the model's 128 positions" in note for note in report.notes)
+
+
+def test_the_report_is_written(tmp_path, text, folder):
+    report = fewbit.quantize(folder, fewbit.QuantConfig(**SMALL), dataset=text, output=tmp_path / "out")
+    written = json.loads(Path(report.summary()["report"]).read_text())
+    assert written["layers"][0]["name"] == "model.layers.0.self_attn.q_proj"
+    assert written["calibration"] == {"source": "text.txt", "sequences": 6, "tokens": 192}
+    assert written["skipped"][0]["name"] == "lm_head"
+    # 4-bit codes, a 16-bit scale and a 4-bit zero per 16 weights, 32 bits of g_idx per input
+    assert 5.25 < report.bits_per_weight < 6.0

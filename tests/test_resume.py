@@ -1,0 +1,117 @@
+"""Kill -9 at any block, run the same command again: the same bytes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from models import TEXT, save_tiny
+
+RUN = """
+import sys, torch
+torch.set_num_threads(1)
+from fewbit.cli.main import run
+sys.argv[0] = "fewbit"
+run()
+"""
+
+
+def command(model, out, text, *more):
+    return [
+        sys.executable, "-c", RUN, "quantize", str(model), "-o", str(out), "--dataset", str(text),
+        "--group-size", "16", "--seq-len", "64", "--num-samples", "24", *more,
+    ]  # fmt: skip
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != "fewbit_report.json"}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    model = save_tiny(folder / "model", "llama", num_hidden_layers=6)
+    text = folder / "text.txt"
+    text.write_text(TEXT * 12)
+    subprocess.run(command(model, folder / "whole", text), check=True, capture_output=True)
+    return model, text, contents(folder / "whole")
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_killed_and_resumed_gives_the_same_bytes(tmp_path, inputs, blocks):
+    model, text, whole = inputs
+    out = tmp_path / "out"
+    process = subprocess.Popen(command(model, out, text), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    journal = out / ".fewbit" / "journal"
+    deadline = time.monotonic() + 60
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 1 + blocks:
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "config.json").exists()
+    again = subprocess.run(command(model, out, text), capture_output=True, text=True, check=True)
+    assert "layers came from the interrupted run" in again.stderr
+    assert contents(out) == whole
+
+
+def test_ctrl_c_says_how_to_resume(tmp_path, inputs):
+    model, text, whole = inputs
+    out = tmp_path / "out"
+    process = subprocess.Popen(command(model, out, text), stderr=subprocess.PIPE, text=True)
+    journal = out / ".fewbit" / "journal"
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 2:
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command again to go on" in " ".join(stderr.split())
+    subprocess.run(command(model, out, text), capture_output=True, check=True)
+    assert contents(out) == whole
+
+
+def test_changed_inputs_are_refused_with_the_reason(tmp_path, inputs):
+    model, text, _ = inputs
+    out = tmp_path / "out"
+    process = subprocess.Popen(command(model, out, text), stderr=subprocess.PIPE)
+    journal = out / ".fewbit" / "journal"
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 2:
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    before = journal.read_bytes()
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT.upper() * 12)
+    refused = subprocess.run(command(model, out, other), capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "made with another calibration data" in " ".join(refused.stderr.split())
+    refused = subprocess.run(command(model, out, text, "--bits", "3"), capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "made with another config" in " ".join(refused.stderr.split())
+    assert journal.read_bytes() == before
+
+
+def test_a_full_disk_is_reported_and_the_next_run_goes_on(tmp_path, inputs):
+    model, text, whole = inputs
+    out = tmp_path / "out"
+    limited = RUN.replace(
+        "import sys, torch",
+        "import resource, signal, sys, torch\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))",
+    )
+    arguments = command(model, out, text)
+    arguments[2] = limited
+    failed = subprocess.run(arguments, capture_output=True, text=True)
+    assert failed.returncode == 2, failed.stderr
+    assert "cannot write" in failed.stderr
+    assert not (out / "config.json").exists()
+    again = subprocess.run(command(model, out, text), capture_output=True, text=True, check=True)
+    assert "layers came from the interrupted run" in again.stderr
+    assert contents(out) == whole
