@@ -190,6 +190,18 @@ def test_a_missing_package_comes_with_the_command(monkeypatch, tokenizer, tmp_pa
         prepare(tmp_path / "a.parquet", tokenizer)
 
 
+def test_a_connection_lost_while_streaming_is_said_in_words(monkeypatch, tokenizer):
+    datasets = pytest.importorskip("datasets")
+
+    def rows(*args, **options):
+        yield {"text": PROSE[:1000]}
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(datasets, "load_dataset", rows)
+    with pytest.raises(CalibrationError, match=r"'c4' could not be loaded .*reset by peer"):
+        prepare("c4", tokenizer)
+
+
 @pytest.mark.parametrize("name", ["ptb", "ptb-new"])
 def test_ptb_is_no_longer_supported(name, tokenizer):
     with pytest.raises(RetiredDatasetError, match=f"'{name}' is no longer supported") as caught:

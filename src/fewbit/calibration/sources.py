@@ -169,26 +169,34 @@ def _open_hub_dataset(dataset: Any, tokenizer: Any) -> Corpus | Sequences:
 
 
 def _open_named(name: str, split: str) -> Corpus:
-    load_dataset = _optional("datasets").load_dataset
-    evaluation = split == "test"
+    datasets = _optional("datasets")
+    # The usual joins: "\n\n" between the rows, except for the evaluation text called c4-new.
+    separator = " " if (name, split) == ("c4-new", "test") else "\n\n"
+    return Corpus(name, joined(_hub_texts(datasets, name, split), separator))
+
+
+def _hub_texts(datasets: Any, name: str, split: str) -> Iterator[str]:
     try:
-        if name == "wikitext2":
-            rows = iter(load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split))
-            limit = None
-        else:
-            shard = "validation.00000-of-00008" if evaluation else "train.00000-of-01024"
-            files = {split: f"en/c4-{shard}.json.gz"}
-            rows = iter(load_dataset("allenai/c4", data_files=files, split=split, streaming=True))
-            limit = _C4_EVALUATION_DOCUMENTS if evaluation else _C4_DOCUMENTS
-    except (OSError, ValueError) as error:
+        for row in _hub_rows(datasets, name, split):
+            yield row["text"]
+    except (OSError, ValueError) as error:  # streaming reads the network at every step
         raise CalibrationError(
             f"the dataset {name!r} could not be loaded from the Hugging Face Hub ({error}). "
             "Check the connection, or pass a local .txt, .jsonl or .parquet file"
         ) from error
-    # The usual joins: "\n\n" between the rows, except for the evaluation text called c4-new.
-    separator = " " if name == "c4-new" and evaluation else "\n\n"
-    texts = (row["text"] for row in itertools.islice(rows, limit))
-    return Corpus(name, joined(texts, separator))
+
+
+def _hub_rows(datasets: Any, name: str, split: str) -> Iterable[Any]:
+    if name == "wikitext2":
+        rows: Iterable[Any] = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
+        return rows
+    shard, limit = {
+        "train": ("train.00000-of-01024", _C4_DOCUMENTS),
+        "test": ("validation.00000-of-00008", _C4_EVALUATION_DOCUMENTS),
+    }[split]
+    files = {split: f"en/c4-{shard}.json.gz"}
+    rows = datasets.load_dataset("allenai/c4", data_files=files, split=split, streaming=True)
+    return itertools.islice(rows, limit)
 
 
 def _from_rows(label: str, rows: Iterator[Mapping[str, Any]], tokenizer: Any) -> Corpus | Sequences:
