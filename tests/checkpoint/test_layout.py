@@ -99,7 +99,8 @@ def test_four_bit_word_written_out_by_hand() -> None:
 @pytest.mark.parametrize("fmt", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(
-    ("out", "n", "group_size"), [(1, 32, 32), (64, 96, 32), (5, 70, 32), (33, 1, -1), (3, 64, 128)]
+    ("out", "n", "group_size"),
+    [(1, 32, 32), (64, 96, 32), (5, 70, 32), (33, 1, -1), (3, 64, 128), (1, 8, -1), (1, 1, 32), (4, 4, 4)],
 )
 def test_layers_survive_the_round_trip(fmt: str, bits: int, out: int, n: int, group_size: int) -> None:
     codes = random_codes(out, n, bits, group_size, low=1 if fmt == "gptq" else 0)

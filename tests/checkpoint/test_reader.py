@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from checkpoint_samples import (
     LAYERS,
     autogptq_tensors,
@@ -14,8 +16,6 @@ from checkpoint_samples import (
     write_autogptq,
     write_fewbit,
 )
-from safetensors.torch import load_file, save_file
-
 from fewbit.checkpoint.header import read_header
 from fewbit.checkpoint.layout import pack
 from fewbit.checkpoint.reader import open_checkpoint, open_weights
@@ -181,6 +181,10 @@ def pickled(folder: Path) -> None:
         (lambda f: rewrite(f, lambda t: t.pop(f"{Q}.scales")), f"layer {Q} has no scales"),
         (
             lambda f: rewrite(f, lambda t: t.update({f"{Q}.scales": torch.zeros(3)})),
+            "does not consist of matrices",
+        ),
+        (
+            lambda f: rewrite(f, lambda t: t.update({f"{Q}.qzeros": torch.zeros(0, 9)})),
             "does not consist of matrices",
         ),
         (lambda f: rewrite(f, lambda t: t.update({f"{Q}.bias": torch.zeros(3)})), r"bias has shape \(3,\)"),

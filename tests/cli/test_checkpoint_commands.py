@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import typer
-from checkpoint_samples import rewrite, write_base, write_fewbit
 from typer.testing import CliRunner
 
+from checkpoint_samples import rewrite, write_base, write_fewbit
 from fewbit.cli.convert import convert
 from fewbit.cli.inspect import inspect
 from fewbit.cli.verify import verify

@@ -274,7 +274,7 @@ def layer_spec(name: str, settings: CheckpointSettings, tensors: Mapping[str, Te
     missing = [part for part in (QWEIGHT, QZEROS, SCALES) if part not in parts]
     if missing:
         raise CheckpointError(f"layer {name} has no {' and no '.join(missing)}")
-    if any(len(parts[part].shape) != 2 for part in (QWEIGHT, QZEROS, SCALES)):
+    if any(len(parts[part].shape) != 2 or 0 in parts[part].shape for part in (QWEIGHT, QZEROS, SCALES)):
         shapes = ", ".join(f"{part} {parts[part].shape}" for part in (QWEIGHT, QZEROS, SCALES))
         raise CheckpointError(f"layer {name} does not consist of matrices: {shapes}")
     groups, out_features = parts[SCALES].shape
