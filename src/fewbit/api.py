@@ -13,7 +13,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -26,9 +26,11 @@ from .checkpoint.assemble import checkpoint_tensors
 from .checkpoint.quantization import build as build_quantization_config
 from .checkpoint.writer import CONFIG, MARKER, CheckpointWriter
 from .config import QuantConfig
-from .errors import CalibrationError, ConfigError, ModelError
+from .errors import CalibrationError, ConfigError, ModelError, OutputError
+from .evaluate import evaluate, windows
 from .plan import Plan, make_plan, output_embedding_name
 from .report.collect import Report, collect
+from .report.model_card import CARD_NAME, model_card
 from .solver import native
 from .source import Source, open_source
 from .walk.journal import Journal, check_output
@@ -36,6 +38,8 @@ from .walk.lockstep import walk
 from .walk.quantizer import LayerQuantizer, MemorySink, Progress, Sink, Timers
 
 M = TypeVar("M", bound=nn.Module)
+
+EVALUATION_WINDOWS = 64  # of `evaluate_on`
 
 
 @overload
@@ -56,6 +60,8 @@ def quantize(
     max_shard_size: int | str = "5GB",
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    evaluate_on: Any = None,
+    push_to_hub: str | None = None,
     progress: Progress | None = None,
 ) -> Report | nn.Module:
     """Quantize a model with GPTQ.
@@ -72,6 +78,8 @@ def quantize(
         max_shard_size: bytes, or text such as "5GB".
         trust_remote_code: run Python code that comes with the model.
         allow_pickle: read weights from .bin files.
+        evaluate_on: a text on which the result is then measured against the original, for the report.
+        push_to_hub: a Hub repository that the result is uploaded to.
         progress: called as ``progress(phase, done, total)``.
 
     Returns:
@@ -89,7 +97,14 @@ def quantize(
     check_output(Path(output))
     source = open_source(model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     job = _PathJob(source, config, Path(output), progress)
-    return job.run(dataset, tokenizer, resolve_device(device), resume, max_shard_size)
+    where = resolve_device(device)
+    report = job.run(dataset, tokenizer, where, resume, max_shard_size)
+    if evaluate_on is not None:
+        report = replace(report, evaluation=job.evaluate(evaluate_on, tokenizer, where))
+        report.write(job.output)
+    if push_to_hub is not None:
+        _upload(job.output, push_to_hub)
+    return report
 
 
 def resolve_device(name: str) -> torch.device:
@@ -159,6 +174,22 @@ class _PathJob:
             journal.close()
         return report
 
+    def evaluate(self, dataset: Any, tokenizer: Any, device: torch.device) -> dict[str, Any]:
+        """Perplexity of the original and of the result, and the distance between them."""
+        from .runtime.load import load
+
+        text = windows(dataset, tokenizer or self.source.load_tokenizer(), num_windows=EVALUATION_WINDOWS)
+        base = self.source.load_model(self.config.dtype, device)
+        model = load(self.output, device=device)
+
+        def report(start: int) -> Callable[[int, int], None]:
+            return lambda done, total: self.progress("evaluate", start + done, 2 * total)
+
+        return {
+            "base": evaluate(base, text, progress=report(0)).to_dict(),
+            "quantized": evaluate(model, text, against=base, progress=report(len(text))).to_dict(),
+        }
+
     def _write(
         self,
         model: nn.Module,
@@ -178,6 +209,7 @@ class _PathJob:
         extra: dict[str, Path | bytes] = dict(self.source.files_to_copy())
         if self.source.gguf is not None:
             extra.update(_tokenizer_files(tokenizer))
+        extra[CARD_NAME] = model_card(self.config, plan, journal.records, calibration.tokens)
         with CheckpointWriter(self.output, max_shard_size) as writer:
             for name, tensor in checkpoint_tensors(model, names, journal.tensors):
                 writer.add(name, tensor)
@@ -318,6 +350,21 @@ def _quantization_config(config: QuantConfig, plan: Plan, calibration: Calibrati
         [item.name for item in plan.skipped],
         {"calibration": calibration.fingerprint},
     )
+
+
+def _upload(folder: Path, repository: str) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    hub = HfApi()
+    try:
+        hub.create_repo(repository, exist_ok=True)
+        hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Quantized with fewbit {__version__}")
+    except (HfHubHTTPError, OSError) as error:
+        raise OutputError(
+            f"{folder} is complete, but could not be uploaded to {repository}: {error}. "
+            "Log in with `hf auth login` and upload the folder, or try again."
+        ) from error
 
 
 def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
