@@ -1,6 +1,6 @@
 """How long quantization takes, against one plain forward pass over the same tokens in the same run.
 
-    python benchmarks/quantize_cpu.py [--dtype bfloat16|float32] [--bits 4] [--group-size 64] [--asym] [--no-eval]
+    python benchmarks/quantize_cpu.py --dtype bfloat16 --bits 4 --group-size 64
 
 SmolLM2-135M, 32 × 512 tokens of Wikipedia. The whole quantization is counted: reading the text and the
 model, hashing the weights, calibration forward, Hessians, solving, writing and syncing the checkpoint.
@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import tempfile
 import time
-from pathlib import Path
 
 import prepare
 
@@ -72,13 +71,15 @@ def _child(function, *arguments):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--asym", action="store_true")
     parser.add_argument("--no-eval", action="store_true")
-    parser.add_argument("--repeat", type=int, default=1, help="time the whole job this often and take the best ratio")
+    parser.add_argument("--repeat", type=int, default=1, help="times the job is timed")
     arguments = parser.parse_args()
     prepare.ensure()
     options = {
@@ -106,9 +107,13 @@ def main() -> None:
 def print_times(dtype: str, forward: dict[str, float], report: dict) -> None:
     """The ratio and where the time went."""
     total = report["seconds"]
-    print(f"\n{dtype} forward pass: {forward['whole']:.1f} s whole model, {forward['body']:.1f} s without the head")
+    print(
+        f"\n{dtype} forward pass: {forward['whole']:.1f} s whole model, {forward['body']:.1f} s without the head"
+    )
     print(f"quantization: {total:.1f} s, peak {report['peak_memory_bytes'] / 1e9:.2f} GB")
-    print(f"ratio: {total / forward['whole']:.2f} × the whole forward, {total / forward['body']:.2f} × without the head")
+    print(
+        f"ratio: {total / forward['whole']:.2f} × the whole forward, {total / forward['body']:.2f} × without the head"
+    )
     phases = dict(report["seconds_by_phase"])
     inside = sum(phases.get(phase, 0.0) for phase in ("hessian", "solve", "pack", "journal", "resume"))
     phases["forward in the walk"] = phases.pop("walk") - inside
@@ -119,8 +124,10 @@ def print_times(dtype: str, forward: dict[str, float], report: dict) -> None:
 def print_quality(results: dict[str, dict]) -> None:
     """One line for each checkpoint."""
     for name, values in results.items():
-        kl = "" if values["kl"] is None else f"   KL {values['kl']:.4f}   same first choice {values['top1_agreement']:.1%}"
-        print(f"{name:18s} perplexity {values['perplexity']:8.3f} ± {values['perplexity'] * values['stderr']:.2f}{kl}")
+        line = f"{name:18s} perplexity {values['perplexity']:8.3f} ± {values['stderr']:.2f}"
+        if values["kl"] is not None:
+            line += f"   KL {values['kl']:.4f} ± {values['kl_stderr']:.4f}   same choice {values['top1_agreement']:.1%}"
+        print(line)
 
 
 if __name__ == "__main__":

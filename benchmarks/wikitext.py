@@ -24,7 +24,8 @@ _FILE = re.compile(r"\s*(file|image|category)\s*:", re.IGNORECASE)
 def articles(dump: Path) -> tuple[list[str], list[str]]:
     """Calibration and test articles of the bzip2 dump."""
     found = []
-    for page in re.findall(r"<page>(.*?)</page>", bz2.open(dump).read().decode("utf-8"), re.DOTALL):
+    pages = bz2.decompress(dump.read_bytes()).decode("utf-8")
+    for page in re.findall(r"<page>(.*?)</page>", pages, re.DOTALL):
         title = html.unescape(re.search(r"<title>(.*?)</title>", page)[1])
         body = re.search(r"<text[^>]*>(.*?)</text>", page, re.DOTALL)
         raw = html.unescape(body[1]) if body else ""

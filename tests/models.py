@@ -77,7 +77,9 @@ def save_tiny(folder: Path, family: str = "llama", **changes: Any) -> Path:
     return folder
 
 
-def random_sequences(count: int = 6, length: int = 24, seed: int = 1, vocab: int = VOCAB) -> list[dict[str, Any]]:
+def random_sequences(
+    count: int = 6, length: int = 24, seed: int = 1, vocab: int = VOCAB
+) -> list[dict[str, Any]]:
     """Token dicts of equal length."""
     generator = torch.Generator().manual_seed(seed)
     return [{"input_ids": torch.randint(4, vocab, (length,), generator=generator)} for _ in range(count)]

@@ -61,7 +61,9 @@ def test_errors_have_one_root_and_are_value_errors():
 
 
 def test_round_trip_and_frozen():
-    config = QuantConfig(bits=3, group_size=-1, sym=False, ignore=("head",), override={"down": {"bits": 8}, "q": "skip"})
+    config = QuantConfig(
+        bits=3, group_size=-1, sym=False, ignore=("head",), override={"down": {"bits": 8}, "q": "skip"}
+    )
     assert QuantConfig.from_dict(config.to_dict()) == config
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.bits = 4
@@ -69,7 +71,8 @@ def test_round_trip_and_frozen():
 
 def test_layer_settings_follow_ignore_then_the_first_override():
     config = QuantConfig(
-        ignore=(r"\.0\.",), override={r"down_proj$": {"bits": 8, "group_size": 32}, r"\.1\.": "skip", "down": {"bits": 2}}
+        ignore=(r"\.0\.",),
+        override={r"down_proj$": {"bits": 8, "group_size": 32}, r"\.1\.": "skip", "down": {"bits": 2}},
     )
     assert config.layer("model.0.down_proj") is None
     assert config.layer("model.1.down_proj") == dataclasses.replace(config.defaults, bits=8, group_size=32)

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from models import tiny_model
 from torch import nn
 
 from fewbit import QuantConfig
 from fewbit.errors import ConfigError, ModelError
 from fewbit.plan import block_of, make_plan
+from models import tiny_model
 
 
 def test_layers_in_blocks_are_taken_and_the_rest_has_a_reason():
@@ -20,7 +20,9 @@ def test_layers_in_blocks_are_taken_and_the_rest_has_a_reason():
 
 
 def test_lm_head_ignore_and_override():
-    config = QuantConfig(group_size=16, lm_head=True, ignore=("k_proj",), override={"layers.1.*v_proj": "skip"})
+    config = QuantConfig(
+        group_size=16, lm_head=True, ignore=("k_proj",), override={"layers.1.*v_proj": "skip"}
+    )
     plan = make_plan(tiny_model("llama"), config)
     names = [layer.name for layer in plan.layers]
     assert "lm_head" in names
@@ -76,7 +78,9 @@ def test_routers_and_fused_experts_are_listed():
 
 @pytest.mark.parametrize("config", [QuantConfig(ignore=("nope",)), QuantConfig(override={"nope": "skip"})])
 def test_a_pattern_that_matches_nothing_is_refused(config):
-    with pytest.raises(ConfigError, match="the pattern 'nope' matches no layer of this model; its layers are called"):
+    with pytest.raises(
+        ConfigError, match="the pattern 'nope' matches no layer of this model; its layers are called"
+    ):
         make_plan(tiny_model("llama"), config)
 
 
@@ -91,8 +95,13 @@ def test_widths_that_groups_do_not_divide_are_noted():
     notes = make_plan(tiny_model("llama"), QuantConfig(bits=3, group_size=32)).notes
     assert any("have 48 inputs, which group size 32 does not divide" in note for note in notes)
     assert any("14 layers have a width that does not fill whole 32-bit words" in note for note in notes)
-    assert make_plan(tiny_model("llama"), QuantConfig(group_size=16)).notes == ()  # 48 × 4 bits are whole words
-    assert make_plan(tiny_model("llama", hidden_size=64, intermediate_size=96), QuantConfig(group_size=32)).notes == ()
+    assert (
+        make_plan(tiny_model("llama"), QuantConfig(group_size=16)).notes == ()
+    )  # 48 × 4 bits are whole words
+    assert (
+        make_plan(tiny_model("llama", hidden_size=64, intermediate_size=96), QuantConfig(group_size=32)).notes
+        == ()
+    )
 
 
 def test_block_names():

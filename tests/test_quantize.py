@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import FAMILIES, TEXT, random_sequences, save_tiny, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
 from torch import nn
 
 import fewbit
 from fewbit.checkpoint.layout import unpack
 from fewbit.errors import CalibrationError, ConfigError, ModelError, OutputError, SolverError
+from models import FAMILIES, TEXT, random_sequences, save_tiny, tiny_model, tiny_tokenizer
 
 SMALL = {"group_size": 16, "seq_len": 32, "num_samples": 6}
 
@@ -85,7 +85,10 @@ def test_overrides_ignore_and_lm_head(tmp_path, text, folder):
     report = fewbit.quantize(folder, config, dataset=text, output=tmp_path / "out")
     layers = {layer["name"]: layer for layer in report.layers}
     assert "lm_head" in layers
-    assert (layers["model.layers.0.mlp.down_proj"]["bits"], layers["model.layers.0.mlp.up_proj"]["bits"]) == (8, 4)
+    assert (layers["model.layers.0.mlp.down_proj"]["bits"], layers["model.layers.0.mlp.up_proj"]["bits"]) == (
+        8,
+        4,
+    )
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert "model.layers.0.self_attn.k_proj.weight" in stored
     assert "lm_head.qweight" in stored
@@ -212,7 +215,11 @@ def test_a_dead_column_keeps_its_rounded_weight():
     fewbit.quantize(model, fewbit.QuantConfig(**SMALL), dataset=random_sequences())
     Wq = model.model.layers[0].self_attn.q_proj.codes().dequantize()
     assert float(Wq[:, 5].abs().max()) > 0
-    scale = model.model.layers[0].self_attn.codes if False else model.model.layers[0].self_attn.q_proj.codes().scales
+    scale = (
+        model.model.layers[0].self_attn.codes
+        if False
+        else model.model.layers[0].self_attn.q_proj.codes().scales
+    )
     assert bool(((Wq[:, 5] - W[:, 5]).abs() <= scale[:, 0].float().abs() / 2 + 1e-6).float().mean() > 0.9)
 
 
@@ -276,7 +283,9 @@ def test_missing_weights(tmp_path, text, folder):
     stored = load_file(folder / "model.safetensors")
     del stored["model.layers.1.mlp.up_proj.weight"]
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    refused(ModelError, "lacks 1 weights .* model.layers.1.mlp.up_proj.weight", tmp_path, folder, dataset=text)
+    refused(
+        ModelError, "lacks 1 weights .* model.layers.1.mlp.up_proj.weight", tmp_path, folder, dataset=text
+    )
 
 
 def test_an_unknown_architecture(tmp_path, text, folder):
@@ -286,7 +295,13 @@ def test_an_unknown_architecture(tmp_path, text, folder):
 
 
 def test_a_path_that_is_nothing(tmp_path, text):
-    refused(ModelError, "neither a folder, a .gguf file nor a Hub id", tmp_path, "no/such/folder/here", dataset=text)
+    refused(
+        ModelError,
+        "neither a folder, a .gguf file nor a Hub id",
+        tmp_path,
+        "no/such/folder/here",
+        dataset=text,
+    )
     refused(ModelError, "is a file but not a .gguf file", tmp_path, text, dataset=text)
 
 
@@ -322,7 +337,7 @@ def test_strict_refuses_fallbacks(tmp_path, folder):
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[0].input_layernorm.weight.zero_()  # q/k/v see nothing but zeros
-    with pytest.raises(SolverError, match="q_proj needed a fallback .*strict mode refuses it"):
+    with pytest.raises(SolverError, match=r"q_proj needed a fallback .*strict mode refuses it"):
         fewbit.quantize(model, fewbit.QuantConfig(strict=True, **SMALL), dataset=random_sequences())
 
 

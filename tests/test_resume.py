@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+
 from models import TEXT, save_tiny
 
 RUN = """
@@ -26,7 +27,9 @@ def command(model, out, text, *more):
 
 
 def contents(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != "fewbit_report.json"}
+    return {
+        p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != "fewbit_report.json"
+    }
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,14 +42,8 @@ M = TypeVar("M", bound=nn.Module)
 EVALUATION_WINDOWS = 64  # of `evaluate_on`
 
 
-@overload
-def quantize(model: str | Path, config: QuantConfig | None = None, *, output: str | Path, **options: Any) -> Report: ...
-@overload
-def quantize(model: M, config: QuantConfig | None = None, **options: Any) -> M: ...
-
-
 def quantize(
-    model: str | Path | nn.Module,
+    model: str | Path | M,
     config: QuantConfig | None = None,
     *,
     dataset: Any = None,
@@ -63,7 +57,7 @@ def quantize(
     evaluate_on: Any = None,
     push_to_hub: str | None = None,
     progress: Progress | None = None,
-) -> Report | nn.Module:
+) -> Report | M:
     """Quantize a model with GPTQ.
 
     Args:
@@ -216,9 +210,7 @@ class _PathJob:
             writer.finish(config, _quantization_config(self.config, plan, calibration), extra)
 
 
-def _quantize_module(
-    model: nn.Module, config: QuantConfig, dataset: Any, tokenizer: Any, progress: Progress
-) -> nn.Module:
+def _quantize_module(model: M, config: QuantConfig, dataset: Any, tokenizer: Any, progress: Progress) -> M:
     """Quantize a model in memory, in place."""
     from .runtime.replace import replace_layers
 
@@ -266,7 +258,9 @@ def _quantize_layers(
             quantizer.meet(name, [])
     if traffic.late:
         count = sum(traffic.late.values())
-        notes.append(f"{count} inputs reached {len(traffic.late)} layers after they were solved and did not count")
+        notes.append(
+            f"{count} inputs reached {len(traffic.late)} layers after they were solved and did not count"
+        )
     if traffic.unreached:
         notes.append(
             f"no calibration token reached {len(traffic.unreached)} layers, for example {traffic.unreached[0]}: "
@@ -278,7 +272,9 @@ def _quantize_layers(
 def _job(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], object]:
     accepted = inspect.signature(model.forward).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    extra = {"use_cache": False} if "use_cache" in accepted or (takes_any and hasattr(model, "config")) else {}
+    extra = (
+        {"use_cache": False} if "use_cache" in accepted or (takes_any and hasattr(model, "config")) else {}
+    )
     return lambda: model(**batch, **extra)
 
 
@@ -289,7 +285,9 @@ def _masks(batch: dict[str, Tensor]) -> list[Tensor]:
 
 def _calibrate(config: QuantConfig, dataset: Any, tokenizer: Any, model_config: Any) -> Calibration:
     """The calibration batches; none for a run that needs none."""
-    methods = {config.method} | {s["method"] for s in config.override.values() if isinstance(s, dict) and "method" in s}
+    methods = {config.method} | {
+        s["method"] for s in config.override.values() if isinstance(s, dict) and "method" in s
+    }
     if methods == {"rtn"}:
         return Calibration(batches=[], fingerprint="none", tokens=0, sequences=0, source="none")
     if dataset is None:
@@ -320,7 +318,9 @@ def _check_weights(model: nn.Module) -> None:
         low, high = (float(value) for value in parameter.detach().aminmax())
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
             kind = "NaN" if low != low or high != high else "infinite"
-            raise ModelError(f"the weight {name} holds {kind} values: the model is damaged; download or save it again")
+            raise ModelError(
+                f"the weight {name} holds {kind} values: the model is damaged; download or save it again"
+            )
 
 
 def _untie(model: nn.Module, modules: dict[str, nn.Module]) -> None:
@@ -328,9 +328,10 @@ def _untie(model: nn.Module, modules: dict[str, nn.Module]) -> None:
     name = output_embedding_name(model)
     if name in modules:
         head = modules[name]
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-        if getattr(model.config, "tie_word_embeddings", False):
-            model.config.tie_word_embeddings = False
+        head.weight = nn.Parameter(head.get_parameter("weight").detach().clone(), requires_grad=False)
+        config: Any = model.config
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
 
 
 def _fingerprint(config: QuantConfig, calibration: Calibration, weights: str) -> dict[str, str]:
@@ -359,7 +360,9 @@ def _upload(folder: Path, repository: str) -> None:
     hub = HfApi()
     try:
         hub.create_repo(repository, exist_ok=True)
-        hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Quantized with fewbit {__version__}")
+        hub.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message=f"Quantized with fewbit {__version__}"
+        )
     except (HfHubHTTPError, OSError) as error:
         raise OutputError(
             f"{folder} is complete, but could not be uploaded to {repository}: {error}. "
@@ -377,5 +380,3 @@ def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
 
 def _silent(phase: str, done: int, total: int) -> None:
     """The progress callback of those who want none."""
-
-

@@ -52,9 +52,7 @@ class Codes:
     @property
     def has_act_order(self) -> bool:
         """Whether the groups are anything other than consecutive inputs."""
-        return not torch.equal(
-            self.g_idx.cpu(), sequential_groups(self.codes.shape[1], self.group_size)
-        )
+        return not torch.equal(self.g_idx.cpu(), sequential_groups(self.codes.shape[1], self.group_size))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (out, in): computed in float32, then rounded once to `dtype`."""

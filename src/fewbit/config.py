@@ -63,7 +63,9 @@ class LayerSettings:
         _one_of("act_order", self.act_order, ACT_ORDERS)
         _one_of("method", self.method, METHODS)
         if isinstance(self.damp, bool) or not isinstance(self.damp, (int, float)) or not 0 < self.damp < 1:
-            raise ConfigError(f"damp must lie between 0 and 1 (both excluded); got {self.damp}. Usual: 0.01 to 0.1.")
+            raise ConfigError(
+                f"damp must lie between 0 and 1 (both excluded); got {self.damp}. Usual: 0.01 to 0.1."
+            )
 
 
 LAYER_KEYS = tuple(f.name for f in dataclasses.fields(LayerSettings))
@@ -101,7 +103,7 @@ class QuantConfig:
     act_order: str = "group"
     damp: float = 0.01
     method: str = "gptq"
-    ignore: tuple[str, ...] = ()
+    ignore: tuple[str, ...] | str = ()
     override: Mapping[str, Mapping[str, Any] | str] = field(default_factory=dict)
     lm_head: bool = False
     format: str = "gptq"
@@ -113,8 +115,9 @@ class QuantConfig:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        patterns = (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore)
-        object.__setattr__(self, "ignore", patterns)
+        if isinstance(self.ignore, str):  # a single pattern, not its letters
+            object.__setattr__(self, "ignore", (self.ignore,))
+        object.__setattr__(self, "ignore", tuple(self.ignore))
         object.__setattr__(self, "override", dict(self.override))
         _one_of("format", self.format, FORMATS)
         _one_of("dtype", self.dtype, DTYPES)
@@ -190,7 +193,9 @@ def _parse_settings(text: str, settings: str) -> dict[str, Any]:
         key, separator, value = (part.strip() for part in item.partition(":"))
         key = key.replace("-", "_")
         if not separator or not value:
-            raise ConfigError(f"cannot read {item!r} in override {text!r}: write key:value, for example bits:8")
+            raise ConfigError(
+                f"cannot read {item!r} in override {text!r}: write key:value, for example bits:8"
+            )
         _refuse_unknown([key], LAYER_KEYS, f"override {text!r}")
         result[key] = _parse_value(key, value, text)
     return result

@@ -101,7 +101,9 @@ def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
     skipped.extend(_fused_experts(model))
     if not layers:
         reasons = Counter(item.reason for item in skipped)
-        listed = "; ".join(f"{count} × {reason}" for reason, count in reasons.items()) or "it has no linear layers"
+        listed = (
+            "; ".join(f"{count} × {reason}" for reason, count in reasons.items()) or "it has no linear layers"
+        )
         raise ModelError(f"nothing to quantize in {type(model).__name__}: {listed}")
     return Plan(tuple(layers), tuple(skipped), tuple(_notes(layers)))
 
@@ -115,10 +117,16 @@ def output_embedding_name(model: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if module is head), None)
 
 
-def _why_not(name: str, module: nn.Module, is_head: bool, has_blocks: bool, config: QuantConfig) -> str | None:
+def _why_not(
+    name: str, module: nn.Module, is_head: bool, has_blocks: bool, config: QuantConfig
+) -> str | None:
     explicit = any(re.search(pattern, name) for pattern in config.override)
     if is_head:
-        return None if config.lm_head or explicit else "output embedding (quantized with lm_head=True, --lm-head)"
+        return (
+            None
+            if config.lm_head or explicit
+            else "output embedding (quantized with lm_head=True, --lm-head)"
+        )
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "its weight is used directly, not through its forward"
     if isinstance(module, nn.Conv2d) and module.groups != 1:
@@ -161,7 +169,9 @@ def _notes(layers: Iterable[LayerPlan]) -> Iterable[str]:
             f"{count} layers have {width} inputs, which group size {size} does not divide: their last group is "
             f"shorter. fewbit reads that; vLLM, SGLang and GPTQModel may not ({advice})."
         )
-    ragged = sum(_is_padded(layer.in_features, layer) or _is_padded(layer.out_features, layer) for layer in layers)
+    ragged = sum(
+        _is_padded(layer.in_features, layer) or _is_padded(layer.out_features, layer) for layer in layers
+    )
     if ragged:
         yield (
             f"{ragged} layers have a width that does not fill whole 32-bit words: the last word is padded. "

@@ -19,7 +19,14 @@ from .errors import DependencyError, ModelError
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _NOT_COPIED = ("README.md", ".gitattributes", "config.json", "quantize_config.json", "fewbit_manifest.json")
 _COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 
 
@@ -67,7 +74,9 @@ class Source:
         try:
             return AutoConfig.from_pretrained(self.folder, **self._options)
         except (ValueError, OSError, KeyError) as error:
-            raise ModelError(f"cannot read the configuration in {self.folder}: {_first_line(error)}") from error
+            raise ModelError(
+                f"cannot read the configuration in {self.folder}: {_first_line(error)}"
+            ) from error
 
     def load_model(self, dtype: str, device: torch.device) -> nn.Module:
         """The model in evaluation mode; `dtype` "auto" keeps the stored one.
@@ -112,7 +121,9 @@ class Source:
         try:
             return AutoTokenizer.from_pretrained(self.folder, **self._options)
         except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-            raise ModelError(f"the tokenizer in {self.folder} cannot be loaded: {_first_line(error)}") from error
+            raise ModelError(
+                f"the tokenizer in {self.folder} cannot be loaded: {_first_line(error)}"
+            ) from error
 
     def config_dict(self, model: nn.Module) -> dict[str, Any]:
         """``config.json`` of the result: the source's own where there is one, else the model's."""
@@ -207,14 +218,18 @@ def _download(name: str) -> Path:
     except HFValidationError as error:
         raise ModelError(f"{name} is neither a folder, a .gguf file nor a Hub id") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"{name} is no local folder and cannot be downloaded: {_first_line(error)}") from error
+        raise ModelError(
+            f"{name} is no local folder and cannot be downloaded: {_first_line(error)}"
+        ) from error
 
 
 def _gguf_dequantize() -> Any:
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise DependencyError("reading .gguf files needs the gguf package: pip install 'fewbit[gguf]'") from error
+        raise DependencyError(
+            "reading .gguf files needs the gguf package: pip install 'fewbit[gguf]'"
+        ) from error
     from transformers import GgufConfig
 
     return GgufConfig(dequantize=True)

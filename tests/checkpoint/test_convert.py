@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from checkpoint_samples import (
     CONFIG,
     LAYERS,
@@ -15,8 +17,6 @@ from checkpoint_samples import (
     write_autogptq,
     write_fewbit,
 )
-from safetensors.torch import load_file
-
 from fewbit.checkpoint.convert import convert
 from fewbit.checkpoint.reader import open_checkpoint
 from fewbit.checkpoint.verify import verify

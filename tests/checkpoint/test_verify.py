@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from checkpoint_samples import (
     LAYERS,
     autogptq_tensors,
@@ -16,8 +18,6 @@ from checkpoint_samples import (
     write_base,
     write_fewbit,
 )
-from safetensors.torch import load_file, save_file
-
 from fewbit.checkpoint.layout import pack, unpack
 from fewbit.checkpoint.verify import verify
 from fewbit.config import QuantConfig

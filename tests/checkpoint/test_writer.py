@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_samples import write_fewbit
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from checkpoint_samples import write_fewbit
 from fewbit.checkpoint import manifest
 from fewbit.checkpoint.header import read_header
 from fewbit.checkpoint.reader import open_checkpoint

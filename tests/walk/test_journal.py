@@ -10,7 +10,9 @@ PRINT = {"config": "a", "calibration data": "b", "model": "c"}
 
 
 def block(value):
-    tensors = {"x.0.q": {"qweight": torch.full((4, 3), value, dtype=torch.int32), "scales": torch.ones(1, 3).half()}}
+    tensors = {
+        "x.0.q": {"qweight": torch.full((4, 3), value, dtype=torch.int32), "scales": torch.ones(1, 3).half()}
+    }
     return tensors, {"x.0.q": {"tokens": value}}
 
 
@@ -103,7 +105,9 @@ def test_a_damaged_first_line_starts_again_with_a_note(tmp_path):
 
 def test_a_folder_with_something_else_is_refused_and_untouched(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(OutputError, match=r"already holds something else \(thesis.tex\). Nothing was changed"):
+    with pytest.raises(
+        OutputError, match=r"already holds something else \(thesis.tex\). Nothing was changed"
+    ):
         Journal(tmp_path, PRINT)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -124,7 +128,9 @@ def test_a_full_disk_is_reported_and_keeps_finished_blocks(tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("fewbit.walk.journal.os.fsync", full)
-    with pytest.raises(OutputError, match="No space left on device. Finished blocks are safe: make room and run"):
+    with pytest.raises(
+        OutputError, match=r"No space left on device\. Finished blocks are safe: make room and run"
+    ):
         journal.append("x.9", tensors, records)
     journal.close()
     monkeypatch.undo()

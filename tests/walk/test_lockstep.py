@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from models import FAMILIES, random_sequences, tiny_model
 from torch import nn
 
 from fewbit.config import QuantConfig
@@ -10,6 +9,7 @@ from fewbit.plan import make_plan
 from fewbit.solver import Hessian, quantize_weight
 from fewbit.walk.layers import input_rows, set_weight_matrix, weight_matrix
 from fewbit.walk.lockstep import walk
+from models import FAMILIES, random_sequences, tiny_model
 
 CONFIG = QuantConfig(bits=3, group_size=16, seq_len=24)
 

@@ -17,7 +17,16 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 from .sampling import choose, sample_windows, thin
-from .sequences import Batch, add_decoder_inputs, check_ids, collate, fingerprint, read_item, truncate
+from .sequences import (
+    Batch,
+    add_decoder_inputs,
+    check_ids,
+    collate,
+    fingerprint,
+    read_item,
+    ready_batches,
+    truncate,
+)
 from .sources import NAMED, Corpus, RetiredDatasetError, Sequences, open_source
 
 __all__ = ["NAMED", "Calibration", "RetiredDatasetError", "prepare"]
@@ -33,7 +42,7 @@ class Calibration:
         batches: dicts of CPU tensors: input_ids int64 (batch, length); attention_mask int64 of the same
             shape (0 = padding, on the right) only where something is masked; further keys as given.
         fingerprint: SHA-256 over all of it.
-        tokens: unmasked tokens in all batches.
+        tokens: unmasked tokens in all batches; 0 where batches hold no tokens but images, say.
         sequences: rows in all batches.
         source: where they came from, in words (file names without folders).
         notes: what was done that the caller did not ask for, one sentence each.
@@ -67,7 +76,8 @@ def prepare(
     `num_samples` equal parts.
 
     Args:
-        dataset: see `sources.open_source`.
+        dataset: see `sources.open_source`; or a list of dicts of tensors without ``input_ids``, each one
+            taken as a batch that the model's forward accepts.
         tokenizer: a transformers tokenizer; not needed for token ids.
         num_samples: sequences to use; None for all.
         seq_len: tokens per window, and the most per sequence.
@@ -81,6 +91,10 @@ def prepare(
         CalibrationError: no dataset, an unknown one, no tokens in it, or elements that cannot be used.
         DependencyError: an optional package is missing.
     """
+    ready = ready_batches(dataset)
+    if ready is not None:
+        chosen = [ready[i] for i in choose(len(ready), num_samples, seed)]
+        return Calibration(chosen, fingerprint(chosen), 0, len(chosen), f"{len(ready)} ready-made batches")
     notes: list[str] = []
     if max_positions is not None and seq_len > max_positions:
         notes.append(

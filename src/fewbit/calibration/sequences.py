@@ -53,6 +53,30 @@ def read_item(item: Any, position: int, tokenizer: Any) -> Iterator[Batch]:
         yield _strip({key: value[row : row + 1] for key, value in tensors.items()})
 
 
+def ready_batches(dataset: Any) -> list[Batch] | None:
+    """A list of dicts without ``input_ids`` (``pixel_values`` …) is a list of whole batches; None if it is not.
+
+    Raises:
+        CalibrationError: an element is no dict, or holds something that is no tensor.
+    """
+    if not isinstance(dataset, (list, tuple)) or not dataset:
+        return None
+    first = dataset[0]
+    if not isinstance(first, Mapping) or "input_ids" in first:
+        return None
+    if not first or not all(isinstance(value, Tensor) for value in first.values()):
+        return None
+    batches = []
+    for position, item in enumerate(dataset):
+        where = f"dataset element {position}"
+        if not isinstance(item, Mapping) or "input_ids" in item:
+            raise CalibrationError(
+                f"{where} must be a dict of tensors without input_ids, like the first element"
+            )
+        batches.append({key: _tensor(value, f"{where}, {key!r}") for key, value in item.items()})
+    return batches
+
+
 def _tensor(value: Any, where: str) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().cpu()

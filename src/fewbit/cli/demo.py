@@ -15,24 +15,27 @@ from .display import progress_bar, quiet_transformers, size_text
 
 def demo(as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False) -> None:
     """Quantize the model inside the package to 4, 3 and 2 bits and show what that costs."""
-    from ..demo import showcase
+    from ..demo.showcase import Showcase
 
     quiet_transformers()
     with progress_bar("demo", hidden=as_json) as progress:
-        rows = showcase.run(lambda done, total, what: progress(what, done, total))
+        rows = Showcase(progress).run()
     if as_json:
         print(json.dumps([asdict(row) for row in rows]))
         return
-    table = Table("model", "bits per weight", "size", "perplexity", "KL to the original")
+    table = Table(
+        "model", "bits/weight", "size", "perplexity", "KL", caption="KL: nats per token to the original"
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
         kl = "" if row.kl is None else f"{row.kl:.4f}"
-        table.add_row(row.name, f"{row.bits_per_weight:.2f}", size_text(row.size_bytes), f"{row.perplexity:.2f}", kl)
+        table.add_row(
+            row.name, f"{row.bits_per_weight:.2f}", size_text(row.size_bytes), f"{row.perplexity:.2f}", kl
+        )
     output = Console()
     output.print(table)
-    output.print("One sentence from each (the prompt is the same, the most likely word is always taken):")
+    output.print("How each goes on from the same words, with the same dice:")
     for row in rows:
-        if "round" not in row.name:
-            output.print(f"[bold]{row.name}[/]: ", end="")
-            output.print(row.text, markup=False, highlight=False)
+        output.print(f"[bold]{row.name}[/]: ", end="")
+        output.print(row.text, markup=False, highlight=False)

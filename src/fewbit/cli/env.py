@@ -20,7 +20,9 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] 
 
     facts = versions()
     facts["cpu threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
-    facts["compiled solver"] = "yes: " + ", ".join(native.instruction_sets()) if native.available() else native.why_not()
+    facts["compiled solver"] = (
+        "yes: " + ", ".join(native.instruction_sets()) if native.available() else native.why_not()
+    )
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             facts[f"cuda:{index}"] = torch.cuda.get_device_name(index)

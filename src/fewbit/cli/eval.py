@@ -17,7 +17,6 @@ from ..source import Source, open_source
 from .display import progress_bar, quiet_transformers
 from .quantize import Dtype
 
-_AUTO = Dtype("auto")
 _EXAMPLES = """
 Examples:
 
@@ -43,7 +42,7 @@ def eval_(
     batch_size: Annotated[int, typer.Option(min=1, help="Windows in a forward pass.")] = 1,
     bos: Annotated[bool, typer.Option("--bos", help="Begin every window with the BOS token.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu or mps.")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Of the forward pass; auto keeps the model's.")] = _AUTO,
+    dtype: Annotated[Dtype, typer.Option(help="Of the forward pass; auto keeps the model's.")] = "auto",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the model's own code.")
     ] = False,
@@ -65,9 +64,9 @@ def eval_(
     text = windows(dataset, tokenizer, seq_len, num_samples, bos=bos)
     with progress_bar("eval", hidden=quiet or as_json) as progress:
         result = evaluate(
-            _load(source, dtype.value, where),
+            _load(source, dtype, where),
             text,
-            against=_load(base, dtype.value, where) if base else None,
+            against=_load(base, dtype, where) if base else None,
             batch_size=batch_size,
             progress=lambda done, total: progress("", done, total),
         )

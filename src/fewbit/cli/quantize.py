@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
 
-from ..config import ACT_ORDERS, DTYPES, FORMATS, METHODS, QuantConfig, parse_overrides
+from ..config import QuantConfig, parse_overrides
 from .display import INTERRUPTED, console, progress_bar, quiet_transformers, size_text
 
-ActOrder = Enum("ActOrder", {name: name for name in ACT_ORDERS}, type=str)
-Method = Enum("Method", {name: name for name in METHODS}, type=str)
-Format = Enum("Format", {name: name for name in FORMATS}, type=str)
-Dtype = Enum("Dtype", {name: name for name in DTYPES}, type=str)
+ActOrder = Literal["group", "none", "full"]
+Method = Literal["gptq", "rtn"]
+Format = Literal["gptq", "gptq_v2"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 _EXAMPLES = """
 Examples:
@@ -31,36 +30,46 @@ Examples:
 
 def quantize(
     model: Annotated[str, typer.Argument(help="A transformers folder, a .gguf file or a Hub id.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; new, empty or interrupted.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder to write; new, empty or interrupted.")
+    ],
     bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
     group_size: Annotated[int, typer.Option(help="Inputs that share a scale; -1: the whole row.")] = 128,
     sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric or asymmetric grids.")] = True,
-    act_order: Annotated[ActOrder, typer.Option(help="Order of the columns; full writes a g_idx.")] = ActOrder.group,
+    act_order: Annotated[ActOrder, typer.Option(help="Order of the columns; full writes a g_idx.")] = "group",
     damp: Annotated[float, typer.Option(help="Damping, as a fraction of mean(diag H).")] = 0.01,
-    method: Annotated[Method, typer.Option(help="gptq, or rtn (round-to-nearest, no text needed).")] = Method.gptq,
+    method: Annotated[Method, typer.Option(help="gptq, or rtn (round-to-nearest, no text needed).")] = "gptq",
     dataset: Annotated[
         str | None,
         typer.Option(help="wikitext2, c4, c4-new, a .txt, .jsonl or .parquet file, or - for stdin."),
     ] = None,
-    num_samples: Annotated[int, typer.Option("--num-samples", "--nsamples", help="Calibration sequences.")] = 128,
+    num_samples: Annotated[
+        int, typer.Option("--num-samples", "--nsamples", help="Calibration sequences.")
+    ] = 128,
     seq_len: Annotated[int, typer.Option("--seq-len", "--seqlen", help="Tokens in each.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Sequences in a forward pass.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu or mps.")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Of the forward pass; auto keeps the model's.")] = Dtype.auto,
-    ignore: Annotated[list[str] | None, typer.Option(help="REGEX of layers to leave alone. Repeatable.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the forward pass; auto keeps the model's.")] = "auto",
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="REGEX of layers to leave alone. Repeatable.")
+    ] = None,
     override: Annotated[
         list[str] | None, typer.Option(help="'REGEX=bits:8,group_size:32' or 'REGEX=skip'. Repeatable.")
     ] = None,
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Also quantize the output embedding.")] = False,
-    format: Annotated[Format, typer.Option(help="gptq (v1) is read by everything.")] = Format.gptq,
+    format: Annotated[Format, typer.Option(help="gptq (v1) is read by everything.")] = "gptq",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
-    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")
+    ] = True,
     eval_dataset: Annotated[
         str | None, typer.Option("--eval", help="Measure the result on this text, against the original.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Chooses the calibration windows.")] = 0,
     strict: Annotated[bool, typer.Option("--strict", help="Fail where a fallback would be used.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the model's own code.")
+    ] = False,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weight files.")] = False,
     push_to_hub: Annotated[str | None, typer.Option(help="Upload the result to this Hub repository.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
@@ -72,18 +81,18 @@ def quantize(
         bits=bits,
         group_size=group_size,
         sym=sym,
-        act_order=act_order.value,
+        act_order=act_order,
         damp=damp,
-        method=method.value,
+        method=method,
         ignore=tuple(ignore or ()),
         override=parse_overrides(override or ()),
         lm_head=lm_head,
-        format=format.value,
+        format=format,
         num_samples=num_samples,
         seq_len=seq_len,
         batch_size=batch_size,
         seed=seed,
-        dtype=dtype.value,
+        dtype=dtype,
         strict=strict,
     )
     from .. import api
@@ -106,7 +115,9 @@ def quantize(
                 progress=progress,
             )
     except KeyboardInterrupt as interrupt:
-        console.print(f"interrupted. Finished blocks are kept in {output}: run the same command again to go on.")
+        console.print(
+            f"interrupted. Finished blocks are kept in {output}: run the same command again to go on."
+        )
         raise typer.Exit(INTERRUPTED) from interrupt
     if as_json:
         print(json.dumps(report.summary()))
@@ -127,7 +138,8 @@ def _show(report: Any, verbose: bool) -> None:
     if errors:
         worst = max(report.layers, key=lambda layer: layer["output_error"] or 0.0)
         table.add_row(
-            "output error", f"{sum(errors) / len(errors):.2%} on average, {max(errors):.2%} at most ({worst['name']})"
+            "output error",
+            f"{sum(errors) / len(errors):.2%} on average, {max(errors):.2%} at most ({worst['name']})",
         )
     fallbacks = ", ".join(f"{name} ({count} layers)" for name, count in report.fallbacks.items())
     table.add_row("fallbacks", fallbacks or "none")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import api
 from ..config import QuantConfig
@@ -18,16 +19,24 @@ from ..source import open_source
 from . import calibration_text, evaluation_text, model_path
 
 BITS = (4, 3, 2)
-GROUP_SIZE = 64
-SEQ_LEN = 256
-CALIBRATION_SAMPLES = 96
-EVALUATION_WINDOWS = 32
+METHODS = {"rtn": "round to nearest", "gptq": "GPTQ"}
+SETTINGS: dict[str, Any] = {"group_size": 64, "seq_len": 256, "num_samples": 128}
+EVALUATION_WINDOWS = 48
 PROMPT = "It was a very fine morning, and Elizabeth"
+
+# Progress within one step: quantizing, then measuring.
+_QUANTIZED, _STEP = 40, 100
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: the model's weight file, and what the quantization cost."""
+    """One line of the table: how large the model is, and what the quantization cost.
+
+    Attributes:
+        bits_per_weight: of the quantized layers, scales and zero points counted.
+        size_bytes: of the weight file. kl: nats per token to the original; None for the original itself.
+        text: how the model goes on from `PROMPT`.
+    """
 
     name: str
     bits_per_weight: float
@@ -37,53 +46,71 @@ class Row:
     text: str
 
 
-def run(on_step: Callable[[int, int, str], None]) -> list[Row]:
-    """Original, then round-to-nearest and GPTQ at 4, 3 and 2 bits.
+class Showcase:
+    """The demo: `run` gives the original, then round-to-nearest and GPTQ at 4, 3 and 2 bits.
 
     Args:
-        on_step: called as ``on_step(done, total, what)`` in units of model evaluations.
+        progress: called as ``progress(what, done, total)``.
     """
-    torch.manual_seed(0)
-    steps = [("original", "", 0)]
-    steps += [(f"{bits} bits, {label}", method, bits) for bits in BITS for method, label in _METHODS.items()]
-    source = open_source(model_path())
-    tokenizer = source.load_tokenizer()
-    text = windows(str(evaluation_text()), tokenizer, seq_len=SEQ_LEN, num_windows=EVALUATION_WINDOWS)
-    base: Any = source.load_model("float32", torch.device("cpu"))
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for done, (name, method, bits) in enumerate(steps):
-            on_step(done, len(steps), name)
-            if not bits:
-                size = sum(path.stat().st_size for path in source.weight_files())
-                stored = next(iter(torch.nn.ModuleList([base]).parameters()))
-                rows.append(_measure(name, 16.0 if stored.is_floating_point() else 0.0, size, base, None, tokenizer, text))
-                continue
-            output = Path(folder) / f"{method}{bits}"
-            config = QuantConfig(
-                bits=bits, group_size=GROUP_SIZE, method=method, seq_len=SEQ_LEN, num_samples=CALIBRATION_SAMPLES
-            )
-            report = api.quantize(model_path(), config, dataset=str(calibration_text()), output=output, device="cpu")
-            size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
-            model = load(output, dtype=torch.float32)
-            rows.append(_measure(name, report.bits_per_weight, size, model, base, tokenizer, text))
-    on_step(len(steps), len(steps), "done")
-    return rows
 
+    def __init__(self, progress: Callable[[str, int, int], None]) -> None:
+        self.progress = progress
+        self.source = open_source(model_path())
+        self.tokenizer = self.source.load_tokenizer()
+        self.text: Tensor = windows(
+            str(evaluation_text()), self.tokenizer, SETTINGS["seq_len"], EVALUATION_WINDOWS
+        )
+        self.base: Any = self.source.load_model("float32", torch.device("cpu"))
+        self.done = 0
+        self.total = _STEP * (1 + len(BITS) * len(METHODS))
 
-_METHODS = {"rtn": "round-to-nearest", "gptq": "GPTQ"}
+    def run(self) -> list[Row]:
+        """Every row of the table."""
+        rows = [self._original()]
+        with tempfile.TemporaryDirectory() as folder:
+            for bits in BITS:
+                for method in METHODS:
+                    rows.append(self._quantized(bits, method, Path(folder) / f"{method}{bits}"))
+        self.progress("done", self.total, self.total)
+        return rows
 
+    def _original(self) -> Row:
+        stored_bits = 8 * self.source.load_config().dtype.itemsize
+        size = sum(path.stat().st_size for path in self.source.weight_files())
+        return self._measure("original", stored_bits, size, self.base, None)
 
-def _measure(
-    name: str, bits_per_weight: float, size: int, model: Any, base: Any | None, tokenizer: Any, text: Any
-) -> Row:
-    result = evaluate(model, text, against=base)
-    return Row(name, bits_per_weight, size, result.perplexity, result.kl, _sentence(model, tokenizer))
+    def _quantized(self, bits: int, method: str, output: Path) -> Row:
+        name = f"{bits} bits, {METHODS[method]}"
+        report = api.quantize(
+            model_path(),
+            QuantConfig(bits=bits, method=method, **SETTINGS),
+            dataset=str(calibration_text()),
+            output=output,
+            device="cpu",
+            progress=lambda _, done, total: self._report(name, _QUANTIZED * done / total),
+        )
+        size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+        return self._measure(name, report.bits_per_weight, size, load(output, dtype=torch.float32), self.base)
 
+    def _measure(self, name: str, bits_per_weight: float, size: int, model: Any, base: Any) -> Row:
+        def measured(done: int, total: int) -> None:
+            self._report(name, _QUANTIZED + (_STEP - _QUANTIZED) * done / total)
 
-def _sentence(model: Any, tokenizer: Any) -> str:
-    inputs = tokenizer(PROMPT, return_tensors="pt", add_special_tokens=False)
-    output = model.generate(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=48, do_sample=False
-    )
-    return " ".join(tokenizer.decode(output[0], skip_special_tokens=True).split())
+        result = evaluate(model, self.text, against=base, progress=measured)
+        self.done += _STEP
+        return Row(name, bits_per_weight, size, result.perplexity, result.kl, self._sentence(model))
+
+    def _sentence(self, model: Any) -> str:
+        inputs = self.tokenizer(PROMPT, return_tensors="pt", add_special_tokens=False)
+        torch.manual_seed(0)
+        output = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=40,
+            do_sample=True,
+            temperature=0.7,
+        )
+        return " ".join(self.tokenizer.decode(output[0], skip_special_tokens=True).split())
+
+    def _report(self, name: str, part: float) -> None:
+        self.progress(name, self.done + int(part), self.total)

@@ -82,7 +82,9 @@ class Journal:
                 if key.startswith(prefix) and "." not in key[len(prefix) :]
             }
 
-    def append(self, block: str, tensors: Mapping[str, Mapping[str, Tensor]], records: Mapping[str, Any]) -> None:
+    def append(
+        self, block: str, tensors: Mapping[str, Mapping[str, Tensor]], records: Mapping[str, Any]
+    ) -> None:
         """Write one finished block: layer → its tensors, and layer → its record.
 
         Raises:
@@ -93,7 +95,12 @@ class Journal:
         data = safetensors.torch.save(flat)
         try:
             _write_synced(path, data)
-            line = {"block": block, "file": path.name, "sha256": hashlib.sha256(data).hexdigest(), "layers": records}
+            line = {
+                "block": block,
+                "file": path.name,
+                "sha256": hashlib.sha256(data).hexdigest(),
+                "layers": records,
+            }
             self._append_line(line)
         except OSError as error:
             raise _cannot_write(error, path, len(data)) from error

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from ..checkpoint.layout import pack, unpack
@@ -66,7 +65,9 @@ class Sink(Protocol):
     def tensors(self, layer: str) -> dict[str, Tensor]:
         """The packed tensors of a finished layer."""
 
-    def append(self, block: str, tensors: Mapping[str, Mapping[str, Tensor]], records: Mapping[str, Any]) -> None:
+    def append(
+        self, block: str, tensors: Mapping[str, Mapping[str, Tensor]], records: Mapping[str, Any]
+    ) -> None:
         """Take a finished block."""
 
 
@@ -81,7 +82,9 @@ class MemorySink:
         """The packed tensors of a finished layer."""
         return self._tensors[layer]
 
-    def append(self, block: str, tensors: Mapping[str, Mapping[str, Tensor]], records: Mapping[str, Any]) -> None:
+    def append(
+        self, block: str, tensors: Mapping[str, Mapping[str, Tensor]], records: Mapping[str, Any]
+    ) -> None:
         """Take a finished block."""
         self._tensors.update({layer: dict(parts) for layer, parts in tensors.items()})
         self.records.update(records)
@@ -143,7 +146,8 @@ class LayerQuantizer:
         layer, module = self._layers[name], self.modules[name]
         if name in self.sink.records:
             with self.timers.time("resume"):
-                set_weight_matrix(module, self._stored(layer).dequantize().to(module.weight.device))
+                W = weight_matrix(module)
+                set_weight_matrix(module, self._stored(layer).dequantize(W.dtype).to(W.device))
         else:
             self._solve(layer, module, arrivals)
         self._done_weights += layer.weights
@@ -195,7 +199,10 @@ class LayerQuantizer:
             block=layer.block,
             out_features=layer.out_features,
             in_features=layer.in_features,
-            **{key: getattr(layer.settings, key) for key in ("bits", "group_size", "sym", "act_order", "method")},
+            **{
+                key: getattr(layer.settings, key)
+                for key in ("bits", "group_size", "sym", "act_order", "method")
+            },
             tokens=tokens,
             masked=shared.masked if shared else 0,
             dropped=shared.hessian.dropped if shared else 0,
