@@ -294,6 +294,14 @@ def test_an_unknown_architecture(tmp_path, text, folder):
     refused(ModelError, "cannot read the configuration", tmp_path, folder, dataset=text)
 
 
+def test_eval_is_refused_before_the_work(tmp_path, text, folder):
+    refused(
+        CalibrationError, "nothing.txt", tmp_path, folder, dataset=text, evaluate_on=tmp_path / "nothing.txt"
+    )
+    t5 = save_tiny(tmp_path / "t5", "t5")
+    refused(ConfigError, "this one is an encoder-decoder", tmp_path, t5, dataset=text, evaluate_on=text)
+
+
 def test_a_path_that_is_nothing(tmp_path, text):
     refused(
         ModelError,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -39,7 +40,9 @@ from .walk.quantizer import LayerQuantizer, MemorySink, Progress, Sink, Timers
 
 M = TypeVar("M", bound=nn.Module)
 
-EVALUATION_WINDOWS = 64  # of `evaluate_on`
+# What `evaluate_on` measures.
+EVALUATION_SEQ_LEN = 512
+EVALUATION_WINDOWS = 64
 
 
 def quantize(
@@ -92,9 +95,11 @@ def quantize(
     source = open_source(model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     job = _PathJob(source, config, Path(output), progress)
     where = resolve_device(device)
+    # Read before the work, so that a text that cannot be used is refused now.
+    text = None if evaluate_on is None else job.evaluation_windows(evaluate_on, tokenizer)
     report = job.run(dataset, tokenizer, where, resume, max_shard_size)
-    if evaluate_on is not None:
-        report = replace(report, evaluation=job.evaluate(evaluate_on, tokenizer, where))
+    if text is not None:
+        report = replace(report, evaluation=job.evaluate(text, where))
         report.write(job.output)
     if push_to_hub is not None:
         _upload(job.output, push_to_hub)
@@ -168,11 +173,19 @@ class _PathJob:
             journal.close()
         return report
 
-    def evaluate(self, dataset: Any, tokenizer: Any, device: torch.device) -> dict[str, Any]:
+    def evaluation_windows(self, dataset: Any, tokenizer: Any) -> Tensor:
+        """The windows on which the result will be measured."""
+        config = self.source.load_config()
+        if getattr(config, "is_encoder_decoder", False):
+            raise ConfigError("--eval measures causal language models; this one is an encoder-decoder: leave it out")
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None) or EVALUATION_SEQ_LEN
+        seq_len = min(EVALUATION_SEQ_LEN, positions)
+        return windows(dataset, tokenizer or self.source.load_tokenizer(), seq_len, EVALUATION_WINDOWS)
+
+    def evaluate(self, text: Tensor, device: torch.device) -> dict[str, Any]:
         """Perplexity of the original and of the result, and the distance between them."""
         from .runtime.load import load
 
-        text = windows(dataset, tokenizer or self.source.load_tokenizer(), num_windows=EVALUATION_WINDOWS)
         base = self.source.load_model(self.config.dtype, device)
         model = load(self.output, device=device)
 
@@ -202,7 +215,7 @@ class _PathJob:
             config["tie_word_embeddings"] = False
         extra: dict[str, Path | bytes] = dict(self.source.files_to_copy())
         if self.source.gguf is not None:
-            extra.update(_tokenizer_files(tokenizer))
+            extra.update(_saved_files(tokenizer, getattr(model, "generation_config", None)))
         extra[CARD_NAME] = model_card(self.config, plan, journal.records, calibration.tokens)
         with CheckpointWriter(self.output, max_shard_size) as writer:
             for name, tensor in checkpoint_tensors(model, names, journal.tensors):
@@ -370,11 +383,12 @@ def _upload(folder: Path, repository: str) -> None:
         ) from error
 
 
-def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
-    import tempfile
-
+def _saved_files(*parts: Any) -> dict[str, bytes]:
+    """What `save_pretrained` of each part writes, for models that came without such files."""
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        for part in parts:
+            if part is not None:
+                part.save_pretrained(folder)
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 

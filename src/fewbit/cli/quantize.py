@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..config import QuantConfig, parse_overrides
 from .display import INTERRUPTED, console, progress_bar, quiet_transformers, size_text
@@ -160,7 +160,7 @@ def _show(report: Any, verbose: bool) -> None:
 
 
 def _layer_table(report: Any) -> Table:
-    table = Table("layer", "shape", "bits", "group", "tokens", "output error", "fallbacks")
+    table = Table(Column("layer", overflow="fold"), "shape", "bits", "group", "tokens", "output error", "fallbacks")
     for layer in report.layers:
         error = "" if layer["output_error"] is None else f"{layer['output_error']:.2%}"
         table.add_row(

@@ -30,7 +30,9 @@ from ..checkpoint.reader import layer_names, layer_spec
 from ..errors import CheckpointError, ConfigError
 from ..runtime.conv import QuantConv2d
 from ..runtime.kernel import KernelSpec
-from ..runtime.linear import QuantizedLayer, QuantLinear
+from ..runtime.linear import QuantizedLayer
+from ..runtime.replace import quantized_like, set_module
+from ..walk.layers import LAYER_TYPES, matrix_shape
 
 METHOD = "gptq"
 OWN_METHOD = "fewbit"
@@ -107,7 +109,7 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"but has no tensor named *.{layout.QWEIGHT}"
             )
         for name, module_name in _modules_of(model, names):
-            replace_module(model, module_name, name, settings, infos)
+            make_room(model, module_name, name, settings, infos)
         untie_quantized(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -133,8 +135,7 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for name, layer in list(quantized_layers(model)):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, _dense(layer, dtype or layer.compute_dtype))
+            set_module(model, name, _dense(layer, dtype or layer.compute_dtype))
         return model
 
     def is_serializable(self) -> bool:
@@ -159,7 +160,7 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
             yield name, module
 
 
-def replace_module(
+def make_room(
     model: nn.Module,
     module_name: str,
     layer_name: str,
@@ -172,7 +173,12 @@ def replace_module(
         CheckpointError: the module is not linear, or the tensors do not fit its shape.
     """
     old = model.get_submodule(module_name)
-    out_features, in_features = _shape(old, module_name)
+    if not isinstance(old, LAYER_TYPES):
+        raise CheckpointError(
+            f"the checkpoint has quantized tensors for {module_name}, which is a {type(old).__name__} in this "
+            "model; only linear layers, Conv1D and Conv2d can be quantized"
+        )
+    out_features, in_features = matrix_shape(old)
     found = layer_spec(layer_name, settings, infos)
     # Without g_idx, padding hides the number of inputs; the model knows it.
     padded = not found.has_g_idx and found.in_features >= in_features
@@ -199,14 +205,7 @@ def replace_module(
     has_bias = "bias" in found.parts or old.bias is not None
     dtype = _weight_of(old).dtype
     bias = torch.empty(out_features, dtype=dtype, device="meta") if has_bias else None
-    new = (
-        QuantConv2d(spec, tensors, old, bias, dtype)
-        if isinstance(old, nn.Conv2d)
-        else QuantLinear(spec, tensors, bias, dtype)
-    )
-    new.transposed_weight = isinstance(old, Conv1D)
-    parent, _, child = module_name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
+    set_module(model, module_name, quantized_like(old, spec, tensors, bias, dtype))
 
 
 def untie_quantized(model: PreTrainedModel) -> None:
@@ -221,19 +220,6 @@ def untie_quantized(model: PreTrainedModel) -> None:
             for target, source in model._tied_weights_keys.items()
             if not any(re.search(target, name) for name in tied)
         }
-
-
-def _shape(module: nn.Module, name: str) -> tuple[int, int]:
-    if isinstance(module, Conv1D):
-        return module.weight.shape[1], module.weight.shape[0]
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    if isinstance(module, nn.Conv2d):
-        return module.out_channels, module.weight[0].numel()
-    raise CheckpointError(
-        f"the checkpoint has quantized tensors for {name}, which is a {type(module).__name__} in this model; "
-        "only linear layers, Conv1D and Conv2d can be quantized"
-    )
 
 
 def _weight_of(module: nn.Module) -> Tensor:
