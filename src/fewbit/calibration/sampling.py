@@ -1,7 +1,8 @@
 """From running text to token windows, with bounded memory and the same choice for the same seed.
 
-A text that is too long to hold is thinned to evenly spaced blocks while it is read, so that the sample
-covers the whole of it; windows then never cross a gap. Special tokens are not added.
+A text much longer than what is wanted is thinned to evenly spaced blocks while it is read, so that the
+sample covers the whole of it and little is tokenised in vain; windows then never cross a gap. Special
+tokens are not added.
 """
 
 from __future__ import annotations
@@ -100,10 +101,13 @@ def sample_windows(
         int64 tensors of shape (seq_len,), at most `num_samples` (None: as many as there are); only where
         the text is shorter than one window, a single shorter one. Empty if the text has no tokens.
     """
-    size = max(_BLOCK_CHARACTERS, 32 * seq_len)
-    kept, stride, count = thin(blocks(pieces, size), max(_BLOCKS, num_samples or 0))
+    if num_samples is None:
+        size, limit = max(_BLOCK_CHARACTERS, 32 * seq_len), _BLOCKS
+    else:  # blocks of a few windows each, so that little more is tokenised than is used
+        size, limit = 16 * seq_len, 2 * num_samples
+    kept, stride, count = thin(blocks(pieces, size), limit)
     notes = []
-    if stride > 1:
+    if stride > 1 and num_samples is None:
         notes.append(
             f"the text is long: every {stride}th of its {count:,} blocks of {size:,} characters was read"
         )
