@@ -12,7 +12,7 @@ constexpr int AT_ONCE = 4;  // candidates per pass over the weights of a group
 constexpr int LEAST_SQUARES_STEPS = 2;
 constexpr float SMALLEST_SCALE = 1.0f / 16384.0f;
 constexpr float LARGEST_SCALE = 65504.0f;
-constexpr float TINY = 1e-38f;
+constexpr float TINY = 1e-37f;
 
 // s as float16 will hold it: normal, finite, with its sign.
 Lanes storable(Lanes s) {
@@ -47,8 +47,10 @@ public:
             asymmetric();
         }
         flush();
-        const Lanes best = s;
-        for (int64_t i = 0; i < problem_.fine_count; i++) attempt(best * all(problem_.fine[i]), z);
+        const Lanes best_s = s, best_z = z;
+        for (int64_t i = 0; i < problem_.fine_count; i++)
+            for (int offset = problem_.sym ? 0 : -1; offset <= (problem_.sym ? 0 : 1); offset++)
+                attempt(best_s * all(problem_.fine[i]), valid(best_z + all(static_cast<float>(offset))));
         flush();
         for (int step = 0; step < LEAST_SQUARES_STEPS; step++) {
             attempt(least_squares(), z);
@@ -63,7 +65,9 @@ public:
 
 private:
     void symmetric() {
-        const Lanes base = max(all(0.0f) - low_, high_) / all(zero_);
+        const Lanes largest = max(all(0.0f) - low_, high_);
+        attempt(largest * all(2 / levels_), z);  // the min-max grid: nothing worse is ever returned
+        const Lanes base = largest / all(zero_);
         for (int64_t i = 0; i < problem_.coarse_count; i++) {
             attempt(base * all(problem_.coarse[i]), z);
             attempt(base * all(-problem_.coarse[i]), z);
@@ -72,13 +76,20 @@ private:
 
     void asymmetric() {
         const Lanes base = (high_ - low_) / all(levels_);
-        const Lanes middle = round_even((all(0.0f) - low_) / max(base, all(TINY)));
-        for (int64_t k = 0; k < problem_.offset_count; k++) {
-            const Lanes zero =
-                clamp(middle + all(static_cast<float>(problem_.offsets[k])), all(1.0f), all(levels_));
-            for (int64_t i = 0; i < problem_.coarse_count; i++) attempt(base * all(problem_.coarse[i]), zero);
+        attempt(base, valid(round_even((all(0.0f) - low_) / max(base, all(TINY)))));
+        for (int64_t i = 0; i < problem_.coarse_count; i++) {
+            const Lanes scale = base * all(problem_.coarse[i]);
+            const Lanes middle =
+                round_even(all(levels_ / 2) - (high_ + low_) / max(scale + scale, all(TINY)));
+            for (int64_t k = 0; k < problem_.offset_count; k++) {
+                const Lanes offset = all(static_cast<float>(problem_.offsets[k]));
+                attempt(scale, valid(middle + offset));
+            }
         }
     }
+
+    // A zero point that every reader of the format takes.
+    Lanes valid(Lanes zero) const { return clamp(zero, all(1.0f), all(levels_)); }
 
     void attempt(Lanes scale, Lanes zero) {
         candidate_s_[waiting_] = storable(scale);

@@ -56,7 +56,9 @@ FEWBIT_KERNELS(generic)
 #if defined(FEWBIT_HAVE_X86)
 FEWBIT_KERNELS(avx2)
 FEWBIT_KERNELS(avx512)
+#endif
 
+#if defined(FEWBIT_HAVE_BF16)
 // Upper triangle of H += Xᵀ X; X (tokens, n) bfloat16, H (n, n). Needs AVX512-BF16.
 void syrk_bf16(const uint16_t* X, float* H, int64_t tokens, int64_t n, int threads);
 #endif

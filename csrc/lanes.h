@@ -18,7 +18,12 @@ namespace FEWBIT_ISA {
 
 constexpr int LANES = 16;
 
-#if (defined(__GNUC__) || defined(__clang__)) && !defined(FEWBIT_PLAIN_LANES)
+// The vector types are an extension of gcc and clang; other compilers get a plain array and vectorise its loops.
+#if !defined(__GNUC__) && !defined(__clang__) && !defined(FEWBIT_PLAIN_LANES)
+#define FEWBIT_PLAIN_LANES
+#endif
+
+#if !defined(FEWBIT_PLAIN_LANES)
 
 typedef float Lanes __attribute__((vector_size(64)));
 typedef int32_t Mask __attribute__((vector_size(64)));

@@ -4,7 +4,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <new>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "cpu.h"
@@ -23,25 +26,32 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-auto grid_kernel() {
+struct Kernels {
+    const char* isa;
+    void (*grid_rows)(const GridProblem&, int64_t, float*);
+    void (*ldlq_rows)(const LdlqProblem&, int64_t);
+};
+
+// What this processor can run, best first.
+std::vector<Kernels> kernels() {
+    std::vector<Kernels> found;
 #if defined(FEWBIT_HAVE_X86)
-    if (cpu().avx512) return avx512::grid_rows;
-    if (cpu().avx2) return avx2::grid_rows;
+    if (cpu().avx512) found.push_back({"avx512", avx512::grid_rows, avx512::ldlq_rows});
+    if (cpu().avx2) found.push_back({"avx2", avx2::grid_rows, avx2::ldlq_rows});
 #endif
-    return generic::grid_rows;
+    found.push_back({"generic", generic::grid_rows, generic::ldlq_rows});
+    return found;
 }
 
-auto ldlq_kernel() {
-#if defined(FEWBIT_HAVE_X86)
-    if (cpu().avx512) return avx512::ldlq_rows;
-    if (cpu().avx2) return avx2::ldlq_rows;
-#endif
-    return generic::ldlq_rows;
+Kernels choose(const char* isa) {
+    for (const Kernels& candidate : kernels())
+        if (std::strcmp(isa, "best") == 0 || std::strcmp(isa, candidate.isa) == 0) return candidate;
+    throw std::invalid_argument(std::string("this processor has no ") + isa);
 }
 
 void fit_grid(Address W, Address D, Address starts, int64_t m, int64_t n, int64_t G, Address coarse, int64_t coarse_count,
               Address fine, int64_t fine_count, Address offsets, int64_t offset_count, int bits, bool sym,
-              Address scales, Address zeros, int threads) {
+              Address scales, Address zeros, int threads, const char* isa) {
     const GridProblem problem{at<const float>(W), at<const float>(D), at<const int32_t>(starts), m, n, G,
                               at<const float>(coarse), coarse_count, at<const float>(fine), fine_count,
                               at<const int32_t>(offsets), offset_count, bits, sym, at<float>(scales), at<float>(zeros)};
@@ -52,7 +62,7 @@ void fit_grid(Address W, Address D, Address starts, int64_t m, int64_t n, int64_
     // brings its own instead, and the allocation disappears in its work.
     constexpr int64_t TILES_PER_TASK = 4;
     const int64_t tiles = (m + GRID_ROWS - 1) / GRID_ROWS;
-    const auto kernel = grid_kernel();
+    const auto kernel = choose(isa).grid_rows;
     const int64_t tasks = (tiles + TILES_PER_TASK - 1) / TILES_PER_TASK;
     const size_t scratch_bytes = static_cast<size_t>(widest * GRID_ROWS) * sizeof(float);
     parallel_for(tasks, threads, [&](int64_t task) {
@@ -64,26 +74,25 @@ void fit_grid(Address W, Address D, Address starts, int64_t m, int64_t n, int64_
 }
 
 void ldlq_block(Address W, Address T, Address F, Address d, Address scales, Address zeros, Address groups, int64_t m,
-                int64_t k, int bits, Address codes, Address E, Address loss, int threads) {
+                int64_t k, int bits, Address codes, Address E, Address loss, int threads, const char* isa) {
     const LdlqProblem problem{at<const float>(W), at<const float>(T), at<const float>(F), at<const float>(d),
                               at<const float>(scales), at<const float>(zeros), at<const int32_t>(groups), m, k, bits,
                               at<uint8_t>(codes), at<float>(E), at<float>(loss)};
-    const auto kernel = ldlq_kernel();
+    const auto kernel = choose(isa).ldlq_rows;
     parallel_for((m + LDLQ_ROWS - 1) / LDLQ_ROWS, threads, [&](int64_t task) { kernel(problem, task * LDLQ_ROWS); });
 }
 
-#if defined(FEWBIT_HAVE_X86)
+#if defined(FEWBIT_HAVE_BF16)
 void syrk(Address X, Address H, int64_t tokens, int64_t n, int threads) {
     syrk_bf16(at<const uint16_t>(X), at<float>(H), tokens, n, threads);
 }
 #endif
 
-std::vector<const char*> instruction_sets() {
-    std::vector<const char*> names;
-#if defined(FEWBIT_HAVE_X86)
-    if (cpu().avx2) names.push_back("avx2");
-    if (cpu().avx512) names.push_back("avx512");
-    if (cpu().avx512_bf16) names.push_back("avx512_bf16");
+nb::list instruction_sets() {
+    nb::list names;
+    for (const Kernels& candidate : kernels()) names.append(candidate.isa);
+#if defined(FEWBIT_HAVE_BF16)
+    if (cpu().avx512_bf16) names.append("avx512_bf16");
 #endif
     return names;
 }
@@ -93,14 +102,10 @@ std::vector<const char*> instruction_sets() {
 
 NB_MODULE(_native, m) {
     using release = nb::call_guard<nb::gil_scoped_release>;
-    m.def("instruction_sets", [] {
-        nb::list names;
-        for (const char* name : fewbit::instruction_sets()) names.append(name);
-        return names;
-    });
+    m.def("instruction_sets", &fewbit::instruction_sets);
     m.def("fit_grid", &fewbit::fit_grid, release());
     m.def("ldlq_block", &fewbit::ldlq_block, release());
-#if defined(FEWBIT_HAVE_X86)
+#if defined(FEWBIT_HAVE_BF16)
     m.def("syrk_bf16", &fewbit::syrk, release());
 #endif
 }

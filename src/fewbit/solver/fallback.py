@@ -58,8 +58,12 @@ def prepare(hessian: Hessian, group_size: int, act_order: str, damp: float) -> P
 
 
 def grid_weights(diag: Tensor, damp: float) -> Tensor:
-    """diag(H_λ): the small λ keeps columns that never were active inside the range of the grid."""
-    diag = torch.where(torch.isfinite(diag), diag, diag.new_ones(())).clamp(min=0)
+    """diag(H_λ) up to a factor, the largest entry being near 1, so that no sum of errors overflows.
+
+    The small λ keeps columns that never were active inside the range of the grid.
+    """
+    diag = torch.where(torch.isfinite(diag), diag, diag.new_zeros(())).clamp(min=0)
+    diag = diag / diag.amax().clamp(min=torch.finfo(diag.dtype).tiny)
     return diag + damp * diag.mean()
 
 

@@ -24,6 +24,7 @@ LARGEST_SCALE = 65504.0  # the largest finite float16
 
 _PIECE_ELEMENTS = 1 << 19  # the torch path works on this many weights at a time
 _LEAST_SQUARES_STEPS = 2
+_TINY = 1e-37  # instead of zero, in a division
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Grid:
 class _Candidates:
     """What is tried: multiples of a base scale, multiples of the best of them, and zero points.
 
-    Zero points are relative to the one of the plain min-max grid.
+    Zero points are relative to the one that centres the range of the weights on the grid.
     """
 
     coarse: Tensor
@@ -88,18 +89,22 @@ def nearest(W: Tensor, grid: Grid, bits: int) -> Tensor:
     return torch.round(W / s).add_(z).clamp_(0, 2**bits - 1).to(torch.uint8)
 
 
+# Per bit width: the smallest multiple of the min-max scale that is tried, how many multiples there are
+# (symmetric, asymmetric), and how far zero points reach to both sides. The lengths are the cost: 100 to
+# 200 measurements of a symmetric grid, and of an asymmetric one as many as there are pairs.
+_SEARCH = {2: (0.25, 40, 28, 2), 3: (0.25, 48, 28, 4), 4: (0.25, 64, 32, 8), 8: (0.35, 96, 28, 10)}
+_FINE_STEPS = 9
+
+
 def _candidates(bits: int, sym: bool) -> _Candidates:
-    """The lists of the search. Their lengths are the cost: about 100 (symmetric) or 300 evaluations."""
-    levels = 2**bits - 1
-    # Above `high`, every weight lies inside the grid and a larger scale only makes it coarser.
-    half = 2 ** (bits - 1)
+    low, symmetric_count, asymmetric_count, reach = _SEARCH[bits]
+    levels, half = 2**bits - 1, 2 ** (bits - 1)
+    # Above `high` every weight lies inside the grid, and a larger scale only makes it coarser.
     high = 1.05 * (half / (half - 1) if sym else levels / (levels - 1))
-    low = {2: 0.25, 3: 0.3, 4: 0.4, 8: 0.7}[bits]
-    count = 40 if sym else 28
+    count = symmetric_count if sym else asymmetric_count
     ratio = (low / high) ** (1 / (count - 1))
     coarse = high * ratio ** torch.arange(count, dtype=torch.float32)
-    fine = ratio ** (torch.arange(-8, 9, dtype=torch.float32) / 9)
-    reach = {2: 2, 3: 4, 4: 5, 8: 8}[bits]
+    fine = ratio ** (torch.arange(1 - _FINE_STEPS, _FINE_STEPS, dtype=torch.float32) / _FINE_STEPS)
     return _Candidates(coarse, fine, torch.arange(-reach, reach + 1, dtype=torch.int32))
 
 
@@ -140,24 +145,34 @@ class _Search:
 
     def run(self) -> tuple[Tensor, Tensor]:
         if self.sym:
-            base = torch.maximum(-self.low, self.high) / self.zero
-            for factor in self.candidates.coarse.tolist():
-                self.attempt(base * factor, self.z)
-                self.attempt(base * -factor, self.z)
+            self.coarse_symmetric()
         else:
-            base = (self.high - self.low) / self.levels
-            middle = torch.round(-self.low / base.clamp(min=1e-38))
-            for offset in self.candidates.offsets.tolist():
-                z = (middle + offset).clamp(1, self.levels)
-                for factor in self.candidates.coarse.tolist():
-                    self.attempt(base * factor, z)
-        best = self.s
+            self.coarse_asymmetric()
+        s, z = self.s, self.z
         for factor in self.candidates.fine.tolist():
-            self.attempt(best * factor, self.z)
+            for offset in (0,) if self.sym else (-1, 0, 1):
+                self.attempt(s * factor, (z + offset).clamp(1, self.levels))
         for _ in range(_LEAST_SQUARES_STEPS):
             self.attempt(self.least_squares(), self.z)
         empty = self.high == self.low
         return torch.where(empty, 1.0, self.s), torch.where(empty, self.zero, self.z)
+
+    def coarse_symmetric(self) -> None:
+        largest = torch.maximum(-self.low, self.high)
+        self.attempt(largest * (2 / self.levels), self.z)  # the min-max grid: nothing worse is ever returned
+        base = largest / self.zero
+        for factor in self.candidates.coarse.tolist():
+            self.attempt(base * factor, self.z)
+            self.attempt(base * -factor, self.z)
+
+    def coarse_asymmetric(self) -> None:
+        base = (self.high - self.low) / self.levels
+        self.attempt(base, torch.round(-self.low / base.clamp(min=_TINY)).clamp(1, self.levels))
+        for factor in self.candidates.coarse.tolist():
+            s = base * factor
+            middle = torch.round(self.levels / 2 - (self.high + self.low) / (2 * s).clamp(min=_TINY))
+            for offset in self.candidates.offsets.tolist():
+                self.attempt(s, (middle + offset).clamp(1, self.levels))
 
     def attempt(self, s: Tensor, z: Tensor) -> None:
         """Keep (s, z) where it is better than the best so far."""
@@ -177,7 +192,7 @@ class _Search:
         q = self.codes(self.s, self.z)
         Dq = q * self.D
         norm = (Dq * q).sum(2)
-        s = (Dq * self.W).sum(2) / norm.clamp(min=1e-38)
+        s = (Dq * self.W).sum(2) / norm.clamp(min=_TINY)
         usable = (norm > 0) & (s * self.s > 0)
         return torch.where(usable, s, self.s)
 

@@ -130,7 +130,7 @@ def solve(W: Tensor, factor: Factor, grid: Grid, bits: int, *, backend: Backend 
         q = torch.empty_like(W_block, dtype=torch.uint8)
         loss += block(W_block, T, F, d, scales, zeros, groups[a:b], bits, q, E[a:b])
         codes[columns] = q
-    damping = factor.added * float(E.square().sum(dtype=torch.float64))
+    damping = factor.added * float(torch.linalg.vector_norm(E)) ** 2
     return Sweep(codes.T.contiguous(), max(0.0, loss - damping))
 
 

@@ -42,7 +42,7 @@ def why_not() -> str:
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """What the compiled module found on this processor, for example ``("avx2", "avx512", "avx512_bf16")``."""
+    """What the compiled module can use here, for example ``("avx512", "avx2", "generic", "avx512_bf16")``."""
     module, _ = _load()
     return tuple(module.instruction_sets()) if module is not None else ()
 
@@ -91,13 +91,15 @@ def fit_grid(
     offsets: Tensor,
     bits: int,
     sym: bool,
+    isa: str = "best",
 ) -> tuple[Tensor, Tensor]:
     """The search of `solver.grid`, groups being the columns ``starts[g] … starts[g+1]``.
 
     Args:
         W: float32 (m, n) contiguous. D: float32 (n,). starts: int32 (G + 1,).
         coarse, fine: float32, multiples of the base scale, and of the best coarse scale.
-        offsets: int32, candidate zero points relative to that of the min-max grid; not used when `sym`.
+        offsets: int32, candidate zero points relative to the centred one; not used when `sym`.
+        isa: one of `instruction_sets`, or "best".
 
     Returns:
         scales float32 (m, G) and zeros float32 (m, G).
@@ -109,7 +111,7 @@ def fit_grid(
     _load()[0].fit_grid(
         W.data_ptr(), D.data_ptr(), starts.data_ptr(), m, n, G, coarse.data_ptr(), coarse.numel(),
         fine.data_ptr(), fine.numel(), offsets.data_ptr(), offsets.numel(), bits, sym,
-        scales.data_ptr(), zeros.data_ptr(), torch.get_num_threads(),
+        scales.data_ptr(), zeros.data_ptr(), torch.get_num_threads(), isa,
     )  # fmt: skip
     return scales, zeros
 
@@ -125,6 +127,7 @@ def ldlq_block(
     bits: int,
     codes: Tensor,
     E: Tensor,
+    isa: str = "best",
 ) -> float:
     """One block of `solver.ldlq`: fills codes and E, returns the block's share of the loss.
 
@@ -135,12 +138,13 @@ def ldlq_block(
         F: float32 (k, k), unit upper triangular. d: float32 (k,), the diagonal of D.
         scales, zeros: float32 (G, m). groups: int32 (k,).
         codes: uint8 (k, m), written. E: float32 (k, m), written: W − Ŵ.
+        isa: one of `instruction_sets`, or "best".
     """
     k, m = W.shape
     loss = torch.empty(m, dtype=torch.float32)
     _load()[0].ldlq_block(
         W.data_ptr(), T.data_ptr(), F.data_ptr(), d.data_ptr(), scales.data_ptr(), zeros.data_ptr(),
         groups.data_ptr(), m, k, bits, codes.data_ptr(), E.data_ptr(), loss.data_ptr(),
-        torch.get_num_threads(),
+        torch.get_num_threads(), isa,
     )  # fmt: skip
     return float(loss.sum(dtype=torch.float64))
