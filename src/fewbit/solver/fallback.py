@@ -73,7 +73,7 @@ def climb_down(H: Tensor, perm: Tensor, damp: float) -> tuple[Factor | None, flo
     Args:
         H: float32 (n, n), symmetric. perm: int64 (n,). damp: as a fraction.
     """
-    if not bool(torch.isfinite(H).all()):
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(H))).all()):
         return None, damp, (ROUND_TO_NEAREST,)
     found = factor(H, perm, damp)
     if found is not None:

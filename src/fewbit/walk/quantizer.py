@@ -25,6 +25,8 @@ from .lockstep import Arrival
 
 Progress = Callable[[str, int, int], None]
 
+ERROR_TOKENS = 128  # enough for two digits, and next to no time
+
 
 @dataclass(frozen=True)
 class LayerRecord:
@@ -33,7 +35,7 @@ class LayerRecord:
     Attributes:
         tokens: rows that entered the Hessian; `masked` were padding, `dropped` were not finite.
         loss: tr((W−Ŵ) H (W−Ŵ)ᵀ) / tokens, the squared output error per calibration token.
-        output_error: ‖(W−Ŵ)X‖ / ‖WX‖ on the first calibration batch; None without calibration.
+        output_error: ‖(W−Ŵ)X‖ / ‖WX‖ on the first `ERROR_TOKENS` calibration tokens; None without any.
         fallbacks: rungs of the ladder that were needed; empty in the normal case.
         seconds: time for this layer alone.
     """
@@ -235,7 +237,7 @@ class LayerQuantizer:
 
 
 def _output_error(module: nn.Module, W: Tensor, Wq: Tensor, x: Tensor) -> float:
-    """‖(W−Ŵ)X‖ / ‖WX‖ on one batch: the layer's own error, apart from what earlier layers added."""
-    X = input_rows(module, x).to(W.dtype)
+    """‖(W−Ŵ)X‖ / ‖WX‖ on a few tokens: the layer's own error, apart from what earlier layers added."""
+    X = input_rows(module, x)[:ERROR_TOKENS].to(W.dtype)
     reference = (X @ W.T).float().norm()
     return float((X @ (W - Wq).T).float().norm() / reference) if reference > 0 else 0.0
