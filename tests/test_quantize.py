@@ -69,7 +69,7 @@ def test_every_setting(tmp_path, text, folder, bits, group_size, act_order, sym)
     assert codes.has_act_order == (act_order == "full")
     assert int(codes.zeros.min()) >= 1
     assert not sym or bool((codes.zeros == 2 ** (bits - 1)).all())
-    W = tiny_model("llama").get_submodule(name).weight
+    W = tiny_model("llama").get_submodule(name).weight.detach()
     error = float((codes.dequantize() - W).norm() / W.norm())
     assert error < {2: 0.75, 3: 0.35, 4: 0.2, 8: 0.02}[bits]
     assert report.layers[-1]["bits"] == bits
@@ -354,6 +354,31 @@ def test_seq_len_is_capped_with_a_note(tmp_path, text):
     config = fewbit.QuantConfig(group_size=16, seq_len=4096, num_samples=2)
     report = fewbit.quantize(source, config, dataset=text, output=tmp_path / "out")
     assert any("seq_len 4096 is more than the model's 128 positions" in note for note in report.notes)
+
+
+def test_a_model_in_memory_carries_its_report_and_logs_its_notes(caplog):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight.zero_()
+    with caplog.at_level("WARNING", logger="fewbit"):
+        fewbit.quantize(
+            model, fewbit.QuantConfig(bits=3, group_size=32, seq_len=32), dataset=random_sequences()
+        )
+    assert model.fewbit_report.modules == 14
+    assert model.fewbit_report.fallbacks["no calibration tokens"] == 4  # q, k, v, and o behind them
+    logged = caplog.text
+    assert "4 layers needed a fallback: no calibration tokens" in logged
+    assert logged.count("which group size 32 does not divide") == 2
+
+
+def test_without_the_compiled_solver_there_is_one_warning(caplog, monkeypatch, tmp_path, text, folder):
+    from fewbit.solver import native
+
+    monkeypatch.setattr(native, "_load", lambda: (None, "no compiler was found at install time"))
+    with caplog.at_level("WARNING", logger="fewbit"):
+        report = fewbit.quantize(folder, fewbit.QuantConfig(**SMALL), dataset=text, output=tmp_path / "out")
+    assert report.fallbacks == {}
+    assert caplog.text.count("the compiled solver is not in use (no compiler was found") == 1
 
 
 def test_the_report_is_written(tmp_path, text, folder):

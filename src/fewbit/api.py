@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Callable
@@ -39,6 +40,8 @@ from .walk.lockstep import walk
 from .walk.quantizer import LayerQuantizer, MemorySink, Progress, Sink, Timers
 
 M = TypeVar("M", bound=nn.Module)
+
+_LOG = logging.getLogger("fewbit")
 
 # What `evaluate_on` measures.
 EVALUATION_SEQ_LEN = 512
@@ -80,7 +83,8 @@ def quantize(
         progress: called as ``progress(phase, done, total)``.
 
     Returns:
-        A `Report` for a path; the model itself, its layers now `QuantLinear`, for a module.
+        A `Report` for a path; for a module the module itself, its layers now `QuantLinear`, with the
+        report as its attribute ``fewbit_report``.
 
     Raises:
         FewbitError: a subclass says what is wrong, where, and what to do next.
@@ -157,11 +161,7 @@ class _PathJob:
                 plan=plan,
                 records=journal.records,
                 fingerprint=fingerprint,
-                calibration={
-                    "source": calibration.source,
-                    "sequences": calibration.sequences,
-                    "tokens": calibration.tokens,
-                },
+                calibration=calibration,
                 notes=notes,
                 seconds=time.perf_counter() - start,
                 seconds_by_phase=timers.seconds,
@@ -171,13 +171,16 @@ class _PathJob:
             journal.remove()
         finally:
             journal.close()
+        _log(report)
         return report
 
     def evaluation_windows(self, dataset: Any, tokenizer: Any) -> Tensor:
         """The windows on which the result will be measured."""
         config = self.source.load_config()
         if getattr(config, "is_encoder_decoder", False):
-            raise ConfigError("--eval measures causal language models; this one is an encoder-decoder: leave it out")
+            raise ConfigError(
+                "--eval measures causal language models; this one is an encoder-decoder: leave it out"
+            )
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) or EVALUATION_SEQ_LEN
         seq_len = min(EVALUATION_SEQ_LEN, positions)
         return windows(dataset, tokenizer or self.source.load_tokenizer(), seq_len, EVALUATION_WINDOWS)
@@ -227,7 +230,7 @@ def _quantize_module(model: M, config: QuantConfig, dataset: Any, tokenizer: Any
     """Quantize a model in memory, in place."""
     from .runtime.replace import replace_layers
 
-    timers, sink = Timers(), MemorySink()
+    start, timers, sink = time.perf_counter(), Timers(), MemorySink()
     if getattr(getattr(model, "config", None), "quantization_config", None):
         raise ModelError(f"this {type(model).__name__} is already quantized: quantize the original model")
     if isinstance(tokenizer, (str, Path)):
@@ -237,9 +240,32 @@ def _quantize_module(model: M, config: QuantConfig, dataset: Any, tokenizer: Any
     plan = make_plan(model, config)
     was_training = model.training
     model.eval()
-    _quantize_layers(model, plan, config, calibration, sink, timers, progress)
+    notes = [*plan.notes, *calibration.notes]
+    notes += _quantize_layers(model, plan, config, calibration, sink, timers, progress)
     replace_layers(model, plan, sink.tensors, _quantization_config(config, plan, calibration))
+    report = collect(
+        output=None,
+        config=config,
+        plan=plan,
+        records=sink.records,
+        fingerprint={},
+        calibration=calibration,
+        notes=notes,
+        seconds=time.perf_counter() - start,
+        seconds_by_phase=timers.seconds,
+        resumed_layers=0,
+    )
+    _log(report)
+    model.fewbit_report = report  # type: ignore[assignment]
     return model.train(was_training)
+
+
+def _log(report: Report) -> None:
+    """Say once, through logging, what is not as the user might expect; the report has it all."""
+    for note in report.notes:
+        _LOG.warning(note)
+    for name, count in report.fallbacks.items():
+        _LOG.warning("%d layers needed a fallback: %s", count, name)
 
 
 def _quantize_layers(

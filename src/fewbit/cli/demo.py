@@ -10,14 +10,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .display import progress_bar, quiet_transformers, size_text
+from .display import progress_bar, quiet_libraries, size_text
 
 
 def demo(as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False) -> None:
     """Quantize the model inside the package to 4, 3 and 2 bits and show what that costs."""
     from ..demo.showcase import Showcase
 
-    quiet_transformers()
+    quiet_libraries()
     with progress_bar("demo", hidden=as_json) as progress:
         rows = Showcase(progress).run()
     if as_json:

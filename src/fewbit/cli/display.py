@@ -14,12 +14,15 @@ console = Console(stderr=True)
 INTERRUPTED = 130  # exit code after Ctrl-C
 
 
-def quiet_transformers() -> None:
-    """Keep the progress bars and advice of transformers off the screen."""
-    from transformers.utils import logging
+def quiet_libraries() -> None:
+    """Keep the progress bars and advice of transformers off the screen, and fewbit's log: commands show notes."""
+    import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("fewbit").setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import CalibrationError
 from ..evaluate import Evaluation, evaluate, windows
 from ..source import Source, open_source
-from .display import progress_bar, quiet_transformers
+from .display import progress_bar, quiet_libraries
 from .quantize import Dtype
 
 _EXAMPLES = """
@@ -52,7 +52,7 @@ def eval_(
     """Measure perplexity on a text, and with --against also KL divergence and top-1 agreement."""
     from ..api import resolve_device
 
-    quiet_transformers()
+    quiet_libraries()
     where = resolve_device(device)
     source = open_source(model, trust_remote_code=trust_remote_code)
     base = open_source(against, trust_remote_code=trust_remote_code) if against else None

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ModelError
-from .display import console, quiet_transformers
+from .display import console, quiet_libraries
 
 
 class Dtype(str, Enum):
@@ -55,7 +55,7 @@ def generate(
 
     from ..runtime.load import kernels, load
 
-    quiet_transformers()
+    quiet_libraries()
     place = _device(device)
     wanted = "bfloat16" if dtype is Dtype.auto and place == "cpu" else dtype.value
     model = load(checkpoint, place, wanted, kernel, trust_remote_code)

@@ -10,7 +10,7 @@ import typer
 from rich.table import Column, Table
 
 from ..config import QuantConfig, parse_overrides
-from .display import INTERRUPTED, console, progress_bar, quiet_transformers, size_text
+from .display import INTERRUPTED, console, progress_bar, quiet_libraries, size_text
 
 ActOrder = Literal["group", "none", "full"]
 Method = Literal["gptq", "rtn"]
@@ -97,7 +97,7 @@ def quantize(
     )
     from .. import api
 
-    quiet_transformers()
+    quiet_libraries()
     try:
         with progress_bar("quantize", hidden=quiet or as_json) as progress:
             report = api.quantize(
@@ -160,7 +160,9 @@ def _show(report: Any, verbose: bool) -> None:
 
 
 def _layer_table(report: Any) -> Table:
-    table = Table(Column("layer", overflow="fold"), "shape", "bits", "group", "tokens", "output error", "fallbacks")
+    table = Table(
+        Column("layer", overflow="fold"), "shape", "bits", "group", "tokens", "output error", "fallbacks"
+    )
     for layer in report.layers:
         error = "" if layer["output_error"] is None else f"{layer['output_error']:.2%}"
         table.add_row(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..calibration import Calibration
 from ..config import QuantConfig
 from ..plan import Plan
 
@@ -91,7 +92,7 @@ def collect(
     plan: Plan,
     records: Mapping[str, Mapping[str, Any]],
     fingerprint: Mapping[str, str],
-    calibration: Mapping[str, Any],
+    calibration: Calibration,
     notes: list[str],
     seconds: float,
     seconds_by_phase: Mapping[str, float],
@@ -105,7 +106,11 @@ def collect(
         output=str(output) if output else None,
         config=config.to_dict(),
         fingerprint=dict(fingerprint),
-        calibration=dict(calibration),
+        calibration={
+            "source": calibration.source,
+            "sequences": calibration.sequences,
+            "tokens": calibration.tokens,
+        },
         layers=layers,
         skipped=tuple(asdict(item) for item in plan.skipped),
         bits_per_weight=stored_bits / plan.weights,
