@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from models import TEXT, tiny_model
 
 import fewbit
+from models import TEXT, tiny_model
 
 gguf = pytest.importorskip("gguf")
 
@@ -37,7 +37,10 @@ def write_gguf(path, model):
     writer.add_eos_token_id(2)
     state = {key: value.detach().numpy().astype(np.float32) for key, value in model.state_dict().items()}
     for key, value in state.items():
-        name = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}.get(key)
+        name = {
+            "model.embed_tokens.weight": "token_embd.weight",
+            "model.norm.weight": "output_norm.weight",
+        }.get(key)
         name = name or {"lm_head.weight": "output.weight"}.get(key)
         if name is None:
             _, _, layer, rest = key.split(".", 3)
@@ -50,7 +53,9 @@ def write_gguf(path, model):
             if short in ("attn_q", "attn_k"):  # llama.cpp interleaves the rotary halves
                 heads = config.num_attention_heads if short == "attn_q" else config.num_key_value_heads
                 rows, columns = value.shape
-                value = value.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+                value = (
+                    value.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+                )
         writer.add_tensor(name, np.ascontiguousarray(value))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

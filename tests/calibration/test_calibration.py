@@ -47,7 +47,9 @@ def test_a_text_file_becomes_windows_of_the_whole_text(tmp_path, tokenizer):
     places = [PROSE.find(tokenizer.decode(row)) / len(PROSE) for row in rows(result)]
     assert min(places) >= 0
     assert all(len(row) == 100 for row in rows(result))
-    assert all(part - 1.5 < 8 * place < part + 1.5 for part, place in enumerate(places))  # spread over the text
+    assert all(
+        part - 1.5 < 8 * place < part + 1.5 for part, place in enumerate(places)
+    )  # spread over the text
     assert [len(batch["input_ids"]) for batch in result.batches] == [3, 3, 2]
     assert all(batch.keys() == {"input_ids"} for batch in result.batches)
     assert (result.tokens, result.sequences, result.source, result.notes) == (800, 8, "prose.txt", ())

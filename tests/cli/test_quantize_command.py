@@ -5,10 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from models import TEXT, save_tiny
 from typer.testing import CliRunner
 
 from fewbit.cli.main import app, run
+from models import TEXT, save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,18 @@ def test_quantize_json_has_the_contract_keys_and_nothing_else_on_stdout(tmp_path
 def test_quantize_and_evaluate_in_one_go(tmp_path, inputs):
     model, text = inputs
     result = invoke(
-        "quantize", model, "-o", tmp_path / "out", "--dataset", text, *SMALL, "--bits", 8, "--eval", text, "--json"
+        "quantize",
+        model,
+        "-o",
+        tmp_path / "out",
+        "--dataset",
+        text,
+        *SMALL,
+        "--bits",
+        8,
+        "--eval",
+        text,
+        "--json",
     )
     scores = json.loads(result.stdout)["eval"]
     assert scores["base"]["kl"] is None
@@ -82,7 +93,9 @@ def test_underscores_and_aliases(tmp_path, inputs):
 
 def test_text_from_stdin(tmp_path, inputs):
     model, _ = inputs
-    result = invoke("quantize", model, "-o", tmp_path / "out", "--dataset", "-", *SMALL, "--json", input=TEXT * 4)
+    result = invoke(
+        "quantize", model, "-o", tmp_path / "out", "--dataset", "-", *SMALL, "--json", input=TEXT * 4
+    )
     assert result.exit_code == 0
     assert json.loads(result.stdout)["modules"] == 14
 
@@ -131,7 +144,9 @@ def test_help_has_examples():
     assert "fewbit quantize model.gguf -o out" in " ".join(result.stdout.split())
 
 
-@pytest.mark.parametrize("command", ["quantize", "eval", "inspect", "verify", "generate", "convert", "demo", "env"])
+@pytest.mark.parametrize(
+    "command", ["quantize", "eval", "inspect", "verify", "generate", "convert", "demo", "env"]
+)
 def test_every_command_has_help(command):
     assert invoke(command, "--help").exit_code == 0
 
