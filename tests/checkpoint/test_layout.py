@@ -211,3 +211,30 @@ def test_damaged_layers_are_refused_with_what_is_wrong(change, message: str) -> 
     change(tensors)
     with pytest.raises(CheckpointError, match=message):
         unpack(tensors, 4, 32, "gptq", 64, 8)
+
+
+@pytest.mark.parametrize("read_as", BITS)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("out", "n"), [(8, 64), (64, 96), (33, 40)])
+def test_another_bit_width_never_passes_as_padding(bits: int, read_as: int, out: int, n: int) -> None:
+    tensors = pack(random_codes(out, n, bits, 32), "gptq_v2")
+    if bits == read_as:
+        unpack(tensors, bits, 32, "gptq_v2", n, out)
+        return
+    with pytest.raises(CheckpointError, match="qweight has shape"):
+        unpack(tensors, read_as, 32, "gptq_v2", n, out)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("n", [1, 17, 40, 70])
+def test_values_padded_to_a_multiple_of_32_are_read_and_one_word_more_is_refused(bits: int, n: int) -> None:
+    codes = random_codes(n, n, bits, 32)
+    tensors = pack(codes, "gptq_v2")
+    words = -(-n // 32) * bits
+    more = words - word_count(n, bits)
+    tensors["qweight"] = torch.nn.functional.pad(tensors["qweight"], (0, 0, 0, more))
+    tensors["qzeros"] = torch.nn.functional.pad(tensors["qzeros"], (0, more))
+    assert_same(unpack(tensors, bits, 32, "gptq_v2", n, n), codes)
+    tensors["qweight"] = torch.nn.functional.pad(tensors["qweight"], (0, 0, 0, 1))
+    with pytest.raises(CheckpointError, match=rf"qweight has shape \({words + 1}, {n}\), expected"):
+        unpack(tensors, bits, 32, "gptq_v2", n, n)

@@ -97,7 +97,21 @@ def test_no_g_idx_bfloat16_scales_and_padding(tmp_path: Path) -> None:
         tmp_path / "padded",
         lambda t: t.update({"a.scales": t["a.scales"][:2], "a.qzeros": t["a.qzeros"][:2]}),
     )
-    assert open_checkpoint(tmp_path / "padded").layers["a"].in_features == 64  # as far as the groups reach
+    with pytest.raises(CheckpointError, match=r"qweight has shape \(9, 5\), expected \(8, 5\)"):
+        open_checkpoint(tmp_path / "padded")  # the groups reach as far as 64 inputs
+
+
+@pytest.mark.parametrize(("bits", "stated"), [(8, 4), (4, 8), (4, 2), (4, 3), (3, 4)])
+def test_layers_of_another_bit_width_than_stated_are_refused(tmp_path: Path, bits: int, stated: int) -> None:
+    for group_size in (32, -1):
+        folder = tmp_path / str(group_size)
+        tensors = {f"a.{part}": t for part, t in pack(random_codes(64, 96, bits, group_size), "gptq").items()}
+        write_autogptq(folder, tensors, {"bits": stated, "group_size": group_size})
+        with pytest.raises(CheckpointError, match=f"layer a does not fit its configuration .bits {stated}"):
+            open_checkpoint(folder)
+        rewrite(folder, lambda t: t.pop("a.g_idx"))
+        with pytest.raises(CheckpointError, match=f"layer a does not fit its configuration .bits {stated}"):
+            open_checkpoint(folder)
 
 
 def test_act_order_group_minus_one_and_settings_per_layer(tmp_path: Path) -> None:

@@ -22,14 +22,16 @@ def layers(model):
 
 
 def repacked_with_padding(name, tensors):
-    """As some writers do: both packed axes one word longer, filled with ones."""
+    """As some writers do: both packed axes as for a multiple of 32 values, filled with ones."""
     qweight, qzeros = tensors["qweight"], tensors["qzeros"]
+    rows, columns = -qweight.shape[0] % 4, -qzeros.shape[1] % 4
     return tensors | {
-        "qweight": torch.cat([qweight, torch.full((1, qweight.shape[1]), -1, dtype=torch.int32)]),
-        "qzeros": torch.cat([qzeros, torch.full((qzeros.shape[0], 1), -1, dtype=torch.int32)], dim=1),
+        "qweight": nn.functional.pad(qweight, (0, 0, 0, rows), value=-1),
+        "qzeros": nn.functional.pad(qzeros, (0, columns), value=-1),
     }
 
 
+ODD = {"hidden_size": 88, "intermediate_size": 184}
 STYLES = {
     "v1": {},
     "v2": {"fmt": "gptq_v2"},
@@ -61,7 +63,7 @@ STYLES = {
 
 @pytest.mark.parametrize("style", STYLES)
 def test_logits_are_those_of_the_dequantized_model(tmp_path, style):
-    truth = llama()
+    truth = llama(**(ODD if "padded" in style else {}))
     written = write_checkpoint(tmp_path / "a", truth, **STYLES[style])
     model = fewbit.load(tmp_path / "a")
     assert len(layers(model)) == 14 + (style == "lm_head")
@@ -256,3 +258,9 @@ def test_loading_twice_at_most_touches_one_name_in_transformers(tmp_path):
     fewbit.load(tmp_path)
     assert {n: c for n, c in AUTO_QUANTIZER_MAPPING.items() if n != "fewbit"} == before
     assert {n: c for n, c in AUTO_QUANTIZATION_CONFIG_MAPPING.items() if n != "fewbit"} == configs
+
+
+def test_8_bits_are_not_read_as_padded_4_bits(tmp_path):
+    write_checkpoint(tmp_path, llama(), bits=8, quantization={"bits": 4})
+    with pytest.raises(CheckpointError, match=r"does not fit its configuration \(bits 4"):
+        fewbit.load(tmp_path)

@@ -122,17 +122,20 @@ def shape_problems(
 ) -> list[str]:
     """What keeps `tensors` from being a layer of this shape, in words; empty if nothing does.
 
-    A packed axis may be longer than needed (padding), never shorter; the others must fit exactly.
+    A packed axis has as many words as its values need, or as a multiple of 32 values would: with more
+    leeway, tensors of another bit width would pass for padded ones. The other axes must fit exactly.
     """
     problems = [f"{name} is missing" for name in (QWEIGHT, QZEROS, SCALES) if name not in tensors]
     integers, floats = (torch.int32,), (torch.float16, torch.bfloat16, torch.float32)
-    expected: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...], int | None]] = {
-        QWEIGHT: (integers, (_least_words(in_features, bits), out_features), 0),
-        QZEROS: (integers, (groups, _least_words(out_features, bits)), 1),
-        SCALES: (floats, (groups, out_features), None),
-        G_IDX: ((torch.int32, torch.int64), (in_features,), None),
+    rows, columns = _least_words(in_features, bits), _least_words(out_features, bits)
+    padded_rows, padded_columns = _padded_words(in_features, bits), _padded_words(out_features, bits)
+    expected: dict[str, tuple[tuple[torch.dtype, ...], list[tuple[int, ...]]]] = {
+        QWEIGHT: (integers, [(rows, out_features), (padded_rows, out_features)]),
+        QZEROS: (integers, [(groups, columns), (groups, padded_columns)]),
+        SCALES: (floats, [(groups, out_features)]),
+        G_IDX: ((torch.int32, torch.int64), [(in_features,)]),
     }
-    for name, (dtypes, shape, padded_axis) in expected.items():
+    for name, (dtypes, shapes) in expected.items():
         tensor = tensors.get(name)
         if tensor is None:
             continue
@@ -140,9 +143,9 @@ def shape_problems(
             problems.append(
                 f"{name} is {_dtype_name(tensor.dtype)}, not {' or '.join(map(_dtype_name, dtypes))}"
             )
-        if not _fits(tuple(tensor.shape), shape, padded_axis):
-            least = "" if padded_axis is None else " or more words"
-            problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {shape}{least}")
+        if tuple(tensor.shape) not in shapes:
+            wanted = " or padded ".join(map(str, dict.fromkeys(shapes)))
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {wanted}")
     return problems
 
 
@@ -219,13 +222,9 @@ def _least_words(values: int, bits: int) -> int:
     return -(-values * bits // 32)
 
 
-def _fits(shape: tuple[int, ...], expected: tuple[int, ...], padded_axis: int | None) -> bool:
-    if len(shape) != len(expected):
-        return False
-    return all(
-        have >= want if axis == padded_axis else have == want
-        for axis, (have, want) in enumerate(zip(shape, expected, strict=True))
-    )
+def _padded_words(values: int, bits: int) -> int:
+    """Words of writers that pad the values to a multiple of 32."""
+    return -(-values // 32) * bits
 
 
 def _check_format(fmt: str) -> None:
