@@ -18,7 +18,8 @@ from fewbit.codes import Codes, group_count, sequential_groups
 from fewbit.config import QuantConfig
 
 LAYERS = {"model.layers.0.self_attn.q_proj": (32, 64), "model.layers.1.mlp.down_proj": (64, 96)}
-CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "torch_dtype": "float16"}
+# Two layers are no model that transformers knows.
+CONFIG = {"model_type": "sample", "architectures": ["SampleForCausalLM"], "torch_dtype": "float16"}
 
 
 def random_codes(out: int, n: int, bits: int = 4, group_size: int = 32, low: int = 1, seed: int = 0) -> Codes:

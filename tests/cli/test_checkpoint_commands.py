@@ -57,7 +57,7 @@ def test_inspect_shows_what_a_checkpoint_is_and_which_kernels_can_run_it(tmp_pat
     write_fewbit(tmp_path / "out", QuantConfig(bits=3, group_size=32))
     shown = run("inspect", tmp_path / "out", "-v")
     for part in (
-        "llama",
+        "sample",
         "gptq",
         "fewbit:",
         "3 bits, groups of 32, symmetric",

@@ -1,14 +1,17 @@
 """Does a GPTQ checkpoint, from any tool, hold together? `verify` collects every problem it can find.
 
-Checked: the configuration, the files against the manifest, headers, the index, tensors that are missing or
-left over, shapes and dtypes, then every layer's contents: scales finite and not zero, g_idx in range, zero
-points plausible, and the configuration's `sym` and `desc_act` true, since fast kernels rely on them instead
-of reading the tensors. With `against`, also how far every layer is from the original weight.
+Checked: the configuration, the files against the manifest, headers, the index, tensors that are left over or
+that the model needs and the files lack, shapes and dtypes, then every layer's contents: scales finite and not
+zero, g_idx in range, zero points plausible, and the configuration's `sym` and `desc_act` true, since fast
+kernels rely on them instead of reading the tensors. With `against`, also how far every layer is from the
+original weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -98,6 +101,7 @@ def verify(path: str | Path, against: str | Path | None = None) -> VerifyResult:
     if not layer_names(weights.tensors):
         problems.append(Problem(str(folder), f"has no tensor named *.{layout.QWEIGHT}: nothing is quantized"))
     problems += _left_over(weights.tensors)
+    problems += _missing(folder, weights)
     checkpoint = Checkpoint(folder, {}, {}, settings, weights, specs)
     errors: dict[str, float] = {}
     for spec in specs.values():
@@ -194,6 +198,52 @@ def _left_over(tensors: dict[str, TensorInfo]) -> Iterator[Problem]:
             yield Problem(name, f"is left over: {layer} has no qweight")
         elif part == "weight" and layer in layers:
             yield Problem(name, f"is left over: {layer} is quantized")
+
+
+def _missing(folder: Path, weights: Weights) -> Iterator[Problem]:
+    """What the model needs and no file has; if transformers does not know it, what its blocks lack."""
+    from ..integrations.expected import expected
+
+    config = find_config(folder)[0]
+    try:
+        model = expected(folder, config, weights.tensors)
+    except CheckpointError as error:
+        yield Problem("config.json", str(error))
+        return
+    if model is None:
+        yield from uneven_blocks(weights.tensors)
+        return
+    for name in model.missing:
+        yield Problem(name, f"is missing: {model.class_name} needs it")
+
+
+def uneven_blocks(names: Iterable[str]) -> Iterator[Problem]:
+    """Numbers that are missing between blocks, and blocks that have only a part of what most others have.
+
+    A layer counts the same whether it is quantized or not. Blocks that have something else instead (other
+    attention, experts) are another kind of block, not an uneven one.
+    """
+    families: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for name in names:
+        found = re.match(r"(.*?)\.(\d+)\.(.+)", name)
+        if found is None:
+            continue
+        family, number, rest = found.groups()
+        module, _, part = rest.rpartition(".")
+        families[family][int(number)].add(f"{module}.weight" if part in PARTS else rest)
+    for family, blocks in families.items():
+        for number in range(max(blocks)):
+            if number not in blocks:
+                yield Problem(f"{family}.{number}", f"is missing, but there is a {family}.{max(blocks)}")
+        usual, count = Counter(map(frozenset, blocks.values())).most_common(1)[0]
+        if 2 * count <= len(blocks):
+            continue
+        for number, have in sorted(blocks.items()):
+            if have < usual:
+                lacks = ", ".join(sorted(usual - have))
+                yield Problem(
+                    f"{family}.{number}", f"lacks {lacks}, which {count} of {len(blocks)} blocks have"
+                )
 
 
 def _check_layer(checkpoint: Checkpoint, spec: LayerSpec) -> Iterator[Problem]:
