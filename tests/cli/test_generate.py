@@ -3,7 +3,7 @@ import typer
 from typer.testing import CliRunner
 
 from fewbit.cli.generate import generate
-from fewbit.errors import CheckpointError, KernelError, ModelError
+from fewbit.errors import CheckpointError, ConfigError, KernelError, ModelError
 from models import tiny_tokenizer
 from tiny_gptq import llama, t5, write_checkpoint
 
@@ -57,12 +57,39 @@ def test_encoder_decoder(tmp_path):
     [
         (("--chat",), ModelError, "has no chat template; leave out --chat"),
         (("--kernel", "marlin"), KernelError, "device is cpu, not cuda"),
+        (("--device", "quantum"), ConfigError, "device 'quantum' cannot be used here"),
+        (("-p", ""), ConfigError, "the prompt is empty"),
     ],
 )
 def test_errors(folder, arguments, error, words):
     result = run(folder, "-p", "the", "--device", "cpu", *arguments)
     assert isinstance(result.exception, error)
     assert words in str(result.exception)
+
+
+def test_no_tokenizer(tmp_path):
+    write_checkpoint(tmp_path, llama())
+    result = run(str(tmp_path), "-p", "the", "--device", "cpu")
+    assert isinstance(result.exception, ModelError)
+    assert "has no tokenizer that can be loaded" in str(result.exception)
+    assert "Copy the original model's tokenizer files" in str(result.exception)
+
+
+def test_a_prompt_without_tokens(folder, monkeypatch):
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+    nothing = {"input_ids": torch.zeros((1, 0), dtype=torch.long)}
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", lambda *_, **__: nothing)
+    result = run(folder, "-p", " ", "--device", "cpu")
+    assert isinstance(result.exception, ConfigError)
+    assert "makes no token of the prompt ' '" in str(result.exception)
+
+
+def test_verbose_adds_device_and_dtype(folder):
+    result = run(folder, "-p", "the", "--max-new-tokens", "2", "--device", "cpu", "-v")
+    assert "on cpu in bfloat16" in result.stderr
+    assert "prompt: 3 tokens" in result.stderr
 
 
 def test_not_a_checkpoint(tmp_path):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import ModelError
+from ..errors import ConfigError, ModelError
 from .display import console, quiet_libraries
 
 
@@ -47,21 +47,27 @@ def generate(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the model's own code.")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Also device, dtype and prompt tokens.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only the text and errors.")] = False,
 ) -> None:
     """Write text with a quantized checkpoint; tokens per second go to stderr."""
     import torch
-    from transformers import AutoTokenizer, TextStreamer
+    from transformers import TextStreamer
 
+    from ..api import resolve_device
     from ..runtime.load import kernels, load
 
     quiet_libraries()
-    place = _device(device)
-    wanted = "bfloat16" if dtype is Dtype.auto and place == "cpu" else dtype.value
+    if not prompt:
+        raise ConfigError("the prompt is empty; give some text to go on from: -p TEXT")
+    place = resolve_device(device)
+    wanted = "bfloat16" if dtype is Dtype.auto and place.type == "cpu" else dtype.value
     model = load(checkpoint, place, wanted, kernel, trust_remote_code)
     if not model.can_generate():
         raise ModelError(f"{checkpoint} is a {type(model).__name__}, which cannot generate text")
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    tokenizer = _tokenizer(checkpoint, trust_remote_code)
     inputs = _encode(tokenizer, prompt, chat, checkpoint).to(place)
     torch.manual_seed(seed)
     is_encoder_decoder = bool(model.config.is_encoder_decoder)
@@ -80,24 +86,33 @@ def generate(
     console.print(f"{count} tokens in {seconds:.1f} s: {count / seconds:.1f} tokens/s, prompt included")
     for line in kernels(model):
         console.print(line, markup=False, highlight=False)
+    if verbose:
+        console.print(f"on {place} in {str(model.dtype).removeprefix('torch.')}")
+        console.print(f"prompt: {inputs['input_ids'].shape[1]} tokens")
 
 
 generate.__doc__ = f"{generate.__doc__}\n{_EXAMPLES}"
 
 
-def _device(name: str) -> str:
-    import torch
+def _tokenizer(checkpoint: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
 
-    if name != "auto":
-        return name
-    if torch.cuda.is_available():
-        return "cuda"
-    return "cpu"
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"{checkpoint} has no tokenizer that can be loaded: {reason} Copy the original model's "
+            "tokenizer files into it"
+        ) from error
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool, checkpoint: str) -> Any:
     if not chat:
-        return tokenizer(prompt, return_tensors="pt")
+        inputs = tokenizer(prompt, return_tensors="pt")
+        if not inputs["input_ids"].numel():
+            raise ConfigError(f"the tokenizer of {checkpoint} makes no token of the prompt {prompt!r}")
+        return inputs
     if not tokenizer.chat_template:
         raise ModelError(f"{checkpoint} has no chat template; leave out --chat")
     messages = [{"role": "user", "content": prompt}]
