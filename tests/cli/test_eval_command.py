@@ -8,6 +8,8 @@ from typer.testing import CliRunner
 from fewbit import demo
 from fewbit.cli.main import app
 from fewbit.errors import CalibrationError, ModelError
+from models import tiny_tokenizer
+from tiny_gptq import llama, write_checkpoint
 
 MODEL, TEXT = str(demo.model_path()), str(demo.evaluation_text())
 
@@ -55,3 +57,46 @@ def test_bad_input_is_a_fewbit_error(tmp_path):
     no_tokenizer = run(str(tmp_path), "--dataset", TEXT)
     with pytest.raises(CalibrationError, match="has no tokenizer"):
         raise no_tokenizer.exception
+
+
+EVAL = ("--dataset", TEXT, "--seq-len", "32", "--num-samples", "2", "--device", "cpu")
+
+
+def test_verbose_names_device_and_kernels(tmp_path):
+    write_checkpoint(tmp_path, llama())
+    tiny_tokenizer().save_pretrained(tmp_path)
+    result = run(str(tmp_path), *EVAL, "-q", "-v")
+    assert result.exit_code == 0, result.output
+    assert "LlamaForCausalLM on cpu" in result.stderr
+    assert "14 layers: reference" in result.stderr
+
+
+def test_trust_in_a_checkpoints_code_reaches_the_loader(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, llama())
+    tiny_tokenizer().save_pretrained(tmp_path)
+    trusted = []
+
+    def load(*args, trust_remote_code=False, **kwargs):
+        trusted.append(trust_remote_code)
+        return llama()
+
+    monkeypatch.setattr("fewbit.runtime.load.load", load)
+    assert run(str(tmp_path), *EVAL, "--trust-remote-code").exit_code == 0
+    assert run(str(tmp_path), *EVAL).exit_code == 0
+    assert trusted == [True, False]
+
+
+def test_a_gguf_file_beside_a_quantize_config_is_what_is_evaluated(tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").touch()
+    (tmp_path / "quantize_config.json").write_text('{"bits": 4, "group_size": 32}')
+    opened = []
+
+    def load_model(source, dtype, device):
+        opened.append(source.gguf)
+        return llama()
+
+    monkeypatch.setattr("fewbit.source.Source.load_model", load_model)
+    monkeypatch.setattr("fewbit.source.Source.load_tokenizer", lambda source: tiny_tokenizer())
+    result = run(str(tmp_path / "model.gguf"), *EVAL)
+    assert result.exit_code == 0, result.output
+    assert opened == ["model.gguf"]

@@ -206,6 +206,12 @@ def change_config(folder, **changes):
             {"architectures": ["NoSuchModel"], "auto_map": {"AutoModelForCausalLM": "m.NoSuchModel"}},
             "needs its own code for NoSuchModel; if you trust it, pass trust_remote_code=True",
         ),
+        ({"model_type": "no_such"}, r"transformers \S+ does not know model_type 'no_such'"),
+        (
+            {"model_type": "no_such", "auto_map": {"AutoConfig": "m.NoSuchConfig"}},
+            "needs its own code for model_type 'no_such'; if you trust it, pass trust_remote_code=True",
+        ),
+        ({"hidden_size": "wide"}, "cannot read the configuration in .*hidden_size"),
         ({"intermediate_size": 160}, "is 96 x 192 .* but the model has 96 x 160"),
     ],
 )

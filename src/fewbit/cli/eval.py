@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
@@ -11,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from ..checkpoint.reader import read_json
 from ..errors import CalibrationError
 from ..evaluate import Evaluation, evaluate, windows
 from ..source import Source, open_source
-from .display import progress_bar, quiet_libraries
+from .display import console, progress_bar, quiet_libraries
 from .quantize import Dtype
 
 _EXAMPLES = """
@@ -47,6 +49,9 @@ def eval_(
         bool, typer.Option("--trust-remote-code", help="Run the model's own code.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Also device and kernels, on stderr.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Measure perplexity on a text, and with --against also KL divergence and top-1 agreement."""
@@ -63,13 +68,16 @@ def eval_(
         )
     text = windows(dataset, tokenizer, seq_len, num_samples, bos=bos)
     with progress_bar("eval", hidden=quiet or as_json) as progress:
+        measured = _load(source, dtype, where)
         result = evaluate(
-            _load(source, dtype, where),
+            measured,
             text,
             against=_load(base, dtype, where) if base else None,
             batch_size=batch_size,
             progress=lambda done, total: progress("", done, total),
         )
+    if verbose:
+        _show_setup(measured, where)
     if as_json:
         print(json.dumps(result.to_dict()))
     else:
@@ -81,15 +89,25 @@ eval_.__doc__ = f"{eval_.__doc__}\n{_EXAMPLES}"
 
 def _load(source: Source, dtype: str, device: torch.device) -> nn.Module:
     """Through fewbit's runtime if the folder is a GPTQ checkpoint, else through transformers."""
-    settings: Any = getattr(source.load_config(), "quantization_config", None)
-    if not settings and not (source.folder / "quantize_config.json").is_file():
+    if source.gguf is not None or not _is_gptq(source.folder):
         return source.load_model(dtype, device)
     from ..runtime.load import load
 
-    model: nn.Module = load(
-        source.folder, device=device, dtype=None if dtype == "auto" else getattr(torch, dtype)
-    )
+    model: nn.Module = load(source.folder, device, dtype, trust_remote_code=source.trust_remote_code)
     return model
+
+
+def _show_setup(model: nn.Module, device: torch.device) -> None:
+    from ..runtime.load import kernels
+
+    console.print(f"{type(model).__name__} on {device}", markup=False, highlight=False)
+    for line in kernels(model):
+        console.print(line, markup=False, highlight=False)
+
+
+def _is_gptq(folder: Path) -> bool:
+    config = read_json(folder / "config.json")
+    return bool(config.get("quantization_config")) or (folder / "quantize_config.json").is_file()
 
 
 def _table(result: Evaluation) -> Table:

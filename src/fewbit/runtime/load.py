@@ -113,18 +113,41 @@ def _local(path: str | Path) -> Path:
 
 def _config(checkpoint: Checkpoint, kernel: str, trust_remote_code: bool) -> Any:
     """The model's configuration, with the quantization under the name that leads to fewbit."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if "model_type" not in checkpoint.config:
         raise CheckpointError(
             f"{checkpoint.path} has no config.json that names a model_type: copy the original model's into it"
         )
-    config = AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=trust_remote_code)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, OSError, ImportError) as error:
+        raise CheckpointError(_config_advice(checkpoint, trust_remote_code, error)) from error
     quantization = json.loads(json.dumps(checkpoint.quantization))
     config.quantization_config = {**quantization, "quant_method": "fewbit", "backend": kernel}
     weights = checkpoint.weights
     config.transformers_weights = (weights.index or weights.files[0]).name
     return config
+
+
+def _config_advice(checkpoint: Checkpoint, trust_remote_code: bool, error: Exception) -> str:
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = checkpoint.config["model_type"]
+    if checkpoint.config.get("auto_map") and not trust_remote_code:
+        return (
+            f"{checkpoint.path} needs its own code for model_type {model_type!r}; "
+            "if you trust it, pass trust_remote_code=True (--trust-remote-code)"
+        )
+    if model_type not in CONFIG_MAPPING and not trust_remote_code:
+        return (
+            f"transformers {transformers.__version__} does not know model_type {model_type!r}, "
+            f"which {checkpoint.path} needs; a newer transformers may"
+        )
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"cannot read the configuration in {checkpoint.path}: {reason}"
 
 
 def _model_class(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> Any:
