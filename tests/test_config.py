@@ -26,6 +26,11 @@ from fewbit.errors import ConfigError, FewbitError
         ({"num_samples": 0}, "num_samples must be a whole number of at least 1"),
         ({"seq_len": -5}, "seq_len must be a whole number of at least 1"),
         ({"batch_size": 1.5}, "batch_size must be a whole number"),
+        ({"seed": "a"}, "seed must be a whole number"),
+        ({"lm_head": "no"}, "lm_head must be True or False"),
+        ({"strict": 1}, "strict must be True or False"),
+        ({"ignore": None}, "ignore must be a list of regular expressions"),
+        ({"override": ["a"]}, "override a dict of regular expression"),
         ({"ignore": ["("]}, "is not a regular expression"),
         ({"override": {"a": {"bits": 7}}}, "bits must be one of"),
         ({"override": {"a": {"bit": 4}}}, "override for 'a' has no setting 'bit'; use bits"),
@@ -99,8 +104,26 @@ def test_overrides_from_the_command_line():
         ("a=bits:x", "bits in override 'a=bits:x' must be a number"),
         ("a=bitz:4", "has no setting 'bitz'; use bits"),
         ("a=sym:maybe", "must be true or false"),
+        ("a=damp:1.2.3", "damp in override 'a=damp:1.2.3' must be a number"),
     ],
 )
 def test_bad_overrides_are_refused(text, message):
     with pytest.raises(ConfigError, match=message):
         parse_overrides([text])
+
+
+def test_the_same_pattern_twice_is_refused():
+    with pytest.raises(ConfigError, match="two overrides have the pattern 'x'"):
+        parse_overrides(["x=bits:8", "x=group_size:32"])
+
+
+def test_the_order_of_overrides_is_part_of_the_fingerprint():
+    from fewbit.api import _fingerprint
+    from fewbit.calibration import Calibration
+
+    empty = Calibration(batches=[], fingerprint="none", tokens=0, sequences=0, source="none")
+    rules = {"down": {"bits": 8}, "proj": {"bits": 3}}
+    one = _fingerprint(QuantConfig(override=rules), empty, "w")
+    other = _fingerprint(QuantConfig(override=dict(reversed(rules.items()))), empty, "w")
+    assert one["config"] != other["config"]
+    assert one == _fingerprint(QuantConfig(override=dict(rules)), empty, "w")

@@ -109,3 +109,10 @@ def test_block_names():
     assert block_of("encoder.block.0.layer.1.q") == "encoder.block.0"
     assert block_of("0") == "0"
     assert block_of("lm_head") == "lm_head"
+
+
+def test_a_broad_override_does_not_reach_the_head():
+    plan = make_plan(tiny_model("llama"), QuantConfig(override={".": {"group_size": 16}}))
+    assert "lm_head" not in [layer.name for layer in plan.layers]
+    plan = make_plan(tiny_model("llama"), QuantConfig(group_size=16, override={"lm_head": {"bits": 8}}))
+    assert {layer.name: layer.settings.bits for layer in plan.layers}["lm_head"] == 8

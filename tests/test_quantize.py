@@ -143,6 +143,124 @@ def test_padding_never_counts(tmp_path, folder):
     assert torch.equal(codes[0][first], codes[1][first])
 
 
+def test_padding_never_counts_in_an_encoder_decoder():
+    """Encoder, decoder and cross-attention each have their own mask; cross-attention keys see the encoder."""
+    lengths = (14, 9)
+    sequences = [{"input_ids": s["input_ids"][:n]} for s, n in zip(random_sequences(2), lengths, strict=True)]
+    model = tiny_model("t5")
+    config = fewbit.QuantConfig(**SMALL, batch_size=2)
+    fewbit.quantize(model, config, dataset=sequences, tokenizer=tiny_tokenizer())
+    tokens = {layer["name"]: (layer["tokens"], layer["masked"]) for layer in model.fewbit_report.layers}
+    # The decoder's input is shifted right: its padding begins one later, and is cut off at the batch's length.
+    decoder = min(lengths[0], 14) + lengths[1] + 1
+    assert tokens["encoder.block.0.layer.0.SelfAttention.q"] == (sum(lengths), 5)
+    assert tokens["decoder.block.0.layer.0.SelfAttention.q"] == (decoder, 4)
+    assert tokens["decoder.block.0.layer.1.EncDecAttention.q"] == (decoder, 4)
+    assert tokens["decoder.block.0.layer.1.EncDecAttention.k"] == (sum(lengths), 5)
+    assert tokens["decoder.block.1.layer.1.EncDecAttention.v"] == (sum(lengths), 5)
+
+
+def test_a_decoder_without_a_mask_is_not_cut_by_the_encoders():
+    ids = torch.randint(4, 100, (2, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids}
+    model = tiny_model("t5")
+    config = fewbit.QuantConfig(**SMALL, batch_size=2)
+    fewbit.quantize(model, config, dataset=[batch], tokenizer=tiny_tokenizer())
+    tokens = {layer["name"]: layer["tokens"] for layer in model.fewbit_report.layers}
+    assert tokens["encoder.block.0.layer.0.SelfAttention.q"] == 20
+    assert tokens["decoder.block.0.layer.0.SelfAttention.q"] == 24
+
+
+class Partial(nn.Module):
+    """`second` receives the tensor of `first`, changed in place between; `never` is not reached."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.never = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        y = self.first(x)
+        x.mul_(torch.linspace(0.01, 10, 32))
+        return y + self.second(x)
+
+
+def test_a_tensor_changed_in_place_gets_its_own_hessian():
+    torch.manual_seed(0)
+    x = torch.randn(64, 32)
+    changed = x * torch.linspace(0.01, 10, 32)
+    model = Partial()
+    W = model.second.weight.detach().clone()
+    fewbit.quantize(model, fewbit.QuantConfig(bits=2, group_size=32), dataset=[{"x": x.clone()}])
+    from fewbit.solver import Hessian, quantize_weight
+
+    H = Hessian(32)
+    H.add(changed)
+    expected = quantize_weight(W, H, fewbit.QuantConfig(bits=2, group_size=32).defaults).codes
+    assert torch.equal(model.second.codes().codes, expected.codes)
+
+
+def test_a_layer_that_nobody_reached_is_a_fallback():
+    batches = [{"x": torch.randn(64, 32)}]
+    model = Partial()
+    fewbit.quantize(model, fewbit.QuantConfig(group_size=32), dataset=batches)
+    assert model.fewbit_report.fallbacks["no calibration tokens"] == 1
+    assert any("no calibration token reached 1 layers" in note for note in model.fewbit_report.notes)
+    with pytest.raises(SolverError, match=r"layer never needed a fallback"):
+        fewbit.quantize(Partial(), fewbit.QuantConfig(group_size=32, strict=True), dataset=batches)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Linear(32, 32)
+        self.last = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.last(self.shared(self.shared(x)))
+
+
+def test_inputs_that_come_late_are_noted():
+    model = fewbit.quantize(
+        Twice(), fewbit.QuantConfig(group_size=32), dataset=[{"x": torch.randn(9, 32)}] * 2
+    )
+    assert any(
+        "2 inputs reached 1 layers after they were solved" in note for note in model.fewbit_report.notes
+    )
+
+
+def test_rules_are_written_in_the_names_of_the_files(tmp_path):
+    """transformers renames what a vision-language model stores; the overrides must follow the stored names."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    text_config = LlamaConfig(
+        vocab_size=120, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    torch.manual_seed(0)
+    llava = LlavaConfig(vision_config=vision, text_config=text_config, image_token_id=119)
+    model = LlavaForConditionalGeneration(llava)
+    model.save_pretrained(tmp_path / "model")
+    W = model.model.language_model.layers[0].mlp.down_proj.weight.detach().clone()
+    config = fewbit.QuantConfig(
+        group_size=16, seq_len=24, ignore=("vision_tower", "multi_modal"), override={"down_proj": {"bits": 8}}
+    )
+    fewbit.quantize(tmp_path / "model", config, dataset=random_sequences(vocab=100), output=tmp_path / "out")
+    loaded = fewbit.load(tmp_path / "out")
+    Wq = loaded.model.language_model.layers[0].mlp.down_proj.dequantize(torch.float32)
+    assert (Wq - W).norm() / W.norm() < 0.02
+    assert loaded.model.language_model.layers[1].mlp.up_proj.bits == 4
+
+
 def test_a_model_in_memory_is_quantized_in_place(text):
     model = tiny_model("llama")
     before = logits(model)
@@ -331,6 +449,95 @@ def test_a_finished_checkpoint_is_not_overwritten(tmp_path, text, folder):
     fewbit.quantize(folder, fewbit.QuantConfig(**SMALL), dataset=text, output=tmp_path / "out")
     with pytest.raises(OutputError, match="already holds something else"):
         fewbit.quantize(folder, fewbit.QuantConfig(**SMALL), dataset=text, output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("option", [{"output": "x"}, {"evaluate_on": "x"}, {"push_to_hub": "x"}])
+def test_options_for_paths_are_refused_for_a_model_in_memory(option):
+    with pytest.raises(ConfigError, match=r"are for models on disk; this one is in memory"):
+        fewbit.quantize(tiny_model("llama"), dataset=random_sequences(), **option)
+
+
+def test_the_shard_size_is_checked_before_the_work(tmp_path, text, folder):
+    steps = []
+    refused(
+        ConfigError, "max_shard_size '0' is no size", tmp_path, folder, dataset=text, max_shard_size="0",
+        progress=lambda *step: steps.append(step),
+    )  # fmt: skip
+    assert steps == []
+
+
+def test_one_standard_input_for_two_texts_is_refused(tmp_path, folder):
+    refused(ConfigError, "standard input cannot be both", tmp_path, folder, dataset="-", evaluate_on="-")
+
+
+def test_a_tokenizer_by_path(tmp_path, text, folder):
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    options = {"dataset": text, "tokenizer": tmp_path / "tokenizer"}
+    report = fewbit.quantize(folder, fewbit.QuantConfig(**SMALL), output=tmp_path / "other", **options)
+    assert report.calibration["tokens"] == 192
+    (tmp_path / "bare").mkdir()
+    options["tokenizer"] = tmp_path / "bare"
+    refused(ModelError, "no tokenizer can be loaded from .*bare", tmp_path, folder, **options)
+
+
+def test_personal_files_are_not_copied(tmp_path, text, folder):
+    (folder / "notes.txt").write_text("private")
+    (folder / "LICENSE").write_text("terms")
+    fewbit.quantize(folder, fewbit.QuantConfig(**SMALL), dataset=text, output=tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "LICENSE" in names
+    assert "notes.txt" not in names
+
+
+def test_tensors_without_a_place_are_noted(tmp_path, text, folder):
+    from safetensors.torch import save_file
+
+    stored = load_file(folder / "model.safetensors")
+    save_file(
+        {**stored, "mtp.head.weight": torch.ones(3)}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    report = fewbit.quantize(folder, fewbit.QuantConfig(**SMALL), dataset=text, output=tmp_path / "out")
+    assert any(
+        "1 tensors of the source have no place" in note and "mtp.head" in note for note in report.notes
+    )
+
+
+def test_pickled_weights_when_asked(tmp_path, text, folder):
+    stored = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(stored, folder / "pytorch_model.bin")
+    config = fewbit.QuantConfig(**SMALL)
+    report = fewbit.quantize(folder, config, dataset=text, output=tmp_path / "out", allow_pickle=True)
+    assert report.modules == 14
+
+
+def test_upload(tmp_path, text, folder, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.create_repo", lambda self, repo, **k: calls.append(("create", repo))
+    )
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.upload_folder",
+        lambda self, **k: calls.append(("upload", k["repo_id"], k["folder_path"])),
+    )
+    out = tmp_path / "out"
+    fewbit.quantize(folder, fewbit.QuantConfig(**SMALL), dataset=text, output=out, push_to_hub="me/model")
+    assert calls == [("create", "me/model"), ("upload", "me/model", out)]
+
+    def offline(self, repo, **k):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", offline)
+    with pytest.raises(OutputError, match=r"is complete, but could not be uploaded to me/model: no network"):
+        fewbit.quantize(
+            folder,
+            fewbit.QuantConfig(**SMALL),
+            dataset=text,
+            output=tmp_path / "again",
+            push_to_hub="me/model",
+        )
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:77", "meta-physics"])

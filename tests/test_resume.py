@@ -94,6 +94,8 @@ def test_changed_inputs_are_refused_with_the_reason(tmp_path, inputs):
     refused = subprocess.run(command(model, out, other), capture_output=True, text=True)
     assert refused.returncode == 2
     assert "made with another calibration data" in " ".join(refused.stderr.split())
+    refused = subprocess.run(command(model, out, text, "--seed", "3"), capture_output=True, text=True)
+    assert refused.returncode == 2
     refused = subprocess.run(command(model, out, text, "--bits", "3"), capture_output=True, text=True)
     assert refused.returncode == 2
     assert "made with another config" in " ".join(refused.stderr.split())

@@ -9,7 +9,6 @@ layers replaced.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
 import tempfile
@@ -24,20 +23,19 @@ from torch import Tensor, nn
 
 from . import __version__
 from .calibration import Calibration, prepare
-from .checkpoint.assemble import checkpoint_tensors
+from .checkpoint.assemble import checkpoint_tensors, names_on_disk
 from .checkpoint.quantization import build as build_quantization_config
-from .checkpoint.writer import CONFIG, MARKER, CheckpointWriter
+from .checkpoint.writer import CONFIG, MARKER, CheckpointWriter, parse_size
 from .config import QuantConfig
 from .errors import CalibrationError, ConfigError, ModelError, OutputError
 from .evaluate import evaluate, windows
 from .plan import Plan, make_plan, output_embedding_name
 from .report.collect import Report, collect
 from .report.model_card import CARD_NAME, model_card
-from .solver import native
-from .source import Source, open_source
+from .source import Source, load_tokenizer, open_source
 from .walk.journal import Journal, check_output
-from .walk.lockstep import walk
-from .walk.quantizer import LayerQuantizer, MemorySink, Progress, Sink, Timers
+from .walk.quantizer import MemorySink, Progress, Timers
+from .walk.run import check_weights, quantize_layers
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -91,17 +89,29 @@ def quantize(
     """
     config = config or QuantConfig()
     progress = progress or _silent
+    if isinstance(tokenizer, (str, Path)):
+        tokenizer = load_tokenizer(tokenizer)
     if isinstance(model, nn.Module):
+        if any(option is not None for option in (output, evaluate_on, push_to_hub)) or config.dtype != "auto":
+            raise ConfigError(
+                "output, evaluate_on, push_to_hub and dtype are for models on disk; this one is in memory: quantize "
+                "it, then call model.save_pretrained, model.push_to_hub or fewbit.evaluate.evaluate"
+            )
         return _quantize_module(model, config, dataset, tokenizer, progress)
     if output is None:
         raise ConfigError("no output folder was given: pass output=…")
+    if dataset == "-" == evaluate_on:
+        raise ConfigError(
+            "standard input cannot be both the calibration and the evaluation text: use a file for one"
+        )
     check_output(Path(output))
+    shard_bytes = parse_size(max_shard_size)
     source = open_source(model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     job = _PathJob(source, config, Path(output), progress)
     where = resolve_device(device)
     # Read before the work, so that a text that cannot be used is refused now.
     text = None if evaluate_on is None else job.evaluation_windows(evaluate_on, tokenizer)
-    report = job.run(dataset, tokenizer, where, resume, max_shard_size)
+    report = job.run(dataset, tokenizer, where, resume, shard_bytes)
     if text is not None:
         report = replace(report, evaluation=job.evaluate(text, where))
         report.write(job.output)
@@ -136,7 +146,7 @@ class _PathJob:
     progress: Progress
 
     def run(
-        self, dataset: Any, tokenizer: Any, device: torch.device, resume: bool, max_shard_size: int | str
+        self, dataset: Any, tokenizer: Any, device: torch.device, resume: bool, shard_bytes: int
     ) -> Report:
         start, timers = time.perf_counter(), Timers()
         with timers.time("calibration"):
@@ -145,16 +155,16 @@ class _PathJob:
             calibration = _calibrate(self.config, dataset, tokenizer, model_config)
         with timers.time("load"):
             model = self.source.load_model(self.config.dtype, device)
-            _check_weights(model)
+            check_weights(model)
             plan = make_plan(model, self.config)
             fingerprint = _fingerprint(self.config, calibration, self.source.fingerprint())
         journal = Journal(self.output, fingerprint, resume)
         try:
             resumed = len(journal.records)
-            notes = [*plan.notes, *calibration.notes, *journal.notes]
-            notes += _quantize_layers(model, plan, self.config, calibration, journal, timers, self.progress)
+            notes = [*self.source.notes, *plan.notes, *calibration.notes, *journal.notes]
+            notes += quantize_layers(model, plan, self.config, calibration, journal, timers, self.progress)
             with timers.time("write"):
-                self._write(model, plan, calibration, journal, max_shard_size, tokenizer)
+                self._write(model, plan, calibration, journal, shard_bytes, tokenizer)
             report = collect(
                 output=self.output,
                 config=self.config,
@@ -189,8 +199,8 @@ class _PathJob:
         """Perplexity of the original and of the result, and the distance between them."""
         from .runtime.load import load
 
-        base = self.source.load_model(self.config.dtype, device)
-        model = load(self.output, device=device)
+        base = self.source.load_model("auto", device)
+        model = load(self.output, device=device, trust_remote_code=self.source.trust_remote_code)
 
         def report(start: int) -> Callable[[int, int], None]:
             return lambda done, total: self.progress("evaluate", start + done, 2 * total)
@@ -206,7 +216,7 @@ class _PathJob:
         plan: Plan,
         calibration: Calibration,
         journal: Journal,
-        max_shard_size: int | str,
+        shard_bytes: int,
         tokenizer: Any,
     ) -> None:
         if (self.output / CONFIG).exists():  # killed between the last file and the end of the journal
@@ -220,29 +230,28 @@ class _PathJob:
         if self.source.gguf is not None:
             extra.update(_saved_files(tokenizer, getattr(model, "generation_config", None)))
         extra[CARD_NAME] = model_card(self.config, plan, journal.records, calibration.tokens)
-        with CheckpointWriter(self.output, max_shard_size) as writer:
+        with CheckpointWriter(self.output, shard_bytes) as writer:
             for name, tensor in checkpoint_tensors(model, names, journal.tensors):
                 writer.add(name, tensor)
-            writer.finish(config, _quantization_config(self.config, plan, calibration), extra)
+            writer.finish(config, _quantization_config(self.config, model, plan, calibration), extra)
 
 
 def _quantize_module(model: M, config: QuantConfig, dataset: Any, tokenizer: Any, progress: Progress) -> M:
-    """Quantize a model in memory, in place."""
+    """Quantize a model in memory, in place. An error midway leaves it partly changed."""
     from .runtime.replace import replace_layers
 
     start, timers, sink = time.perf_counter(), Timers(), MemorySink()
     if getattr(getattr(model, "config", None), "quantization_config", None):
         raise ModelError(f"this {type(model).__name__} is already quantized: quantize the original model")
-    if isinstance(tokenizer, (str, Path)):
-        tokenizer = open_source(tokenizer).load_tokenizer()
     calibration = _calibrate(config, dataset, tokenizer, getattr(model, "config", None))
-    _check_weights(model)
+    check_weights(model)
     plan = make_plan(model, config)
     was_training = model.training
     model.eval()
     notes = [*plan.notes, *calibration.notes]
-    notes += _quantize_layers(model, plan, config, calibration, sink, timers, progress)
-    replace_layers(model, plan, sink.tensors, _quantization_config(config, plan, calibration))
+    notes += quantize_layers(model, plan, config, calibration, sink, timers, progress)
+    quantization = _quantization_config(config, model, plan, calibration)
+    replace_layers(model, plan, sink.tensors, quantization)
     report = collect(
         output=None,
         config=config,
@@ -257,7 +266,7 @@ def _quantize_module(model: M, config: QuantConfig, dataset: Any, tokenizer: Any
     )
     _log(report)
     model.fewbit_report = report  # type: ignore[assignment]
-    return model.train(was_training)
+    return model.train() if was_training else model
 
 
 def _log(report: Report) -> None:
@@ -266,60 +275,6 @@ def _log(report: Report) -> None:
         _LOG.warning(note)
     for name, count in report.fallbacks.items():
         _LOG.warning("%d layers needed a fallback: %s", count, name)
-
-
-def _quantize_layers(
-    model: nn.Module,
-    plan: Plan,
-    config: QuantConfig,
-    calibration: Calibration,
-    sink: Sink,
-    timers: Timers,
-    progress: Progress,
-) -> list[str]:
-    """Walk the model; returns sentences about anything a user should know."""
-    modules = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
-    _untie(model, modules)
-    device = next(model.parameters()).device
-    batches = [{key: value.to(device) for key, value in batch.items()} for batch in calibration.batches]
-    masks = [_masks(batch) for batch in batches]
-    quantizer = LayerQuantizer(
-        plan, modules, masks, sink, fmt=config.format, strict=config.strict, timers=timers, progress=progress
-    )
-    notes = [] if native.available() else [f"the compiled solver is not in use ({native.why_not()}): slower"]
-    with torch.no_grad(), timers.time("walk"):
-        if not batches:
-            for name in modules:
-                quantizer.meet(name, [])
-            return notes
-        traffic = walk(modules, [_job(model, batch) for batch in batches], quantizer.meet)
-        for name in traffic.unreached:
-            quantizer.meet(name, [])
-    if traffic.late:
-        count = sum(traffic.late.values())
-        notes.append(
-            f"{count} inputs reached {len(traffic.late)} layers after they were solved and did not count"
-        )
-    if traffic.unreached:
-        notes.append(
-            f"no calibration token reached {len(traffic.unreached)} layers, for example {traffic.unreached[0]}: "
-            "round-to-nearest was used there"
-        )
-    return notes
-
-
-def _job(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], object]:
-    accepted = inspect.signature(model.forward).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    extra = (
-        {"use_cache": False} if "use_cache" in accepted or (takes_any and hasattr(model, "config")) else {}
-    )
-    return lambda: model(**batch, **extra)
-
-
-def _masks(batch: dict[str, Tensor]) -> list[Tensor]:
-    found = (batch.get(key) for key in ("attention_mask", "decoder_attention_mask"))
-    return [mask.bool() for mask in found if mask is not None and mask.ndim == 2 and not bool(mask.all())]
 
 
 def _calibrate(config: QuantConfig, dataset: Any, tokenizer: Any, model_config: Any) -> Calibration:
@@ -345,36 +300,23 @@ def _calibrate(config: QuantConfig, dataset: Any, tokenizer: Any, model_config: 
         seed=config.seed,
         max_positions=getattr(text_config, "max_position_embeddings", None),
         vocab_size=getattr(text_config, "vocab_size", None),
-        decoder_start_token_id=model_config.decoder_start_token_id if encoder_decoder else None,
+        decoder_start_token_id=_decoder_start(model_config) if encoder_decoder else None,
     )
 
 
-def _check_weights(model: nn.Module) -> None:
-    """Raises ModelError if any weight is NaN or infinite: found now, not after hours."""
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or not parameter.numel():
-            continue
-        low, high = (float(value) for value in parameter.detach().aminmax())
-        if not (abs(low) < float("inf") and abs(high) < float("inf")):
-            kind = "NaN" if low != low or high != high else "infinite"
-            raise ModelError(
-                f"the weight {name} holds {kind} values: the model is damaged; download or save it again"
-            )
-
-
-def _untie(model: nn.Module, modules: dict[str, nn.Module]) -> None:
-    """Give a tied output embedding that will be quantized its own weight, so that the input one stays."""
-    name = output_embedding_name(model)
-    if name in modules:
-        head = modules[name]
-        head.weight = nn.Parameter(head.get_parameter("weight").detach().clone(), requires_grad=False)
-        config: Any = model.config
-        if getattr(config, "tie_word_embeddings", False):
-            config.tie_word_embeddings = False
+def _decoder_start(model_config: Any) -> int:
+    for key in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
+        value = getattr(model_config, key, None)
+        if value is not None:
+            return int(value)
+    raise ModelError(
+        "this encoder-decoder names no decoder_start_token_id in its config.json: add it, or give the data as token "
+        "dicts with decoder_input_ids"
+    )
 
 
 def _fingerprint(config: QuantConfig, calibration: Calibration, weights: str) -> dict[str, str]:
-    settings = json.dumps(config.to_dict(), sort_keys=True)
+    settings = json.dumps(config.to_dict())  # unsorted: the order of overrides decides
     return {
         "fewbit version": __version__,
         "config": hashlib.sha256(settings.encode()).hexdigest(),
@@ -383,11 +325,14 @@ def _fingerprint(config: QuantConfig, calibration: Calibration, weights: str) ->
     }
 
 
-def _quantization_config(config: QuantConfig, plan: Plan, calibration: Calibration) -> dict[str, Any]:
+def _quantization_config(
+    config: QuantConfig, model: nn.Module, plan: Plan, calibration: Calibration
+) -> dict[str, Any]:
+    """In the names of the original files, which are those of the result."""
     return build_quantization_config(
         config,
-        {layer.name: layer.settings for layer in plan.layers},
-        [item.name for item in plan.skipped],
+        {name: layer.settings for layer in plan.layers for name in names_on_disk(model, layer.name)},
+        [name for item in plan.skipped for name in names_on_disk(model, item.name)],
         {"calibration": calibration.fingerprint},
     )
 

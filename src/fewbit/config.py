@@ -90,7 +90,8 @@ class QuantConfig:
         format: "gptq" (v1, read by everything) or "gptq_v2".
         num_samples: calibration sequences. seq_len: tokens in each. batch_size: sequences per batch.
         seed: chooses the calibration windows.
-        dtype: of the forward pass: "auto" keeps the model's.
+        dtype: in which the model is read: for the forward pass, and for what is stored unquantized. "auto"
+            keeps the model's.
         strict: every fallback is an error.
 
     Raises:
@@ -117,8 +118,18 @@ class QuantConfig:
     def __post_init__(self) -> None:
         if isinstance(self.ignore, str):  # a single pattern, not its letters
             object.__setattr__(self, "ignore", (self.ignore,))
+        if not isinstance(self.ignore, (list, tuple)) or not isinstance(self.override, Mapping):
+            raise ConfigError(
+                "ignore must be a list of regular expressions and override a dict of regular expression → settings; "
+                f"got {self.ignore!r} and {self.override!r}"
+            )
         object.__setattr__(self, "ignore", tuple(self.ignore))
         object.__setattr__(self, "override", dict(self.override))
+        for name in ("lm_head", "strict"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ConfigError(f"seed must be a whole number, not {self.seed!r}")
         _one_of("format", self.format, FORMATS)
         _one_of("dtype", self.dtype, DTYPES)
         for name in ("num_samples", "seq_len", "batch_size"):
@@ -183,6 +194,8 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, dict[str, Any] | str]:
             raise ConfigError(
                 f"cannot read override {text!r}: write REGEX=bits:8,group_size:32 or REGEX=skip"
             )
+        if pattern in result:
+            raise ConfigError(f"two overrides have the pattern {pattern!r}: put all its settings into one")
         result[pattern] = SKIP if settings == SKIP else _parse_settings(text, settings)
     return result
 
@@ -209,7 +222,7 @@ def _parse_value(key: str, value: str, text: str) -> Any:
             raise ConfigError(f"sym in override {text!r} must be true or false, not {value!r}")
         return value.lower() == "true"
     number = float if key == "damp" else int
-    if not re.fullmatch(r"-?\d+" if number is int else r"-?[\d.]+(e-?\d+)?", value):
+    if not re.fullmatch(r"-?\d+" if number is int else r"-?\d*\.?\d+(e-?\d+)?", value):
         raise ConfigError(f"{key} in override {text!r} must be a number, not {value!r}")
     return number(value)
 

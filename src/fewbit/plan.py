@@ -86,11 +86,13 @@ def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
     _check_patterns(config, candidates)
     head = output_embedding_name(model)
     has_blocks = any(_BLOCK.match(name) for name in candidates)
+    asked = _asked_for(config, [n for n in candidates if n != head and (_BLOCK.match(n) or not has_blocks)])
     layers: list[LayerPlan] = []
     skipped: list[Skipped] = []
     for name, module in candidates.items():
         settings = config.layer(name)
-        reason = _why_not(name, module, name == head, has_blocks, config)
+        explicit = any(re.search(pattern, name) for pattern in asked) or (config.lm_head and name == head)
+        reason = _why_not(name, module, name == head, has_blocks, explicit)
         if settings is None:
             reason = "asked to stay as it is (ignore or override)"
         if reason is not None or settings is None:
@@ -117,27 +119,26 @@ def output_embedding_name(model: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if module is head), None)
 
 
-def _why_not(
-    name: str, module: nn.Module, is_head: bool, has_blocks: bool, config: QuantConfig
-) -> str | None:
-    explicit = any(re.search(pattern, name) for pattern in config.override)
-    if is_head:
-        return (
-            None
-            if config.lm_head or explicit
-            else "output embedding (quantized with lm_head=True, --lm-head)"
-        )
+def _why_not(name: str, module: nn.Module, is_head: bool, has_blocks: bool, asked: bool) -> str | None:
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "its weight is used directly, not through its forward"
     if isinstance(module, nn.Conv2d) and module.groups != 1:
         return "convolution with groups"
-    if explicit:
+    if asked:
         return None
+    if is_head:
+        return "output embedding (quantized with lm_head=True, --lm-head)"
     if _ROUTER.search(name):
         return "router of a mixture of experts"
     if has_blocks and not _BLOCK.match(name):
         return "outside the repeated blocks (name it in an override to quantize it)"
     return None
+
+
+def _asked_for(config: QuantConfig, ordinary: Iterable[str]) -> list[str]:
+    """Overrides that are about special layers only (heads, routers …) ask for them; broad ones do not."""
+    names = [name for name in ordinary if not _ROUTER.search(name)]
+    return [pattern for pattern in config.override if not any(re.search(pattern, name) for name in names)]
 
 
 def _fused_experts(model: nn.Module) -> Iterable[Skipped]:

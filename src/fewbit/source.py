@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from .errors import DependencyError, ModelError
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _NOT_COPIED = ("README.md", ".gitattributes", "config.json", "quantize_config.json", "fewbit_manifest.json")
-_COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm")
+_COPIED = (
+    "*token*.json", "*config*.json", "*template*", "vocab.*", "merges.txt", "*.model", "*.jinja", "*.tiktoken",
+    "*.spm", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,12 +36,18 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 
 @dataclass(frozen=True)
 class Source:
-    """A model on disk. `gguf` is the file's name inside `folder`, or None for a transformers folder."""
+    """A model on disk.
+
+    Attributes:
+        gguf: the file's name inside `folder`, or None for a transformers folder.
+        notes: what `load_model` found that a user should know.
+    """
 
     folder: Path
     gguf: str | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
+    notes: list[str] = field(default_factory=list, compare=False)
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -71,6 +81,8 @@ class Source:
         """The transformers configuration."""
         from transformers import AutoConfig
 
+        if self.gguf is not None:
+            _gguf_dequantize()  # says so if the package is missing
         try:
             return AutoConfig.from_pretrained(self.folder, **self._options)
         except (ValueError, OSError, KeyError) as error:
@@ -103,6 +115,12 @@ class Source:
                 f"{self.folder} lacks {len(missing)} weights of {type(model).__name__}, for example {missing[0]}: "
                 "the download may be incomplete, or the architecture in config.json is wrong"
             )
+        if info["unexpected_keys"]:
+            extra = sorted(info["unexpected_keys"])
+            self.notes.append(
+                f"{len(extra)} tensors of the source have no place in {type(model).__name__} and are not in the "
+                f"result, for example {extra[0]}"
+            )
         if self.gguf is not None and hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         loaded: nn.Module = model.to(device).eval()
@@ -114,16 +132,9 @@ class Source:
         Raises:
             ModelError: there is one, but it cannot be loaded.
         """
-        from transformers import AutoTokenizer
-
         if self.gguf is None and not any((self.folder / name).is_file() for name in _TOKENIZER_FILES):
             return None
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, **self._options)
-        except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-            raise ModelError(
-                f"the tokenizer in {self.folder} cannot be loaded: {_first_line(error)}"
-            ) from error
+        return load_tokenizer(self.folder, **self._options)
 
     def config_dict(self, model: nn.Module) -> dict[str, Any]:
         """``config.json`` of the result: the source's own where there is one, else the model's."""
@@ -141,14 +152,14 @@ class Source:
         """Tokenizer, generation config, chat template, processor and, if it was trusted, the model's code."""
         if self.gguf is not None:
             return {}
-        suffixes = (*_COPIED_SUFFIXES, ".py") if self.trust_remote_code else _COPIED_SUFFIXES
+        patterns = (*_COPIED, "*.py") if self.trust_remote_code else _COPIED
         return {
             path.name: path
             for path in sorted(self.folder.iterdir())
             if path.is_file()
-            and path.suffix in suffixes
+            and any(fnmatch(path.name, pattern) for pattern in patterns)
             and path.name not in _NOT_COPIED
-            and not path.name.endswith(".index.json")
+            and path.suffix not in _WEIGHT_SUFFIXES
         }
 
     def _model_class(self, config: Any) -> Any:
@@ -181,7 +192,7 @@ def open_source(model: str | Path, *, trust_remote_code: bool = False, allow_pic
             raise ModelError(f"{path} is a file but not a .gguf file; give the folder that holds config.json")
         return Source(path.parent, path.name, trust_remote_code, allow_pickle)
     if not path.is_dir():
-        path = _download(str(model))
+        path = _download(str(model), allow_pickle)
     source = Source(path, None, trust_remote_code, allow_pickle)
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} has no config.json: it is not a transformers model folder")
@@ -197,6 +208,20 @@ def open_source(model: str | Path, *, trust_remote_code: bool = False, allow_pic
     return source
 
 
+def load_tokenizer(name: str | Path, **options: Any) -> Any:
+    """The tokenizer in a folder or of a Hub id.
+
+    Raises:
+        ModelError: it cannot be found or loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(name), **options)
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        raise ModelError(f"no tokenizer can be loaded from {name}: {_first_line(error)}") from error
+
+
 def model_config_dict(model: nn.Module) -> dict[str, Any]:
     """The configuration of a model in memory as plain JSON types; empty for a plain nn.Module."""
     config = getattr(model, "config", None)
@@ -208,11 +233,13 @@ def model_config_dict(model: nn.Module) -> dict[str, Any]:
     return values
 
 
-def _download(name: str) -> Path:
+def _download(name: str, allow_pickle: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    ignored = [f"*{suffix}" for suffix in (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")]
+    ignored = [f"*{suffix}" for suffix in _WEIGHT_SUFFIXES if suffix != ".safetensors"]
+    if allow_pickle:
+        ignored = [pattern for pattern in ignored if pattern[1:] not in _PICKLE_SUFFIXES]
     try:
         return Path(snapshot_download(name, ignore_patterns=ignored))
     except HFValidationError as error:

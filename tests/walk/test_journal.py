@@ -28,7 +28,6 @@ def filled(folder):
 def test_finished_blocks_come_back(tmp_path):
     filled(tmp_path / "out")
     journal = Journal(tmp_path / "out", PRINT)
-    assert journal.resumed
     assert journal.records == {f"x.{i}.q": {"tokens": i} for i in range(3)}
     assert torch.equal(journal.tensors("x.2.q")["qweight"], torch.full((4, 3), 2, dtype=torch.int32))
     assert journal.notes == []

@@ -2,7 +2,7 @@
 
 A sequence is a dict of tensors with a leading dimension of 1. Keys of shape (1, length), such as
 ``attention_mask`` or ``token_type_ids``, go with the tokens: they are cut and padded like them. All
-other keys (``pixel_values`` …) pass through whole.
+other keys (``pixel_values``, ``decoder_input_ids`` …) pass through whole.
 """
 
 from __future__ import annotations
@@ -122,8 +122,15 @@ def _strip(sequence: Batch) -> Batch:
 
 
 def _slice(sequence: Batch, start: int, stop: int) -> Batch:
-    aligned = sequence["input_ids"].shape
-    return {key: value[:, start:stop] if value.shape == aligned else value for key, value in sequence.items()}
+    return {
+        key: value[:, start:stop] if _goes_with_tokens(key, sequence) else value
+        for key, value in sequence.items()
+    }
+
+
+def _goes_with_tokens(key: str, sequence: Batch) -> bool:
+    """Whether a key is cut and padded like the tokens. A decoder's input of the same length is its own sequence."""
+    return sequence[key].shape == sequence["input_ids"].shape and not key.startswith("decoder_")
 
 
 def truncate(sequence: Batch, seq_len: int) -> Batch:
@@ -173,7 +180,7 @@ def collate(sequences: Sequence[Batch], pad_token_id: int | None) -> Batch:
             )
         for key in keys:
             value, fill = sequence[key], (pad_token_id or 0) if key == "input_ids" else 0
-            aligned = value.shape == sequence["input_ids"].shape
+            aligned = _goes_with_tokens(key, sequence)
             padded[key].append(pad(value, (0, longest - length), value=fill) if aligned else value)
         mask = sequence.get("attention_mask", torch.ones(1, length, dtype=torch.int64))
         masks.append(pad(mask.long(), (0, longest - length)))

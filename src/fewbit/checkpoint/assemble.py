@@ -33,7 +33,7 @@ def checkpoint_tensors(
         if key not in quantized:
             plain[key] = tensor
             continue
-        prefix = _disk_name(model, key, tensor).removesuffix(".weight")
+        prefix = _layer_name_on_disk(model, key)
         for short, part in layer_tensors(quantized[key]).items():
             yield f"{prefix}.{short}", part
     yield from _disk_layout(model, plain).items()
@@ -66,11 +66,22 @@ def _disk_layout(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
     return reverted
 
 
-def _disk_name(model: nn.Module, key: str, tensor: Tensor) -> str:
-    names = list(_disk_layout(model, {key: torch.empty_like(tensor, device="meta")}))
-    if len(names) != 1 or not names[0].endswith(".weight"):
+def names_on_disk(model: nn.Module, name: str) -> list[str]:
+    """What the original files call the module `name`: one name, or several where transformers merged them."""
+    state = model.state_dict(keep_vars=True)
+    key = f"{name}.weight"
+    if key not in state:  # a parameter of its own, such as fused experts
+        return [name]
+    found = _disk_layout(model, {key: torch.empty_like(state[key], device="meta")})
+    return [key.removesuffix(".weight") for key in found]
+
+
+def _layer_name_on_disk(model: nn.Module, key: str) -> str:
+    name = key.removesuffix(".weight")
+    names = names_on_disk(model, name)
+    if len(names) != 1:
         raise ModelError(
-            f"layer {key.removesuffix('.weight')} is stored on disk as {', '.join(names) or 'nothing'}, "
+            f"layer {name} is stored on disk as {', '.join(names) or 'nothing'}, "
             "which fewbit cannot write quantized yet; exclude it with --ignore"
         )
     return names[0]

@@ -49,7 +49,9 @@ def quantize(
     seq_len: Annotated[int, typer.Option("--seq-len", "--seqlen", help="Tokens in each.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Sequences in a forward pass.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu or mps.")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Of the forward pass; auto keeps the model's.")] = "auto",
+    dtype: Annotated[
+        Dtype, typer.Option(help="Read the model in this: for calibration and what stays as it is.")
+    ] = "auto",
     ignore: Annotated[
         list[str] | None, typer.Option(help="REGEX of layers to leave alone. Repeatable.")
     ] = None,
@@ -115,9 +117,7 @@ def quantize(
                 progress=progress,
             )
     except KeyboardInterrupt as interrupt:
-        console.print(
-            f"interrupted. Finished blocks are kept in {output}: run the same command again to go on."
-        )
+        console.print(_after_interrupt(output))
         raise typer.Exit(INTERRUPTED) from interrupt
     if as_json:
         print(json.dumps(report.summary()))
@@ -126,6 +126,14 @@ def quantize(
 
 
 quantize.__doc__ = f"{quantize.__doc__}\n{_EXAMPLES}"
+
+
+def _after_interrupt(output: Path) -> str:
+    if (output / "config.json").exists():
+        return f"interrupted. {output} is complete; measure it with `fewbit eval {output} --against MODEL`."
+    if (output / ".fewbit").exists():
+        return f"interrupted. Finished blocks are kept in {output}: run the same command again to go on."
+    return "interrupted, before there was anything to keep."
 
 
 def _show(report: Any, verbose: bool) -> None:

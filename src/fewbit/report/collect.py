@@ -7,6 +7,7 @@ so that the checkpoint itself is the same bytes for the same inputs.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 from collections import Counter
@@ -20,6 +21,7 @@ import torch
 from .. import __version__
 from ..calibration import Calibration
 from ..config import QuantConfig
+from ..errors import OutputError
 from ..plan import Plan
 
 REPORT_NAME = "fewbit_report.json"
@@ -81,7 +83,15 @@ class Report:
     def write(self, folder: Path) -> Path:
         """Write ``fewbit_report.json`` into `folder`."""
         path = folder / REPORT_NAME
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        temporary = path.with_name(f".{REPORT_NAME}.tmp")
+        try:
+            temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {path}: {error.strerror}. The checkpoint beside it is complete; make room and run "
+                "the same command again for the report."
+            ) from error
         return path
 
 

@@ -8,7 +8,8 @@ and a strong reference would keep a whole layer's activations alive.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,40 +24,69 @@ from .lockstep import Arrival
 _KEPT = 2
 
 
+@dataclass(frozen=True)
+class Masks:
+    """Padding of one job: bool (batch, tokens), True counts; None where nothing is padded.
+
+    Attributes:
+        tokens: of the model's input; in an encoder-decoder, of the encoder's.
+        decoder: of the decoder's input. has_decoder: whether the job has one.
+    """
+
+    tokens: Tensor | None = None
+    decoder: Tensor | None = None
+    has_decoder: bool = False
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Tensor]) -> Masks:
+        """The masks in a batch of the model's keyword arguments."""
+
+        def padding(key: str) -> Tensor | None:
+            mask = batch.get(key)
+            return mask.bool() if mask is not None and mask.ndim == 2 and not bool(mask.all()) else None
+
+        return cls(padding("attention_mask"), padding("decoder_attention_mask"), "decoder_input_ids" in batch)
+
+
 @dataclass
 class SharedHessian:
     """One Hessian with its factorizations, and the tensors it was made from."""
 
-    inputs: list[tuple[int, weakref.ref[Tensor]]]
+    inputs: list[tuple[int, weakref.ref[Tensor], int]]
     hessian: Hessian
     masked: int
     cache: FactorCache = field(default_factory=FactorCache)
 
     def made_from(self, arrivals: Sequence[Arrival]) -> bool:
-        """Whether `arrivals` are exactly the tensors of this Hessian."""
+        """Whether `arrivals` are exactly the tensors of this Hessian, unchanged since."""
         return len(arrivals) == len(self.inputs) and all(
-            arrival.job == job and reference() is arrival.x
-            for arrival, (job, reference) in zip(arrivals, self.inputs, strict=True)
+            arrival.job == job and reference() is arrival.x and arrival.x._version == version
+            for arrival, (job, reference, version) in zip(arrivals, self.inputs, strict=True)
         )
 
     @property
     def alive(self) -> bool:
         """Whether another layer could still receive these tensors."""
-        return all(reference() is not None for _, reference in self.inputs)
+        return all(reference() is not None for _, reference, _ in self.inputs)
 
 
 class HessianPool:
     """Accumulates Hessians at meeting points and hands the same one to layers with the same inputs.
 
     Args:
-        masks: for every job, its (batch, tokens) masks; True counts, False is padding.
+        masks: for every job, its padding.
+        is_encoder_output: whether a tensor is the output of the model's encoder, which cross-attention in the
+            decoder receives.
     """
 
-    def __init__(self, masks: Sequence[list[Tensor]]) -> None:
+    def __init__(
+        self, masks: Sequence[Masks], is_encoder_output: Callable[[Tensor], bool] = lambda x: False
+    ) -> None:
         self._masks = masks
+        self._is_encoder_output = is_encoder_output
         self._pool: list[SharedHessian] = []
-        self.accumulated = 0
         self.reused = 0
+        self.unmaskable: Counter[str] = Counter()
 
     def get(self, name: str, module: nn.Module, arrivals: Sequence[Arrival]) -> SharedHessian:
         """The Hessian of everything that arrived at `module`; padding never enters it."""
@@ -68,7 +98,6 @@ class HessianPool:
                     self.reused += 1
                     return entry
         entry = self._accumulate(name, module, arrivals)
-        self.accumulated += 1
         if plain:
             self._pool = [*self._pool[1 - _KEPT :], entry]
         return entry
@@ -79,14 +108,18 @@ class HessianPool:
         for arrival in arrivals:
             rows = input_rows(module, arrival.x)
             hessian = hessian or Hessian(rows.shape[1], device=rows.device)
-            mask = row_mask(arrival.x, self._candidates(name, arrival.job))
+            padding = self._padding(name, arrival)
+            mask = None if padding is None else row_mask(arrival.x, padding)
             if mask is not None:
                 masked += int(mask.numel() - torch.count_nonzero(mask))
+            elif padding is not None:
+                self.unmaskable[name] += rows.shape[0]
             hessian.add(rows, mask)
         assert hessian is not None
-        return SharedHessian([(a.job, weakref.ref(a.x)) for a in arrivals], hessian, masked)
+        return SharedHessian([(a.job, weakref.ref(a.x), a.x._version) for a in arrivals], hessian, masked)
 
-    def _candidates(self, name: str, job: int) -> list[Tensor]:
-        """Masks to try: in a decoder the decoder's own mask first, where both have the same shape."""
-        masks = self._masks[job]
-        return masks[::-1] if "decoder" in name.split(".") else masks
+    def _padding(self, name: str, arrival: Arrival) -> Tensor | None:
+        """The mask of the tokens that this layer sees."""
+        masks = self._masks[arrival.job]
+        in_decoder = masks.has_decoder and "decoder" in name.split(".")
+        return masks.decoder if in_decoder and not self._is_encoder_output(arrival.x) else masks.tokens

@@ -67,11 +67,6 @@ class Journal:
             self._lock.release()
             raise
 
-    @property
-    def resumed(self) -> bool:
-        """Whether layers of an earlier run were found."""
-        return bool(self.records)
-
     def tensors(self, layer: str) -> dict[str, Tensor]:
         """The stored tensors of a finished layer, by their short names (``qweight`` …)."""
         with safe_open(self._files[layer], framework="pt") as file:
@@ -114,7 +109,8 @@ class Journal:
 
     def remove(self) -> None:
         """Delete the journal: the checkpoint is complete."""
-        for path in self.folder.iterdir():
+        # The journal file last: until then the folder is recognised as fewbit's own.
+        for path in sorted(self.folder.iterdir(), key=lambda path: path.name == "journal"):
             if path.name != "lock":
                 path.unlink()
         self._lock.release()

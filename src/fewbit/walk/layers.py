@@ -57,12 +57,11 @@ def input_rows(module: nn.Module, x: Tensor) -> Tensor:
     return patches.transpose(1, 2).reshape(-1, patches.shape[1])
 
 
-def row_mask(x: Tensor, masks: list[Tensor]) -> Tensor | None:
-    """The first of `masks` (batch, tokens) that describes the rows of `x`, flattened; None if none does.
+def row_mask(x: Tensor, mask: Tensor) -> Tensor | None:
+    """`mask` (batch, tokens) for the rows of `x`, flattened; None where x has other rows than the tokens.
 
     Layers see (batch, tokens, in) or, in models that flatten early, (batch·tokens, in).
     """
-    for mask in masks:
-        if x.shape[:-1] == mask.shape or (x.ndim == 2 and x.shape[0] == mask.numel()):
-            return mask.reshape(-1).to(device=x.device, dtype=torch.bool)
+    if x.shape[:-1] == mask.shape or (x.ndim == 2 and x.shape[0] == mask.numel()):
+        return mask.reshape(-1).to(device=x.device, dtype=torch.bool)
     return None

@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..checkpoint.layout import pack, unpack
 from ..codes import Codes
 from ..errors import ModelError, SolverError
 from ..plan import LayerPlan, Plan
-from ..solver import Solution, quantize_weight
+from ..solver import Hessian, Solution, quantize_weight
 from .hessians import HessianPool, SharedHessian
 from .layers import input_rows, set_weight_matrix, weight_matrix
 from .lockstep import Arrival
@@ -35,7 +36,8 @@ class LayerRecord:
     Attributes:
         tokens: rows that entered the Hessian; `masked` were padding, `dropped` were not finite.
         loss: tr((W−Ŵ) H (W−Ŵ)ᵀ) / tokens, the squared output error per calibration token.
-        output_error: ‖(W−Ŵ)X‖ / ‖WX‖ on the first `ERROR_TOKENS` calibration tokens; None without any.
+        output_error: ‖(W−Ŵ)X‖ / ‖WX‖ on the first rows (at most `ERROR_TOKENS`) of the first batch; None where
+            they give no signal.
         fallbacks: rungs of the ladder that were needed; empty in the normal case.
         seconds: time for this layer alone.
     """
@@ -113,7 +115,7 @@ class LayerQuantizer:
 
     Args:
         modules: layer name → module, for every layer of the plan.
-        masks: for every job, its padding masks (see `HessianPool`).
+        hessians: accumulates, and knows the padding.
         fmt: "gptq" or "gptq_v2", the layout that the sink gets.
         strict: raise SolverError where a fallback would be used.
     """
@@ -122,7 +124,7 @@ class LayerQuantizer:
         self,
         plan: Plan,
         modules: Mapping[str, nn.Module],
-        masks: Sequence[list[Tensor]],
+        hessians: HessianPool,
         sink: Sink,
         *,
         fmt: str,
@@ -137,7 +139,7 @@ class LayerQuantizer:
         self.strict = strict
         self.timers = timers
         self.progress = progress
-        self.hessians = HessianPool(masks)
+        self.hessians = hessians
         self._layers = {layer.name: layer for layer in plan.layers}
         self._open = {block: set(names) for block, names in plan.block_layers().items()}
         self._finished: dict[str, dict[str, tuple[dict[str, Tensor], LayerRecord]]] = {}
@@ -175,6 +177,10 @@ class LayerQuantizer:
 
     def _quantize(self, layer: LayerPlan, W: Tensor, shared: SharedHessian | None) -> Solution:
         hessian, cache = (shared.hessian, shared.cache) if shared else (None, None)
+        if hessian is None and layer.settings.method == "gptq":
+            hessian = Hessian(
+                layer.in_features, device=W.device
+            )  # no token came here: a fallback, and recorded
         try:
             solution = quantize_weight(W, hessian, layer.settings, cache)
         except SolverError as error:
@@ -236,8 +242,9 @@ class LayerQuantizer:
         )
 
 
-def _output_error(module: nn.Module, W: Tensor, Wq: Tensor, x: Tensor) -> float:
+def _output_error(module: nn.Module, W: Tensor, Wq: Tensor, x: Tensor) -> float | None:
     """‖(W−Ŵ)X‖ / ‖WX‖ on a few tokens: the layer's own error, apart from what earlier layers added."""
     X = input_rows(module, x)[:ERROR_TOKENS].to(W.dtype)
+    X = X[torch.isfinite(X).all(dim=1)]
     reference = (X @ W.T).float().norm()
-    return float((X @ (W - Wq).T).float().norm() / reference) if reference > 0 else 0.0
+    return float((X @ (W - Wq).T).float().norm() / reference) if reference > 0 else None
