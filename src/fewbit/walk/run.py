@@ -1,0 +1,149 @@
+"""One whole walk: a model, its plan and the calibration batches in; finished layers in the sink.
+
+This is where the parts of this folder meet: jobs are the model's own forward on each batch, `lockstep`
+brings them to the meeting points, `quantizer` solves there, `hessians` knows the padding.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration import Calibration
+from ..config import QuantConfig
+from ..errors import ModelError
+from ..plan import Plan, output_embedding_name
+from ..solver import native
+from .hessians import HessianPool, Masks
+from .lockstep import walk
+from .quantizer import LayerQuantizer, Progress, Sink, Timers
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raises ModelError if any weight is NaN or infinite: found now, not after hours."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or not parameter.numel():
+            continue
+        low, high = (float(value) for value in parameter.detach().aminmax())
+        if not (abs(low) < float("inf") and abs(high) < float("inf")):
+            kind = "NaN" if low != low or high != high else "infinite"
+            raise ModelError(
+                f"the weight {name} holds {kind} values: the model is damaged; download or save it again"
+            )
+
+
+def quantize_layers(
+    model: nn.Module,
+    plan: Plan,
+    config: QuantConfig,
+    calibration: Calibration,
+    sink: Sink,
+    timers: Timers,
+    progress: Progress,
+) -> list[str]:
+    """Put the quantized weight of every layer of the plan in place, and its tensors into the sink.
+
+    Args:
+        model: in evaluation mode; its weights are changed.
+        calibration: without batches, every layer is rounded to nearest on its own.
+
+    Returns:
+        Sentences about anything a user should know.
+
+    Raises:
+        ModelError: a weight cannot be quantized.
+        SolverError: in strict mode, a layer needed a fallback.
+    """
+    modules = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
+    _untie(model, modules)
+    device = next(model.parameters()).device
+    batches = [{key: value.to(device) for key, value in batch.items()} for batch in calibration.batches]
+    encoder_outputs = _EncoderOutputs(model)
+    hessians = HessianPool([Masks.of(batch) for batch in batches], encoder_outputs.has)
+    quantizer = LayerQuantizer(
+        plan,
+        modules,
+        hessians,
+        sink,
+        fmt=config.format,
+        strict=config.strict,
+        timers=timers,
+        progress=progress,
+    )
+    notes = [] if native.available() else [f"the compiled solver is not in use ({native.why_not()}): slower"]
+    with torch.no_grad(), timers.time("walk"):
+        if not batches:
+            for name in modules:
+                quantizer.meet(name, [])
+            return notes
+        with encoder_outputs:
+            traffic = walk(modules, [_job(model, batch) for batch in batches], quantizer.meet)
+        for name in traffic.unreached:
+            quantizer.meet(name, [])
+    if traffic.late:
+        count = sum(traffic.late.values())
+        notes.append(
+            f"{count} inputs reached {len(traffic.late)} layers after they were solved and did not count"
+        )
+    if traffic.unreached:
+        notes.append(
+            f"no calibration token reached {len(traffic.unreached)} layers, for example {traffic.unreached[0]}: "
+            "round-to-nearest was used there"
+        )
+    if hessians.unmaskable:
+        notes.append(
+            f"{len(hessians.unmaskable)} layers see other rows than the tokens, so padding could not be told apart "
+            f"there, for example {next(iter(hessians.unmaskable))}: use batch_size 1 to have none"
+        )
+    return notes
+
+
+class _EncoderOutputs:
+    """While entered, remembers the output of the model's encoder, to know cross-attention by its input."""
+
+    def __init__(self, model: nn.Module) -> None:
+        config = getattr(model, "config", None)
+        is_pair = bool(getattr(config, "is_encoder_decoder", False)) and hasattr(model, "get_encoder")
+        self._encoder: nn.Module | None = model.get_encoder() if is_pair else None  # type: ignore[operator]
+        self._seen: list[weakref.ref[Tensor]] = []
+        self._handle: Any = None
+
+    def __enter__(self) -> None:
+        if self._encoder is not None:
+            self._handle = self._encoder.register_forward_hook(self._remember)
+
+    def __exit__(self, *_: object) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+    def has(self, x: Tensor) -> bool:
+        """Whether `x` is such an output."""
+        return any(reference() is x for reference in self._seen)
+
+    def _remember(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._seen.append(weakref.ref(output[0]))
+
+
+def _job(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], object]:
+    accepted = inspect.signature(model.forward).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    extra = (
+        {"use_cache": False} if "use_cache" in accepted or (takes_any and hasattr(model, "config")) else {}
+    )
+    return lambda: model(**batch, **extra)
+
+
+def _untie(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    """Give a tied output embedding that will be quantized its own weight, so that the input one stays."""
+    name = output_embedding_name(model)
+    if name in modules:
+        head = modules[name]
+        head.weight = nn.Parameter(head.get_parameter("weight").detach().clone(), requires_grad=False)
+        config: Any = model.config
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
