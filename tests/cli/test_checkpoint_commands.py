@@ -9,11 +9,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from checkpoint_samples import rewrite, write_base, write_fewbit
+from checkpoint_samples import random_codes, rewrite, write_autogptq, write_base, write_fewbit
+from fewbit.checkpoint.layout import pack
 from fewbit.cli.convert import convert
 from fewbit.cli.inspect import inspect
 from fewbit.cli.verify import verify
 from fewbit.config import QuantConfig
+from tiny_gptq import llama, write_checkpoint
 
 app = typer.Typer()
 for command in (inspect, verify, convert):
@@ -75,6 +77,44 @@ def test_inspect_shows_what_a_checkpoint_is_and_which_kernels_can_run_it(tmp_pat
     kernels = {row["kernel"]: row for row in facts["kernels"]}
     assert kernels["reference"]["modules"] == 2
     assert kernels["marlin"]["why_not"]
+
+
+def test_quiet_and_verbose(tmp_path: Path) -> None:
+    write_fewbit(tmp_path / "out")
+    assert run("inspect", tmp_path / "out", "-q") == ""
+    shown = run("convert", tmp_path / "out", "-o", tmp_path / "v2", "--format", "gptq_v2", "-v")
+    assert "model.safetensors" in shown
+    assert run("convert", tmp_path / "out", "-o", tmp_path / "v3", "--format", "gptq_v2", "-q") == ""
+
+
+def test_inspect_knows_convolutions_only_where_transformers_knows_the_model(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "llama", llama())
+    assert "kernels on" in run("inspect", tmp_path / "llama")
+    assert "if all layers are linear" not in run("inspect", tmp_path / "llama")
+    write_fewbit(tmp_path / "unknown")
+    assert "if all layers are linear" in run("inspect", tmp_path / "unknown")
+    assert json.loads(run("inspect", tmp_path / "unknown", "--json"))["kinds"] == {"unknown": 2}
+
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, patch_size=8
+    )
+    name = "vit.embeddings.patch_embeddings.projection"
+    codes = random_codes(32, 3 * 8 * 8)
+    codes.zeros.fill_(8)
+    write_autogptq(
+        tmp_path / "vit", {f"{name}.{p}": t for p, t in pack(codes, "gptq").items()}, {"sym": True}
+    )
+    config.architectures = [ViTForImageClassification.__name__]
+    config.dtype = "bfloat16"
+    config.save_pretrained(tmp_path / "vit")
+    facts = json.loads(run("inspect", tmp_path / "vit", "--json"))
+    kernels = {row["kernel"]: row for row in facts["kernels"]}
+    assert facts["kinds"] == {"conv2d": 1}
+    assert kernels["reference"]["modules"] == 1
+    assert kernels["torch_int4"]["modules"] == 0
+    assert "conv" in kernels["torch_int4"]["why_not"]
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify", "convert"])

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ..checkpoint.reader import Checkpoint, LayerSpec, open_checkpoint
+from ..errors import CheckpointError
 from ..runtime import registry
 from ..runtime.kernel import KernelSpec
-from .display import size_text
+from .display import quiet_libraries, size_text
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -32,20 +33,28 @@ def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a GPTQ checkpoint, from any tool.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="List every layer.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="Print nothing: is it a checkpoint that can be opened?")
+    ] = False,
 ) -> None:
     """Show bits, groups, format, sizes and origin of a checkpoint, and which kernels here can run it.
 
     Only headers are read; `fewbit verify` looks at the contents.
     """
     opened = open_checkpoint(checkpoint)
+    if quiet and not as_json:
+        return
+    quiet_libraries()
+    kinds = _kinds(opened)
     if as_json:
-        print(json.dumps(_facts(opened) | {"kernels": _kernels(opened)}))
+        counts = Counter(kinds.get(name, "unknown") for name in opened.layers)
+        print(json.dumps(_facts(opened) | {"kinds": dict(counts), "kernels": _kernels(opened, kinds)}))
         return
     console = Console()
     console.print(_summary(opened))
     if verbose:
         console.print(_layers(opened))
-    console.print(_kernel_table(opened))
+    console.print(_kernel_table(opened, kinds))
 
 
 inspect.__doc__ = f"{inspect.__doc__}\n{_EXAMPLES}"
@@ -112,7 +121,7 @@ def _layers(checkpoint: Checkpoint) -> Table:
     return table
 
 
-def _kernels(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+def _kernels(checkpoint: Checkpoint, kinds: dict[str, str]) -> list[dict[str, Any]]:
     """For every kernel: how many layers it can run here, and the first reason where it cannot."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float16"
@@ -120,7 +129,8 @@ def _kernels(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     able: Counter[str] = Counter()
     reasons: dict[str, str] = {}
     for spec in checkpoint.layers.values():
-        for name, reason in registry.explain(_kernel_spec(spec), device, dtype):
+        kernel_spec = _kernel_spec(spec, kinds.get(spec.name, "linear"))
+        for name, reason in registry.explain(kernel_spec, device, dtype):
             able[name] += reason is None
             if reason is not None:
                 reasons.setdefault(name, reason)
@@ -130,7 +140,18 @@ def _kernels(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     ]
 
 
-def _kernel_spec(spec: LayerSpec) -> KernelSpec:
+def _kinds(checkpoint: Checkpoint) -> dict[str, str]:
+    """Layer → "linear" or "conv2d", which only the model knows; empty where transformers cannot build it."""
+    from ..integrations.expected import expected
+
+    try:
+        model = expected(checkpoint.path, checkpoint.config, checkpoint.tensors)
+    except CheckpointError:
+        return {}  # `fewbit verify` says what is wrong
+    return model.kinds if model else {}
+
+
+def _kernel_spec(spec: LayerSpec, kind: str) -> KernelSpec:
     return KernelSpec(
         bits=spec.bits,
         group_size=spec.group_size,
@@ -139,13 +160,15 @@ def _kernel_spec(spec: LayerSpec) -> KernelSpec:
         in_features=spec.in_features,
         out_features=spec.out_features,
         format=spec.format,
+        kind=kind,
     )
 
 
-def _kernel_table(checkpoint: Checkpoint) -> Table:
-    found = _kernels(checkpoint)
+def _kernel_table(checkpoint: Checkpoint, kinds: dict[str, str]) -> Table:
+    found = _kernels(checkpoint, kinds)
     table = Table("kernel", "layers", "why not", box=None, padding=(0, 2, 0, 0))
-    table.title, table.title_justify = f"kernels on {found[0]['device']}", "left"
+    unknown = "" if kinds.keys() >= checkpoint.layers.keys() else ", if all layers are linear"
+    table.title, table.title_justify = f"kernels on {found[0]['device']}{unknown}", "left"
     for row in found:
         table.add_row(row["kernel"], f"{row['modules']} of {len(checkpoint.layers)}", row["why_not"] or "")
     return table
