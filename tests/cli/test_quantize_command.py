@@ -7,6 +7,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+import fewbit
 from fewbit.cli.main import app, run
 from models import TEXT, save_tiny
 
@@ -147,13 +148,23 @@ def test_help_has_examples():
 @pytest.mark.parametrize(
     "command", ["quantize", "eval", "inspect", "verify", "generate", "convert", "demo", "env"]
 )
-def test_every_command_has_help(command):
-    assert invoke(command, "--help").exit_code == 0
+def test_every_command_has_help_with_examples_and_can_say_more_or_less(command):
+    result = invoke(command, "--help", env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    shown = " ".join(result.stdout.split())
+    assert f"Examples: fewbit {command} " in shown
+    for option in ("--verbose", "-v", "--quiet", "-q", "--help"):
+        assert option in shown, option
 
 
 def test_env_says_what_a_bug_report_needs():
     facts = json.loads(invoke("env", "--json").stdout)
     assert {"fewbit", "torch", "transformers", "python", "compiled solver"} <= set(facts)
+
+
+def test_env_says_more_or_less():
+    assert invoke("env", "-q").stdout == f"{fewbit.__version__}\n"
+    assert "torch build" in json.loads(invoke("env", "-v", "--json").stdout)
 
 
 def test_python_dash_m():
@@ -162,12 +173,39 @@ def test_python_dash_m():
     assert "quantize" in done.stdout
 
 
+_STATE = """
+import logging, sys, time, torch
+def state():
+    loggers = [logging.getLogger(), *map(logging.getLogger, logging.root.manager.loggerDict)]
+    handlers = {logger.name: [id(h) for h in logger.handlers] for logger in loggers if logger.handlers}
+    return torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), handlers
+before, modules, start = state(), set(sys.modules), time.perf_counter()
+import fewbit
+seconds = time.perf_counter() - start
+assert state() == before, (before, state())
+heavy = {"transformers", "greenlet", "typer", "rich"} & {name.partition(".")[0] for name in set(sys.modules) - modules}
+assert not heavy, heavy
+print(seconds)
+"""
+
+
 def test_import_has_no_effects_and_is_light():
-    code = (
-        "import torch, sys, time; before = set(sys.modules); t = time.perf_counter(); import fewbit; "
-        "t = time.perf_counter() - t; print(t, 'transformers' in sys.modules, torch.get_num_threads())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, transformers_loaded, _ = done.stdout.split()
-    assert float(seconds) < 0.3
-    assert transformers_loaded == "False"
+    done = subprocess.run([sys.executable, "-c", _STATE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.3
+
+
+@pytest.mark.parametrize(
+    "effect",
+    [
+        "torch.set_num_threads(torch.get_num_threads() + 1)",
+        "torch.set_default_dtype(torch.float64)",
+        "torch.set_grad_enabled(False)",
+        "logging.getLogger('fewbit').addHandler(logging.StreamHandler())",
+        "import rich",
+    ],
+)
+def test_the_check_of_the_import_sees_effects(effect):
+    code = _STATE.replace("import fewbit\n", f"{effect}\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "AssertionError" in done.stderr

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from ..checkpoint import convert as checkpoint_convert
+from .display import size_text
 
 _EXAMPLES = """
 Examples:
@@ -37,6 +38,9 @@ def convert(
         bool, typer.Option("--allow-pickle", help="Also read .bin and .pt files.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Also list the files that were written.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing.")] = False,
 ) -> None:
     """Rewrite a checkpoint as v1 or v2, in shards of any size, from AutoGPTQ's old layouts too.
@@ -62,6 +66,8 @@ def convert(
                 f"{result.turned_groups} groups had zero point 0, which {result.format} cannot say: "
                 "their scales were negated and their codes mirrored; the weights are the same"
             )
+        for path in sorted(result.output.iterdir()) if verbose else ():
+            console.print(f"{size_text(path.stat().st_size):>10}  {path.name}", markup=False, highlight=False)
 
 
 convert.__doc__ = f"{convert.__doc__}\n{_EXAMPLES}"

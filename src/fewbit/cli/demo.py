@@ -10,15 +10,31 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .display import progress_bar, quiet_libraries, size_text
+from .display import console, progress_bar, quiet_libraries, size_text
+
+_EXAMPLES = """
+Examples:
+
+  fewbit demo
+
+  fewbit demo --json
+"""
 
 
-def demo(as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False) -> None:
+def demo(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Also the settings, on stderr.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="Only the table: no progress bar, no text.")
+    ] = False,
+) -> None:
     """Quantize the model inside the package to 4, 3 and 2 bits and show what that costs."""
-    from ..demo.showcase import Showcase
+    from ..demo.showcase import SETTINGS, Showcase
 
     quiet_libraries()
-    with progress_bar("demo", hidden=as_json) as progress:
+    if verbose:
+        console.print("settings: " + ", ".join(f"{name} {value}" for name, value in SETTINGS.items()))
+    with progress_bar("demo", hidden=as_json or quiet) as progress:
         rows = Showcase(progress).run()
     if as_json:
         print(json.dumps([asdict(row) for row in rows]))
@@ -35,7 +51,12 @@ def demo(as_json: Annotated[bool, typer.Option("--json", help="Print the rows as
         )
     output = Console()
     output.print(table)
+    if quiet:
+        return
     output.print("How each goes on from the same words, with the same dice:")
     for row in rows:
         output.print(f"[bold]{row.name}[/]: ", end="")
         output.print(row.text, markup=False, highlight=False)
+
+
+demo.__doc__ = f"{demo.__doc__}\n{_EXAMPLES}"

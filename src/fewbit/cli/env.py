@@ -10,8 +10,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+_EXAMPLES = """
+Examples:
 
-def env(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
+  fewbit env
+
+  fewbit env -v --json
+"""
+
+
+def env(
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Also how torch was built.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only the version of fewbit.")] = False,
+) -> None:
     """Show versions, devices and what is compiled: paste this into a bug report."""
     import torch
 
@@ -19,6 +31,9 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] 
     from ..solver import native
 
     facts = versions()
+    if quiet:
+        print(json.dumps({"fewbit": facts["fewbit"]}) if as_json else facts["fewbit"])
+        return
     facts["cpu threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
     facts["compiled solver"] = (
         "yes: " + ", ".join(native.instruction_sets()) if native.available() else native.why_not()
@@ -28,6 +43,8 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] 
             facts[f"cuda:{index}"] = torch.cuda.get_device_name(index)
     else:
         facts["cuda"] = "not available"
+    if verbose:
+        facts["torch build"] = torch.__config__.show().strip()
     if as_json:
         print(json.dumps(facts))
         return
@@ -35,3 +52,6 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] 
     for name, value in facts.items():
         table.add_row(name, value)
     Console().print(table)
+
+
+env.__doc__ = f"{env.__doc__}\n{_EXAMPLES}"
