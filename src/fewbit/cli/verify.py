@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from ..checkpoint import verify as checkpoint_verify
+from .display import quiet_libraries
 
 _EXAMPLES = """
 Examples:
@@ -29,10 +30,11 @@ def verify(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="With --against: every layer.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only the exit code.")] = False,
 ) -> None:
-    """Check names, shapes, dtypes, index, hashes, scales, zero points and g_idx.
+    """Check names (also those that the model needs), shapes, dtypes, index, hashes, scales, zero points and g_idx.
 
     Lists every problem that it finds. Exit code 0 if there is none, else 1.
     """
+    quiet_libraries()
     result = checkpoint_verify.verify(checkpoint, against)
     if as_json:
         problems = [problem._asdict() for problem in result.problems]
