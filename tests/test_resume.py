@@ -57,7 +57,7 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path, inputs, blocks):
     process.wait()
     assert not (out / "config.json").exists()
     again = subprocess.run(command(model, out, text), capture_output=True, text=True, check=True)
-    assert "layers came from the interrupted run" in again.stderr
+    assert "layers came from the interrupted run" in again.stdout
     assert contents(out) == whole
 
 
@@ -118,5 +118,5 @@ def test_a_full_disk_is_reported_and_the_next_run_goes_on(tmp_path, inputs):
     assert "cannot write" in failed.stderr
     assert not (out / "config.json").exists()
     again = subprocess.run(command(model, out, text), capture_output=True, text=True, check=True)
-    assert "layers came from the interrupted run" in again.stderr
+    assert "layers came from the interrupted run" in again.stdout
     assert contents(out) == whole

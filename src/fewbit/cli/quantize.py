@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.console import Console
 from rich.table import Column, Table
 
 from ..config import QuantConfig, parse_overrides
@@ -137,8 +138,9 @@ def _after_interrupt(output: Path) -> str:
 
 
 def _show(report: Any, verbose: bool) -> None:
+    results = Console()
     if verbose:
-        console.print(_layer_table(report))
+        results.print(_layer_table(report))
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     errors = [layer["output_error"] for layer in report.layers if layer["output_error"] is not None]
     table.add_row("quantized", f"{report.modules} layers, {report.bits_per_weight:.3f} bits per weight")
@@ -162,7 +164,7 @@ def _show(report: Any, verbose: bool) -> None:
             f"same first choice {after['top1_agreement']:.1%}",
         )
     table.add_row("written to", str(report.output))
-    console.print(table)
+    results.print(table)
     for note in report.notes:
         console.print(f"note: {note}", markup=False, highlight=False)
 
