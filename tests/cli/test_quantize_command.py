@@ -208,3 +208,13 @@ def test_the_check_of_the_import_sees_effects(effect):
     code = _STATE.replace("import fewbit\n", f"{effect}\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "AssertionError" in done.stderr
+
+
+def test_the_demo_says_when_the_compiled_solver_is_missing(monkeypatch):
+    from fewbit.demo import showcase
+    from fewbit.solver import native
+
+    monkeypatch.setattr(native, "_load", lambda: (None, "no compiler was found at install time"))
+    monkeypatch.setattr(showcase.Showcase, "__init__", lambda self, progress: None)
+    monkeypatch.setattr(showcase.Showcase, "run", lambda self: [])
+    assert "no compiler was found at install time" in " ".join(invoke("demo").stderr.split())

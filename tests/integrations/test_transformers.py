@@ -101,6 +101,13 @@ def test_disk_offload_is_refused(registered, truth_and_folder):
         AutoModelForCausalLM.from_pretrained(folder, device_map={"model": "cpu", "lm_head": "disk"})
 
 
+def test_a_device_map_without_accelerate_names_it(registered, truth_and_folder, monkeypatch):
+    _, folder = truth_and_folder
+    monkeypatch.setattr("transformers.integrations.accelerate.is_accelerate_available", lambda: False)
+    with pytest.raises(ValueError, match=r"pip install accelerate"):
+        AutoModelForCausalLM.from_pretrained(folder, device_map="auto")
+
+
 def test_a_bare_model_leaves_the_head_alone(registered, tmp_path):
     truth = llama()
     write_checkpoint(tmp_path, truth, lm_head=True)

@@ -30,8 +30,11 @@ def demo(
 ) -> None:
     """Quantize the model inside the package to 4, 3 and 2 bits and show what that costs."""
     from ..demo.showcase import SETTINGS, Showcase
+    from ..solver import native
 
     quiet_libraries()
+    if not native.available():
+        console.print(f"note: {native.why_not()}", markup=False, highlight=False)
     if verbose:
         console.print("settings: " + ", ".join(f"{name} {value}" for name, value in SETTINGS.items()))
     with progress_bar("demo", hidden=as_json or quiet) as progress:

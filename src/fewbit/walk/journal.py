@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,10 @@ class Journal:
             raise OutputError(
                 f"another fewbit process is writing to {output}; wait for it or choose another folder"
             ) from error
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._lock.release)
             self._start(existing, resume)
-        except BaseException:
-            self._lock.release()
-            raise
+            undo.pop_all()
 
     def tensors(self, layer: str) -> dict[str, Tensor]:
         """The stored tensors of a finished layer, by their short names (``qweight`` …)."""

@@ -20,7 +20,7 @@ from ..errors import ModelError
 from ..plan import Plan, output_embedding_name
 from ..solver import native
 from .hessians import HessianPool, Masks
-from .lockstep import walk
+from .lockstep import Traffic, walk
 from .quantizer import LayerQuantizer, Progress, Sink, Timers
 
 
@@ -85,6 +85,11 @@ def quantize_layers(
             traffic = walk(modules, [_job(model, batch) for batch in batches], quantizer.meet)
         for name in traffic.unreached:
             quantizer.meet(name, [])
+    return [*notes, *_traffic_notes(traffic, hessians)]
+
+
+def _traffic_notes(traffic: Traffic, hessians: HessianPool) -> list[str]:
+    notes = []
     if traffic.late:
         count = sum(traffic.late.values())
         notes.append(
