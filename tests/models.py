@@ -44,7 +44,7 @@ FAMILIES = tuple(_SHAPES)
 def tiny_model(family: str, seed: int = 0, **changes: Any) -> Any:
     """A random model of `family` in float32, in evaluation mode."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**_COMMON, **_SHAPES[family], **changes})
+    config = AutoConfig.for_model(family, **{**_COMMON, **_SHAPES.get(family, {}), **changes})
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = auto.from_config(config).float().eval()
     for name, parameter in model.named_parameters():

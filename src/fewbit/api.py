@@ -121,13 +121,13 @@ def quantize(
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called `name`; "auto" takes the first accelerator there is.
+    """The device called `name`; "auto" takes cuda, then xpu, then the CPU (mps lacks float64: by name only).
 
     Raises:
         ConfigError: the name is unknown or the device is not there.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -189,7 +189,7 @@ class _PathJob:
         config = self.source.load_config()
         if getattr(config, "is_encoder_decoder", False):
             raise ConfigError(
-                "--eval measures causal language models; this one is an encoder-decoder: leave it out"
+                "evaluation (--eval) measures causal language models; this one is an encoder-decoder: leave it out"
             )
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) or EVALUATION_SEQ_LEN
         seq_len = min(EVALUATION_SEQ_LEN, positions)
@@ -329,10 +329,12 @@ def _quantization_config(
     config: QuantConfig, model: nn.Module, plan: Plan, calibration: Calibration
 ) -> dict[str, Any]:
     """In the names of the original files, which are those of the result."""
+    names = [layer.name for layer in plan.layers] + [item.name for item in plan.skipped]
+    on_disk = names_on_disk(model, names)
     return build_quantization_config(
         config,
-        {name: layer.settings for layer in plan.layers for name in names_on_disk(model, layer.name)},
-        [name for item in plan.skipped for name in names_on_disk(model, item.name)],
+        {name: layer.settings for layer in plan.layers for name in on_disk[layer.name]},
+        [name for item in plan.skipped for name in on_disk[item.name]],
         {"calibration": calibration.fingerprint},
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import DependencyError, ModelError
+from .errors import DependencyError, FewbitError, ModelError
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _NOT_COPIED = ("README.md", ".gitattributes", "config.json", "quantize_config.json", "fewbit_manifest.json")
@@ -139,10 +139,13 @@ class Source:
     def config_dict(self, model: nn.Module) -> dict[str, Any]:
         """``config.json`` of the result: the source's own where there is one, else the model's."""
         path = self.folder / "config.json"
-        if self.gguf is None and path.is_file():
+        if self.gguf is None:
             values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         else:
-            values = model_config_dict(model)
+            config: Any = model.config
+            values = json.loads(config.to_json_string(use_diff=True))
+            for private in ("_name_or_path", "_model_name_or_path"):
+                values.pop(private, None)
         values.setdefault("architectures", [type(model).__name__])
         key = "torch_dtype" if "torch_dtype" in values else "dtype"
         values[key] = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -192,7 +195,7 @@ def open_source(model: str | Path, *, trust_remote_code: bool = False, allow_pic
             raise ModelError(f"{path} is a file but not a .gguf file; give the folder that holds config.json")
         return Source(path.parent, path.name, trust_remote_code, allow_pickle)
     if not path.is_dir():
-        path = _download(str(model), allow_pickle)
+        path = download(str(model), ModelError, allow_pickle=allow_pickle)
     source = Source(path, None, trust_remote_code, allow_pickle)
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} has no config.json: it is not a transformers model folder")
@@ -222,18 +225,12 @@ def load_tokenizer(name: str | Path, **options: Any) -> Any:
         raise ModelError(f"no tokenizer can be loaded from {name}: {_first_line(error)}") from error
 
 
-def model_config_dict(model: nn.Module) -> dict[str, Any]:
-    """The configuration of a model in memory as plain JSON types; empty for a plain nn.Module."""
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "to_json_string"):
-        return {}
-    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
-    values.pop("_name_or_path", None)
-    values.pop("_model_name_or_path", None)
-    return values
+def download(name: str, error_class: type[FewbitError], *, allow_pickle: bool = False) -> Path:
+    """The files of a Hub repository, in the local cache.
 
-
-def _download(name: str, allow_pickle: bool) -> Path:
+    Raises:
+        FewbitError: of `error_class`: `name` is no Hub id, or cannot be downloaded.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -243,10 +240,10 @@ def _download(name: str, allow_pickle: bool) -> Path:
     try:
         return Path(snapshot_download(name, ignore_patterns=ignored))
     except HFValidationError as error:
-        raise ModelError(f"{name} is neither a folder, a .gguf file nor a Hub id") from error
+        raise error_class(f"{name} is neither a folder, a .gguf file nor a Hub id") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"{name} is no local folder and cannot be downloaded: {_first_line(error)}"
+        raise error_class(
+            f"{name} is no local folder and cannot be downloaded from the Hub: {_first_line(error)}"
         ) from error
 
 

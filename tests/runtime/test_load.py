@@ -239,7 +239,10 @@ def test_neither_folder_nor_repository(monkeypatch):
         raise LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(CheckpointError, match=r"someone/some-model is neither a folder nor a repository"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"someone/some-model is no local folder and cannot be downloaded from the Hub: no network",
+    ):
         fewbit.load("someone/some-model")
 
 

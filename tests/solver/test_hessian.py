@@ -107,25 +107,12 @@ def test_batches_without_any_token():
     assert not H.matrix().any()
 
 
-def test_merge_adds_sums_of_other_processes():
-    X = torch.randn(90, 36)
-    whole, first, second = Hessian(36), Hessian(36), Hessian(36)
-    whole.add(X)
-    first.add(X[:40])
-    second.add(X[40:])
-    first.merge(second.matrix(), second.tokens, 2)
-    assert (first.tokens, first.dropped) == (90, 2)
-    assert relative(first.matrix(), whole.matrix().double()) < 1e-6
-
-
 def test_errors_name_both_sizes():
     H = Hessian(8)
     with pytest.raises(SolverError, match="8 input features, but the batch has 9"):
         H.add(torch.zeros(2, 9))
     with pytest.raises(SolverError, match="mask has 3 rows, but the batch has 2 tokens"):
         H.add(torch.zeros(2, 8), torch.ones(3, dtype=torch.bool))
-    with pytest.raises(SolverError, match=r"\(9, 9\) Hessian to one of 8"):
-        H.merge(torch.zeros(9, 9), 1)
 
 
 def test_native_refuses_tensors_that_are_not_on_the_cpu():

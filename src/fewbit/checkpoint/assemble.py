@@ -6,7 +6,7 @@ Quantized layers give ``qweight, qzeros, scales, g_idx`` (and their untouched bi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +28,15 @@ def checkpoint_tensors(
         ModelError: the original files store a quantized layer in a form that has no GPTQ counterpart.
     """
     quantized = {f"{name}.weight": name for name in layers}
+    on_disk = names_on_disk(model, layers)
     plain: dict[str, Tensor] = {}
     for key, tensor in _own_tensors(model).items():
         if key not in quantized:
             plain[key] = tensor
             continue
-        prefix = _layer_name_on_disk(model, key)
-        for short, part in layer_tensors(quantized[key]).items():
+        name = quantized[key]
+        prefix = _only_name(name, on_disk[name])
+        for short, part in layer_tensors(name).items():
             yield f"{prefix}.{short}", part
     yield from _disk_layout(model, plain).items()
 
@@ -66,22 +68,21 @@ def _disk_layout(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
     return reverted
 
 
-def names_on_disk(model: nn.Module, name: str) -> list[str]:
-    """What the original files call the module `name`: one name, or several where transformers merged them."""
-    state = model.state_dict(keep_vars=True)
-    key = f"{name}.weight"
-    if key not in state:  # a parameter of its own, such as fused experts
-        return [name]
-    found = _disk_layout(model, {key: torch.empty_like(state[key], device="meta")})
-    return [key.removesuffix(".weight") for key in found]
+def names_on_disk(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
+    """What the original files call each module or bare parameter; several names where transformers merged them."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found = {}
+    for name in names:
+        key = f"{name}.weight" if f"{name}.weight" in parameters else name
+        stored = _disk_layout(model, {key: torch.empty_like(parameters[key], device="meta")})
+        found[name] = [key.removesuffix(".weight") for key in stored]
+    return found
 
 
-def _layer_name_on_disk(model: nn.Module, key: str) -> str:
-    name = key.removesuffix(".weight")
-    names = names_on_disk(model, name)
-    if len(names) != 1:
+def _only_name(name: str, on_disk: list[str]) -> str:
+    if len(on_disk) != 1:
         raise ModelError(
-            f"layer {name} is stored on disk as {', '.join(names) or 'nothing'}, "
+            f"layer {name} is stored on disk as {', '.join(on_disk) or 'nothing'}, "
             "which fewbit cannot write quantized yet; exclude it with --ignore"
         )
-    return names[0]
+    return on_disk[0]

@@ -17,6 +17,7 @@ from torch import nn
 from ..checkpoint import layout
 from ..checkpoint.reader import Checkpoint, open_checkpoint
 from ..errors import CheckpointError, ConfigError
+from ..source import download
 from . import registry
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def load(
 
     if kernel != "auto" and kernel not in registry.names():
         registry.get(kernel)
-    checkpoint = open_checkpoint(_local(path))
+    folder = Path(path)
+    checkpoint = open_checkpoint(folder if folder.exists() else download(str(path), CheckpointError))
     compute_dtype = _dtype(dtype, checkpoint)
     offer()
     config = _config(checkpoint, kernel, trust_remote_code)
@@ -93,22 +95,6 @@ def _dtype(dtype: torch.dtype | str | None, checkpoint: Checkpoint) -> torch.dty
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype must be auto, {', '.join(_DTYPES)} or a torch.dtype; got {dtype!r}")
     return _DTYPES[dtype]
-
-
-def _local(path: str | Path) -> Path:
-    """The folder itself, or a Hub repository's files in the local cache."""
-    folder = Path(path)
-    if folder.exists():
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(path), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is neither a folder nor a repository that can be read from the Hub: {error}"
-        ) from error
 
 
 def _config(checkpoint: Checkpoint, kernel: str, trust_remote_code: bool) -> Any:

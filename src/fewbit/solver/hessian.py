@@ -85,22 +85,6 @@ class Hessian:
         """diag(H), float32 (n,), a copy."""
         return self._H.diagonal().clone()
 
-    def merge(self, H: Tensor, tokens: int, dropped: int = 0) -> None:
-        """Add a sum made elsewhere: another process, or the pooled Hessian of sibling experts.
-
-        Args:
-            H: float32 (n, n), of which only the upper triangle is read.
-            tokens: tokens in it. dropped: tokens that were left out of it.
-
-        Raises:
-            SolverError: H has another shape.
-        """
-        if H.shape != self._H.shape:
-            raise SolverError(f"cannot add a {tuple(H.shape)} Hessian to one of {self.n} input features")
-        self._H += H.to(self._H)
-        self.tokens += tokens
-        self.dropped += dropped
-
     def _without_bad_rows(self, X: Tensor) -> Tensor:
         """X without the rows that are not finite. One reduction in the normal case."""
         if X.numel() == 0 or _in_range(torch.stack(torch.aminmax(X))):

@@ -85,7 +85,6 @@ class HessianPool:
         self._masks = masks
         self._is_encoder_output = is_encoder_output
         self._pool: list[SharedHessian] = []
-        self.reused = 0
         self.unmaskable: Counter[str] = Counter()
 
     def get(self, name: str, module: nn.Module, arrivals: Sequence[Arrival]) -> SharedHessian:
@@ -95,7 +94,6 @@ class HessianPool:
         if plain:
             for entry in self._pool:
                 if entry.made_from(arrivals):
-                    self.reused += 1
                     return entry
         entry = self._accumulate(name, module, arrivals)
         if plain:

@@ -178,9 +178,8 @@ class LayerQuantizer:
     def _quantize(self, layer: LayerPlan, W: Tensor, shared: SharedHessian | None) -> Solution:
         hessian, cache = (shared.hessian, shared.cache) if shared else (None, None)
         if hessian is None and layer.settings.method == "gptq":
-            hessian = Hessian(
-                layer.in_features, device=W.device
-            )  # no token came here: a fallback, and recorded
+            # No token came here: the solver records an empty Hessian as a fallback.
+            hessian = Hessian(layer.in_features, device=W.device)
         try:
             solution = quantize_weight(W, hessian, layer.settings, cache)
         except SolverError as error:
