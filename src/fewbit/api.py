@@ -33,8 +33,9 @@ from .plan import Plan, make_plan, output_embedding_name
 from .report.collect import Report, collect
 from .report.model_card import CARD_NAME, model_card
 from .source import Source, load_tokenizer, open_source
+from .timers import Timers
 from .walk.journal import Journal, check_output
-from .walk.quantizer import MemorySink, Progress, Timers
+from .walk.quantizer import MemorySink, Progress
 from .walk.run import check_weights, quantize_layers
 
 M = TypeVar("M", bound=nn.Module)

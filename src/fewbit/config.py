@@ -19,6 +19,7 @@ ACT_ORDERS = ("group", "none", "full")
 METHODS = ("gptq", "rtn")
 FORMATS = ("gptq", "gptq_v2")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+AUTO = "auto"
 SKIP = "skip"
 
 # What users of other tools type, and what it is called here.
@@ -86,6 +87,15 @@ class QuantConfig:
         ignore: regular expressions; a layer whose full name one of them matches (`re.search`) stays as it is.
         override: regular expression → settings for the layers it matches, or "skip". The first match
             decides. Settings: bits, group_size, sym, act_order, damp, method.
+        correction: how far each layer's target is moved towards the full-precision outputs, 0 to 1, or "auto":
+            chosen per layer on held-out calibration sequences. Above 0 a second, full-precision stream runs
+            beside the quantized one.
+        refit: fit the scales again after rounding, where that lowers the held-out error.
+        fast: one stream only: no correction, no refit, whatever those two say.
+        target_bits: average stored bits per weight (codes, scales and zero points); bits and group sizes are then
+            chosen per layer to meet it, and `bits` and `group_size` are not used. None: no budget.
+        tune: after a block is solved, optimise its rounding and scales by gradient against the full-precision
+            block. tune_steps: steps per block.
         lm_head: also quantize the output embedding.
         format: "gptq" (v1, read by everything) or "gptq_v2".
         num_samples: calibration sequences. seq_len: tokens in each. batch_size: sequences per batch.
@@ -106,6 +116,12 @@ class QuantConfig:
     method: str = "gptq"
     ignore: tuple[str, ...] | str = ()
     override: Mapping[str, Mapping[str, Any] | str] = field(default_factory=dict)
+    correction: float | str = AUTO
+    refit: bool = True
+    fast: bool = False
+    target_bits: float | None = None
+    tune: bool = False
+    tune_steps: int = 200
     lm_head: bool = False
     format: str = "gptq"
     num_samples: int = 128
@@ -125,22 +141,41 @@ class QuantConfig:
             )
         object.__setattr__(self, "ignore", tuple(self.ignore))
         object.__setattr__(self, "override", dict(self.override))
-        for name in ("lm_head", "strict"):
+        for name in ("lm_head", "strict", "refit", "fast", "tune"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed must be a whole number, not {self.seed!r}")
         _one_of("format", self.format, FORMATS)
         _one_of("dtype", self.dtype, DTYPES)
-        for name in ("num_samples", "seq_len", "batch_size"):
+        for name in ("num_samples", "seq_len", "batch_size", "tune_steps"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1; got {value!r}")
+        self._check_accuracy_options()
         for pattern in (*self.ignore, *self.override):
             _check_pattern(pattern)
         self.defaults  # noqa: B018 - validates the global settings
         for pattern, settings in self.override.items():
             self._overridden(pattern, settings)
+
+    def _check_accuracy_options(self) -> None:
+        if self.correction != AUTO and not (_is_number(self.correction) and 0 <= float(self.correction) <= 1):
+            raise ConfigError(f"correction must lie between 0 and 1, or be 'auto'; got {self.correction!r}")
+        if self.target_bits is not None and not (_is_number(self.target_bits) and 2 < self.target_bits <= 9):
+            raise ConfigError(
+                "target_bits is the average number of stored bits per weight, scales and zero points counted: "
+                f"above 2, at most 9; got {self.target_bits!r}"
+            )
+        if self.fast and (self.tune or self.correction not in (AUTO, 0)):
+            raise ConfigError(
+                "fast runs no full-precision stream, which correction and tune need: leave out fast or those"
+            )
+
+    @property
+    def effective_correction(self) -> float | str:
+        """The correction in use: 0 in a fast run or one without GPTQ."""
+        return 0.0 if self.fast else self.correction
 
     @property
     def defaults(self) -> LayerSettings:
@@ -225,6 +260,10 @@ def _parse_value(key: str, value: str, text: str) -> Any:
     if not re.fullmatch(r"-?\d+" if number is int else r"-?\d*\.?\d+(e-?\d+)?", value):
         raise ConfigError(f"{key} in override {text!r} must be a number, not {value!r}")
     return number(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _one_of(name: str, value: object, allowed: tuple[Any, ...]) -> None:

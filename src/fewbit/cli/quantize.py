@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,6 +40,24 @@ def quantize(
     sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric or asymmetric grids.")] = True,
     act_order: Annotated[ActOrder, typer.Option(help="Order of the columns; full writes a g_idx.")] = "group",
     damp: Annotated[float, typer.Option(help="Damping, as a fraction of mean(diag H).")] = 0.01,
+    correction: Annotated[
+        str,
+        typer.Option(help="Move targets towards the full-precision outputs: 0 to 1, or auto.", metavar="A"),
+    ] = "auto",
+    refit: Annotated[
+        bool, typer.Option("--refit/--no-refit", help="Fit scales again after rounding where that helps.")
+    ] = True,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Half the time: no full-precision stream, no correction, no refit.")
+    ] = False,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(help="Average stored bits per weight; bits and groups are then chosen per layer."),
+    ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Also train rounding and scales block by block. Takes minutes.")
+    ] = False,
+    tune_steps: Annotated[int, typer.Option(help="Steps per block with --tune.")] = 200,
     method: Annotated[Method, typer.Option(help="gptq, or rtn (round-to-nearest, no text needed).")] = "gptq",
     dataset: Annotated[
         str | None,
@@ -86,6 +105,12 @@ def quantize(
         sym=sym,
         act_order=act_order,
         damp=damp,
+        correction=_correction(correction),
+        refit=refit,
+        fast=fast,
+        target_bits=target_bits,
+        tune=tune,
+        tune_steps=tune_steps,
         method=method,
         ignore=tuple(ignore or ()),
         override=parse_overrides(override or ()),
@@ -127,6 +152,11 @@ def quantize(
 
 
 quantize.__doc__ = f"{quantize.__doc__}\n{_EXAMPLES}"
+
+
+def _correction(text: str) -> float | str:
+    """A number where the text is one; QuantConfig judges the rest."""
+    return float(text) if re.fullmatch(r"\d*\.?\d+", text) else text
 
 
 def _after_interrupt(output: Path) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -20,6 +19,7 @@ from ..codes import Codes
 from ..errors import ModelError, SolverError
 from ..plan import LayerPlan, Plan
 from ..solver import Hessian, Solution, quantize_weight
+from ..timers import Timers
 from .hessians import HessianPool, SharedHessian
 from .layers import input_rows, set_weight_matrix, weight_matrix
 from .lockstep import Arrival
@@ -38,6 +38,9 @@ class LayerRecord:
         loss: tr((W−Ŵ) H (W−Ŵ)ᵀ) / tokens, the squared output error per calibration token.
         output_error: ‖(W−Ŵ)X‖ / ‖WX‖ on the first rows (at most `ERROR_TOKENS`) of the first batch; None where
             they give no signal.
+        true_error: ‖WX̃ − ŴX‖ / ‖WX̃‖ over the calibration tokens, X̃ being the full-precision inputs; None without
+            the full-precision stream.
+        correction: α in use; None without the full-precision stream. refit: whether the refitted scales were kept.
         fallbacks: rungs of the ladder that were needed; empty in the normal case.
         seconds: time for this layer alone.
     """
@@ -56,6 +59,9 @@ class LayerRecord:
     dropped: int
     loss: float
     output_error: float | None
+    true_error: float | None
+    correction: float | None
+    refit: bool
     fallbacks: tuple[str, ...]
     stored_bytes: int
     seconds: float
@@ -92,22 +98,6 @@ class MemorySink:
         """Take a finished block."""
         self._tensors.update({layer: dict(parts) for layer, parts in tensors.items()})
         self.records.update(records)
-
-
-class Timers:
-    """Seconds by phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def time(self, phase: str) -> Any:
-        """Add the time spent inside to `phase`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 class LayerQuantizer:
@@ -215,6 +205,9 @@ class LayerQuantizer:
             dropped=shared.hessian.dropped if shared else 0,
             loss=solution.loss / max(tokens, 1),
             output_error=error,
+            true_error=None,
+            correction=None,
+            refit=False,
             fallbacks=tuple(solution.fallbacks),
             stored_bytes=sum(tensor.nbytes for tensor in tensors.values()),
             seconds=seconds,

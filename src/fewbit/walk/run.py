@@ -19,9 +19,10 @@ from ..config import QuantConfig
 from ..errors import ModelError
 from ..plan import Plan, output_embedding_name
 from ..solver import native
+from ..timers import Timers
 from .hessians import HessianPool, Masks
 from .lockstep import Traffic, walk
-from .quantizer import LayerQuantizer, Progress, Sink, Timers
+from .quantizer import LayerQuantizer, Progress, Sink
 
 
 def check_weights(model: nn.Module) -> None:
