@@ -1,23 +1,159 @@
-"""What a run cost, by phase."""
+"""What a run costs, by phase: seconds, and what can honestly be said about memory.
+
+Phases may lie inside one another (a solve inside the walk): `Phase.own_seconds` leaves out what inner phases took,
+so own times add up to the total.
+
+A process knows its memory now and its highest ever, not its highest within a stretch of time. So `Memory.bytes` is
+exact where the highest ever was reached inside the phase. Elsewhere it is the larger of the readings at both ends:
+at least that much was in use, and never more than in the phases where it is exact.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_STATM = Path("/proc/self/statm")
+
+
+@dataclass
+class Memory:
+    """Largest use known inside a phase; `exact` where that is its true peak, otherwise it is a lower bound."""
+
+    bytes: int
+    exact: bool
+
+
+@dataclass
+class Phase:
+    """One phase of a run.
+
+    Attributes:
+        parent: the phase it first was entered in; None at the top.
+        seconds: spent inside, over all entries; own_seconds: without phases inside it.
+        memory: resident memory of the process; None on Windows.
+        device_memory: memory that torch has allocated on the device; None on the CPU, and for mps.
+    """
+
+    name: str
+    parent: str | None
+    seconds: float = 0.0
+    own_seconds: float = 0.0
+    memory: Memory | None = None
+    device_memory: Memory | None = None
+
+
+@dataclass(frozen=True)
+class _Gauge:
+    """Reads one kind of memory, in bytes: in use now (0 where the system does not say), and the most ever in use."""
+
+    now: Callable[[], int]
+    highest: Callable[[], int]
+
+    def read(self) -> tuple[int, int]:
+        return self.now(), self.highest()
+
+
+@dataclass
+class _Entry:
+    phase: Phase
+    start: float
+    before: list[tuple[int, int] | None]
+    inner: float = 0.0
 
 
 class Timers:
-    """Seconds by phase."""
+    """Seconds and memory by phase.
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    Args:
+        device: where the work runs. On a GPU its memory is read too, and a phase ends when its kernels have ended.
+
+    Attributes:
+        phases: by name, in the order of first entry.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.phases: dict[str, Phase] = {}
+        self._open: list[_Entry] = []
+        self._gpu: Any = getattr(torch, device.type) if device and device.type in ("cuda", "xpu") else None
+        self._gauges = (_process_gauge(), _gpu_gauge(self._gpu, device))
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
-        """Add the time spent inside to `phase`."""
-        start = time.perf_counter()
+        """Add the time and memory used inside to `phase`. Must not be held across a greenlet switch."""
+        parent = self._open[-1].phase.name if self._open else None
+        kept = self.phases.setdefault(phase, Phase(phase, parent))
+        self._open.append(_Entry(kept, time.perf_counter(), self._read()))
         try:
             yield
         finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+            if self._gpu is not None:
+                self._gpu.synchronize()
+            self._close(self._open.pop())
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase; a phase includes those inside it."""
+        return {name: phase.seconds for name, phase in self.phases.items()}
+
+    def _close(self, entry: _Entry) -> None:
+        phase = entry.phase
+        process, device = self._read()
+        phase.memory = _larger(phase.memory, entry.before[0], process)
+        phase.device_memory = _larger(phase.device_memory, entry.before[1], device)
+        seconds = time.perf_counter() - entry.start
+        phase.seconds += seconds
+        phase.own_seconds += seconds - entry.inner
+        if self._open:
+            self._open[-1].inner += seconds
+
+    def _read(self) -> list[tuple[int, int] | None]:
+        return [gauge.read() if gauge else None for gauge in self._gauges]
+
+
+def _larger(
+    known: Memory | None, start: tuple[int, int] | None, end: tuple[int, int] | None
+) -> Memory | None:
+    """What is known about a phase after one more entry, from (now, highest ever) at both its ends."""
+    if start is None or end is None:
+        return known
+    if end[1] > start[1]:  # the highest ever was reached inside
+        return Memory(end[1], exact=True)
+    seen = max(start[0], end[0])
+    return Memory(seen, exact=False) if seen > (known.bytes if known else 0) else known
+
+
+def peak_memory_bytes() -> int | None:
+    """Largest resident size this process has had; None on Windows."""
+    return None if sys.platform == "win32" else _highest_resident_bytes()
+
+
+def _process_gauge() -> _Gauge | None:
+    return None if sys.platform == "win32" else _Gauge(_resident_bytes, _highest_resident_bytes)
+
+
+def _gpu_gauge(gpu: Any, device: torch.device | None) -> _Gauge | None:
+    if gpu is None:
+        return None
+    return _Gauge(lambda: int(gpu.memory_allocated(device)), lambda: int(gpu.max_memory_allocated(device)))
+
+
+def _highest_resident_bytes() -> int:
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _resident_bytes() -> int:
+    if not _STATM.exists():
+        return 0
+    return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

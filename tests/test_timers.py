@@ -1,0 +1,120 @@
+"""Time and memory by phase: nesting, and memory figures that do not claim too much."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fewbit import timers as timers_module
+from fewbit.errors import ModelError
+from fewbit.timers import Memory, Timers
+
+
+class Clock:
+    """Stands in for the clock and for the process's memory."""
+
+    def __init__(self, monkeypatch):
+        self.now = self.resident = self.highest = 0
+        monkeypatch.setattr(time, "perf_counter", lambda: float(self.now))
+        monkeypatch.setattr(timers_module, "_resident_bytes", lambda: self.resident)
+        monkeypatch.setattr(timers_module, "_highest_resident_bytes", lambda: self.highest)
+
+    def pass_(self, seconds, resident=None):
+        self.now += seconds
+        self.resident = self.resident if resident is None else resident
+        self.highest = max(self.highest, self.resident)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+def test_own_time_leaves_out_inner_phases(clock):
+    timers = Timers()
+    for _ in range(2):
+        with timers.time("walk"):
+            clock.pass_(5)
+            with timers.time("solve"):
+                clock.pass_(2)
+                with timers.time("pack"):
+                    clock.pass_(1)
+    assert timers.seconds == {"walk": 16, "solve": 6, "pack": 2}
+    assert {p.name: (p.parent, p.own_seconds) for p in timers.phases.values()} == {
+        "walk": (None, 10),
+        "solve": ("walk", 4),
+        "pack": ("solve", 2),
+    }
+
+
+def test_a_phase_that_fails_is_closed(clock):
+    timers = Timers()
+
+    def fail():
+        with timers.time("walk"), timers.time("solve"):
+            clock.pass_(3)
+            raise ModelError("damaged")
+
+    with pytest.raises(ModelError):
+        fail()
+    with timers.time("write"):
+        clock.pass_(1)
+    assert timers.phases["write"].parent is None
+    assert timers.seconds == {"walk": 3, "solve": 3, "write": 1}
+
+
+def test_memory_is_exact_only_where_the_peak_rose(clock):
+    timers = Timers()
+    with timers.time("load"):
+        clock.pass_(1, resident=700)
+        clock.pass_(1, resident=300)
+    with timers.time("walk"):
+        clock.pass_(1, resident=650)  # below the highest ever: cannot be seen from outside
+        clock.pass_(1, resident=400)
+    assert timers.phases["load"].memory == Memory(700, exact=True)
+    assert timers.phases["walk"].memory == Memory(400, exact=False)
+    with timers.time("walk"):
+        clock.pass_(1, resident=900)
+        clock.pass_(1, resident=100)
+    assert timers.phases["walk"].memory == Memory(900, exact=True)
+    with timers.time("walk"):
+        clock.pass_(1, resident=200)
+    assert timers.phases["walk"].memory == Memory(900, exact=True)
+
+
+def test_real_memory_is_seen():
+    timers = Timers()
+    with timers.time("fill"):
+        kept = torch.ones(30_000_000)
+    with timers.time("after"):
+        pass
+    assert timers.phases["fill"].memory.bytes >= kept.nbytes
+    assert timers.phases["after"].memory.bytes >= kept.nbytes
+
+
+def test_without_proc_only_a_risen_peak_is_known(monkeypatch, clock):
+    monkeypatch.setattr(timers_module, "_resident_bytes", lambda: 0)
+    timers = Timers()
+    with timers.time("load"):
+        clock.pass_(1, resident=700)
+    with timers.time("walk"):
+        clock.pass_(1)
+    assert timers.phases["load"].memory == Memory(700, exact=True)
+    assert timers.phases["walk"].memory is None
+
+
+def test_a_gpu_is_read_and_waited_for(monkeypatch, clock):
+    calls = []
+    fake = SimpleNamespace(
+        memory_allocated=lambda device: 10,
+        max_memory_allocated=lambda device: 50 * (1 + len(calls)),
+        synchronize=lambda: calls.append("synchronize"),
+    )
+    monkeypatch.setattr(torch, "cuda", fake)
+    timers = Timers(torch.device("cuda", 0))
+    with timers.time("walk"):
+        pass
+    assert calls == ["synchronize"]
+    assert timers.phases["walk"].device_memory == Memory(100, exact=True)
+    assert Timers(torch.device("cpu"))._gauges[1] is None
