@@ -178,3 +178,79 @@ def test_an_error_in_meet_ends_the_walk_and_keeps_an_earlier_forward():
     with pytest.raises(ValueError, match="stop here"):
         walk(layers, [lambda: model(torch.ones(3, 8))], meet)
     assert model.blocks[0].forward is own
+
+
+def two_streams(model, batches, **options):
+    """Quantize with a full-precision stream beside; returns what reached each layer in both streams."""
+    layers = {layer.name: model.get_submodule(layer.name) for layer in make_plan(model, CONFIG).layers}
+    seen = {}
+    n = len(batches)
+
+    def meet(name, arrivals):
+        seen[name] = {arrival.job: arrival.x.clone() for arrival in arrivals}
+        module = layers[name]
+        hessian = Hessian(input_rows(module, arrivals[0].x).shape[1])
+        for arrival in arrivals[:n]:
+            hessian.add(input_rows(module, arrival.x))
+        W = weight_matrix(module)
+        set_weight_matrix(module, quantize_weight(W, hessian, CONFIG.defaults).codes.dequantize(W.dtype))
+
+    jobs = [lambda b=b: model(**b, use_cache=False) for b in [*batches, *batches]]
+    with torch.no_grad():
+        traffic = walk(layers, jobs, meet, references=range(n, 2 * n), **options)
+    return seen, traffic, layers
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "t5"])
+def test_references_see_the_unchanged_model_and_the_others_the_changed_one(family):
+    model = tiny_model(family)
+    batches = batches_for(model, 2)
+    seen, traffic, layers = two_streams(model, batches)
+    original = tiny_model(family)
+    for stream, whole in ((0, model), (len(batches), original)):
+        for name in layers:
+            inputs = []
+            module = whole.get_submodule(name)
+            hook = module.register_forward_pre_hook(lambda m, args, to=inputs: to.append(args[0]))
+            with torch.no_grad():
+                for batch in batches:
+                    whole(**batch, use_cache=False)
+            hook.remove()
+            for job, x in enumerate(inputs):
+                assert torch.equal(seen[name][stream + job], x), (name, stream)
+    assert traffic.unreached == []
+
+
+def test_the_end_of_a_block_hands_over_its_passages_and_takes_new_outputs():
+    model = tiny_model("llama")
+    batches = batches_for(model, 2)
+    blocks = {f"model.layers.{i}": block for i, block in enumerate(model.model.layers)}
+    left = []
+
+    def leave(name, passages):
+        assert [p.job for p in passages] == [0, 1, 2, 3]
+        block = blocks[name]
+        again = {p.job: block(*p.args, **p.kwargs) for p in passages[:2]}  # without a pause, changed weights
+        for passage in passages[:2]:
+            assert torch.equal(again[passage.job], passage.output)
+        left.append(name)
+        return {job: torch.zeros_like(output) for job, output in again.items()}
+
+    seen, traffic, layers = two_streams(model, batches, blocks=blocks, leave=leave)
+    assert left == list(blocks)
+    second = seen["model.layers.1.self_attn.q_proj"]
+    assert all(not second[job].any() for job in (0, 1))  # zeros were put in place of the first block's outputs
+    assert all(second[job].any() for job in (2, 3))
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_an_error_at_the_end_of_a_block_ends_the_walk_and_restores_the_model():
+    model = tiny_model("llama")
+    blocks = {"model.layers.0": model.model.layers[0]}
+
+    def leave(name, passages):
+        raise ValueError("stop here")
+
+    with pytest.raises(ValueError, match="stop here"):
+        two_streams(model, batches_for(model, 2), blocks=blocks, leave=leave)
+    assert all("forward" not in module.__dict__ for module in model.modules())

@@ -1,11 +1,17 @@
-"""The walk: many forward passes through one model, each paused at every layer of interest.
+"""The walk: many forward passes through one model, each paused at every place of interest.
 
 This file knows nothing of quantization. A job is a function that runs the model's own forward once.
-Each job runs in a greenlet; the forward of each layer is a meeting point, where the job hands over
-its input and pauses. When every live job is paused, the earliest waiting layer has all the inputs it
-will get: `meet` is called with them and may change the layer; then the layer's own forward gives each
-job its output and the job runs on. So every job goes through every layer once, and each layer's
-inputs come through all layers that were changed before it.
+Each job runs in a greenlet. There are two kinds of meeting points:
+
+- the forward of a *layer*: the job hands over its input and pauses. When every live job is paused, the
+  earliest waiting layer has all the inputs it will get: `meet` is called with them and may change the
+  layer; then the layer's own forward gives each job its output and the job runs on;
+- the end of the forward of a *block* of layers: the job hands over what went in and what came out. When
+  all jobs that are in the block are there, `leave` may change the block and the outputs.
+
+So every job goes through every layer once, and each layer's inputs come through all layers that were
+changed before it. Jobs called references see every layer as it was before `meet`: they are the same
+forward passes through the unchanged model, side by side with the others.
 
 Greenlets share one OS thread, so grad mode, autocast and default dtype are the same for all of them.
 """
@@ -13,7 +19,7 @@ Greenlets share one OS thread, so grad mode, autocast and default dtype are the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,13 +30,24 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Arrival:
-    """The input `x` that job number `job` brought to a meeting point."""
+    """The input `x` that job number `job` brought to a layer."""
 
     job: int
     x: Tensor
 
 
+@dataclass(frozen=True)
+class Passage:
+    """What job number `job` brought into a block, and what came out of it."""
+
+    job: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
 Meet = Callable[[str, list[Arrival]], None]
+Leave = Callable[[str, list[Passage]], Mapping[int, Any]]
 
 
 @dataclass
@@ -56,76 +73,189 @@ class _Call:
         return first
 
 
-def walk(layers: Mapping[str, nn.Module], jobs: Sequence[Callable[[], object]], meet: Meet) -> Traffic:
+@dataclass
+class _Exit:
+    """A job paused at the end of the block `name`."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+def walk(
+    layers: Mapping[str, nn.Module],
+    jobs: Sequence[Callable[[], object]],
+    meet: Meet,
+    *,
+    references: Collection[int] = (),
+    blocks: Mapping[str, nn.Module] | None = None,
+    leave: Leave | None = None,
+) -> Traffic:
     """Run all `jobs` in lockstep and call ``meet(name, arrivals)`` once for every layer reached.
 
-    The walk ends when the last layer has been met: what the model would compute after it is not run.
-    A job that arrives at a layer already met (a layer used twice, or an expert reached out of order)
-    runs through it and is counted in `Traffic.late`.
+    The walk ends when the last layer has been met and its block left: what the model would compute after
+    that is not run. A job that arrives at a layer already met (a layer used twice, or an expert reached
+    out of order) runs through it and is counted in `Traffic.late`; so does a reference, which then sees
+    the changed layer.
 
     Args:
         layers: name → module, in the order in which layers that wait at the same time are served.
         jobs: each runs one forward pass of the model that holds the layers.
-        meet: may replace the layer's weight. Arrivals are in job order.
+        meet: may replace the layer's parameters. Arrivals are in job order.
+        references: numbers of the jobs that see each layer as it was before `meet`.
+        blocks: name → module; their layers have names that begin with the block's name and a dot.
+        leave: called with all passages through a block, in job order; the block and its layers then run
+            normally. Returns new outputs for the jobs that need one.
 
     Raises:
-        Exception: whatever a job or `meet` raises; all jobs are then ended and the layers restored.
+        Exception: whatever a job, `meet` or `leave` raises; all jobs are then ended and the layers restored.
     """
-    traffic = Traffic()
-    order = {name: position for position, name in enumerate(layers)}
-    forwards = {name: module.forward for name, module in layers.items()}
-    unmet = set(layers)
-    waiting: dict[int, _Call] = {}
-    tasks = [greenlet(job) for job in jobs]
+    return _Walk(layers, jobs, meet, frozenset(references), dict(blocks or {}), leave).run()
 
-    def advance(job: int, *output: object) -> None:
-        call = tasks[job].switch(*output)
-        if not tasks[job].dead:
-            waiting[job] = call
 
-    with _meeting_points(layers), _ended(tasks):
-        for job in range(len(tasks)):
-            advance(job)
-        while waiting and unmet:
-            name = min((call.name for call in waiting.values()), key=order.__getitem__)
-            group = [job for job in sorted(waiting) if waiting[job].name == name]
-            if name in unmet:
-                meet(name, [Arrival(job, waiting[job].x) for job in group])
-                unmet.remove(name)
-                traffic.met.append(name)
-            else:
-                traffic.late[name] += len(group)
-            for job in group:
-                if not unmet:
-                    break
-                call = waiting.pop(job)
-                output = forwards[name](*call.args, **call.kwargs)
-                del call  # the input may be freed as soon as the job itself lets go of it
-                advance(job, output)
-                del output
-    traffic.unreached = [name for name in layers if name in unmet]
-    return traffic
+class _Walk:
+    """The state of one walk."""
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        jobs: Sequence[Callable[[], object]],
+        meet: Meet,
+        references: frozenset[int],
+        blocks: Mapping[str, nn.Module],
+        leave: Leave | None,
+    ) -> None:
+        self.layers, self.meet, self.references = layers, meet, references
+        self.blocks, self.leave = blocks, leave
+        self.order = _order(list(layers), list(blocks))
+        self.forwards = {name: module.forward for name, module in layers.items()}
+        self.unmet, self.unleft = set(layers), set(blocks)
+        self.traffic = Traffic()
+        self.waiting: dict[int, _Call | _Exit] = {}
+        self.tasks = [greenlet(job) for job in jobs]
+
+    def run(self) -> Traffic:
+        with _meeting_points(self.layers, self.blocks), _ended(self.tasks):
+            for job in range(len(self.tasks)):
+                self.advance(job)
+            while self.waiting and (self.unmet or self.unleft):
+                first = min(self.waiting.values(), key=self.position)
+                group = [job for job in sorted(self.waiting) if self.waiting[job].name == first.name]
+                if isinstance(first, _Exit):
+                    self.pass_block(first.name, group)
+                else:
+                    self.pass_layer(first.name, group)
+        self.traffic.unreached = [name for name in self.layers if name in self.unmet]
+        return self.traffic
+
+    def position(self, stop: _Call | _Exit) -> int:
+        return self.order[stop.name]
+
+    def advance(self, job: int, *output: object) -> None:
+        stop = self.tasks[job].switch(*output)
+        if not self.tasks[job].dead:
+            self.waiting[job] = stop
+
+    def pass_layer(self, name: str, group: list[int]) -> None:
+        module = self.layers[name]
+        before = dict(module._parameters)
+        if name in self.unmet:
+            self.meet(name, [Arrival(job, self.call(job).x) for job in group])
+            self.unmet.remove(name)
+            self.traffic.met.append(name)
+        else:
+            self.traffic.late[name] += len(group)
+        for job in group:
+            if not (self.unmet or self.unleft):
+                return
+            call = self.call(job)
+            del self.waiting[job]
+            with _parameters(module, before if job in self.references else None):
+                output = self.forwards[name](*call.args, **call.kwargs)
+            del call  # the input may be freed as soon as the job itself lets go of it
+            self.advance(job, output)
+            del output
+
+    def call(self, job: int) -> _Call:
+        call = self.waiting[job]
+        assert isinstance(call, _Call)
+        return call
+
+    def pass_block(self, name: str, group: list[int]) -> None:
+        passages = []
+        for job in group:
+            stop = self.waiting.pop(job)
+            assert isinstance(stop, _Exit)
+            passages.append(Passage(job, stop.args, stop.kwargs, stop.output))
+        outputs: dict[int, Any] = {passage.job: passage.output for passage in passages}
+        if name in self.unleft and self.leave is not None:
+            outputs |= self.leave(name, passages)
+        self.unleft.discard(name)
+        del passages, stop
+        for job in group:
+            if not (self.unmet or self.unleft):
+                return
+            self.advance(job, outputs.pop(job))
+
+
+def _order(layers: list[str], blocks: list[str]) -> dict[str, int]:
+    """Positions of layers and of the ends of blocks: a block ends after the last of its layers."""
+    last = {block: max(i for i, name in enumerate(layers) if name.startswith(f"{block}.")) for block in blocks}
+    keys = {name: (i, 0) for i, name in enumerate(layers)} | {block: (last[block], 1) for block in blocks}
+    return {name: i for i, name in enumerate(sorted(keys, key=keys.__getitem__))}
 
 
 @contextmanager
-def _meeting_points(layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Replace the forward of each layer by a pause; put back exactly what was there."""
-    hub = getcurrent()
-
-    def pause(name: str) -> Callable[..., Any]:
-        return lambda *args, **kwargs: hub.switch(_Call(name, args, kwargs))
-
-    previous = {name: module.__dict__.get("forward") for name, module in layers.items()}
+def _parameters(module: nn.Module, parameters: dict[str, Any] | None) -> Iterator[None]:
+    """While entered, `module` has these parameters, if any are given."""
+    if parameters is None:
+        yield
+        return
+    current = module._parameters
+    module._parameters = parameters
     try:
-        for name, module in layers.items():
-            module.__dict__["forward"] = pause(name)
         yield
     finally:
-        for name, module in layers.items():
-            if previous[name] is None:
+        module._parameters = current
+
+
+@contextmanager
+def _meeting_points(layers: Mapping[str, nn.Module], blocks: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Replace the forward of each layer and block by one that pauses; put back exactly what was there.
+
+    Outside of the jobs, as in `leave`, they run without a pause.
+    """
+    hub = getcurrent()
+
+    def pause(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def paused(*args: Any, **kwargs: Any) -> Any:
+            if getcurrent() is hub:
+                return forward(*args, **kwargs)
+            return hub.switch(_Call(name, args, kwargs))
+
+        return paused
+
+    def pause_after(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def paused(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            return output if getcurrent() is hub else hub.switch(_Exit(name, args, kwargs, output))
+
+        return paused
+
+    stops = [(module, pause(name, module.forward)) for name, module in layers.items()]
+    stops += [(module, pause_after(name, module.forward)) for name, module in blocks.items()]
+    previous = [module.__dict__.get("forward") for module, _ in stops]
+    try:
+        for module, forward in stops:
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for (module, _), own in zip(stops, previous, strict=True):
+            if own is None:
                 del module.__dict__["forward"]
             else:
-                module.__dict__["forward"] = previous[name]
+                module.__dict__["forward"] = own
 
 
 @contextmanager
