@@ -1,0 +1,122 @@
+"""The GPTQ paper's recipe in plain torch: the baseline of benchmarks/accuracy.py.
+
+Nothing of fewbit's solver is used here. The recipe (Frantar et al., arXiv:2210.17323, and its authors' code):
+
+- H = X Xᵀ, with λ = 0.01 · mean(diag H) added to its diagonal; columns that were never active are set to 0;
+- columns in their order, or by falling diag H (act-order); the error of each spreads over the columns after
+  it with U, the upper Cholesky factor of H⁻¹;
+- the min-max grid of a group is fitted when the sweep reaches the group, on the weights as they then are;
+- true-sequential: each layer is calibrated through all quantized layers before it.
+
+Scales are rounded to float16, as every GPTQ file stores them. Zero points are 0 … 2^bits − 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.config import QuantConfig
+from fewbit.plan import make_plan
+from fewbit.walk.layers import input_rows, set_weight_matrix, weight_matrix
+from fewbit.walk.lockstep import Arrival, walk
+
+_BLOCK_COLUMNS = 128
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Group size −1 means one group per row."""
+
+    bits: int
+    group_size: int
+    sym: bool
+    act_order: bool
+    damp: float = 0.01
+
+
+def min_max_grid(W: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero point, (m, 1) each, so that the range of each row of W (m, g) and 0 lie on the grid."""
+    low, high = W.amin(1, keepdim=True).clamp(max=0), W.amax(1, keepdim=True).clamp(min=0)
+    if sym:
+        high = torch.maximum(-low, high)
+        low = -high
+    empty = high == low
+    s = torch.where(empty, 1.0, (high - low) / (2**bits - 1)).half().float().clamp(min=2.0**-24)
+    z = torch.full_like(s, 2.0 ** (bits - 1)) if sym else torch.round(-low / s)
+    return s, z.clamp(0, 2**bits - 1)
+
+
+def gptq(W: Tensor, H: Tensor, recipe: Recipe) -> Tensor:
+    """The quantized weights Ŵ (m, n) for W (m, n) and H = X Xᵀ (n, n), all float32."""
+    W, H = W.clone(), H.clone()
+    n, levels = W.shape[1], 2**recipe.bits - 1
+    group_size = n if recipe.group_size == -1 else recipe.group_size
+    dead = H.diagonal() == 0
+    H.diagonal()[dead] = 1
+    W[:, dead] = 0
+    perm = torch.argsort(H.diagonal(), descending=True) if recipe.act_order else torch.arange(n)
+    W, H = W[:, perm], H[perm][:, perm]
+    H.diagonal().add_(recipe.damp * H.diagonal().mean())
+    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+    W_hat = torch.empty_like(W)
+    s = z = W.new_ones(len(W), 1)
+    for start in range(0, n, _BLOCK_COLUMNS):
+        end = min(start + _BLOCK_COLUMNS, n)
+        E = torch.empty_like(W[:, start:end])
+        for i in range(start, end):
+            if i % group_size == 0:
+                # The rest of the group may lie beyond this block, whose errors it has not received yet.
+                W_group = W[:, i : i + group_size].clone()
+                W_group[:, end - i :] -= E[:, : i - start] @ U[start:i, end : i + group_size]
+                s, z = min_max_grid(W_group, recipe.bits, recipe.sym)
+            w = W[:, i : i + 1]
+            w_hat = s * (torch.round(w / s).add_(z).clamp_(0, levels) - z)
+            e = (w - w_hat) / U[i, i]
+            W[:, i:end] -= e * U[i, i:end]
+            W_hat[:, i], E[:, i - start] = w_hat[:, 0], e[:, 0]
+        W[:, end:] -= E @ U[start:end, end:]
+    return W_hat[:, torch.argsort(perm)]
+
+
+def quantize(model: nn.Module, batches: Sequence[dict[str, Tensor]], recipe: Recipe) -> int:
+    """Put the quantized weights, dequantized, in place of those of every layer that fewbit would quantize.
+
+    Args:
+        model: in evaluation mode, on the CPU.
+        batches: keyword arguments of its forward, without padding.
+
+    Returns:
+        The number of layers quantized.
+    """
+    layers = {layer.name: model.get_submodule(layer.name) for layer in make_plan(model, QuantConfig()).layers}
+    hessians = _Hessians()
+
+    def meet(name: str, arrivals: list[Arrival]) -> None:
+        module = layers[name]
+        W_hat = gptq(weight_matrix(module).float(), hessians.of(module, arrivals), recipe)
+        set_weight_matrix(module, W_hat)
+
+    with torch.no_grad():
+        traffic = walk(layers, [lambda b=batch: model(**b, use_cache=False) for batch in batches], meet)
+    return len(traffic.met)
+
+
+class _Hessians:
+    """H = X Xᵀ of what arrived; the last one is kept, as q, k and v receive the same tensors."""
+
+    def __init__(self) -> None:
+        self._inputs: list[Tensor] = []
+        self._H = torch.empty(0, 0)
+
+    def of(self, module: nn.Module, arrivals: list[Arrival]) -> Tensor:
+        inputs = [arrival.x for arrival in arrivals]
+        if len(inputs) != len(self._inputs) or any(
+            a is not b for a, b in zip(inputs, self._inputs, strict=True)
+        ):
+            self._H = sum((X.T @ X for X in (input_rows(module, x).float() for x in inputs)), start=0)
+            self._inputs = inputs
+        return self._H
