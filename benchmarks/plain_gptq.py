@@ -53,7 +53,7 @@ def min_max_grid(W: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
 def gptq(W: Tensor, H: Tensor, recipe: Recipe) -> Tensor:
     """The quantized weights Ŵ (m, n) for W (m, n) and H = X Xᵀ (n, n), all float32."""
     W, H = W.clone(), H.clone()
-    n, levels = W.shape[1], 2**recipe.bits - 1
+    n = W.shape[1]
     group_size = n if recipe.group_size == -1 else recipe.group_size
     dead = H.diagonal() == 0
     H.diagonal()[dead] = 1
@@ -74,7 +74,7 @@ def gptq(W: Tensor, H: Tensor, recipe: Recipe) -> Tensor:
                 W_group[:, end - i :] -= E[:, : i - start] @ U[start:i, end : i + group_size]
                 s, z = min_max_grid(W_group, recipe.bits, recipe.sym)
             w = W[:, i : i + 1]
-            w_hat = s * (torch.round(w / s).add_(z).clamp_(0, levels) - z)
+            w_hat = _rounded(w, s, z, recipe.bits)
             e = (w - w_hat) / U[i, i]
             W[:, i:end] -= e * U[i, i:end]
             W_hat[:, i], E[:, i - start] = w_hat[:, 0], e[:, 0]
@@ -82,27 +82,41 @@ def gptq(W: Tensor, H: Tensor, recipe: Recipe) -> Tensor:
     return W_hat[:, torch.argsort(perm)]
 
 
-def quantize(model: nn.Module, batches: Sequence[dict[str, Tensor]], recipe: Recipe) -> int:
+def round_to_nearest(W: Tensor, recipe: Recipe) -> Tensor:
+    """Ŵ (m, n): each weight at the nearest point of the min-max grid of its group."""
+    groups = W.split(W.shape[1] if recipe.group_size == -1 else recipe.group_size, dim=1)
+    return torch.cat([_rounded(w, *min_max_grid(w, recipe.bits, recipe.sym), recipe.bits) for w in groups], 1)
+
+
+def _rounded(w: Tensor, s: Tensor, z: Tensor, bits: int) -> Tensor:
+    return s * (torch.round(w / s).add_(z).clamp_(0, 2**bits - 1) - z)
+
+
+def quantize(model: nn.Module, batches: Sequence[dict[str, Tensor]], recipe: Recipe) -> dict[str, Tensor]:
     """Put the quantized weights, dequantized, in place of those of every layer that fewbit would quantize.
 
     Args:
         model: in evaluation mode, on the CPU.
-        batches: keyword arguments of its forward, without padding.
+        batches: keyword arguments of its forward, without padding. With none: round-to-nearest.
 
     Returns:
-        The number of layers quantized.
+        Layer name → Ŵ (out, in) in float32, which the model holds rounded to its own dtype.
     """
     layers = {layer.name: model.get_submodule(layer.name) for layer in make_plan(model, QuantConfig()).layers}
     hessians = _Hessians()
+    found: dict[str, Tensor] = {}
 
     def meet(name: str, arrivals: list[Arrival]) -> None:
-        module = layers[name]
-        W_hat = gptq(weight_matrix(module).float(), hessians.of(module, arrivals), recipe)
-        set_weight_matrix(module, W_hat)
+        W = weight_matrix(layers[name]).float()
+        H = hessians.of(layers[name], arrivals) if arrivals else None
+        found[name] = round_to_nearest(W, recipe) if H is None else gptq(W, H, recipe)
+        set_weight_matrix(layers[name], found[name])
 
     with torch.no_grad():
-        traffic = walk(layers, [lambda b=batch: model(**b, use_cache=False) for batch in batches], meet)
-    return len(traffic.met)
+        walk(layers, [lambda b=batch: model(**b, use_cache=False) for batch in batches], meet)
+        for name in layers.keys() - found.keys():  # no token reached it
+            meet(name, [])
+    return found
 
 
 class _Hessians:
