@@ -370,7 +370,7 @@ def main() -> None:
         raise SystemExit(f"{', '.join(map(str, missing))}: missing; run `python benchmarks/prepare.py` first")
     model = prepare.DATA / arguments.model  # an absolute path stays what it is
     protocol = Protocol(
-        model.name,
+        arguments.model,
         name_of(arguments.calibration),
         arguments.samples,
         arguments.seq_len,
