@@ -54,6 +54,9 @@ def quantize(arguments: argparse.Namespace, tokens: list[list[int]]) -> dict[str
     if not same_tokens(model.prepare_dataset(calibration, batch_size=1), tokens):
         raise SystemExit("GPTQModel does not calibrate on the tokens it was given: no fair comparison")
     log = model.quantize(calibration, batch_size=1)
+    used = {int(layer["samples"]) for layers in log.values() for layer in layers}
+    if used != {sum(map(len, tokens))}:
+        raise SystemExit(f"GPTQModel calibrated on {used} tokens per layer: no fair comparison")
     model.save(arguments.output)
     return {
         "seconds": time.perf_counter() - started,
