@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import __version__
+from . import __version__, budget
 from .calibration import Calibration, prepare
 from .checkpoint.assemble import checkpoint_tensors, names_on_disk
 from .checkpoint.quantization import build as build_quantization_config
@@ -158,11 +158,14 @@ class _PathJob:
             model = self.source.load_model(self.config.dtype, device)
             check_weights(model)
             plan = make_plan(model, self.config)
+            budget.check(plan, self.config)
             fingerprint = _fingerprint(self.config, calibration, self.source.fingerprint())
         journal = Journal(self.output, fingerprint, resume)
         try:
             resumed = len(journal.records)
-            notes = [*self.source.notes, *plan.notes, *calibration.notes, *journal.notes]
+            store = budget.Store(journal.folder, fingerprint, journal.records)
+            plan, choice = budget.meet(model, plan, self.config, calibration, timers, self.progress, store)
+            notes = [*self.source.notes, *plan.notes, *calibration.notes, *journal.notes, *choice]
             notes += quantize_layers(model, plan, self.config, calibration, journal, timers, self.progress)
             with timers.time("write"):
                 self._write(model, plan, calibration, journal, shard_bytes, tokenizer)
@@ -249,7 +252,8 @@ def _quantize_module(model: M, config: QuantConfig, dataset: Any, tokenizer: Any
     plan = make_plan(model, config)
     was_training = model.training
     model.eval()
-    notes = [*plan.notes, *calibration.notes]
+    plan, choice = budget.meet(model, plan, config, calibration, timers, progress)
+    notes = [*plan.notes, *calibration.notes, *choice]
     notes += quantize_layers(model, plan, config, calibration, sink, timers, progress)
     quantization = _quantization_config(config, model, plan, calibration)
     replace_layers(model, plan, sink.tensors, quantization)
@@ -332,6 +336,9 @@ def _quantization_config(
     """In the names of the original files, which are those of the result."""
     names = [layer.name for layer in plan.layers] + [item.name for item in plan.skipped]
     on_disk = names_on_disk(model, names)
+    if config.target_bits is not None:
+        bits, group_size = budget.stated(plan)
+        config = replace(config, bits=bits, group_size=group_size)
     return build_quantization_config(
         config,
         {name: layer.settings for layer in plan.layers for name in on_disk[layer.name]},

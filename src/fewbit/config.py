@@ -167,6 +167,11 @@ class QuantConfig:
                 "target_bits is the average number of stored bits per weight, scales and zero points counted: "
                 f"above 2, at most 9; got {self.target_bits!r}"
             )
+        if self.target_bits is not None and self.method != "gptq":
+            raise ConfigError(
+                f"target_bits measures the layers on calibration text, which method {self.method!r} has none of: use "
+                "method gptq, or choose bits with override"
+            )
         if self.fast and (self.tune or self.correction not in (AUTO, 0)):
             raise ConfigError(
                 "fast runs no full-precision stream, which correction and tune need: leave out fast or those"
@@ -190,6 +195,13 @@ class QuantConfig:
             if re.search(pattern, name):
                 return self._overridden(pattern, settings)
         return self.defaults
+
+    def overridden(self, name: str) -> frozenset[str]:
+        """Names of the settings that an override gives the layer called `name`."""
+        for pattern, settings in self.override.items():
+            if re.search(pattern, name):
+                return frozenset() if isinstance(settings, str) else frozenset(settings)
+        return frozenset()
 
     def _overridden(self, pattern: str, settings: Mapping[str, Any] | str) -> LayerSettings | None:
         if settings == SKIP:

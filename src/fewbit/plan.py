@@ -7,9 +7,10 @@ with its reason. In a model without numbered blocks every layer is quantized.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -108,6 +109,16 @@ def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
         )
         raise ModelError(f"nothing to quantize in {type(model).__name__}: {listed}")
     return Plan(tuple(layers), tuple(skipped), tuple(_notes(layers)))
+
+
+def with_settings(plan: Plan, chosen: Mapping[str, tuple[int, int]]) -> Plan:
+    """The plan with other bits and group sizes: layer name → (bits, group_size), for every layer."""
+    layers = []
+    for layer in plan.layers:
+        bits, group_size = chosen[layer.name]
+        settings = dataclasses.replace(layer.settings, bits=bits, group_size=group_size)
+        layers.append(dataclasses.replace(layer, settings=settings))
+    return Plan(tuple(layers), plan.skipped, tuple(_notes(layers)))
 
 
 def output_embedding_name(model: nn.Module) -> str | None:
