@@ -25,9 +25,8 @@ def command(model, out, text, *more):
 
 
 def contents(folder):
-    return {
-        p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != "fewbit_report.json"
-    }
+    reports = ("fewbit_report.json", "fewbit_report.html")
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name not in reports}
 
 
 @pytest.fixture(scope="module")

@@ -30,8 +30,9 @@ from .config import QuantConfig
 from .errors import CalibrationError, ConfigError, ModelError, OutputError
 from .evaluate import evaluate, windows
 from .plan import Plan, make_plan, output_embedding_name
-from .report.collect import Report, collect
+from .report.collect import PAGE_NAME, REPORT_NAME, Origin, Report, collect, write_text
 from .report.model_card import CARD_NAME, model_card
+from .report.reproduce import reproduce
 from .source import Source, load_tokenizer, open_source
 from .timers import Timers
 from .walk.journal import Journal, check_output
@@ -90,6 +91,17 @@ def quantize(
     """
     config = config or QuantConfig()
     progress = progress or _silent
+    arguments = {
+        "dataset": dataset,
+        "tokenizer": tokenizer,
+        "output": output,
+        "device": device,
+        "max_shard_size": max_shard_size,
+        "trust_remote_code": trust_remote_code,
+        "allow_pickle": allow_pickle,
+        "evaluate_on": evaluate_on,
+    }
+    command = reproduce(model, config, arguments)
     if isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(tokenizer)
     if isinstance(model, nn.Module):
@@ -98,7 +110,7 @@ def quantize(
                 "output, evaluate_on, push_to_hub and dtype are for models on disk; this one is in memory: quantize "
                 "it, then call model.save_pretrained, model.push_to_hub or fewbit.evaluate.evaluate"
             )
-        return _quantize_module(model, config, dataset, tokenizer, progress)
+        return _quantize_module(model, config, dataset, tokenizer, progress, command)
     if output is None:
         raise ConfigError("no output folder was given: pass output=…")
     if dataset == "-" == evaluate_on:
@@ -108,14 +120,12 @@ def quantize(
     check_output(Path(output))
     shard_bytes = parse_size(max_shard_size)
     source = open_source(model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
-    job = _PathJob(source, config, Path(output), progress)
+    origin = {"name": _model_name(model), "hub_id": None if Path(model).expanduser().exists() else str(model)}
+    job = _PathJob(source, config, Path(output), progress, origin, command, push_to_hub)
     where = resolve_device(device)
     # Read before the work, so that a text that cannot be used is refused now.
-    text = None if evaluate_on is None else job.evaluation_windows(evaluate_on, tokenizer)
-    report = job.run(dataset, tokenizer, where, resume, shard_bytes)
-    if text is not None:
-        report = replace(report, evaluation=job.evaluate(text, where))
-        report.write(job.output)
+    evaluation = None if evaluate_on is None else job.evaluation(evaluate_on, tokenizer)
+    report = job.run(dataset, tokenizer, where, resume, shard_bytes, evaluation)
     if push_to_hub is not None:
         _upload(job.output, push_to_hub)
     return report
@@ -137,6 +147,14 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+@dataclass(frozen=True)
+class _Evaluation:
+    """What the result will be measured on: token ids (count, seq_len), and where they are from."""
+
+    dataset: str
+    windows: Tensor
+
+
 @dataclass
 class _PathJob:
     """One run from a model on disk to a checkpoint on disk."""
@@ -145,11 +163,20 @@ class _PathJob:
     config: QuantConfig
     output: Path
     progress: Progress
+    origin: dict[str, Any]
+    command: str
+    repository: str | None
 
     def run(
-        self, dataset: Any, tokenizer: Any, device: torch.device, resume: bool, shard_bytes: int
+        self,
+        dataset: Any,
+        tokenizer: Any,
+        device: torch.device,
+        resume: bool,
+        shard_bytes: int,
+        evaluation: _Evaluation | None,
     ) -> Report:
-        start, timers = time.perf_counter(), Timers()
+        start, timers = time.perf_counter(), Timers(device)
         with timers.time("calibration"):
             model_config = self.source.load_config()
             tokenizer = tokenizer or self.source.load_tokenizer()
@@ -159,6 +186,7 @@ class _PathJob:
             check_weights(model)
             plan = make_plan(model, self.config)
             budget.check(plan, self.config)
+            origin = Origin.of(model, **self.origin, files=self.source.weight_files())
             fingerprint = _fingerprint(self.config, calibration, self.source.fingerprint())
         journal = Journal(self.output, fingerprint, resume)
         try:
@@ -171,6 +199,7 @@ class _PathJob:
                 self._write(model, plan, calibration, journal, shard_bytes, tokenizer)
             report = collect(
                 output=self.output,
+                origin=origin,
                 config=self.config,
                 plan=plan,
                 records=journal.records,
@@ -178,17 +207,24 @@ class _PathJob:
                 calibration=calibration,
                 notes=notes,
                 seconds=time.perf_counter() - start,
-                seconds_by_phase=timers.seconds,
+                timers=timers,
                 resumed_layers=resumed,
+                command=self.command,
             )
-            report.write(self.output)
+            self._leave(report)
+            if evaluation is not None:
+                del model  # two others are about to be loaded
+                with timers.time("evaluate"):
+                    scores = self._evaluate(evaluation, device)
+                report = replace(report, evaluation=scores, phases=tuple(timers.to_list()))
+                self._leave(report)
             journal.remove()
         finally:
             journal.close()
         _log(report)
         return report
 
-    def evaluation_windows(self, dataset: Any, tokenizer: Any) -> Tensor:
+    def evaluation(self, dataset: Any, tokenizer: Any) -> _Evaluation:
         """The windows on which the result will be measured."""
         config = self.source.load_config()
         if getattr(config, "is_encoder_decoder", False):
@@ -197,22 +233,31 @@ class _PathJob:
             )
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) or EVALUATION_SEQ_LEN
         seq_len = min(EVALUATION_SEQ_LEN, positions)
-        return windows(dataset, tokenizer or self.source.load_tokenizer(), seq_len, EVALUATION_WINDOWS)
+        text = windows(dataset, tokenizer or self.source.load_tokenizer(), seq_len, EVALUATION_WINDOWS)
+        return _Evaluation(_text_name(dataset), text)
 
-    def evaluate(self, text: Tensor, device: torch.device) -> dict[str, Any]:
+    def _evaluate(self, evaluation: _Evaluation, device: torch.device) -> dict[str, Any]:
         """Perplexity of the original and of the result, and the distance between them."""
         from .runtime.load import load
 
         base = self.source.load_model("auto", device)
         model = load(self.output, device=device, trust_remote_code=self.source.trust_remote_code)
 
+        text = evaluation.windows
+
         def report(start: int) -> Callable[[int, int], None]:
             return lambda done, total: self.progress("evaluate", start + done, 2 * total)
 
         return {
+            "dataset": evaluation.dataset,
             "base": evaluate(base, text, progress=report(0)).to_dict(),
             "quantized": evaluate(model, text, against=base, progress=report(len(text))).to_dict(),
         }
+
+    def _leave(self, report: Report) -> None:
+        """The report and the model card: about the run, so after the checkpoint, which is complete without them."""
+        report.write(self.output)
+        write_text(self.output / CARD_NAME, model_card(report.to_dict(), self.repository))
 
     def _write(
         self,
@@ -233,23 +278,26 @@ class _PathJob:
         extra: dict[str, Path | bytes] = dict(self.source.files_to_copy())
         if self.source.gguf is not None:
             extra.update(_saved_files(tokenizer, getattr(model, "generation_config", None)))
-        extra[CARD_NAME] = model_card(self.config, plan, journal.records, calibration.tokens)
         with CheckpointWriter(self.output, shard_bytes) as writer:
             for name, tensor in checkpoint_tensors(model, names, journal.tensors):
                 writer.add(name, tensor)
             writer.finish(config, _quantization_config(self.config, model, plan, calibration), extra)
 
 
-def _quantize_module(model: M, config: QuantConfig, dataset: Any, tokenizer: Any, progress: Progress) -> M:
+def _quantize_module(
+    model: M, config: QuantConfig, dataset: Any, tokenizer: Any, progress: Progress, command: str
+) -> M:
     """Quantize a model in memory, in place. An error midway leaves it partly changed."""
     from .runtime.replace import replace_layers
 
-    start, timers, sink = time.perf_counter(), Timers(), MemorySink()
+    start, sink = time.perf_counter(), MemorySink()
+    timers = Timers(next((parameter.device for parameter in model.parameters()), None))
     if getattr(getattr(model, "config", None), "quantization_config", None):
         raise ModelError(f"this {type(model).__name__} is already quantized: quantize the original model")
     calibration = _calibrate(config, dataset, tokenizer, getattr(model, "config", None))
     check_weights(model)
     plan = make_plan(model, config)
+    origin = Origin.of(model, type(model).__name__)
     was_training = model.training
     model.eval()
     plan, choice = budget.meet(model, plan, config, calibration, timers, progress)
@@ -259,6 +307,7 @@ def _quantize_module(model: M, config: QuantConfig, dataset: Any, tokenizer: Any
     replace_layers(model, plan, sink.tensors, quantization)
     report = collect(
         output=None,
+        origin=origin,
         config=config,
         plan=plan,
         records=sink.records,
@@ -266,8 +315,9 @@ def _quantize_module(model: M, config: QuantConfig, dataset: Any, tokenizer: Any
         calibration=calibration,
         notes=notes,
         seconds=time.perf_counter() - start,
-        seconds_by_phase=timers.seconds,
+        timers=timers,
         resumed_layers=0,
+        command=command,
     )
     _log(report)
     model.fewbit_report = report  # type: ignore[assignment]
@@ -347,6 +397,19 @@ def _quantization_config(
     )
 
 
+def _model_name(model: str | Path) -> str:
+    """For people: the Hub id, or the name of the folder or file."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() else str(model)
+
+
+def _text_name(dataset: Any) -> str:
+    """For people: the name of a set or file, without its folder."""
+    if dataset == "-":
+        return "standard input"
+    return Path(dataset).name if isinstance(dataset, (str, Path)) else "given texts"
+
+
 def _upload(folder: Path, repository: str) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -355,7 +418,10 @@ def _upload(folder: Path, repository: str) -> None:
     try:
         hub.create_repo(repository, exist_ok=True)
         hub.upload_folder(
-            repo_id=repository, folder_path=folder, commit_message=f"Quantized with fewbit {__version__}"
+            repo_id=repository,
+            folder_path=folder,
+            commit_message=f"Quantized with fewbit {__version__}",
+            ignore_patterns=[REPORT_NAME, PAGE_NAME],  # they tell paths of this machine
         )
     except (HfHubHTTPError, OSError) as error:
         raise OutputError(

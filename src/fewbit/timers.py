@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,10 @@ class Timers:
     def seconds(self) -> dict[str, float]:
         """Seconds by phase; a phase includes those inside it."""
         return {name: phase.seconds for name, phase in self.phases.items()}
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """The phases in plain JSON types, in the order of first entry."""
+        return [asdict(phase) for phase in self.phases.values()]
 
     def _close(self, entry: _Entry) -> None:
         phase = entry.phase

@@ -161,13 +161,18 @@ def _correction(text: str) -> float | str:
 
 def _after_interrupt(output: Path) -> str:
     if (output / "config.json").exists():
-        return f"interrupted. {output} is complete; measure it with `fewbit eval {output} --against MODEL`."
+        return (
+            f"interrupted. The checkpoint in {output} is complete; run the same command again for its evaluation, "
+            f"or measure it with `fewbit eval {output} --against MODEL`."
+        )
     if (output / ".fewbit").exists():
         return f"interrupted. Finished blocks are kept in {output}: run the same command again to go on."
     return "interrupted, before there was anything to keep."
 
 
 def _show(report: Any, verbose: bool) -> None:
+    from ..report.collect import PAGE_NAME
+
     results = Console()
     if verbose:
         results.print(_layer_table(report))
@@ -194,6 +199,7 @@ def _show(report: Any, verbose: bool) -> None:
             f"same first choice {after['top1_agreement']:.1%}",
         )
     table.add_row("written to", str(report.output))
+    table.add_row("report", str(Path(report.output) / PAGE_NAME))
     results.print(table)
     for note in report.notes:
         console.print(f"note: {note}", markup=False, highlight=False)

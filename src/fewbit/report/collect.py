@@ -1,7 +1,8 @@
 """The report of a run: what was done to every layer, what was not done and why, what it cost.
 
-Written as ``fewbit_report.json`` beside the checkpoint. Times and memory live here and nowhere else,
-so that the checkpoint itself is the same bytes for the same inputs.
+`Report.write` puts ``fewbit_report.json`` and the same as a page, ``fewbit_report.html``, beside the checkpoint.
+Times, memory and paths live there and nowhere else, so that the checkpoint itself is the same bytes for the same
+inputs.
 """
 
 from __future__ import annotations
@@ -9,22 +10,61 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import __version__
 from ..calibration import Calibration
 from ..config import QuantConfig
 from ..errors import OutputError
 from ..plan import Plan
+from ..timers import Timers, peak_memory_bytes
+from .html import page
 
 REPORT_NAME = "fewbit_report.json"
+PAGE_NAME = "fewbit_report.html"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The model before the run.
+
+    Attributes:
+        name: for people: the Hub id, the folder's or file's name, or the class.
+        hub_id: where it came from the Hub.
+        architecture: its class. dtype: in which it was read. parameters, bytes: of all its parameters, in that dtype.
+        file_bytes: of the weight files it was read from; None for a model that was in memory.
+    """
+
+    name: str
+    hub_id: str | None
+    architecture: str
+    dtype: str
+    parameters: int
+    bytes: int
+    file_bytes: int | None
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, name: str, *, hub_id: str | None = None, files: Iterable[Path] | None = None
+    ) -> Origin:
+        """Measure `model`; to be called before it is changed."""
+        parameters = list(model.parameters())
+        return cls(
+            name=name,
+            hub_id=hub_id,
+            architecture=type(model).__name__,
+            dtype=str(parameters[0].dtype).removeprefix("torch."),
+            parameters=sum(parameter.numel() for parameter in parameters),
+            bytes=sum(parameter.nbytes for parameter in parameters),
+            file_bytes=None if files is None else sum(path.stat().st_size for path in files),
+        )
 
 
 @dataclass(frozen=True)
@@ -33,29 +73,42 @@ class Report:
 
     Attributes:
         output: folder of the checkpoint, or None for a model quantized in memory.
+        model: the model before the run, see `Origin`.
         layers: one record per quantized layer (see `walk.quantizer.LayerRecord`).
         skipped: weight matrices left as they are: name, shape, reason.
         bits_per_weight: stored bits of the quantized layers (codes, scales, zeros, g_idx) per weight.
+        quantized_bytes: of those layers. result_bytes: of the whole result's weights.
         fallbacks: kind of fallback → number of layers that needed it; empty in the normal case.
         notes: everything a user should know, in sentences.
-        seconds: total and by phase. peak_memory_bytes: of the process; None where unknown.
-        evaluation: results of `--eval`, if asked for.
+        plan_notes: those of them that follow from model and settings alone.
+        seconds: of the quantization. seconds_by_phase: a phase includes those inside it.
+        phases: seconds and memory of each, see `timers.Phase`; the evaluation among them, if there was one.
+        peak_memory_bytes: of the process, until the checkpoint was written; None where unknown.
+        resumed_layers: layers taken over from an interrupted run; their records tell of that run.
+        command: what to type to run this again.
+        evaluation: results of `--eval`, if asked for: ``dataset``, ``base`` and ``quantized``.
     """
 
     output: str | None
+    model: dict[str, Any]
     config: dict[str, Any]
     fingerprint: dict[str, str]
     calibration: dict[str, Any]
     layers: tuple[dict[str, Any], ...]
     skipped: tuple[dict[str, Any], ...]
     bits_per_weight: float
+    quantized_bytes: int
+    result_bytes: int
     fallbacks: dict[str, int]
     notes: tuple[str, ...]
+    plan_notes: tuple[str, ...]
     seconds: float
     seconds_by_phase: dict[str, float]
+    phases: tuple[dict[str, Any], ...]
     peak_memory_bytes: int | None
     resumed_layers: int
     versions: dict[str, str]
+    command: str
     evaluation: dict[str, Any] | None = field(default=None)
 
     @property
@@ -81,23 +134,20 @@ class Report:
         return asdict(self)
 
     def write(self, folder: Path) -> Path:
-        """Write ``fewbit_report.json`` into `folder`."""
-        path = folder / REPORT_NAME
-        temporary = path.with_name(f".{REPORT_NAME}.tmp")
-        try:
-            temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        except OSError as error:
-            raise OutputError(
-                f"cannot write {path}: {error.strerror}. The checkpoint beside it is complete; make room and run "
-                "the same command again for the report."
-            ) from error
-        return path
+        """Write ``fewbit_report.json`` and ``fewbit_report.html`` into `folder`; returns the first.
+
+        Raises:
+            OutputError: the disk is full or cannot be written.
+        """
+        values = self.to_dict()
+        write_text(folder / PAGE_NAME, page(values))
+        return write_text(folder / REPORT_NAME, json.dumps(values, indent=1) + "\n")
 
 
 def collect(
     *,
     output: Path | None,
+    origin: Origin,
     config: QuantConfig,
     plan: Plan,
     records: Mapping[str, Mapping[str, Any]],
@@ -105,15 +155,17 @@ def collect(
     calibration: Calibration,
     notes: list[str],
     seconds: float,
-    seconds_by_phase: Mapping[str, float],
+    timers: Timers,
     resumed_layers: int,
+    command: str,
 ) -> Report:
     """Put a report together from the plan and the records of its layers."""
     layers = tuple(dict(records[layer.name]) for layer in plan.layers)
-    stored_bits = 8 * sum(layer["stored_bytes"] for layer in layers)
+    stored_bytes = sum(layer["stored_bytes"] for layer in layers)
     fallbacks = Counter(name for layer in layers for name in layer["fallbacks"])
     return Report(
         output=str(output) if output else None,
+        model=asdict(origin),
         config=config.to_dict(),
         fingerprint=dict(fingerprint),
         calibration={
@@ -123,25 +175,38 @@ def collect(
         },
         layers=layers,
         skipped=tuple(asdict(item) for item in plan.skipped),
-        bits_per_weight=stored_bits / plan.weights,
+        bits_per_weight=8 * stored_bytes / plan.weights,
+        quantized_bytes=stored_bytes,
+        result_bytes=_result_bytes(output, origin, plan, stored_bytes),
         fallbacks=dict(fallbacks),
         notes=tuple(notes),
+        plan_notes=plan.notes,
         seconds=seconds,
-        seconds_by_phase={phase: round(value, 3) for phase, value in seconds_by_phase.items()},
+        seconds_by_phase={phase: round(value, 3) for phase, value in timers.seconds.items()},
+        phases=tuple(timers.to_list()),
         peak_memory_bytes=peak_memory_bytes(),
         resumed_layers=resumed_layers,
         versions=versions(),
+        command=command,
     )
 
 
-def peak_memory_bytes() -> int | None:
-    """Largest resident size this process has had; None on Windows."""
-    if sys.platform == "win32":
-        return None
-    import resource
+def write_text(path: Path, text: str) -> Path:
+    """Replace the file at `path` in one step.
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    Raises:
+        OutputError: the disk is full or cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror}. The checkpoint beside it is complete; make room and run "
+            "the same command again for the report."
+        ) from error
+    return path
 
 
 def versions() -> dict[str, str]:
@@ -155,3 +220,11 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
+
+
+def _result_bytes(output: Path | None, origin: Origin, plan: Plan, stored_bytes: int) -> int:
+    """Of the weight files; in memory, what is left of the parameters and what took their place."""
+    if output is not None:
+        return sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    width: int = getattr(torch, origin.dtype).itemsize
+    return origin.bytes - plan.weights * width + stored_bytes

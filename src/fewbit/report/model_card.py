@@ -1,70 +1,156 @@
 """The model card: README.md of the output folder, with the facts in brief and how to load it.
 
-It holds no times and no paths, so that the same inputs give the same bytes.
+A pure function of the report. It holds no times and no paths, so that the same inputs give the same bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .. import __version__
-from ..config import QuantConfig
-from ..plan import Plan
+from . import words
+from .layers import error_measure, mean, setting
 
 CARD_NAME = "README.md"
+_PLACEHOLDER = "path/to/this/folder"
 
 
-def model_card(
-    config: QuantConfig, plan: Plan, records: Mapping[str, Mapping[str, Any]], calibration_tokens: int
-) -> bytes:
-    """The card as UTF-8."""
-    stored = 8 * sum(records[layer.name]["stored_bytes"] for layer in plan.layers)
-    errors = [records[layer.name]["output_error"] for layer in plan.layers]
-    known = [error for error in errors if error is not None]
-    fallbacks = sum(bool(records[layer.name]["fallbacks"]) for layer in plan.layers)
-    group = "one group per row" if config.group_size == -1 else f"groups of {config.group_size}"
-    rows = {
-        "bits": f"{config.bits}, {group}, {'symmetric' if config.sym else 'asymmetric'}",
-        "method": f"{config.method}, act-order {config.act_order}, damp {config.damp}",
-        "quantized layers": f"{len(plan.layers)} ({plan.weights:,} weights, {stored / plan.weights:.3f} bits each)",
-        "left as they are": f"{len(plan.skipped)} weight matrices",
-        "calibration": f"{calibration_tokens:,} tokens" if calibration_tokens else "none",
-        "mean output error of a layer": f"{sum(known) / len(known):.2%}" if known else "not measured",
-        "layers that needed a fallback": str(fallbacks),
+def model_card(report: Mapping[str, Any], repository: str | None = None) -> str:
+    """The card in Markdown.
+
+    Args:
+        report: in plain JSON types, see `collect.Report`.
+        repository: Hub id under which the result will be found; without it the snippets name a folder.
+    """
+    target = repository or _PLACEHOLDER
+    sections = [
+        "\n".join(_header(report)),
+        f"# {_title(report)}",
+        "\n".join(_facts(report)),
+        *(["\n".join(_evaluation(report["evaluation"]))] if report["evaluation"] else []),
+        "\n".join(_loading(target)),
+        *(["\n".join(_limits(report["plan_notes"]))] if report["plan_notes"] else []),
+        "`fewbit verify` checks every byte of these files. The run that made them left `fewbit_report.html` beside "
+        "them, with the figures of every layer.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _header(report: Mapping[str, Any]) -> Iterator[str]:
+    yield from ("---", "library_name: transformers")
+    if report["model"]["hub_id"]:
+        yield f"base_model: {report['model']['hub_id']}"
+        yield "base_model_relation: quantized"
+    bits = sorted({layer["bits"] for layer in report["layers"]})
+    yield from ("tags:", "- gptq", "- fewbit", *(f"- {number}-bit" for number in bits), "---")
+
+
+def _title(report: Mapping[str, Any]) -> str:
+    base = report["model"]["hub_id"] or f"A {report['model']['architecture']}"
+    return f"{base}, quantized with fewbit {report['versions']['fewbit']}"
+
+
+def _facts(report: Mapping[str, Any]) -> Iterator[str]:
+    config, model, layers = report["config"], report["model"], report["layers"]
+    grid = "symmetric" if config["sym"] else "asymmetric"
+    whole = 8 * report["result_bytes"] / model["parameters"]
+    left = words.plural(len(report["skipped"]), "weight matrix", "weight matrices")
+    facts = {
+        "model": f"{model['architecture']}, {words.parameters(model['parameters'])} parameters",
+        "bits": f"{_settings(layers)}; {grid}",
+        "bits per weight": f"{report['bits_per_weight']:.3f} in the quantized layers, {whole:.3f} over the whole model",
+        "size": f"{words.size(report['result_bytes'])}, from {words.size(model['bytes'])} in {model['dtype']}",
+        "method": _method(config, layers),
+        "quantized": f"{words.plural(len(layers), 'layer')}; {left} left as they are",
+        "calibration": _calibration(report["calibration"]),
+        "output error of a layer": _error(layers),
+        "layers that needed a fallback": str(sum(bool(layer["fallbacks"]) for layer in layers)),
     }
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return f"""---
-library_name: transformers
-tags:
-- gptq
-- fewbit
-- {config.bits}-bit
----
+    yield from _table(("", ""), facts.items())
 
-# Quantized with fewbit {__version__}
 
-| | |
-|---|---|
-{table}
+def _settings(layers: Iterable[Mapping[str, Any]]) -> str:
+    found = list(dict.fromkeys(setting(layer) for layer in layers))
+    return "; ".join(found) if len(found) < 4 else f"{len(found)} settings, see `config.json`"
 
-This is a standard GPTQ checkpoint (`{config.format}`). With fewbit:
+
+def _method(config: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> str:
+    if config["method"] == "rtn":
+        return "round-to-nearest"
+    correction = mean(layer["correction"] for layer in layers)
+    corrected = "" if correction is None else f", correction α = {words.number(correction)} on average"
+    refits = sum(layer["refit"] for layer in layers)
+    refitted = f", scales refitted in {words.plural(refits, 'layer')}" if refits else ""
+    tuned = f", tuned for {config['tune_steps']} steps per block" if config["tune"] else ""
+    return f"GPTQ, act-order {config['act_order']}, damp {config['damp']:g}{corrected}{refitted}{tuned}"
+
+
+def _calibration(calibration: Mapping[str, Any]) -> str:
+    tokens, sequences = calibration["tokens"], calibration["sequences"]
+    return (
+        f"{words.plural(tokens, 'token')} in {words.plural(sequences, 'sequence')}" if sequences else "none"
+    )
+
+
+def _error(layers: Sequence[Mapping[str, Any]]) -> str:
+    measure = error_measure(layers)
+    average = mean(layer[measure] for layer in layers)
+    against = "against full precision" if measure == "true_error" else "added by the layer itself"
+    return f"{words.percent(average)} on average, {against}" if average is not None else "not measured"
+
+
+def _evaluation(evaluation: Mapping[str, Any]) -> Iterator[str]:
+    base, after = evaluation["base"], evaluation["quantized"]
+    yield from ("## Evaluation", "")
+    yield f"On {words.plural(after['tokens'], 'token')} in windows of {after['seq_len']}, with standard errors:"
+    yield ""
+    rows = {
+        "perplexity": (_spread(base, "perplexity", "stderr"), _spread(after, "perplexity", "stderr")),
+        "KL divergence from the original, nats per token": ("0", _spread(after, "kl", "kl_stderr")),
+        "same first choice as the original": ("", words.percent(after["top1_agreement"])),
+    }
+    yield from _table(("", "original", "this model"), ((name, *values) for name, values in rows.items()))
+
+
+def _spread(values: Mapping[str, Any], name: str, error: str) -> str:
+    return words.number(values[name]) + words.spread(values[name], values[error])
+
+
+def _loading(target: str) -> Iterator[str]:
+    yield f"""## Use
+
+These are standard GPTQ files. With fewbit:
 
 ```python
 import fewbit
 
-model = fewbit.load("this/folder")
+model = fewbit.load("{target}")
 ```
 
-With transformers, on the CPU and without other packages:
+With transformers, on any CPU:
 
 ```python
 import fewbit
 from transformers import AutoModelForCausalLM
 
 fewbit.register()
-model = AutoModelForCausalLM.from_pretrained("this/folder")
+model = AutoModelForCausalLM.from_pretrained("{target}")
 ```
 
-`fewbit_report.json` has every layer; `fewbit verify` checks every byte.
-""".encode()
+With vLLM or SGLang, on a GPU:
+
+```
+vllm serve {target}
+python -m sglang.launch_server --model-path {target}
+```"""
+
+
+def _limits(notes: Iterable[str]) -> Iterator[str]:
+    yield from ("## To know", "")
+    yield from (f"- {note}" for note in notes)
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield f"|{'---|' * len(head)}"
+    yield from (f"| {' | '.join(row)} |" for row in rows)

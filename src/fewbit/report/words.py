@@ -1,0 +1,82 @@
+"""Numbers as people read them. None, where a figure is not known, becomes a dash."""
+
+from __future__ import annotations
+
+import math
+
+DASH = "–"
+
+
+def percent(value: float | None) -> str:
+    """A fraction with three digits: ``12.3 %``, ``0.417 %``."""
+    return DASH if value is None else f"{_digits(100 * value)} %"
+
+
+def number(value: float | None) -> str:
+    """At least three digits, and thousands apart: ``0.0127``, ``24.90``, ``3,215,000``."""
+    return DASH if value is None else _fixed(value, _places(value))
+
+
+def spread(value: float | None, error: float | None) -> str:
+    """`error` with the places of `number` (value): `` ± 0.53``; nothing where either is not known."""
+    return "" if value is None or error is None else f" ± {_fixed(error, _places(value))}"
+
+
+def size(count: float | None) -> str:
+    """Bytes, in powers of ten: ``538 MB``, ``4.12 GB``."""
+    if count is None:
+        return DASH
+    value = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{_digits(value) if unit != 'bytes' else round(value)} {unit}"
+        value /= 1000
+    return f"{_digits(value)} TB"
+
+
+def count(value: float | None) -> str:
+    """A whole number, thousands apart."""
+    return DASH if value is None else f"{round(value):,}"
+
+
+def parameters(value: int) -> str:
+    """``135 M``, ``6.74 B``."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{_digits(value / limit)} {unit}"
+    return str(value)
+
+
+def duration(seconds: float | None) -> str:
+    """``0.42 s``, ``38.1 s``, ``2 min 05 s``, ``3 h 12 min``."""
+    if seconds is None:
+        return DASH
+    if seconds < 99.95:
+        return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def plural(amount: int, one: str, many: str | None = None) -> str:
+    """``1 layer``, ``1,204 layers``."""
+    return f"{amount:,} {one if amount == 1 else many or one + 's'}"
+
+
+def _digits(value: float) -> str:
+    """Three significant digits."""
+    places = 2 - math.floor(math.log10(abs(value))) if value else 2
+    return _fixed(value, min(max(places, 0), 9))
+
+
+def _places(value: float) -> int:
+    """Decimal places of a figure that is written on its own."""
+    magnitude = abs(value)
+    if magnitude >= 1000:
+        return 0
+    return 2 if magnitude >= 1 or not value else min(2 - math.floor(math.log10(magnitude)), 9)
+
+
+def _fixed(value: float, places: int) -> str:
+    return f"{value:,.{places}f}"
