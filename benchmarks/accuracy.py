@@ -64,10 +64,11 @@ WITHOUT_CALIBRATION = ("rtn-minmax", "rtn")
 
 @dataclass(frozen=True)
 class Protocol:
-    """What all compared cells have in common."""
+    """What all compared cells have in common. `texts`: names, with a comma between."""
 
     model: str
     calibration: str
+    texts: str
     samples: int
     seq_len: int
     windows: int
@@ -372,6 +373,7 @@ def main() -> None:
     protocol = Protocol(
         arguments.model,
         name_of(arguments.calibration),
+        ", ".join(map(name_of, arguments.texts)),
         arguments.samples,
         arguments.seq_len,
         arguments.windows,

@@ -73,7 +73,7 @@ def _section(protocol: dict[str, Any], records: list[Record]) -> str:
     head = (
         f"## {protocol['model']}\n\nCalibrated on {protocol['samples']} × {protocol['seq_len']} tokens of "
         f"{protocol['calibration']} in {protocol['dtype']}; scored on {protocol['windows']} × "
-        f"{protocol['seq_len']} tokens of each text.\n"
+        f"{protocol['seq_len']} tokens of each text ({protocol['texts']}).\n"
     )
     order = sorted(grids, key=lambda key: (-key[0], key[1] % 10000, not key[2]))  # group −1 last
     return "\n".join([head, *(_grid(key, original + grids[key]) for key in order)])

@@ -102,6 +102,7 @@ def test_a_text_that_is_missing_is_named(benchmark, tmp_path: Path) -> None:
 PROTOCOL = {
     "model": "m",
     "calibration": "wiki",
+    "texts": "wiki",
     "samples": 32,
     "seq_len": 512,
     "windows": 16,
