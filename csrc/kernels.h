@@ -59,8 +59,8 @@ FEWBIT_KERNELS(avx512)
 #endif
 
 #if defined(FEWBIT_HAVE_BF16)
-// Upper triangle of H += Xᵀ X; X (tokens, n) bfloat16, H (n, n). Needs AVX512-BF16.
-void syrk_bf16(const uint16_t* X, float* H, int64_t tokens, int64_t n, int threads);
+// C += Aᵀ B, or only its upper triangle; A and B (tokens, n) bfloat16, C (n, n). Needs AVX512-BF16.
+void product_bf16(const uint16_t* A, const uint16_t* B, float* C, int64_t tokens, int64_t n, bool upper, int threads);
 #endif
 
 }  // namespace fewbit

@@ -83,8 +83,8 @@ void ldlq_block(Address W, Address T, Address F, Address d, Address scales, Addr
 }
 
 #if defined(FEWBIT_HAVE_BF16)
-void syrk(Address X, Address H, int64_t tokens, int64_t n, int threads) {
-    syrk_bf16(at<const uint16_t>(X), at<float>(H), tokens, n, threads);
+void product(Address A, Address B, Address C, int64_t tokens, int64_t n, bool upper, int threads) {
+    product_bf16(at<const uint16_t>(A), at<const uint16_t>(B), at<float>(C), tokens, n, upper, threads);
 }
 #endif
 
@@ -106,6 +106,6 @@ NB_MODULE(_native, m) {
     m.def("fit_grid", &fewbit::fit_grid, release());
     m.def("ldlq_block", &fewbit::ldlq_block, release());
 #if defined(FEWBIT_HAVE_BF16)
-    m.def("syrk_bf16", &fewbit::syrk, release());
+    m.def("product_bf16", &fewbit::product, release());
 #endif
 }

@@ -1,12 +1,14 @@
 """The solver: a weight, its Hessian and its settings in; integer codes out.
 
 Contract: pure. Tensors in, a dataclass out; no logging, no files, no knowledge of models. The steps are
-grid (scales and zero points) and ldlq (codes); fallback says what happens when the Hessian is bad.
+correction (what to aim at), grid (scales and zero points), ldlq (codes) and refit (better scales for them);
+fallback says what happens when the Hessian is bad.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,13 +17,28 @@ from ..codes import Codes, sequential_groups
 from ..config import LayerSettings
 from ..errors import SolverError
 from . import native
-from .fallback import Prepared, prepare
+from .correction import CAUTION, Drift, Probe, best_alpha, output_error, output_norm
+from .fallback import NO_CORRECTION, Prepared, prepare
 from .grid import Grid, fit_grid, nearest
 from .hessian import Hessian
-from .ldlq import solve
+from .ldlq import Sweep, solve
 from .native import Backend
+from .refit import refit_scales
 
-__all__ = ["FactorCache", "Hessian", "Solution", "native", "quantize_weight"]
+__all__ = ["Accuracy", "FactorCache", "Hessian", "Probe", "Solution", "native", "quantize_weight"]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What may be spent on a lower error, where full-precision inputs are at hand.
+
+    Attributes:
+        correction: α, 0 to 1, or "auto": the best on the probe; without a probe no correction.
+        refit: fit the scales again after rounding; kept where the error on the probe falls.
+    """
+
+    correction: float | str = 0.0
+    refit: bool = False
 
 
 @dataclass(frozen=True)
@@ -30,12 +47,15 @@ class Solution:
 
     Attributes:
         codes: the quantized weight.
-        loss: tr((W − Ŵ) H (W − Ŵ)ᵀ), the squared error of the layer's outputs summed over the calibration
-            tokens; without a Hessian ‖W − Ŵ‖².
+        loss: tr((T − Ŵ) H (T − Ŵ)ᵀ), the squared error of the layer's outputs summed over the calibration
+            tokens; T = W without correction. Without a Hessian ‖W − Ŵ‖².
         fallbacks: what had to be done because the Hessian was bad, by name (see `solver.fallback`).
         damp: the damping in use, a fraction of mean(diag H); None without a factorization.
         tokens: calibration tokens in H. dropped: tokens left out because they were not finite.
         dead: columns whose input was always zero; they are rounded to nearest.
+        alpha: of the correction; None without full-precision inputs.
+        refit: whether refitted scales were kept.
+        true_error: ‖WX̃ − ŴX‖ / ‖WX̃‖ on the probe; None without one, or where it carries no signal.
     """
 
     codes: Codes
@@ -45,10 +65,13 @@ class Solution:
     tokens: int = 0
     dropped: int = 0
     dead: int = 0
+    alpha: float | None = None
+    refit: bool = False
+    true_error: float | None = None
 
 
 class FactorCache:
-    """The factorizations of one Hessian, kept beside it for the layers that share it.
+    """The factorizations and the drift of one Hessian, kept beside it for the layers that share it.
 
     Layers with the same act_order, group_size and damp get the same factorization. Drop the cache
     together with its Hessian, and never add tokens after the first use.
@@ -57,6 +80,7 @@ class FactorCache:
     def __init__(self) -> None:
         self._hessian: Hessian | None = None
         self._prepared: dict[tuple[str, int, float], Prepared] = {}
+        self._drift: Drift | None = None
 
     def get(self, hessian: Hessian, settings: LayerSettings) -> Prepared:
         """The factorization for these settings, computed at the first request.
@@ -64,13 +88,27 @@ class FactorCache:
         Raises:
             SolverError: the cache belongs to another Hessian.
         """
-        if self._hessian is not None and self._hessian is not hessian:
-            raise SolverError("this FactorCache belongs to another Hessian; make one cache per Hessian")
-        self._hessian = hessian
+        self._belongs_to(hessian)
         key = (settings.act_order, settings.group_size, settings.damp)
         if key not in self._prepared:
             self._prepared[key] = prepare(hessian, settings.group_size, settings.act_order, settings.damp)
         return self._prepared[key]
+
+    def drift(self, hessian: Hessian) -> Drift:
+        """The direction of the correction, computed at the first request.
+
+        Raises:
+            SolverError: the cache belongs to another Hessian.
+        """
+        self._belongs_to(hessian)
+        if self._drift is None:
+            self._drift = Drift(hessian)
+        return self._drift
+
+    def _belongs_to(self, hessian: Hessian) -> None:
+        if self._hessian is not None and self._hessian is not hessian:
+            raise SolverError("this FactorCache belongs to another Hessian; make one cache per Hessian")
+        self._hessian = hessian
 
 
 def quantize_weight(
@@ -79,6 +117,8 @@ def quantize_weight(
     settings: LayerSettings,
     cache: FactorCache | None = None,
     *,
+    accuracy: Accuracy | None = None,
+    probe: Probe | None = None,
     backend: Backend = "auto",
 ) -> Solution:
     """Quantize one linear layer.
@@ -88,6 +128,8 @@ def quantize_weight(
         H: its Hessian, or None for round-to-nearest. Ignored by the method "rtn".
         settings: bits, group size, and so on.
         cache: shared by the layers that share H.
+        accuracy: correction and refit; by default neither.
+        probe: held-out tokens, on which both are judged.
         backend: "auto", "torch" or "native".
 
     Raises:
@@ -96,20 +138,77 @@ def quantize_weight(
     _check(W, H)
     W = W.detach().float()
     if H is None or settings.method == "rtn":
-        return _round_to_nearest(W, settings, backend)
-    shared = (cache if cache is not None else FactorCache()).get(H, settings)
+        return _judged(_round_to_nearest(W, settings, backend), W, probe)
+    cache = cache if cache is not None else FactorCache()
+    shared = cache.get(H, settings)
+    accuracy = accuracy if accuracy is not None else Accuracy()
+    T, alpha, rungs = _target(W, H, cache, shared, accuracy, probe)
     grid = fit_grid(
-        W, shared.D.to(W.device), shared.g_idx.to(W.device), settings.bits, sym=settings.sym, backend=backend
+        T, shared.D.to(T.device), shared.g_idx.to(T.device), settings.bits, sym=settings.sym, backend=backend
     )
     if shared.factor is None:
-        q = nearest(W, grid, settings.bits)
-        codes = _codes(q, grid, settings)
-        E = W - codes.dequantize()
-        loss, damp = float((E @ H.matrix()).mul_(E).sum(dtype=torch.float64)), None
+        sweep, damp = Sweep(nearest(T, grid, settings.bits), loss=None), None
     else:
-        sweep = solve(W, shared.factor, grid, settings.bits, backend=backend)
-        codes, loss, damp = _codes(sweep.codes, grid, settings), sweep.loss, shared.damp
-    return Solution(codes, loss, shared.fallbacks, damp, H.tokens, H.dropped, shared.dead)
+        sweep, damp = solve(T, shared.factor, grid, settings.bits, backend=backend), shared.damp
+    fitted = _refit(W, T, sweep.codes, grid, H, settings, accuracy, probe)
+    codes = _codes(sweep.codes, fitted or grid, settings)
+    loss = sweep.loss if fitted is None and sweep.loss is not None else _loss(T, codes, H)
+    fallbacks = (*shared.fallbacks, *rungs)
+    solution = Solution(
+        codes, loss, fallbacks, damp, H.tokens, H.dropped, shared.dead, alpha, refit=fitted is not None
+    )
+    return _judged(solution, W, probe)
+
+
+def _target(
+    W: Tensor, H: Hessian, cache: FactorCache, shared: Prepared, accuracy: Accuracy, probe: Probe | None
+) -> tuple[Tensor, float | None, tuple[str, ...]]:
+    """What to aim at instead of W, the α that gave it, and the rungs of the ladder that were needed."""
+    if not H.has_full:
+        return W, None, ()
+    automatic = accuracy.correction == "auto"
+    if accuracy.correction == 0 or shared.factor is None or (automatic and probe is None):
+        return W, 0.0, ()
+    step = cache.drift(H).step(W)
+    if step is None:
+        return W, 0.0, (NO_CORRECTION,)
+    alpha = CAUTION * best_alpha(W, step, probe) if automatic and probe else float(accuracy.correction)
+    return torch.add(W, step, alpha=alpha), alpha, ()
+
+
+def _refit(
+    W: Tensor,
+    T: Tensor,
+    q: Tensor,
+    grid: Grid,
+    H: Hessian,
+    settings: LayerSettings,
+    accuracy: Accuracy,
+    probe: Probe | None,
+) -> Grid | None:
+    """The refitted grid where it has the lower error on the probe."""
+    if not accuracy.refit or probe is None:
+        return None
+    fitted = refit_scales(T, q, grid, H.matrix())
+    before, after = (output_error(W, _codes(q, one, settings).dequantize(), probe) for one in (grid, fitted))
+    return fitted if after < before else None
+
+
+def _loss(T: Tensor, codes: Codes, H: Hessian) -> float:
+    """tr((T − Ŵ) H (T − Ŵ)ᵀ)."""
+    E = T - codes.dequantize()
+    return float((E @ H.matrix()).mul_(E).sum(dtype=torch.float64))
+
+
+def _judged(solution: Solution, W: Tensor, probe: Probe | None) -> Solution:
+    """The solution with its error on the probe."""
+    if probe is None or probe.tokens == 0:
+        return solution
+    norm = output_norm(W, probe)
+    if norm == 0:
+        return solution
+    error = output_error(W, solution.codes.dequantize(), probe)
+    return replace(solution, true_error=math.sqrt(error / norm))
 
 
 def _round_to_nearest(W: Tensor, settings: LayerSettings, backend: Backend) -> Solution:

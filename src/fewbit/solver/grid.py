@@ -176,7 +176,7 @@ class _Search:
 
     def attempt(self, s: Tensor, z: Tensor) -> None:
         """Keep (s, z) where it is better than the best so far."""
-        s = _storable(s)
+        s = storable(s)
         error = self.codes(s, z).mul_(s[..., None]).sub_(self.W).square_().mul_(self.D).sum(2)
         better = error < self.error
         self.error = torch.where(better, error, self.error)
@@ -197,6 +197,6 @@ class _Search:
         return torch.where(usable, s, self.s)
 
 
-def _storable(s: Tensor) -> Tensor:
+def storable(s: Tensor) -> Tensor:
     """s as float16 will hold it: normal, finite, with its sign."""
     return s.abs().clamp(SMALLEST_SCALE, LARGEST_SCALE).copysign(s).half().float()

@@ -1,7 +1,8 @@
-"""The Hessian of a linear layer: H = X Xᵀ, summed over calibration tokens.
+"""The Hessian of a linear layer, H = X Xᵀ, and the drift of its inputs, C = (X̃ − X) Xᵀ.
 
-Contract: a sum, never an average, in float32; symmetric; tokens are added in any number of batches and
-H does not depend on anything else. Knows nothing of models, layers or weights.
+X are the inputs that the layer gets in the quantized model, X̃ those it gets in the original one. Contract:
+sums over calibration tokens, never averages, in float32; tokens are added in any number of batches and the
+sums do not depend on anything else. Knows nothing of models, layers or weights.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ _PIECE_BYTES = 1 << 26
 
 
 class Hessian:
-    """Accumulates H = Σ x xᵀ over tokens.
+    """Accumulates H = Σ x xᵀ over tokens, and P = Σ x̃ xᵀ where the full-precision inputs are given.
 
-    Only the upper triangle is accumulated; `matrix` mirrors it. The same batches in the same order
+    Of H only the upper triangle is accumulated; `matrix` mirrors it. The same batches in the same order
     give the same bytes, for one backend and thread count.
 
     Args:
@@ -43,32 +44,50 @@ class Hessian:
         self.dropped = 0
         self._backend: Backend = backend
         self._H = torch.zeros(n, n, dtype=torch.float32, device=device)
+        self._P: Tensor | None = None
 
-    def add(self, X: Tensor, mask: Tensor | None = None) -> None:
+    def add(self, X: Tensor, mask: Tensor | None = None, full: Tensor | None = None) -> None:
         """Add tokens.
 
         Args:
             X: (tokens, n) or (..., n), float32, bfloat16 or float16. One row per token.
             mask: bool, one value per row of X; False rows (padding) do not count.
+            full: X̃ for the same tokens, shape and dtype of X; given for all batches or for none.
 
         Raises:
-            SolverError: the last dimension of X is not n, or the mask has another number of rows.
+            SolverError: the last dimension of X is not n, the mask has another number of rows, or `full` another
+                shape.
         """
         if X.shape[-1] != self.n:
             raise SolverError(f"this Hessian has {self.n} input features, but the batch has {X.shape[-1]}")
+        if full is not None and full.shape != X.shape:
+            raise SolverError(
+                f"the full-precision inputs have shape {tuple(full.shape)}, but the batch has {tuple(X.shape)}"
+            )
         X = X.detach().reshape(-1, self.n).to(self._H.device)
+        # Both streams side by side, so that a token is left out of both or of neither.
+        both = [X] if full is None else [X, full.detach().reshape(-1, self.n).to(self._H.device)]
         if mask is not None:
-            X = _masked(X, mask)
-        X = self._without_bad_rows(X)
-        if X.shape[0] == 0:
+            both = _masked(both, mask)
+        both = self._without_bad_rows(both)
+        if both[0].shape[0] == 0:
             return
-        self.tokens += X.shape[0]
-        if X.dtype == torch.bfloat16 and native.use(self._backend, X, needs="avx512_bf16"):
-            native.syrk_bf16(X.contiguous(), self._H)
+        self.tokens += both[0].shape[0]
+        self._accumulate(both[0], both[0], self._H, upper=True)
+        if full is not None:
+            if self._P is None:
+                self._P = torch.zeros_like(self._H)
+            self._accumulate(both[1], both[0], self._P, upper=False)
+
+    def _accumulate(self, A: Tensor, B: Tensor, C: Tensor, *, upper: bool) -> None:
+        """C += Aᵀ B, or at least its upper triangle."""
+        if A.dtype == B.dtype == torch.bfloat16 and native.use(self._backend, A, needs="avx512_bf16"):
+            A = A.contiguous()
+            native.product_bf16(A, A if upper else B.contiguous(), C, upper=upper)
             return
         step = max(1, _PIECE_BYTES // (4 * self.n))
-        for a in range(0, X.shape[0], step):
-            _add_upper(self._H, X[a : a + step].float())
+        for a in range(0, A.shape[0], step):
+            _add_product(C, A[a : a + step].float(), B[a : a + step].float(), upper=upper)
 
     def matrix(self) -> Tensor:
         """H, float32 (n, n), symmetric. A view of the state: do not write to it, and do not keep it
@@ -81,17 +100,31 @@ class Hessian:
             self._H[a:b, a:b] = square.triu() + square.triu(1).T
         return self._H
 
+    @property
+    def has_full(self) -> bool:
+        """Whether full-precision inputs were given."""
+        return self._P is not None
+
+    def drift(self) -> Tensor | None:
+        """C = (X̃ − X) Xᵀ, float32 (n, n), C_ij = Σ (x̃_i − x_i) x_j; None where no X̃ was given.
+
+        The difference of two sums: both hold exact products, so what cancels is their rounding only.
+        """
+        return None if self._P is None else self._P - self.matrix()
+
     def diagonal(self) -> Tensor:
         """diag(H), float32 (n,), a copy."""
         return self._H.diagonal().clone()
 
-    def _without_bad_rows(self, X: Tensor) -> Tensor:
-        """X without the rows that are not finite. One reduction in the normal case."""
-        if X.numel() == 0 or _in_range(torch.stack(torch.aminmax(X))):
-            return X
-        good = ((X.abs() <= LARGEST_ACTIVATION) & torch.isfinite(X)).all(dim=1)
+    def _without_bad_rows(self, both: list[Tensor]) -> list[Tensor]:
+        """Without the rows that are not finite in one of them. One reduction each in the normal case."""
+        if both[0].numel() == 0 or all(_in_range(torch.stack(torch.aminmax(X))) for X in both):
+            return both
+        good = torch.stack(
+            [((X.abs() <= LARGEST_ACTIVATION) & torch.isfinite(X)).all(dim=1) for X in both]
+        ).all(0)
         self.dropped += int((~good).sum())
-        return X[good]
+        return [X[good] for X in both]
 
 
 def _in_range(extremes: Tensor) -> bool:
@@ -99,17 +132,20 @@ def _in_range(extremes: Tensor) -> bool:
     return bool((extremes.float().abs() <= LARGEST_ACTIVATION).all())
 
 
-def _masked(X: Tensor, mask: Tensor) -> Tensor:
-    mask = mask.reshape(-1).to(device=X.device, dtype=torch.bool)
-    if mask.shape[0] != X.shape[0]:
-        raise SolverError(f"the mask has {mask.shape[0]} rows, but the batch has {X.shape[0]} tokens")
-    return X if bool(mask.all()) else X[mask]
+def _masked(both: list[Tensor], mask: Tensor) -> list[Tensor]:
+    mask = mask.reshape(-1).to(device=both[0].device, dtype=torch.bool)
+    if mask.shape[0] != both[0].shape[0]:
+        raise SolverError(f"the mask has {mask.shape[0]} rows, but the batch has {both[0].shape[0]} tokens")
+    return both if bool(mask.all()) else [X[mask] for X in both]
 
 
-def _add_upper(H: Tensor, X: Tensor) -> None:
-    """H += Xᵀ X on and above the block diagonal; X is (tokens, n) float32."""
-    n = H.shape[0]
+def _add_product(C: Tensor, A: Tensor, B: Tensor, *, upper: bool) -> None:
+    """C += Aᵀ B, or no more than is needed of its upper triangle; A, B are (tokens, n) float32."""
+    n = C.shape[0]
+    if not upper:
+        C.addmm_(A.T, B)
+        return
     step = max(64, -(-n // _BLOCKS))
     for a in range(0, n, step):
         b = min(a + step, n)
-        H[a:b, a:].addmm_(X[:, a:b].T, X[:, a:])
+        C[a:b, a:].addmm_(A[:, a:b].T, B[:, a:])

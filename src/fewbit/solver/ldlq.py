@@ -44,10 +44,10 @@ class Factor:
 
 @dataclass(frozen=True)
 class Sweep:
-    """codes uint8 (m, n) in the original column order; loss = tr((W − Ŵ) H (W − Ŵ)ᵀ)."""
+    """codes uint8 (m, n) in the original column order; loss = tr((W − Ŵ) H (W − Ŵ)ᵀ), None where not known."""
 
     codes: Tensor
-    loss: float
+    loss: float | None
 
 
 def order(diag: Tensor, group_size: int, act_order: str) -> tuple[Tensor, Tensor]:

@@ -76,10 +76,12 @@ def _why_not_here(tensor: Tensor, needs: str | None) -> str:
     return ""
 
 
-def syrk_bf16(X: Tensor, H: Tensor) -> None:
-    """Upper triangle of H += Xᵀ X. X: bfloat16 (tokens, n) contiguous; H: float32 (n, n) contiguous."""
-    tokens, n = X.shape
-    _load()[0].syrk_bf16(X.data_ptr(), H.data_ptr(), tokens, n, torch.get_num_threads())
+def product_bf16(A: Tensor, B: Tensor, C: Tensor, *, upper: bool) -> None:
+    """C += Aᵀ B, or only its upper triangle. A, B: bfloat16 (tokens, n); C: float32 (n, n); all contiguous."""
+    tokens, n = A.shape
+    _load()[0].product_bf16(
+        A.data_ptr(), B.data_ptr(), C.data_ptr(), tokens, n, upper, torch.get_num_threads()
+    )
 
 
 def fit_grid(

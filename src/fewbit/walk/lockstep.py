@@ -201,7 +201,9 @@ class _Walk:
 
 def _order(layers: list[str], blocks: list[str]) -> dict[str, int]:
     """Positions of layers and of the ends of blocks: a block ends after the last of its layers."""
-    last = {block: max(i for i, name in enumerate(layers) if name.startswith(f"{block}.")) for block in blocks}
+    last = {
+        block: max(i for i, name in enumerate(layers) if name.startswith(f"{block}.")) for block in blocks
+    }
     keys = {name: (i, 0) for i, name in enumerate(layers)} | {block: (last[block], 1) for block in blocks}
     return {name: i for i, name in enumerate(sorted(keys, key=keys.__getitem__))}
 

@@ -18,7 +18,7 @@ from ..checkpoint.layout import pack, unpack
 from ..codes import Codes
 from ..errors import ModelError, SolverError
 from ..plan import LayerPlan, Plan
-from ..solver import Hessian, Solution, quantize_weight
+from ..solver import Accuracy, Hessian, Solution, quantize_weight
 from ..timers import Timers
 from .hessians import HessianPool, SharedHessian
 from .layers import input_rows, set_weight_matrix, weight_matrix
@@ -35,11 +35,13 @@ class LayerRecord:
 
     Attributes:
         tokens: rows that entered the Hessian; `masked` were padding, `dropped` were not finite.
-        loss: tr((W−Ŵ) H (W−Ŵ)ᵀ) / tokens, the squared output error per calibration token.
+        held_out: rows that entered no Hessian and measured the result.
+        loss: tr((T−Ŵ) H (T−Ŵ)ᵀ) / tokens, the squared output error per calibration token against the target T,
+            which is W moved by the correction.
         output_error: ‖(W−Ŵ)X‖ / ‖WX‖ on the first rows (at most `ERROR_TOKENS`) of the first batch; None where
             they give no signal.
-        true_error: ‖WX̃ − ŴX‖ / ‖WX̃‖ over the calibration tokens, X̃ being the full-precision inputs; None without
-            the full-precision stream.
+        true_error: ‖WX̃ − ŴX‖ / ‖WX̃‖ on held-out tokens, X̃ being the full-precision inputs: the error that came
+            with the inputs is in it. None without the full-precision stream.
         correction: α in use; None without the full-precision stream. refit: whether the refitted scales were kept.
         fallbacks: rungs of the ladder that were needed; empty in the normal case.
         seconds: time for this layer alone.
@@ -57,6 +59,7 @@ class LayerRecord:
     tokens: int
     masked: int
     dropped: int
+    held_out: int
     loss: float
     output_error: float | None
     true_error: float | None
@@ -107,6 +110,7 @@ class LayerQuantizer:
         modules: layer name → module, for every layer of the plan.
         hessians: accumulates, and knows the padding.
         fmt: "gptq" or "gptq_v2", the layout that the sink gets.
+        accuracy: correction and refit.
         strict: raise SolverError where a fallback would be used.
     """
 
@@ -117,6 +121,7 @@ class LayerQuantizer:
         hessians: HessianPool,
         sink: Sink,
         *,
+        accuracy: Accuracy,
         fmt: str,
         strict: bool,
         timers: Timers,
@@ -125,6 +130,7 @@ class LayerQuantizer:
         self.plan = plan
         self.modules = modules
         self.sink = sink
+        self.accuracy = accuracy
         self.fmt = fmt
         self.strict = strict
         self.timers = timers
@@ -171,7 +177,14 @@ class LayerQuantizer:
             # No token came here: the solver records an empty Hessian as a fallback.
             hessian = Hessian(layer.in_features, device=W.device)
         try:
-            solution = quantize_weight(W, hessian, layer.settings, cache)
+            solution = quantize_weight(
+                W,
+                hessian,
+                layer.settings,
+                cache,
+                accuracy=self.accuracy,
+                probe=shared.probe if shared else None,
+            )
         except SolverError as error:
             raise ModelError(f"layer {layer.name} cannot be quantized: {error}") from error
         if solution.fallbacks and self.strict:
@@ -203,11 +216,12 @@ class LayerQuantizer:
             tokens=tokens,
             masked=shared.masked if shared else 0,
             dropped=shared.hessian.dropped if shared else 0,
+            held_out=shared.probe.tokens if shared and shared.probe else 0,
             loss=solution.loss / max(tokens, 1),
             output_error=error,
-            true_error=None,
-            correction=None,
-            refit=False,
+            true_error=solution.true_error,
+            correction=solution.alpha,
+            refit=solution.refit,
             fallbacks=tuple(solution.fallbacks),
             stored_bytes=sum(tensor.nbytes for tensor in tensors.values()),
             seconds=seconds,

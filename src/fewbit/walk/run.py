@@ -18,9 +18,9 @@ from ..calibration import Calibration
 from ..config import QuantConfig
 from ..errors import ModelError
 from ..plan import Plan, output_embedding_name
-from ..solver import native
+from ..solver import Accuracy, native
 from ..timers import Timers
-from .hessians import HessianPool, Masks
+from .hessians import HessianPool, Masks, Streams
 from .lockstep import Traffic, walk
 from .quantizer import LayerQuantizer, Progress, Sink
 
@@ -65,12 +65,14 @@ def quantize_layers(
     device = next(model.parameters()).device
     batches = [{key: value.to(device) for key, value in batch.items()} for batch in calibration.batches]
     encoder_outputs = _EncoderOutputs(model)
-    hessians = HessianPool([Masks.of(batch) for batch in batches], encoder_outputs.has)
+    streams = Streams.of(len(batches), paired=_needs_full_precision(config))
+    hessians = HessianPool([Masks.of(batch) for batch in batches], streams, encoder_outputs.has)
     quantizer = LayerQuantizer(
         plan,
         modules,
         hessians,
         sink,
+        accuracy=Accuracy(config.effective_correction, config.refit and not config.fast),
         fmt=config.format,
         strict=config.strict,
         timers=timers,
@@ -83,10 +85,26 @@ def quantize_layers(
                 quantizer.meet(name, [])
             return notes
         with encoder_outputs:
-            traffic = walk(modules, [_job(model, batch) for batch in batches], quantizer.meet)
+            jobs = [_job(model, batch) for batch in batches]
+            jobs += [jobs[reference - len(batches)] for reference in streams.references]
+            traffic = walk(modules, jobs, quantizer.meet, references=streams.references)
         for name in traffic.unreached:
             quantizer.meet(name, [])
-    return [*notes, *_traffic_notes(traffic, hessians)]
+    return [*notes, *_traffic_notes(traffic, hessians), *_held_out_notes(streams)]
+
+
+def _needs_full_precision(config: QuantConfig) -> bool:
+    """Whether anything asks for the second stream."""
+    return not config.fast and (config.effective_correction != 0 or config.refit or config.tune)
+
+
+def _held_out_notes(streams: Streams) -> list[str]:
+    if streams.held_out or not streams.paired:
+        return []
+    return [
+        "a single calibration batch leaves none to hold out: the correction was not chosen automatically, scales "
+        "were not refitted, and true errors were not measured. Give more text or a smaller batch_size"
+    ]
 
 
 def _traffic_notes(traffic: Traffic, hessians: HessianPool) -> list[str]:
@@ -105,6 +123,11 @@ def _traffic_notes(traffic: Traffic, hessians: HessianPool) -> list[str]:
         notes.append(
             f"{len(hessians.unmaskable)} layers see other rows than the tokens, so padding could not be told apart "
             f"there, for example {next(iter(hessians.unmaskable))}: use batch_size 1 to have none"
+        )
+    if hessians.unpaired:
+        notes.append(
+            f"in {len(hessians.unpaired)} layers, for example {next(iter(hessians.unpaired))}, the rows of the "
+            "quantized and the full-precision stream do not belong together: no correction there"
         )
     return notes
 

@@ -1,6 +1,6 @@
-// Upper triangle of H += Xᵀ X for bfloat16 X, with the dot products of AVX512-BF16: exact products of token
-// pairs, summed in float32. Every tile of H belongs to one task and its tokens are added in order, so the
-// result does not depend on the threads.
+// C += Aᵀ B for bfloat16 A and B, with the dot products of AVX512-BF16: exact products of token pairs, summed
+// in float32. Where only the upper triangle is wanted (A = B, a Hessian) the work is halved. Every tile of C
+// belongs to one task and its tokens are added in order, so the result does not depend on the threads.
 #include <immintrin.h>
 
 #include <cstdlib>
@@ -43,9 +43,9 @@ void pack_panel(const uint16_t* X, int64_t tokens, int64_t n, int64_t column, ui
     }
 }
 
-// H[0 … ROWS, 0 … PANEL] += Σ over pairs, for columns `rows` of one panel and all of another.
+// C[0 … ROWS, 0 … PANEL] += Σ over pairs, for columns `rows` of one panel and all of another.
 // Only the first `height` rows and `width` columns exist.
-void tile(const uint32_t* rows, const uint32_t* panel, int64_t pairs, float* H, int64_t n, int64_t height, int64_t width) {
+void tile(const uint32_t* rows, const uint32_t* panel, int64_t pairs, float* C, int64_t n, int64_t height, int64_t width) {
     __m512 sum[ROWS][VECTORS];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
@@ -70,46 +70,47 @@ void tile(const uint32_t* rows, const uint32_t* panel, int64_t pairs, float* H, 
             const int64_t left = width - v * 16;
             if (left <= 0) continue;
             const __mmask16 mask = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
-            float* h = H + r * n + v * 16;
-            _mm512_mask_storeu_ps(h, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, h), sum[r][v]));
+            float* c = C + r * n + v * 16;
+            _mm512_mask_storeu_ps(c, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, c), sum[r][v]));
         }
     }
 }
 
 struct Pass {
-    const uint32_t* packed;
-    float* H;
+    const uint32_t *A, *B;  // packed
+    float* C;
     int64_t n, pairs;
 
-    const uint32_t* panel(int64_t p) const { return packed + p * DEPTH * PANEL; }
-
-    // Columns of panel j against the rows of panels first … last.
+    // Columns of panel j of B against those of panels first … last of A.
     void run(int64_t j, int64_t first, int64_t last) const {
         const int64_t width = n - j * PANEL;
         for (int64_t i = first; i < last; i++)
             for (int64_t r = 0; r < PANEL && i * PANEL + r < n; r += ROWS) {
                 const int64_t row = i * PANEL + r;
-                tile(panel(i) + r, panel(j), pairs, H + row * n + j * PANEL, n, n - row, width);
+                tile(A + i * DEPTH * PANEL + r, B + j * DEPTH * PANEL, pairs, C + row * n + j * PANEL, n, n - row, width);
             }
     }
 };
 
 }  // namespace
 
-void syrk_bf16(const uint16_t* X, float* H, int64_t tokens, int64_t n, int threads) {
+void product_bf16(const uint16_t* A, const uint16_t* B, float* C, int64_t tokens, int64_t n, bool upper, int threads) {
     const int64_t panels = (n + PANEL - 1) / PANEL;
     const int64_t pieces = (panels + PANELS_PER_TASK - 1) / PANELS_PER_TASK;
-    std::unique_ptr<uint32_t[]> packed(new uint32_t[static_cast<size_t>(panels * DEPTH * PANEL)]);
+    const int64_t matrices = A == B ? 1 : 2;
+    std::unique_ptr<uint32_t[]> packed(new uint32_t[static_cast<size_t>(matrices * panels * DEPTH * PANEL)]);
+    uint32_t* const packed_a = packed.get() + (matrices - 1) * panels * DEPTH * PANEL;
     for (int64_t t = 0; t < tokens; t += 2 * DEPTH) {
         const int64_t count = tokens - t < 2 * DEPTH ? tokens - t : 2 * DEPTH;
-        parallel_for(panels, threads, [&](int64_t p) {
-            pack_panel(X + t * n, count, n, p * PANEL, packed.get() + p * DEPTH * PANEL);
+        parallel_for(matrices * panels, threads, [&](int64_t task) {
+            const int64_t p = task % panels;
+            const uint16_t* source = task < panels ? B : A;
+            pack_panel(source + t * n, count, n, p * PANEL, packed.get() + task * DEPTH * PANEL);
         });
-        const Pass pass{packed.get(), H, n, (count + 1) / 2};
+        const Pass pass{packed_a, packed.get(), C, n, (count + 1) / 2};
         parallel_for(panels * pieces, threads, [&](int64_t task) {
-            const int64_t j = task / pieces, first = task % pieces * PANELS_PER_TASK;
-            const int64_t last = first + PANELS_PER_TASK < j + 1 ? first + PANELS_PER_TASK : j + 1;
-            pass.run(j, first, last);
+            const int64_t j = task / pieces, first = task % pieces * PANELS_PER_TASK, end = upper ? j + 1 : panels;
+            pass.run(j, first, first + PANELS_PER_TASK < end ? first + PANELS_PER_TASK : end);
         });
     }
 }
