@@ -33,6 +33,41 @@ def test_sum_of_odd_batches_matches_float64(backend, n):
     assert torch.equal(H.diagonal(), H.matrix().diagonal())
 
 
+@pytest.mark.parametrize("n", [1, 7, 100, 577])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_drift_matches_float64(backend, dtype, n):
+    full = torch.randn(703, n).to(dtype)
+    X = (full + 0.1 * torch.randn(703, n)).to(dtype)
+    H = Hessian(n, backend=backend)
+    assert not H.has_full
+    assert H.drift() is None
+    for x, y in zip(X.split([1, 600, 102]), full.split([1, 600, 102]), strict=True):
+        H.add(x, full=y)
+    truth = (full.double() - X.double()).T @ X.double()
+    assert float((H.drift() - truth).norm() / oracle.hessian(X).norm()) < 3e-6
+    assert relative(H.matrix(), oracle.hessian(X)) < 3e-6
+
+
+def test_masked_and_bad_tokens_leave_both_streams():
+    full, X = torch.randn(50, 12), torch.randn(50, 12)
+    mask = torch.rand(50) > 0.3
+    H, clean = Hessian(12), Hessian(12)
+    good = mask.clone()
+    good[[3, 7]] = False
+    clean.add(X[good], full=full[good])
+    mask[[3, 7]] = True
+    full[3, 0], X[7, 5] = float("nan"), float("inf")
+    H.add(X, mask, full)
+    assert (H.tokens, H.dropped) == (clean.tokens, 2)
+    assert torch.allclose(H.drift(), clean.drift(), atol=1e-5)
+
+
+def test_full_inputs_of_another_shape_are_refused():
+    with pytest.raises(SolverError, match=r"shape \(4, 8\), but the batch has \(5, 8\)"):
+        Hessian(8).add(torch.randn(5, 8), full=torch.randn(4, 8))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_other_dtypes(dtype):
     X = torch.randn(300, 130).to(dtype)

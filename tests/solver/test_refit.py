@@ -1,0 +1,96 @@
+import pytest
+import torch
+
+from fewbit.codes import sequential_groups
+from fewbit.config import LayerSettings
+from fewbit.solver import Accuracy, Hessian, Probe, quantize_weight
+from fewbit.solver.grid import LARGEST_SCALE, SMALLEST_SCALE, Grid, fit_grid, nearest
+from fewbit.solver.refit import refit_scales
+
+
+def spread(W, q, grid, scales):
+    groups = grid.g_idx.long()
+    return (q.double() - grid.zeros.double()[:, groups]) * scales.double()[:, groups]
+
+
+def error(W, q, grid, scales, H):
+    E = W.double() - spread(W, q, grid, scales)
+    return float(((E @ H.double()) * E).sum())
+
+
+def problem(n, group_size, bits, sym, m=17, act_order=False):
+    g = torch.Generator().manual_seed(n + bits)
+    X = torch.randn(500, n, generator=g) @ torch.randn(n, n, generator=g)
+    W, H = torch.randn(m, n, generator=g), X.T @ X
+    g_idx = sequential_groups(n, group_size)
+    if act_order:
+        g_idx = g_idx[torch.randperm(n, generator=g)]
+    grid = fit_grid(W, H.diagonal(), g_idx, bits, sym=sym)
+    return W, H, grid, nearest(W, grid, bits)
+
+
+@pytest.mark.parametrize(("n", "group_size"), [(48, 16), (50, 16), (33, -1), (7, 32)])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_sweeps_reach_the_least_squares_scales(n, group_size, bits, act_order):
+    """With many sweeps the float32 scales are those of the G × G normal equations of every row."""
+    W, H, grid, q = problem(n, group_size, bits, sym=False, act_order=act_order)
+    fitted = refit_scales(W, q, grid, H, sweeps=200)
+    G, groups = grid.scales.shape[1], grid.g_idx.long()
+    Z = q.double() - grid.zeros.double()[:, groups]
+    for row in range(W.shape[0]):
+        blocks = torch.zeros(n, G, dtype=torch.float64)
+        blocks[torch.arange(n), groups] = Z[row]
+        A, b = blocks.T @ H.double() @ blocks, blocks.T @ H.double() @ W[row].double()
+        best = torch.linalg.lstsq(A, b).solution
+        if bool((best * grid.scales[row].double() <= SMALLEST_SCALE).any()):
+            continue  # there the sign, which is kept, or the smallest scale decides
+        s = fitted.scales[row].double()
+
+        def loss(s, A=A, b=b):
+            return s @ A @ s - 2 * s @ b
+
+        start, got, bound = (float(loss(x)) for x in (grid.scales[row].double(), s, best))
+        assert got <= start + 1e-9 * abs(start)
+        assert got - bound <= 0.05 * (start - bound) + 1e-4 * abs(bound)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_one_sweep_lowers_the_error_and_keeps_the_grid_valid(bits, sym):
+    W, H, grid, q = problem(52, 16, bits, sym)
+    fitted = refit_scales(W, q, grid, H)
+    assert error(W, q, fitted, fitted.scales, H) < error(W, q, grid, grid.scales, H)
+    assert fitted.scales.dtype == torch.float16
+    assert torch.equal(fitted.zeros, grid.zeros)
+    assert torch.equal(fitted.scales.sign(), grid.scales.sign())
+    assert bool(
+        (fitted.scales.abs() >= SMALLEST_SCALE).all() and (fitted.scales.abs() <= LARGEST_SCALE).all()
+    )
+
+
+def test_groups_of_zeros_and_a_zero_hessian_keep_their_scales():
+    grid = Grid(torch.ones(2, 2).half(), torch.full((2, 2), 8).short(), sequential_groups(8, 4))
+    q = torch.full((2, 8), 8, dtype=torch.uint8)
+    assert torch.equal(refit_scales(torch.zeros(2, 8), q, grid, torch.eye(8)).scales, grid.scales)
+    q[:, 0] = 9
+    assert torch.equal(refit_scales(torch.ones(2, 8), q, grid, torch.zeros(8, 8)).scales, grid.scales)
+
+
+def test_a_refit_is_kept_only_where_held_out_tokens_agree():
+    settings = LayerSettings(bits=2, group_size=16, sym=False, act_order="group", damp=0.01, method="gptq")
+    g = torch.Generator().manual_seed(0)
+    mix, W = torch.randn(48, 48, generator=g), torch.randn(24, 48, generator=g)
+    X, other = torch.randn(1000, 48, generator=g) @ mix, torch.randn(1000, 48, generator=g) @ mix
+    H = Hessian(48)
+    H.add(X)
+    plain = quantize_weight(W, H, settings)
+    kept = quantize_weight(W, H, settings, accuracy=Accuracy(refit=True), probe=Probe(other, other))
+    assert kept.refit
+    assert torch.equal(kept.codes.codes, plain.codes.codes)
+    assert not torch.equal(kept.codes.scales, plain.codes.scales)
+    assert kept.loss < plain.loss
+    # Held-out tokens for which the fitted scales are wrong: the full-precision layer gives what it gave before.
+    before = plain.codes.dequantize()
+    stubborn = Probe(other, other @ before.T @ torch.linalg.pinv(W).T)
+    assert not quantize_weight(W, H, settings, accuracy=Accuracy(refit=True), probe=stubborn).refit
