@@ -146,7 +146,7 @@ def _notes(
     ]
     if costs.unreached:
         notes.append(
-            f"no measured token reached {len(costs.unreached)} layers, for example {costs.unreached[0]}: their bits "
+            f"no usable token reached {len(costs.unreached)} layers, for example {costs.unreached[0]}: their bits "
             "were chosen as if their weights mattered like the average weight"
         )
     return notes

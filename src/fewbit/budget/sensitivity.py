@@ -31,7 +31,7 @@ ROWS = 2048
 
 @dataclass(frozen=True)
 class Costs:
-    """Predicted nats per token, `by_unit[i][j]` of choice j for unit i; and layers without any token."""
+    """Predicted nats per token, `by_unit[i][j]` of choice j for unit i; and layers without any usable token."""
 
     by_unit: list[list[float]]
     unreached: list[str]
@@ -47,10 +47,10 @@ def measure(
 ) -> Costs:
     """Predict the cost of every choice of every unit.
 
-    A layer that no token reached counts as if its weights mattered as much as the average weight.
+    A layer that no usable token reached counts as if its weights mattered as much as the average weight.
 
     Raises:
-        ModelError: no gradients can be computed through the model, or no layer was reached.
+        ModelError: no gradients can be computed through the model, or none is finite.
     """
     layers = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
     batches = _some(calibration, next(model.parameters()).device)
@@ -77,7 +77,7 @@ def measure(
 
 @dataclass(frozen=True)
 class _Error:
-    """Of one choice for one layer: predicted nats per token (None: no token came here), and ‖W − Ŵ‖²."""
+    """Of one choice for one layer: predicted nats per token (None: no usable token came here), and ‖W − Ŵ‖²."""
 
     cost: float | None
     weight: float
@@ -117,8 +117,8 @@ def _sum_up(units: Sequence[Unit], errors: Mapping[str, list[_Error]]) -> Costs:
     known = [error for found in errors.values() for error in found if error.cost is not None]
     if not known:
         raise ModelError(
-            "no calibration token reached any layer, so target_bits has nothing to measure: give other text, or "
-            "leave target_bits out and choose bits with override"
+            "target_bits found no token with finite inputs and gradients at any layer: try dtype float32 or other "
+            "text, or leave target_bits out and choose bits with override"
         )
     average = sum(error.cost or 0.0 for error in known) / max(sum(error.weight for error in known), 1e-30)
     by_unit = [
