@@ -7,6 +7,7 @@ nothing from anywhere, and its own content policy forbids it.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from ..config import QuantConfig
 from ..plan import block_of
@@ -78,17 +80,21 @@ class Tile:
     value: str
     detail: str
     spread: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True)
 class Share:
-    """One part of a whole, for a bar: `part` is the fraction, `text` what is written beside it."""
+    """One part of a whole, for a bar: `part` is the fraction, `text` what is written beside it.
+
+    `tone`: number of its colour; None takes them in turn.
+    """
 
     label: str
     part: float
     text: str
     note: str = ""
-    depth: int = 0
+    tone: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,7 @@ def page(report: Mapping[str, Any]) -> str:
     )
     filters = (words.percent, words.number, words.size, words.count, words.duration, words.plural)
     environment.filters.update({function.__name__: function for function in filters})
+    environment.filters["breakable"] = _breakable
     return environment.get_template("page.html.j2").render(view(report))
 
 
@@ -121,13 +128,13 @@ def view(report: Mapping[str, Any]) -> dict[str, Any]:
     layers = report["layers"]
     found = places(layers)
     width = getattr(torch, report["model"]["dtype"]).itemsize
-    rows = kind_rows(layers, found, width)
+    rows = kind_rows(layers, found)
     measure = error_measure(layers)
     return {
         "report": report,
         "title": report["model"]["name"],
         "subtitle": _subtitle(report),
-        "recipe": _recipe(report),
+        "recipe": _recipe(report, found),
         "tiles": tiles(report),
         "fallen": sum(bool(layer["fallbacks"]) for layer in layers),
         "resumed": report["resumed_layers"],
@@ -208,8 +215,8 @@ def tiles(report: Mapping[str, Any]) -> list[Tile]:
     if known:
         worst = max(known, key=lambda layer: layer[measure])
         average = words.percent(mean(layer[measure] for layer in known))
-        detail = f"at most {words.percent(worst[measure])}, in {worst['name']}"
-        result.append(Tile(f"mean {MEASURES[measure][0]}", average, detail))
+        detail = f"at most {words.percent(worst[measure])}, in"
+        result.append(Tile(f"mean {MEASURES[measure][0]}", average, detail, name=worst["name"]))
     peak = words.size(report["peak_memory_bytes"])
     result.append(Tile("time", words.duration(report["seconds"]), f"peak memory {peak}"))
     return result
@@ -250,10 +257,14 @@ def sizes(report: Mapping[str, Any], width: int) -> dict[str, list[Share]]:
         "the rest": report["result_bytes"] - report["quantized_bytes"],
     }
     largest = max(report["model"]["bytes"], report["result_bytes"])
+    tones = {"scales, zero points, g_idx": 3, "the rest": 2}
+
+    def share(label: str, part: float) -> Share:
+        part = max(part, 0.0)
+        return Share(label, part / largest, words.size(part), tone=tones.get(label, 0))
+
     return {
-        title: [
-            Share(label, max(part, 0) / largest, words.size(max(part, 0))) for label, part in parts.items()
-        ]
+        title: [share(*item) for item in parts.items()]
         for title, parts in (("before", before), ("after", after))
     }
 
@@ -354,11 +365,11 @@ def _subtitle(report: Mapping[str, Any]) -> str:
     return f"{model['architecture']}, {words.parameters(model['parameters'])} parameters"
 
 
-def _recipe(report: Mapping[str, Any]) -> str:
+def _recipe(report: Mapping[str, Any], found: Iterable[Place]) -> str:
     config, layers = report["config"], report["layers"]
     kinds = {setting(layer) for layer in layers}
     bits = kinds.pop() if len(kinds) == 1 else f"{len(kinds)} different settings of bits and group size"
-    blocks = {layer["block"] for layer in layers}
+    blocks = {(place.stack, place.block) for place in found if place.block is not None}
     grid = "symmetric" if config["sym"] else "asymmetric"
     calibration = report["calibration"]
     text = (
@@ -374,6 +385,11 @@ def _offered(key: str, values: Sequence[Any]) -> bool:
     """Errors wherever they are known; other measures where they differ between layers."""
     known = {value for value in values if value is not None}
     return bool(known) if key in _ALWAYS else len(known) > 1
+
+
+def _breakable(text: str) -> Markup:
+    """Names of layers may break before a part, not anywhere."""
+    return Markup("<wbr>").join(re.split(r"(?<=\w)(?=\.[^\W\d])", text))
 
 
 def _change(after: float | None, before: float | None) -> str:

@@ -63,7 +63,7 @@ class KindRow:
 
     Attributes:
         shapes: such as "1536 × 576"; several where they differ. settings: such as "4 bits, group 64".
-        before_bytes: in the model's dtype. error: mean of the measure shown. worst: the largest, with `worst_name`.
+        error: mean of the measure shown. worst: the largest, with `worst_name`.
         correction: mean α; None where none was chosen. refits: layers with refitted scales.
         fewest, most: tokens seen. thin: layers with fewer tokens than inputs.
     """
@@ -75,7 +75,6 @@ class KindRow:
     settings: str
     weights: int
     bits_per_weight: float
-    before_bytes: int
     stored_bytes: int
     error: float | None
     worst: float | None
@@ -130,14 +129,14 @@ def error_measure(layers: Sequence[Mapping[str, Any]]) -> str:
     return "true_error" if any(_known(layer, "true_error") for layer in layers) else "output_error"
 
 
-def kind_rows(layers: Sequence[Mapping[str, Any]], found: Sequence[Place], width: int) -> list[KindRow]:
-    """One row for every kind of layer, in the model's order. `width`: bytes of an original weight."""
+def kind_rows(layers: Sequence[Mapping[str, Any]], found: Sequence[Place]) -> list[KindRow]:
+    """One row for every kind of layer, in the model's order."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for layer, place in zip(layers, found, strict=True):
         groups.setdefault((place.stack, place.kind), []).append(layer)
     measure = error_measure(layers)
     ordered = sorted(groups.items(), key=lambda item: item[0][0] == OUTSIDE)
-    return [_kind_row(stack, kind, group, measure, width) for (stack, kind), group in ordered]
+    return [_kind_row(stack, kind, group, measure) for (stack, kind), group in ordered]
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -146,7 +145,7 @@ def mean(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _kind_row(stack: str, kind: str, group: Sequence[Mapping[str, Any]], measure: str, width: int) -> KindRow:
+def _kind_row(stack: str, kind: str, group: Sequence[Mapping[str, Any]], measure: str) -> KindRow:
     weights = sum(_weights(layer) for layer in group)
     stored = sum(layer["stored_bytes"] for layer in group)
     known = [layer for layer in group if _known(layer, measure)]
@@ -157,10 +156,9 @@ def _kind_row(stack: str, kind: str, group: Sequence[Mapping[str, Any]], measure
         kind=kind,
         layers=len(group),
         shapes=_distinct(f"{layer['out_features']} × {layer['in_features']}" for layer in group),
-        settings=_distinct(setting(layer) for layer in group),
+        settings=_settings(group),
         weights=weights,
         bits_per_weight=8 * stored / weights,
-        before_bytes=weights * width,
         stored_bytes=stored,
         error=mean(layer[measure] for layer in known),
         worst=worst[measure] if worst else None,
@@ -178,6 +176,14 @@ def setting(layer: Mapping[str, Any]) -> str:
     group = "one group" if layer["group_size"] == -1 else f"group {layer['group_size']}"
     method = "" if layer["method"] == "gptq" else f", {layer['method']}"
     return f"{layer['bits']} bits, {group}{method}"
+
+
+def _settings(group: Sequence[Mapping[str, Any]]) -> str:
+    """That of all, or the bits and group sizes that occur."""
+    if len({setting(layer) for layer in group}) == 1:
+        return setting(group[0])
+    bits, sizes = (sorted({layer[key] for layer in group}) for key in ("bits", "group_size"))
+    return f"{', '.join(map(str, bits))} bits; groups {', '.join(map(str, sizes))}"
 
 
 def _split(name: str, block: str) -> tuple[str, int | None, str]:

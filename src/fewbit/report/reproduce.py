@@ -37,12 +37,17 @@ def reproduce(model: Any, config: QuantConfig, arguments: Mapping[str, Any]) -> 
     values = {
         name: arguments[name]
         for name, (_, default) in _OPTIONS.items()
-        if name in arguments and arguments[name] != default
+        if name in arguments and not _same(arguments[name], default)
     }
     in_words = [model, *values.values()]
     if arguments.get("tokenizer") is None and all(isinstance(v, (str, Path, bool, int)) for v in in_words):
         return _shell(model, config, values)
     return _python(model, config, {**values, "tokenizer": arguments.get("tokenizer")})
+
+
+def _same(value: Any, default: Any) -> bool:
+    """Whether nothing was asked for. Data sets may define a comparison of their own, which is not wanted here."""
+    return value is default or (isinstance(value, (str, int)) and value == default)
 
 
 def _shell(model: Any, config: QuantConfig, values: Mapping[str, Any]) -> str:

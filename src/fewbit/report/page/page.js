@@ -85,7 +85,8 @@
     const table = element("table", null, { class: "heat", tabindex: 0, "aria-label": `${measure.label} by kind of layer and block` });
     const longest = Math.max(...stack.kinds.map(kind => kind.length));
     table.style.setProperty("--kind-width", `min(${(0.58 * longest + 1).toFixed(1)}em, 40vw)`);
-    table.style.minWidth = `calc(${(0.58 * longest + 1).toFixed(1)}em * .8 + ${5 + 0.42 * stack.blocks.length}rem)`;
+    table.style.minWidth = `calc(${(0.58 * longest + 1).toFixed(1)}em * .75 + ${4 + 0.37 * stack.blocks.length}rem)`;
+    if (stack.blocks.length === 1) table.style.maxWidth = "30rem";
     const group = element("colgroup");
     group.append(element("col", null, { class: "kind" }), ...stack.blocks.map(() => element("col")), element("col", null, { class: "mean" }));
     table.append(group, above(stack, index, measure), rows(stack, index, measure, scale), below(stack));
@@ -122,12 +123,15 @@
         cell.dataset.at = `${index} ${row} ${column}`;
         if (gaps.has(cell.dataset.at)) cell.classList.add("gap");
         if (!group.length && !gaps.has(cell.dataset.at)) cell.classList.add("none");
-        if (value !== null) {
+        if (value === null) {
+          if (group.length) cell.classList.add("unknown");
+          if (group.length && written) cell.textContent = DASH;
+        } else {
           cell.style.background = colour(scale.part(value));
           cell.style.color = inkOn(scale.part(value));
           if (written) cell.textContent = show(measure.unit, value);
         }
-        if (group.some(layer => layers.fallbacks[layer].length)) cell.classList.add("fallen");
+        if (group.some(layer => layers.fallbacks[layer].length)) cell.classList.add("fallen", ...(group.length > 1 ? ["some"] : []));
         line.append(cell);
       });
       line.append(element("td", show(measure.unit, mean(known(measure.key, cells[index][row].flat()))), { class: "mean" }));
@@ -141,7 +145,7 @@
     row.append(element("th", stack.blocks[0] === null ? "" : "block", { scope: "row", style: "text-align:right;padding-right:.6rem" }));
     stack.blocks.forEach((block, column) => {
       const cell = element("td");
-      if (block !== null && column % every === 0) cell.append(element("span", block));
+      if (block !== null && column % every === 0) cell.append(element("span", block, column / every % 3 ? { class: "minor" } : {}));
       row.append(cell);
     });
     row.append(element("td"));
@@ -155,8 +159,8 @@
     ramp.style.background = `linear-gradient(to right, ${stops.join(", ")})`;
     const ticks = element("div", null, { class: "ticks" });
     const places = scale.high > scale.low ? [0, 0.25, 0.5, 0.75, 1] : [0.5];
-    ticks.append(...places.map(part => element("span", show(measure.unit, scale.back(part)))));
-    box.replaceChildren(element("span", measure.label + (scale.ratios ? ", in equal ratios" : "")), ramp, ticks);
+    ticks.append(...places.map((part, at) => element("span", show(measure.unit, scale.back(part)), at % 2 ? { class: "minor" } : {})));
+    box.replaceChildren(element("span", measure.label + (scale.ratios ? ", logarithmic" : "")), ramp, ticks);
   }
 
   // ---- tips ----
@@ -256,7 +260,7 @@
   function expertFigure(stack, byBlock, kind) {
     const used = byBlock.map((group, column) => [stack.blocks[column], group]).filter(([, group]) => group.length > 1);
     const most = Math.max(...used.map(([, group]) => group.length));
-    const scale = scaleOf(used.flatMap(([, group]) => group.map(layer => Math.max(figure("tokens", layer), 1))));
+    const scale = scaleOf(used.flatMap(([, group]) => known("tokens", group)).filter(tokens => tokens > 0));
     const figureBox = element("figure"), canvas = element("canvas", null, { width: most, height: used.length, role: "img" });
     canvas.style.height = `${Math.min(Math.max(used.length * 0.75, 4), 24)}rem`;
     canvas.setAttribute("aria-label", `tokens of ${kind}, one row for each block, one column for each expert`);
@@ -266,7 +270,7 @@
       pen.fillRect(column, row, 1, 1);
     }));
     const caption = element("figcaption", `${kind}: a row for each block, a column for each expert; ` +
-      `${grouped(scale.low)} (pale) to ${grouped(scale.high)} tokens${scale.ratios ? ", in equal ratios" : ""}; red: none.`);
+      `${grouped(scale.low)} (pale) to ${grouped(scale.high)} tokens${scale.ratios ? ", logarithmic" : ""}; red: none.`);
     if (isDark()) caption.textContent = caption.textContent.replace("pale", "dark");
     canvas.addEventListener("pointermove", event => {
       const box = canvas.getBoundingClientRect();
