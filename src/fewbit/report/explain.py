@@ -44,6 +44,11 @@ _EXPLANATIONS = {
         "than GPTQ's would be.",
         f"{_MORE_TEXT} Or give such layers more bits with --override.",
     ),
+    fallback.NO_CORRECTION: Explanation(
+        "The matrix behind the correction towards the full-precision outputs could not be factored; the layer was "
+        "solved without the correction.",
+        _MORE_TEXT,
+    ),
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ nothing from anywhere, and its own content policy forbids it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,8 +39,8 @@ MEASURES = {
     "true_error": (
         "true error",
         "percent",
-        "‖WX̃ − ŴX‖ / ‖WX̃‖ over the calibration tokens: what the layer's output has lost against the full-precision "
-        "model, with all that earlier layers lost.",
+        "‖WX̃ − ŴX‖ / ‖WX̃‖ on held-out calibration tokens: what the layer's output has lost against the "
+        "full-precision model, with all that earlier layers lost.",
     ),
     "output_error": (
         "own error",
@@ -60,6 +61,7 @@ _ALWAYS = ("true_error", "output_error")
 _PHASES = {
     "calibration": "read and tokenize the text",
     "load": "read the model",
+    "measure": "measure what each layer can bear",
     "walk": "forward passes",
     "hessian": "sum up Hessians",
     "solve": "solve",
@@ -70,6 +72,7 @@ _PHASES = {
     "evaluate": "evaluate",
 }
 _NAMES_SHOWN = 12
+_MOST_ALPHAS = 6
 
 
 @dataclass(frozen=True)
@@ -284,11 +287,15 @@ def settings(layers: Iterable[Mapping[str, Any]]) -> list[Share]:
 
 
 def corrections(layers: Iterable[Mapping[str, Any]]) -> list[Share]:
-    """How many layers have which correction α; empty where none was chosen."""
-    chosen = Counter(round(layer["correction"], 3) for layer in layers if layer["correction"] is not None)
+    """How many layers have which correction α, in ranges where there are many; empty where none was chosen."""
+    chosen = [layer["correction"] for layer in layers if layer["correction"] is not None]
+    distinct = set(chosen)
+    labels = Counter(
+        f"α = {alpha:g}" if len(distinct) <= _MOST_ALPHAS or alpha == 0 else _alpha_range(alpha)
+        for alpha in sorted(chosen)
+    )
     return [
-        Share(f"α = {value:g}", amount / chosen.total(), words.plural(amount, "layer"))
-        for value, amount in sorted(chosen.items())
+        Share(label, amount / len(chosen), words.plural(amount, "layer")) for label, amount in labels.items()
     ]
 
 
@@ -390,6 +397,12 @@ def _offered(key: str, values: Sequence[Any]) -> bool:
 def _breakable(text: str) -> Markup:
     """Names of layers may break before a part, not anywhere."""
     return Markup("<wbr>").join(re.split(r"(?<=\w)(?=\.[^\W\d])", text))
+
+
+def _alpha_range(alpha: float) -> str:
+    """The fifth of 0…1 in which α lies."""
+    fifth = min(math.ceil(5 * alpha), 5)
+    return f"{(fifth - 1) / 5:g} < α ≤ {fifth / 5:g}"
 
 
 def _change(after: float | None, before: float | None) -> str:

@@ -23,8 +23,8 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 # What each layer's record has for the page, beside its place. `bits_per_weight` is computed here.
 COLUMNS = (
     "out_features", "in_features", "bits", "group_size", "sym", "act_order", "method", "bits_per_weight",
-    "stored_bytes", "tokens", "masked", "dropped", "loss", "output_error", "true_error", "correction", "refit",
-    "seconds",
+    "stored_bytes", "tokens", "masked", "dropped", "held_out", "loss", "output_error", "true_error",
+    "correction", "refit", "seconds",
 )  # fmt: skip
 
 

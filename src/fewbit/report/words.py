@@ -66,7 +66,8 @@ def plural(amount: int, one: str, many: str | None = None) -> str:
 
 def _digits(value: float) -> str:
     """Three significant digits."""
-    places = 2 - math.floor(math.log10(abs(value))) if value else 2
+    rounded = float(f"{value:.3g}")
+    places = 2 - math.floor(math.log10(abs(rounded))) if rounded else 2
     return _fixed(value, min(max(places, 0), 9))
 
 

@@ -200,6 +200,7 @@
       pair("bits per weight", show("number", get("bits_per_weight"))),
       pair("tokens", grouped(get("tokens"))),
     ];
+    if (get("held_out")) parts.push(pair("held out", grouped(get("held_out"))));
     if (get("dropped")) parts.push(pair("tokens dropped", grouped(get("dropped"))));
     if (get("correction") !== null) parts.push(pair("correction α", show("number", get("correction"))));
     parts.push(pair("refit", get("refit") ? "kept" : "no"), pair("time", show("seconds", get("seconds"))));
