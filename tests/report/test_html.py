@@ -7,8 +7,9 @@ import re
 import pytest
 
 from fewbit.report.explain import explain
-from fewbit.report.html import corrections, page, phases, skipped_groups, tiles, view
+from fewbit.report.html import page, view
 from fewbit.report.layers import COLUMNS
+from fewbit.report.sections import corrections, phases, skipped_groups, tiles
 from fewbit.solver import fallback
 from report_samples import dense_layers, evaluation, expert_layers, layer, report
 

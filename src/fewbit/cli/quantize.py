@@ -171,20 +171,24 @@ def _after_interrupt(output: Path) -> str:
 
 
 def _show(report: Any, verbose: bool) -> None:
+    from ..report import words
     from ..report.collect import PAGE_NAME
+    from ..report.layers import MEASURES, error_measure, is_known, mean
 
     results = Console()
     if verbose:
         results.print(_layer_table(report))
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    errors = [layer["output_error"] for layer in report.layers if layer["output_error"] is not None]
+    measure = error_measure(report.layers)
+    known = [layer for layer in report.layers if is_known(layer, measure)]
     table.add_row("quantized", f"{report.modules} layers, {report.bits_per_weight:.3f} bits per weight")
     table.add_row("left as they are", f"{len(report.skipped)} weight matrices")
-    if errors:
-        worst = max(report.layers, key=lambda layer: layer["output_error"] or 0.0)
+    if known:
+        worst = max(known, key=lambda layer: layer[measure])
+        average = mean(layer[measure] for layer in known)
         table.add_row(
-            "output error",
-            f"{sum(errors) / len(errors):.2%} on average, {max(errors):.2%} at most ({worst['name']})",
+            MEASURES[measure][0],
+            f"{words.percent(average)} on average, {words.percent(worst[measure])} at most ({worst['name']})",
         )
     fallbacks = ", ".join(f"{name} ({count} layers)" for name, count in report.fallbacks.items())
     table.add_row("fallbacks", fallbacks or "none")
@@ -195,8 +199,9 @@ def _show(report: Any, verbose: bool) -> None:
         base, after = report.evaluation["base"], report.evaluation["quantized"]
         table.add_row(
             "perplexity",
-            f"{base['perplexity']:.3f} before, {after['perplexity']:.3f} after; KL {after['kl']:.4f} nats per token, "
-            f"same first choice {after['top1_agreement']:.1%}",
+            f"{words.number(base['perplexity'])} before, {words.number(after['perplexity'])} after; "
+            f"KL {words.number(after['kl'])} nats per token; same first choice "
+            f"{words.percent(after['top1_agreement'])}",
         )
     table.add_row("written to", str(report.output))
     table.add_row("report", str(Path(report.output) / PAGE_NAME))
@@ -206,18 +211,21 @@ def _show(report: Any, verbose: bool) -> None:
 
 
 def _layer_table(report: Any) -> Table:
-    table = Table(
-        Column("layer", overflow="fold"), "shape", "bits", "group", "tokens", "output error", "fallbacks"
-    )
+    from ..report import words
+
+    headings = ("shape", "bits", "group", "tokens", "own error", "true error", "α", "refit", "fallbacks")
+    table = Table(Column("layer", overflow="fold"), *headings)
     for layer in report.layers:
-        error = "" if layer["output_error"] is None else f"{layer['output_error']:.2%}"
         table.add_row(
             layer["name"],
             f"{layer['out_features']} × {layer['in_features']}",
             str(layer["bits"]),
             str(layer["group_size"]),
             str(layer["tokens"]),
-            error,
+            words.percent(layer["output_error"]),
+            words.percent(layer["true_error"]),
+            words.number(layer["correction"]),
+            "kept" if layer["refit"] else "",
             ", ".join(layer["fallbacks"]),
         )
     return table

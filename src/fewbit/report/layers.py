@@ -20,6 +20,29 @@ _MOST_KINDS = 40
 _EXPERT_NUMBER = re.compile(r"(?<=experts\.)\d+(?=\.|$)|(?<=expert\.)\d+(?=\.|$)")
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
+# Measure → its name, how it is written, and what it is.
+MEASURES = {
+    "true_error": (
+        "true error",
+        "percent",
+        "‖WX̃ − ŴX‖ / ‖WX̃‖ on held-out calibration tokens: what the layer's output has lost against the "
+        "full-precision model, with all that earlier layers lost.",
+    ),
+    "output_error": (
+        "own error",
+        "percent",
+        "‖WX − ŴX‖ / ‖WX‖ on the inputs that the layer has in the quantized model: what rounding this layer adds.",
+    ),
+    "bits_per_weight": ("bits per weight", "number", "Stored bits, scales and zero points counted."),
+    "correction": (
+        "correction α",
+        "number",
+        "How far the layer's target was moved towards the full-precision output, 0 to 1.",
+    ),
+    "tokens": ("tokens", "count", "Calibration tokens in the layer's Hessian."),
+    "seconds": ("seconds", "seconds", "Time for the layer alone, without the forward pass."),
+}
+
 # What each layer's record has for the page, beside its place. `bits_per_weight` is computed here.
 COLUMNS = (
     "out_features", "in_features", "bits", "group_size", "sym", "act_order", "method", "bits_per_weight",
@@ -126,7 +149,7 @@ def columns(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 def error_measure(layers: Sequence[Mapping[str, Any]]) -> str:
     """The error to show first: the true one where the run measured it, else the layer's own."""
-    return "true_error" if any(_known(layer, "true_error") for layer in layers) else "output_error"
+    return "true_error" if any(is_known(layer, "true_error") for layer in layers) else "output_error"
 
 
 def kind_rows(layers: Sequence[Mapping[str, Any]], found: Sequence[Place]) -> list[KindRow]:
@@ -148,7 +171,7 @@ def mean(values: Iterable[float | None]) -> float | None:
 def _kind_row(stack: str, kind: str, group: Sequence[Mapping[str, Any]], measure: str) -> KindRow:
     weights = sum(_weights(layer) for layer in group)
     stored = sum(layer["stored_bytes"] for layer in group)
-    known = [layer for layer in group if _known(layer, measure)]
+    known = [layer for layer in group if is_known(layer, measure)]
     worst = max(known, key=lambda layer: layer[measure]) if known else None
     tokens = [layer["tokens"] for layer in group]
     return KindRow(
@@ -215,7 +238,8 @@ def _constant(values: Sequence[Any]) -> bool:
     return all(value == values[0] and type(value) is type(values[0]) for value in values)
 
 
-def _known(layer: Mapping[str, Any], name: str) -> bool:
+def is_known(layer: Mapping[str, Any], name: str) -> bool:
+    """Whether the record has this figure."""
     return layer[name] is not None and math.isfinite(layer[name])
 
 
