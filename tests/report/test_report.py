@@ -129,6 +129,31 @@ def test_a_run_killed_in_its_evaluation_is_resumed_with_the_same_command(run, in
     assert not (tmp_path / "out" / ".fewbit").exists()
 
 
+def test_an_interrupt_in_the_evaluation_says_how_to_go_on(inputs, tmp_path, monkeypatch):
+    model, text = inputs
+
+    def stopped(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fewbit.api.evaluate", stopped)
+    arguments = [
+        "quantize",
+        model,
+        "-o",
+        tmp_path / "out",
+        "--method",
+        "rtn",
+        "--group-size",
+        16,
+        "--eval",
+        text,
+    ]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 130
+    said = " ".join(result.output.split())
+    assert "is complete; run the same command again for its evaluation" in said
+
+
 def test_an_evaluation_that_fails_leaves_checkpoint_report_and_card(inputs, tmp_path, monkeypatch):
     model, text = inputs
 

@@ -77,6 +77,7 @@ def view(report: Mapping[str, Any]) -> dict[str, Any]:
         "fallbacks": sections.fallbacks(layers),
         "skipped": sections.skipped_groups(report["skipped"]),
         "phases": sections.phases(report),
+        "evaluation_seconds": sections.evaluation_seconds(report),
         "memory": sections.memory(report),
         "config": sections.config_rows(report["config"]),
         "data": data(report, found),

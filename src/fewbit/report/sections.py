@@ -17,6 +17,7 @@ from . import words
 from .explain import explain
 from .layers import MEASURES, error_measure, is_known, mean, setting
 
+_EVALUATE = "evaluate"
 _PHASES = {
     "calibration": "read and tokenize the text",
     "load": "read the model",
@@ -28,7 +29,7 @@ _PHASES = {
     "journal": "keep finished blocks",
     "resume": "take over finished blocks",
     "write": "write the checkpoint",
-    "evaluate": "evaluate",
+    _EVALUATE: "evaluate",
 }
 _NAMES_SHOWN = 12
 _MOST_ALPHAS = 6
@@ -204,15 +205,19 @@ def skipped_groups(skipped: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
 
 
 def phases(report: Mapping[str, Any]) -> list[Share]:
-    """Own time of every phase, in the order of the run; what no phase covers comes last."""
-    kept = list(report["phases"])
-    evaluation = sum(phase["seconds"] for phase in kept if phase["name"] == "evaluate")
-    whole = report["seconds"] + evaluation
+    """Own time of every phase of the quantization, in their order; what no phase covers comes last."""
+    kept = [phase for phase in report["phases"] if phase["name"] != _EVALUATE]
+    whole = report["seconds"]
     rest = whole - sum(phase["own_seconds"] for phase in kept)
     parts = [(_PHASES.get(phase["name"], phase["name"]), phase["own_seconds"]) for phase in kept]
     if rest > 0.005 * whole:
         parts.append(("everything else", rest))
     return [Share(label, part / whole, words.duration(part)) for label, part in parts if whole > 0]
+
+
+def evaluation_seconds(report: Mapping[str, Any]) -> float:
+    """Time for the evaluation after the run; 0 without one."""
+    return float(sum(phase["seconds"] for phase in report["phases"] if phase["name"] == _EVALUATE))
 
 
 def memory(report: Mapping[str, Any]) -> list[Share]:
