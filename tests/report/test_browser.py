@@ -42,6 +42,11 @@ addEventListener("load", () => setTimeout(() => {
   const last = all(".heat td.cell").at(-1);
   point(last, "pointerover");
   result.tip = document.getElementById("tip").innerText;
+  point(document.getElementById("maps"), "pointerleave");
+  result.hidden = document.getElementById("tip").hidden;
+  const press = key => document.querySelector(".heat").dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  ["ArrowDown", "ArrowDown", "ArrowRight"].forEach(press);
+  result.reached = document.querySelector("#tip b").textContent;
   all("#measures button").at(-1).click();
   result.other = document.getElementById("meaning").textContent;
   document.getElementById("all").open = true;
@@ -92,6 +97,8 @@ def test_a_dense_model(tmp_path):
     assert found["measures"] == ["true error", "own error", "bits per weight", "correction α", "seconds"]
     assert "model.layers.29.mlp.down_proj" in found["tip"]
     assert "576 × 1536" in found["tip"]
+    assert found["hidden"]
+    assert found["reached"] == "model.layers.1.self_attn.k_proj"
     assert found["other"].startswith("Time for the layer alone")
     assert found["rows"] == 200
     assert found["filtered"] == "30 of 209 layers"

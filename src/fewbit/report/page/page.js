@@ -44,17 +44,17 @@
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const printing = matchMedia("print");
   const isDark = () => dark.matches && !printing.matches;
+  const lightness = part => isDark() ? 0.3 + 0.62 * part : 0.95 - 0.62 * part;
   function colour(part) {
     const hue = isDark() ? 285 - 195 * part : 95 + 190 * part;
     const chroma = isDark() ? 0.055 + 0.085 * part : 0.045 + 0.095 * part;
-    const light = isDark() ? 0.3 + 0.62 * part : 0.95 - 0.62 * part;
-    return `oklch(${light.toFixed(3)} ${chroma.toFixed(3)} ${hue.toFixed(1)})`;
+    return `oklch(${lightness(part).toFixed(3)} ${chroma.toFixed(3)} ${hue.toFixed(1)})`;
   }
-  const inkOn = part => (isDark() ? part > 0.45 : part < 0.55) ? "#111" : "#fff";
+  const inkOn = part => lightness(part) > 0.57 ? "#111" : "#fff";
 
   // From values to 0…1: in equal ratios where they span more than a factor of 8, else in equal steps.
   function scaleOf(values) {
-    const low = Math.min(...values), high = Math.max(...values);
+    const low = values.reduce((a, b) => Math.min(a, b), Infinity), high = values.reduce((a, b) => Math.max(a, b), -Infinity);
     const ratios = low > 0 && high / low > 8;
     const at = value => ratios ? Math.log(value / low) / Math.log(high / low) : (value - low) / (high - low);
     const back = part => ratios ? low * (high / low) ** part : low + part * (high - low);
@@ -358,10 +358,10 @@
     drawExperts();
   }
   for (const measure of measures) {
-    const button = element("button", measure.label, { type: "button", role: "radio", "aria-checked": measure === shown });
+    const button = element("button", measure.label, { type: "button", "aria-pressed": measure === shown });
     button.addEventListener("click", () => {
       shown = measure;
-      for (const other of button.parentElement.children) other.setAttribute("aria-checked", other === button);
+      for (const other of button.parentElement.children) other.setAttribute("aria-pressed", other === button);
       showTip(null);
       drawMaps(measure);
     });
