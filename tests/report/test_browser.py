@@ -44,8 +44,8 @@ addEventListener("load", () => setTimeout(() => {
   result.tip = document.getElementById("tip").innerText;
   point(document.getElementById("maps"), "pointerleave");
   result.hidden = document.getElementById("tip").hidden;
-  const press = key => document.querySelector(".heat").dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
-  ["ArrowDown", "ArrowDown", "ArrowRight"].forEach(press);
+  for (const key of ["ArrowDown", "ArrowDown", "ArrowRight"])
+    document.querySelector(".heat").dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
   result.reached = document.querySelector("#tip b").textContent;
   all("#measures button").at(-1).click();
   result.other = document.getElementById("meaning").textContent;
