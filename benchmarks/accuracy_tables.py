@@ -125,5 +125,5 @@ def _mean(scores: list[dict[str, Any]], value: str, error: str, digits: int) -> 
 
 
 def _average(records: list[Record], key: str, unit: float, digits: int) -> str:
-    values = [record[key] for record in records if key in record]
+    values = [record[key] for record in records if record.get(key) is not None]
     return f"{statistics.fmean(values) / unit:.{digits}f}" if values else ""
