@@ -17,6 +17,8 @@ from fewbit.report import words
         (words.number, 3_215_000.4, "3,215,000"),
         (words.number, 0, "0.00"),
         (words.size, 538_123_456, "538 MB"),
+        (words.alpha, 0.0556, "0.06"),
+        (words.alpha, None, "–"),
         (words.size, 12, "12 bytes"),
         (words.size, 999_600, "1.00 MB"),
         (words.size, 5.2e12, "5.20 TB"),

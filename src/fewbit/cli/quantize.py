@@ -224,7 +224,7 @@ def _layer_table(report: Any) -> Table:
             str(layer["tokens"]),
             words.percent(layer["output_error"]),
             words.percent(layer["true_error"]),
-            words.number(layer["correction"]),
+            words.alpha(layer["correction"]),
             "kept" if layer["refit"] else "",
             ", ".join(layer["fallbacks"]),
         )

@@ -41,7 +41,15 @@ def page(report: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    filters = (words.percent, words.number, words.size, words.count, words.duration, words.plural)
+    filters = (
+        words.alpha,
+        words.percent,
+        words.number,
+        words.size,
+        words.count,
+        words.duration,
+        words.plural,
+    )
     environment.filters.update({function.__name__: function for function in filters})
     environment.filters["breakable"] = _breakable
     return environment.get_template("page.html.j2").render(view(report))

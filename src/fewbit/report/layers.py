@@ -36,7 +36,7 @@ MEASURES = {
     "bits_per_weight": ("bits per weight", "number", "Stored bits, scales and zero points counted."),
     "correction": (
         "correction α",
-        "number",
+        "alpha",
         "How far the layer's target was moved towards the full-precision output, 0 to 1.",
     ),
     "tokens": ("tokens", "count", "Calibration tokens in the layer's Hessian."),

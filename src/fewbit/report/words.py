@@ -22,6 +22,11 @@ def spread(value: float | None, error: float | None) -> str:
     return "" if value is None or error is None else f" ± {_fixed(error, _places(value))}"
 
 
+def alpha(value: float | None) -> str:
+    """The correction, 0 to 1: two decimals."""
+    return DASH if value is None else f"{value:.2f}"
+
+
 def size(count: float | None) -> str:
     """Bytes, in powers of ten: ``538 MB``, ``4.12 GB``."""
     if count is None:

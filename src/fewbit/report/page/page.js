@@ -28,6 +28,7 @@
   const write = {
     percent: value => digits(100 * value) + " %",
     number: value => digits(value),
+    alpha: value => value.toFixed(2),
     count: grouped,
     seconds: value => digits(value) + " s",
   };
@@ -86,7 +87,7 @@
     const longest = Math.max(...stack.kinds.map(kind => kind.length));
     table.style.setProperty("--kind-width", `min(${(0.58 * longest + 1).toFixed(1)}em, 40vw)`);
     table.style.minWidth = `calc(${(0.58 * longest + 1).toFixed(1)}em * .75 + ${4 + 0.37 * stack.blocks.length}rem)`;
-    if (stack.blocks.length === 1) table.style.maxWidth = "30rem";
+    table.style.maxWidth = `calc(${(0.58 * longest + 1).toFixed(1)}em + ${4.2 + 9 * stack.blocks.length}rem)`;
     const group = element("colgroup");
     group.append(element("col", null, { class: "kind" }), ...stack.blocks.map(() => element("col")), element("col", null, { class: "mean" }));
     table.append(group, above(stack, index, measure), rows(stack, index, measure, scale), below(stack));
@@ -202,7 +203,7 @@
     ];
     if (get("held_out")) parts.push(pair("held out", grouped(get("held_out"))));
     if (get("dropped")) parts.push(pair("tokens dropped", grouped(get("dropped"))));
-    if (get("correction") !== null) parts.push(pair("correction α", show("number", get("correction"))));
+    if (get("correction") !== null) parts.push(pair("correction α", show("alpha", get("correction"))));
     parts.push(pair("refit", get("refit") ? "kept" : "no"), pair("time", show("seconds", get("seconds"))));
     return parts;
   }
@@ -294,7 +295,7 @@
     ["tokens", layer => figure("tokens", layer), value => grouped(value)],
     ["own error", layer => figure("output_error", layer), value => show("percent", value)],
     ["true error", layer => figure("true_error", layer), value => show("percent", value)],
-    ["α", layer => figure("correction", layer), value => show("number", value)],
+    ["α", layer => figure("correction", layer), value => show("alpha", value)],
     ["refit", layer => figure("refit", layer), value => value ? "kept" : DASH],
     ["seconds", layer => figure("seconds", layer), value => show("number", value)],
     ["fallbacks", layer => layers.fallbacks[layer].map(name => data.fallbacks[name]).join(", "), null],
