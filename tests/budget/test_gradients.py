@@ -154,6 +154,27 @@ def test_outputs_changed_in_place_and_models_without_logits():
     torch.testing.assert_close(probes["first"].g[0], probes["second"].g[0] @ model.second.weight.detach())
 
 
+class Convolution(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 5, 2, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.layer(x).flatten(2).transpose(1, 2)
+
+
+def test_rows_of_a_convolution_are_its_patches():
+    model, x = Convolution(), torch.randn(2, 3, 6, 8)
+    probes, _ = collect(
+        model, {"layer": model.layer}, [], [{"x": x}], rows=1000, seed=0, progress=lambda done, total: None
+    )
+    output = model(x)
+    score, _ = gaussian_score(output.detach(), None, torch.Generator().manual_seed(0))
+    output.backward(score)
+    patches, g = probes["layer"].rows()
+    torch.testing.assert_close(g.T @ patches, model.layer.weight.grad.flatten(1))
+
+
 class NoGradient(nn.Module):
     def __init__(self):
         super().__init__()
