@@ -136,7 +136,7 @@ def test_padding_never_counts(tmp_path, folder):
         out = tmp_path / f"out{batch_size}"
         config = fewbit.QuantConfig(**SMALL, batch_size=batch_size)
         report = fewbit.quantize(folder, config, dataset=sequences, output=out)
-        assert report.layers[0]["tokens"] == 9 + 14 + 19
+        assert (report.layers[0]["tokens"], report.layers[0]["held_out"]) == (9 + 14, 19)
         assert report.layers[0]["masked"] == (0 if batch_size == 1 else 10 + 5)
         codes.append(load_file(out / "model.safetensors"))
     first = "model.layers.0.self_attn.q_proj.qweight"
@@ -148,7 +148,7 @@ def test_padding_never_counts_in_an_encoder_decoder():
     lengths = (14, 9)
     sequences = [{"input_ids": s["input_ids"][:n]} for s, n in zip(random_sequences(2), lengths, strict=True)]
     model = tiny_model("t5")
-    config = fewbit.QuantConfig(**SMALL, batch_size=2)
+    config = fewbit.QuantConfig(**SMALL, batch_size=2, fast=True)
     fewbit.quantize(model, config, dataset=sequences, tokenizer=tiny_tokenizer())
     tokens = {layer["name"]: (layer["tokens"], layer["masked"]) for layer in model.fewbit_report.layers}
     # The decoder's input is shifted right: its padding begins one later, and is cut off at the batch's length.
@@ -166,7 +166,7 @@ def test_a_decoder_without_a_mask_is_not_cut_by_the_encoders():
     mask[1, 8:] = 0
     batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids}
     model = tiny_model("t5")
-    config = fewbit.QuantConfig(**SMALL, batch_size=2)
+    config = fewbit.QuantConfig(**SMALL, batch_size=2, fast=True)
     fewbit.quantize(model, config, dataset=[batch], tokenizer=tiny_tokenizer())
     tokens = {layer["name"]: layer["tokens"] for layer in model.fewbit_report.layers}
     assert tokens["encoder.block.0.layer.0.SelfAttention.q"] == 20
@@ -192,7 +192,7 @@ def test_a_tensor_changed_in_place_gets_its_own_hessian():
     changed = x * torch.linspace(0.01, 10, 32)
     model = Partial()
     W = model.second.weight.detach().clone()
-    fewbit.quantize(model, fewbit.QuantConfig(bits=2, group_size=32), dataset=[{"x": x.clone()}])
+    fewbit.quantize(model, fewbit.QuantConfig(bits=2, group_size=32, fast=True), dataset=[{"x": x.clone()}])
     from fewbit.solver import Hessian, quantize_weight
 
     H = Hessian(32)

@@ -101,7 +101,7 @@ def test_without_full_precision_inputs_there_is_no_alpha():
 
 
 def test_layers_that_share_a_hessian_share_the_drift():
-    W, X, X_full = problem()
+    _, X, X_full = problem()
     H, cache = hessian_of(X, X_full), FactorCache()
     assert cache.drift(H) is cache.drift(H)
     with pytest.raises(SolverError, match="another Hessian"):

@@ -1,20 +1,16 @@
 import pytest
 import torch
 
-from fewbit.codes import sequential_groups
+from fewbit.codes import Codes, sequential_groups
 from fewbit.config import LayerSettings
 from fewbit.solver import Accuracy, Hessian, Probe, quantize_weight
-from fewbit.solver.grid import LARGEST_SCALE, SMALLEST_SCALE, Grid, fit_grid, nearest
+from fewbit.solver.grid import LARGEST_SCALE, SMALLEST_SCALE, fit_grid, nearest
 from fewbit.solver.refit import refit_scales
 
 
-def spread(W, q, grid, scales):
-    groups = grid.g_idx.long()
-    return (q.double() - grid.zeros.double()[:, groups]) * scales.double()[:, groups]
-
-
-def error(W, q, grid, scales, H):
-    E = W.double() - spread(W, q, grid, scales)
+def error(W, codes, scales, H):
+    groups = codes.g_idx.long()
+    E = W.double() - (codes.codes.double() - codes.zeros.double()[:, groups]) * scales.double()[:, groups]
     return float(((E @ H.double()) * E).sum())
 
 
@@ -26,7 +22,8 @@ def problem(n, group_size, bits, sym, m=17, act_order=False):
     if act_order:
         g_idx = g_idx[torch.randperm(n, generator=g)]
     grid = fit_grid(W, H.diagonal(), g_idx, bits, sym=sym)
-    return W, H, grid, nearest(W, grid, bits)
+    codes = Codes(nearest(W, grid, bits), grid.scales, grid.zeros, grid.g_idx, bits, group_size)
+    return W, H, codes
 
 
 @pytest.mark.parametrize(("n", "group_size"), [(48, 16), (50, 16), (33, -1), (7, 32)])
@@ -34,23 +31,23 @@ def problem(n, group_size, bits, sym, m=17, act_order=False):
 @pytest.mark.parametrize("act_order", [False, True])
 def test_sweeps_reach_the_least_squares_scales(n, group_size, bits, act_order):
     """With many sweeps the float32 scales are those of the G × G normal equations of every row."""
-    W, H, grid, q = problem(n, group_size, bits, sym=False, act_order=act_order)
-    fitted = refit_scales(W, q, grid, H, sweeps=200)
-    G, groups = grid.scales.shape[1], grid.g_idx.long()
-    Z = q.double() - grid.zeros.double()[:, groups]
+    W, H, codes = problem(n, group_size, bits, sym=False, act_order=act_order)
+    fitted = refit_scales(W, codes, H, sweeps=200)
+    G, groups = codes.scales.shape[1], codes.g_idx.long()
+    Z = codes.codes.double() - codes.zeros.double()[:, groups]
     for row in range(W.shape[0]):
         blocks = torch.zeros(n, G, dtype=torch.float64)
         blocks[torch.arange(n), groups] = Z[row]
         A, b = blocks.T @ H.double() @ blocks, blocks.T @ H.double() @ W[row].double()
         best = torch.linalg.lstsq(A, b).solution
-        if bool((best * grid.scales[row].double() <= SMALLEST_SCALE).any()):
+        if bool((best * codes.scales[row].double() <= SMALLEST_SCALE).any()):
             continue  # there the sign, which is kept, or the smallest scale decides
-        s = fitted.scales[row].double()
+        s = fitted[row].double()
 
         def loss(s, A=A, b=b):
             return s @ A @ s - 2 * s @ b
 
-        start, got, bound = (float(loss(x)) for x in (grid.scales[row].double(), s, best))
+        start, got, bound = (float(loss(x)) for x in (codes.scales[row].double(), s, best))
         assert got <= start + 1e-9 * abs(start)
         assert got - bound <= 0.05 * (start - bound) + 1e-4 * abs(bound)
 
@@ -58,23 +55,21 @@ def test_sweeps_reach_the_least_squares_scales(n, group_size, bits, act_order):
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_one_sweep_lowers_the_error_and_keeps_the_grid_valid(bits, sym):
-    W, H, grid, q = problem(52, 16, bits, sym)
-    fitted = refit_scales(W, q, grid, H)
-    assert error(W, q, fitted, fitted.scales, H) < error(W, q, grid, grid.scales, H)
-    assert fitted.scales.dtype == torch.float16
-    assert torch.equal(fitted.zeros, grid.zeros)
-    assert torch.equal(fitted.scales.sign(), grid.scales.sign())
-    assert bool(
-        (fitted.scales.abs() >= SMALLEST_SCALE).all() and (fitted.scales.abs() <= LARGEST_SCALE).all()
-    )
+    W, H, codes = problem(52, 16, bits, sym)
+    fitted = refit_scales(W, codes, H)
+    assert error(W, codes, fitted, H) < error(W, codes, codes.scales, H)
+    assert fitted.dtype == torch.float16
+    assert torch.equal(fitted.sign(), codes.scales.sign())
+    assert bool((fitted.abs() >= SMALLEST_SCALE).all() and (fitted.abs() <= LARGEST_SCALE).all())
 
 
 def test_groups_of_zeros_and_a_zero_hessian_keep_their_scales():
-    grid = Grid(torch.ones(2, 2).half(), torch.full((2, 2), 8).short(), sequential_groups(8, 4))
     q = torch.full((2, 8), 8, dtype=torch.uint8)
-    assert torch.equal(refit_scales(torch.zeros(2, 8), q, grid, torch.eye(8)).scales, grid.scales)
+    zeros, groups = torch.full((2, 2), 8).short(), sequential_groups(8, 4)
+    codes = Codes(q, torch.ones(2, 2).half(), zeros, groups, bits=4, group_size=4)
+    assert torch.equal(refit_scales(torch.zeros(2, 8), codes, torch.eye(8)), codes.scales)
     q[:, 0] = 9
-    assert torch.equal(refit_scales(torch.ones(2, 8), q, grid, torch.zeros(8, 8)).scales, grid.scales)
+    assert torch.equal(refit_scales(torch.ones(2, 8), codes, torch.zeros(8, 8)), codes.scales)
 
 
 def test_a_refit_is_kept_only_where_held_out_tokens_agree():

@@ -236,10 +236,12 @@ def test_the_end_of_a_block_hands_over_its_passages_and_takes_new_outputs():
         left.append(name)
         return {job: torch.zeros_like(output) for job, output in again.items()}
 
-    seen, traffic, layers = two_streams(model, batches, blocks=blocks, leave=leave)
+    seen, _, _ = two_streams(model, batches, blocks=blocks, leave=leave)
     assert left == list(blocks)
     second = seen["model.layers.1.self_attn.q_proj"]
-    assert all(not second[job].any() for job in (0, 1))  # zeros were put in place of the first block's outputs
+    assert all(
+        not second[job].any() for job in (0, 1)
+    )  # zeros were put in place of the first block's outputs
     assert all(second[job].any() for job in (2, 3))
     assert all("forward" not in module.__dict__ for module in model.modules())
 

@@ -150,12 +150,12 @@ def quantize_weight(
         sweep, damp = Sweep(nearest(T, grid, settings.bits), loss=None), None
     else:
         sweep, damp = solve(T, shared.factor, grid, settings.bits, backend=backend), shared.damp
-    fitted = _refit(W, T, sweep.codes, grid, H, settings, accuracy, probe)
-    codes = _codes(sweep.codes, fitted or grid, settings)
-    loss = sweep.loss if fitted is None and sweep.loss is not None else _loss(T, codes, H)
+    swept = _codes(sweep.codes, grid, settings)
+    codes = _refit(W, T, swept, H, probe) if accuracy.refit and probe is not None else swept
+    loss = sweep.loss if codes is swept and sweep.loss is not None else _loss(T, codes, H)
     fallbacks = (*shared.fallbacks, *rungs)
     solution = Solution(
-        codes, loss, fallbacks, damp, H.tokens, H.dropped, shared.dead, alpha, refit=fitted is not None
+        codes, loss, fallbacks, damp, H.tokens, H.dropped, shared.dead, alpha, refit=codes is not swept
     )
     return _judged(solution, W, probe)
 
@@ -176,22 +176,16 @@ def _target(
     return torch.add(W, step, alpha=alpha), alpha, ()
 
 
-def _refit(
-    W: Tensor,
-    T: Tensor,
-    q: Tensor,
-    grid: Grid,
-    H: Hessian,
-    settings: LayerSettings,
-    accuracy: Accuracy,
-    probe: Probe | None,
-) -> Grid | None:
-    """The refitted grid where it has the lower error on the probe."""
-    if not accuracy.refit or probe is None:
-        return None
-    fitted = refit_scales(T, q, grid, H.matrix())
-    before, after = (output_error(W, _codes(q, one, settings).dequantize(), probe) for one in (grid, fitted))
-    return fitted if after < before else None
+def _refit(W: Tensor, T: Tensor, swept: Codes, H: Hessian, probe: Probe) -> Codes:
+    """The codes with refitted scales where they have the lower error on the probe, otherwise as they were."""
+    scales = refit_scales(T, swept, H.matrix())
+    # Columns that never were active had no part in it: they are rounded anew.
+    dead = (H.diagonal() == 0).nonzero()[:, 0]
+    q = swept.codes.clone()
+    q[:, dead] = nearest(T, Grid(scales, swept.zeros, swept.g_idx), swept.bits)[:, dead]
+    fitted = replace(swept, codes=q, scales=scales)
+    before, after = (output_error(W, codes.dequantize(), probe) for codes in (swept, fitted))
+    return fitted if after < before else swept
 
 
 def _loss(T: Tensor, codes: Codes, H: Hessian) -> float:

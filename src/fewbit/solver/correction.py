@@ -24,7 +24,7 @@ RIDGE = 0.1
 
 # With α chosen freely on held-out tokens this share of it is used: other texts drift less like the
 # calibration text than its own held-out part does.
-CAUTION = 1.0
+CAUTION = 0.6
 
 _PROBE_ROWS = 4096  # rows of a probe that are multiplied at a time
 

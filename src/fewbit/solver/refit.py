@@ -13,18 +13,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .grid import Grid, storable
+from ..codes import Codes
+from .grid import storable
 
 
-def refit_scales(T: Tensor, codes: Tensor, grid: Grid, H: Tensor, sweeps: int = 1) -> Grid:
-    """The grid with refitted scales; zero points and signs stay.
+def refit_scales(T: Tensor, codes: Codes, H: Tensor, sweeps: int = 1) -> Tensor:
+    """The refitted scales, dtype and shape as in `codes`; their signs stay.
 
     Args:
-        T: float32 (m, n), the targets. codes: uint8 (m, n). H: float32 (n, n), symmetric, damped or not.
+        T: float32 (m, n), the targets. H: float32 (n, n), symmetric, damped or not.
     """
-    groups = grid.g_idx.long()
-    scales = grid.scales.float()
-    Z = codes.float() - grid.zeros.float()[:, groups]
+    groups = codes.g_idx.long()
+    scales = codes.scales.float()
+    Z = codes.codes.float() - codes.zeros.float()[:, groups]
     EH = (T - Z * scales[:, groups]) @ H
     members = [(groups == g).nonzero()[:, 0] for g in range(scales.shape[1])]
     for _ in range(sweeps):
@@ -38,4 +39,4 @@ def refit_scales(T: Tensor, codes: Tensor, grid: Grid, H: Tensor, sweeps: int = 
             best = torch.where((curvature > 0) & (best * s > 0), best, s)
             EH.addmm_((best - s)[:, None] * Z_g, H[columns], alpha=-1)
             scales[:, g] = best
-    return Grid(scales.to(grid.scales.dtype), grid.zeros, grid.g_idx)
+    return scales.to(codes.scales.dtype)

@@ -1,7 +1,7 @@
 """Hessians shared by layers that receive the same tensors (q/k/v, gate/up), in one stream or two.
 
 Jobs 0 … N−1 are the calibration batches in the quantized model, N … 2N−1 the same batches in the
-full-precision one, if there are any. Some batches are held out: they enter no Hessian, but a probe.
+full-precision one, if there are any. Some sequences are held out: they enter no Hessian, but a probe.
 
 Two layers share when every job brought the very same tensor object to both. Tensors are remembered by
 weak reference and compared with `is`: addresses are reused by the allocator and would match falsely,
@@ -13,7 +13,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -28,63 +28,65 @@ _KEPT = 2
 
 _HELD_OUT_SHARE = 16
 _MOST_HELD_OUT = 8
-_PROBE_TOKENS = 2048  # of one layer; evenly taken from the held-out batches
+_PROBE_TOKENS = 2048  # of one layer; evenly taken from the held-out sequences
 
 
 @dataclass(frozen=True)
-class Masks:
-    """Padding of one job: bool (batch, tokens), True counts; None where nothing is padded.
+class Rows:
+    """What is known of the rows of one calibration batch.
 
     Attributes:
-        tokens: of the model's input; in an encoder-decoder, of the encoder's.
-        decoder: of the decoder's input. has_decoder: whether the job has one.
+        tokens: padding of the model's input, bool (batch, tokens), True counts; in an encoder-decoder, of the
+            encoder's. None where nothing is padded.
+        decoder: of the decoder's input. has_decoder: whether the batch has one.
         counts: how many tokens each of the inputs has.
+        sequences: in the batch. held_out: how many of them, the last ones, enter no Hessian.
     """
 
     tokens: Tensor | None = None
     decoder: Tensor | None = None
     has_decoder: bool = False
     counts: frozenset[int] = frozenset()
+    sequences: int = 1
+    held_out: int = 0
 
     @classmethod
-    def of(cls, batch: Mapping[str, Tensor]) -> Masks:
-        """The masks in a batch of the model's keyword arguments."""
+    def of(cls, batch: Mapping[str, Tensor]) -> Rows:
+        """Of a batch of the model's keyword arguments."""
 
         def padding(key: str) -> Tensor | None:
             mask = batch.get(key)
             return mask.bool() if mask is not None and mask.ndim == 2 and not bool(mask.all()) else None
 
-        ids = (value for key, value in batch.items() if key.endswith("input_ids"))
+        ids = [value for key, value in batch.items() if key.endswith("input_ids")]
+        first = ids[0] if ids else next(iter(batch.values()))
         return cls(
             padding("attention_mask"),
             padding("decoder_attention_mask"),
             "decoder_input_ids" in batch,
             frozenset(value.numel() for value in ids),
+            first.shape[0] if first.ndim else 1,
+        )
+
+    def held_out_rows(self, count: int) -> Tensor | None:
+        """Which of a layer's rows are held out, bool (count,); None: none are, or it cannot be told."""
+        if self.held_out == 0 or count % self.sequences:
+            return None
+        return (torch.arange(self.sequences) >= self.sequences - self.held_out).repeat_interleave(
+            count // self.sequences
         )
 
 
-@dataclass(frozen=True)
-class Streams:
-    """Which jobs are what.
-
-    Attributes:
-        batches: N. paired: whether the full-precision stream runs. held_out: batches that enter no Hessian.
-    """
-
-    batches: int
-    paired: bool = False
-    held_out: frozenset[int] = frozenset()
-
-    @classmethod
-    def of(cls, batches: int, *, paired: bool) -> Streams:
-        """About a sixteenth of the batches is held out, at least one of two, at most eight."""
-        count = min(max(batches // _HELD_OUT_SHARE, 1), _MOST_HELD_OUT) if paired and batches > 1 else 0
-        return cls(batches, paired, frozenset(range(batches - count, batches)))
-
-    @property
-    def references(self) -> range:
-        """The jobs of the full-precision stream."""
-        return range(self.batches, 2 * self.batches if self.paired else self.batches)
+def hold_out(batches: Sequence[Rows]) -> list[Rows]:
+    """The batches with about a sixteenth of all sequences held out: the last ones, at least one of two."""
+    sequences = sum(rows.sequences for rows in batches)
+    wanted = min(max(sequences // _HELD_OUT_SHARE, 1), _MOST_HELD_OUT) if sequences > 1 else 0
+    result: list[Rows] = []
+    for rows in reversed(batches):
+        taken = min(wanted, rows.sequences)
+        wanted -= taken
+        result.append(replace(rows, held_out=taken))
+    return result[::-1]
 
 
 @dataclass
@@ -93,7 +95,7 @@ class SharedHessian:
 
     inputs: list[tuple[int, weakref.ref[Tensor], int]]
     hessian: Hessian
-    masked: int
+    masked: int = 0
     probe: Probe | None = None
     cache: FactorCache = field(default_factory=FactorCache)
 
@@ -114,8 +116,7 @@ class HessianPool:
     """Accumulates Hessians at meeting points and hands the same one to layers with the same inputs.
 
     Args:
-        masks: for every batch, its padding.
-        streams: which jobs are what; by default one stream, nothing held out.
+        batches: what is known of the rows of every batch.
         is_encoder_output: whether a tensor is the output of the model's encoder, which cross-attention in the
             decoder receives.
 
@@ -127,12 +128,10 @@ class HessianPool:
 
     def __init__(
         self,
-        masks: Sequence[Masks],
-        streams: Streams | None = None,
+        batches: Sequence[Rows],
         is_encoder_output: Callable[[Tensor], bool] = lambda x: False,
     ) -> None:
-        self._masks = masks
-        self._streams = streams or Streams(len(masks))
+        self._batches = batches
         self._is_encoder_output = is_encoder_output
         self._pool: list[SharedHessian] = []
         self.unmaskable: Counter[str] = Counter()
@@ -152,38 +151,50 @@ class HessianPool:
         return entry
 
     def _accumulate(self, name: str, module: nn.Module, arrivals: Sequence[Arrival]) -> SharedHessian:
-        streams = self._streams
-        quantized = [arrival for arrival in arrivals if arrival.job < streams.batches]
-        partners = self._partners(name, module, quantized, arrivals)
-        # Held-out batches judge; where nothing else came, or nothing to compare with, they count like others.
-        held_out = streams.held_out if partners else frozenset()
-        if all(arrival.job in held_out for arrival in quantized):
-            held_out = frozenset()
-        hessian = Hessian(matrix_shape(module)[1], device=arrivals[0].x.device)
-        masked, probe = 0, _ProbeRows(_PROBE_TOKENS // max(1, len(held_out)))
+        N = len(self._batches)
+        quantized = [arrival for arrival in arrivals if arrival.job < N]
+        full = self._partners(name, module, quantized, {a.job - N: a.x for a in arrivals if a.job >= N})
+        entry = SharedHessian(
+            [(a.job, weakref.ref(a.x), a.x._version) for a in arrivals],
+            Hessian(matrix_shape(module)[1], device=arrivals[0].x.device),
+        )
+        self._add(entry, name, module, quantized, full, holding_out=bool(full))
+        if entry.hessian.tokens == 0 and entry.probe is not None:
+            # Only held-out sequences came here: better a Hessian than a judgement.
+            entry.probe, entry.masked = None, 0
+            self._add(entry, name, module, quantized, full, holding_out=False)
+        return entry
+
+    def _add(
+        self,
+        entry: SharedHessian,
+        name: str,
+        module: nn.Module,
+        quantized: Sequence[Arrival],
+        full: Mapping[int, Tensor],
+        *,
+        holding_out: bool,
+    ) -> None:
+        probe = _ProbeRows(_PROBE_TOKENS // max(1, sum(batch.held_out > 0 for batch in self._batches)))
         for arrival in quantized:
-            rows = input_rows(module, arrival.x)
-            full = input_rows(module, partners[arrival.job]) if partners else None
-            mask = self._mask(name, arrival, rows)
-            if arrival.job in held_out and full is not None:
-                probe.add(rows, full, mask)
-                continue
-            if mask is not None:
-                masked += int(mask.numel() - torch.count_nonzero(mask))
-            hessian.add(rows, mask, full)
-        inputs = [(a.job, weakref.ref(a.x), a.x._version) for a in arrivals]
-        return SharedHessian(inputs, hessian, masked, probe.probe())
+            X = input_rows(module, arrival.x)
+            X_full = input_rows(module, full[arrival.job]) if full else None
+            mask = self._mask(name, arrival, X)
+            entry.masked += 0 if mask is None else int(mask.numel() - torch.count_nonzero(mask))
+            held = self._batches[arrival.job].held_out_rows(X.shape[0]) if holding_out else None
+            if held is not None and X_full is not None:
+                held = held.to(X.device)
+                probe.add(X, X_full, held if mask is None else held & mask)
+                mask = ~held if mask is None else mask & ~held
+            entry.hessian.add(X, mask, X_full)
+        entry.probe = probe.probe()
 
     def _partners(
-        self, name: str, module: nn.Module, quantized: Sequence[Arrival], arrivals: Sequence[Arrival]
-    ) -> dict[int, Tensor]:
+        self, name: str, module: nn.Module, quantized: Sequence[Arrival], full: Mapping[int, Tensor]
+    ) -> Mapping[int, Tensor]:
         """Batch → its input in the full-precision stream; empty where the rows of the two may differ."""
-        N = self._streams.batches
-        full = {arrival.job - N: arrival.x for arrival in arrivals if arrival.job >= N}
-        if not full:
-            return {}
-        for arrival in quantized:
-            x, counts = arrival.x, self._masks[arrival.job].counts
+        for arrival in quantized if full else ():
+            x, counts = arrival.x, self._batches[arrival.job].counts
             # An expert gets the tokens that were routed to it: in each stream others.
             routed = not isinstance(module, nn.Conv2d) and x.ndim == 2 and counts and x.shape[0] not in counts
             if routed or arrival.job not in full or full[arrival.job].shape != x.shape:
@@ -201,23 +212,24 @@ class HessianPool:
 
     def _padding(self, name: str, arrival: Arrival) -> Tensor | None:
         """The mask of the tokens that this layer sees."""
-        masks = self._masks[arrival.job]
-        in_decoder = masks.has_decoder and "decoder" in name.split(".")
-        return masks.decoder if in_decoder and not self._is_encoder_output(arrival.x) else masks.tokens
+        batch = self._batches[arrival.job]
+        in_decoder = batch.has_decoder and "decoder" in name.split(".")
+        return batch.decoder if in_decoder and not self._is_encoder_output(arrival.x) else batch.tokens
 
 
 class _ProbeRows:
-    """Collects evenly spaced rows of held-out batches, at most `limit` of each."""
+    """Collects evenly spaced held-out rows, at most `limit` of each batch."""
 
     def __init__(self, limit: int) -> None:
         self._limit = max(1, limit)
         self._parts: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, rows: Tensor, full: Tensor, mask: Tensor | None) -> None:
-        good = torch.isfinite(rows).all(1) & torch.isfinite(full).all(1)
-        chosen = (good if mask is None else good & mask).nonzero()[:, 0]
+    def add(self, X: Tensor, X_full: Tensor, held_out: Tensor) -> None:
+        chosen = held_out.nonzero()[:, 0]
         chosen = chosen[:: -(-len(chosen) // self._limit) or 1]
-        self._parts.append((rows[chosen].float(), full[chosen].float()))
+        X, X_full = X[chosen].float(), X_full[chosen].float()
+        good = torch.isfinite(X).all(1) & torch.isfinite(X_full).all(1)
+        self._parts.append((X[good], X_full[good]))
 
     def probe(self) -> Probe | None:
         """None where no row was collected."""

@@ -165,7 +165,7 @@ class _Walk:
             self.unmet.remove(name)
             self.traffic.met.append(name)
         else:
-            self.traffic.late[name] += len(group)
+            self.traffic.late[name] += sum(job not in self.references for job in group)
         for job in group:
             if not (self.unmet or self.unleft):
                 return

@@ -20,7 +20,7 @@ from ..errors import ModelError
 from ..plan import Plan, output_embedding_name
 from ..solver import Accuracy, native
 from ..timers import Timers
-from .hessians import HessianPool, Masks, Streams
+from .hessians import HessianPool, Rows, hold_out
 from .lockstep import Traffic, walk
 from .quantizer import LayerQuantizer, Progress, Sink
 
@@ -65,8 +65,9 @@ def quantize_layers(
     device = next(model.parameters()).device
     batches = [{key: value.to(device) for key, value in batch.items()} for batch in calibration.batches]
     encoder_outputs = _EncoderOutputs(model)
-    streams = Streams.of(len(batches), paired=_needs_full_precision(config))
-    hessians = HessianPool([Masks.of(batch) for batch in batches], streams, encoder_outputs.has)
+    paired = _needs_full_precision(config)
+    rows = [Rows.of(batch) for batch in batches]
+    hessians = HessianPool(hold_out(rows) if paired else rows, encoder_outputs.has)
     quantizer = LayerQuantizer(
         plan,
         modules,
@@ -86,25 +87,22 @@ def quantize_layers(
             return notes
         with encoder_outputs:
             jobs = [_job(model, batch) for batch in batches]
-            jobs += [jobs[reference - len(batches)] for reference in streams.references]
-            traffic = walk(modules, jobs, quantizer.meet, references=streams.references)
+            references = range(len(batches), 2 * len(batches) if paired else len(batches))
+            jobs += [jobs[reference - len(batches)] for reference in references]
+            traffic = walk(modules, jobs, quantizer.meet, references=references)
         for name in traffic.unreached:
             quantizer.meet(name, [])
-    return [*notes, *_traffic_notes(traffic, hessians), *_held_out_notes(streams)]
+    if paired and sum(batch.sequences for batch in rows) == 1:
+        notes.append(
+            "a single calibration sequence leaves none to hold out: no automatic correction, no refit, and true "
+            "errors were not measured. Give more text"
+        )
+    return [*notes, *_traffic_notes(traffic, hessians)]
 
 
 def _needs_full_precision(config: QuantConfig) -> bool:
     """Whether anything asks for the second stream."""
     return not config.fast and (config.effective_correction != 0 or config.refit or config.tune)
-
-
-def _held_out_notes(streams: Streams) -> list[str]:
-    if streams.held_out or not streams.paired:
-        return []
-    return [
-        "a single calibration batch leaves none to hold out: the correction was not chosen automatically, scales "
-        "were not refitted, and true errors were not measured. Give more text or a smaller batch_size"
-    ]
 
 
 def _traffic_notes(traffic: Traffic, hessians: HessianPool) -> list[str]:
