@@ -45,10 +45,10 @@ def quantize(
         typer.Option(help="Move targets towards the full-precision outputs: 0 to 1, or auto.", metavar="A"),
     ] = "auto",
     refit: Annotated[
-        bool, typer.Option("--refit/--no-refit", help="Fit scales again after rounding where that helps.")
-    ] = True,
+        bool, typer.Option("--refit", help="Fit scales again after rounding where held-out error falls.")
+    ] = False,
     fast: Annotated[
-        bool, typer.Option("--fast", help="Half the time: no full-precision stream, no correction, no refit.")
+        bool, typer.Option("--fast", help="Half the time: no full-precision stream, no correction.")
     ] = False,
     target_bits: Annotated[
         float | None,

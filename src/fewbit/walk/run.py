@@ -73,7 +73,7 @@ def quantize_layers(
         modules,
         hessians,
         sink,
-        accuracy=Accuracy(config.effective_correction, config.refit and not config.fast),
+        accuracy=Accuracy(config.effective_correction, config.refit),
         fmt=config.format,
         strict=config.strict,
         timers=timers,
