@@ -79,7 +79,8 @@ def collect(
         undo.enter_context(_frozen(model))
         undo.enter_context(_recomputed(blocks))
         for name, module in layers.items():
-            undo.callback(module.register_forward_hook(_keep(probes[name], rows)).remove)
+            hook = _keep(probes[name], rows)
+            undo.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         for done, batch in enumerate(batches, start=1):
             positions += _forward_backward(model, batch, generator)
             progress(done, len(batches))
@@ -88,13 +89,11 @@ def collect(
 
 def _forward_backward(model: nn.Module, batch: Mapping[str, Tensor], generator: torch.Generator) -> int:
     """One batch; the hooks take what they want. Returns the number of labels drawn."""
-    # A cache would be filled a second time when a block is computed again.
-    takes_cache = "use_cache" in inspect.signature(model.forward).parameters or hasattr(model, "config")
     advice = "target_bits measures every layer by its gradients: leave target_bits out and choose bits with override"
     try:
-        output = model(**batch, **({"use_cache": False} if takes_cache else {}))
+        output = model(**batch, **_without_cache(model))
         result, score = _result(output)
-        if not result.requires_grad:
+        if result is None or not result.requires_grad:
             raise ModelError(f"no gradient reaches the output of {type(model).__name__}. {advice}")
         gradient, count = score(result.detach(), _counted(result, batch), generator)
         torch.autograd.backward([result], [gradient])
@@ -104,16 +103,24 @@ def _forward_backward(model: nn.Module, batch: Mapping[str, Tensor], generator: 
     return count
 
 
+def _without_cache(model: nn.Module) -> dict[str, bool]:
+    """What keeps a model from a cache, which would be filled a second time when a block is computed again."""
+    accepted = inspect.signature(model.forward).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    takes_it = "use_cache" in accepted or (takes_any and hasattr(model, "config"))
+    return {"use_cache": False} if takes_it else {}
+
+
 Score = Callable[[Tensor, Tensor | None, torch.Generator], tuple[Tensor, int]]
 
 
-def _result(output: Any) -> tuple[Tensor, Score]:
-    """What a model's output is compared by: its logits, or its last hidden state where it has none."""
+def _result(output: Any) -> tuple[Tensor | None, Score]:
+    """What a model's output is compared by: its logits, or its first tensor (the last hidden state)."""
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits, label_score
-    hidden = output if isinstance(output, Tensor) else output[0]
-    return hidden, gaussian_score
+    first = output if isinstance(output, Tensor) else output[0]
+    return first if isinstance(first, Tensor) else None, gaussian_score
 
 
 def label_score(logits: Tensor, counted: Tensor | None, generator: torch.Generator) -> tuple[Tensor, int]:
@@ -159,14 +166,15 @@ def _counted(result: Tensor, batch: Mapping[str, Tensor]) -> Tensor | None:
     return mask.bool() if mask is not None and mask.shape == result.shape[:-1] else None
 
 
-def _keep(probe: Probe, rows: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+def _keep(probe: Probe, rows: int) -> Callable[[nn.Module, Any, dict[str, Any], Tensor], Tensor]:
     """A forward hook that puts some input rows, and later their gradients, into `probe`."""
 
-    def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
         if not output.requires_grad:  # the first layers: here the gradients end
             # Cloned, because a model may change it in place, which a leaf does not allow.
             output = output.detach().requires_grad_().clone()
-        x = input_rows(module, inputs[0].detach())
+        first: Tensor = args[0] if args else next(iter(kwargs.values()))
+        x = input_rows(module, first.detach())
         kept = torch.linspace(0, len(x) - 1, min(rows, len(x)), device=x.device).round().long()
         x_kept, scale = x[kept], (len(x) / max(len(kept), 1)) ** 0.5
 
