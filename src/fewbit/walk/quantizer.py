@@ -7,8 +7,8 @@ solved. When all layers of a block are done, their packed tensors go to the sink
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from ..errors import ModelError, SolverError
 from ..plan import LayerPlan, Plan
 from ..solver import Accuracy, Hessian, Solution, quantize_weight
 from ..timers import Timers
+from ..tune import TuneResult
 from .hessians import HessianPool, SharedHessian
 from .layers import input_rows, set_weight_matrix, weight_matrix
 from .lockstep import Arrival
@@ -44,6 +45,8 @@ class LayerRecord:
             with the inputs is in it. None without the full-precision stream.
         correction: α in use; None without the full-precision stream. refit: whether the refitted scales were kept.
         fallbacks: rungs of the ladder that were needed; empty in the normal case.
+        tuned: whether tuning changed the block for the better. block_error: its relative squared output error on
+            held-out batches before and after; None where it was not tuned.
         seconds: time for this layer alone.
     """
 
@@ -68,6 +71,8 @@ class LayerRecord:
     fallbacks: tuple[str, ...]
     stored_bytes: int
     seconds: float
+    tuned: bool = False
+    block_error: tuple[float, float] | None = None
 
 
 class Sink(Protocol):
@@ -103,6 +108,19 @@ class MemorySink:
         self.records.update(records)
 
 
+@dataclass
+class Solved:
+    """A layer that is solved and not yet handed to the sink.
+
+    Attributes:
+        W: the original weight matrix, kept only where the block will be tuned.
+    """
+
+    codes: Codes
+    record: LayerRecord
+    W: Tensor | None
+
+
 class LayerQuantizer:
     """Quantizes the layers of a plan as the walk meets them.
 
@@ -112,6 +130,7 @@ class LayerQuantizer:
         fmt: "gptq" or "gptq_v2", the layout that the sink gets.
         accuracy: correction and refit.
         strict: raise SolverError where a fallback would be used.
+        keep_open: blocks that are not handed to the sink before somebody calls `close`.
     """
 
     def __init__(
@@ -126,6 +145,7 @@ class LayerQuantizer:
         strict: bool,
         timers: Timers,
         progress: Progress,
+        keep_open: Collection[str] = (),
     ) -> None:
         self.plan = plan
         self.modules = modules
@@ -138,7 +158,8 @@ class LayerQuantizer:
         self.hessians = hessians
         self._layers = {layer.name: layer for layer in plan.layers}
         self._open = {block: set(names) for block, names in plan.block_layers().items()}
-        self._finished: dict[str, dict[str, tuple[dict[str, Tensor], LayerRecord]]] = {}
+        self._keep_open = set(keep_open)
+        self._solved: dict[str, dict[str, Solved]] = {}
         self._done_weights = 0
 
     def meet(self, name: str, arrivals: Sequence[Arrival]) -> None:
@@ -165,11 +186,30 @@ class LayerQuantizer:
         Wq = solution.codes.dequantize(W.dtype)
         error = _output_error(module, W, Wq, arrivals[0].x) if arrivals else None
         set_weight_matrix(module, Wq)
-        with self.timers.time("pack"):
-            # Layers with one input share their g_idx; in a file each has its own.
-            tensors = {key: tensor.cpu().clone() for key, tensor in pack(solution.codes, self.fmt).items()}
-        record = self._record(layer, solution, shared, error, tensors, time.perf_counter() - start)
-        self._finish(layer, tensors, record)
+        record = self._record(layer, solution, shared, error, time.perf_counter() - start)
+        kept = W if layer.block in self._keep_open else None
+        self._solved.setdefault(layer.block, {})[layer.name] = Solved(solution.codes, record, kept)
+        self._open[layer.block].discard(layer.name)
+        self._hand_over(layer.block)
+
+    def solved(self, block: str) -> dict[str, Solved]:
+        """The layers of a block that are solved and not yet handed to the sink."""
+        return self._solved.get(block, {})
+
+    def tuned(self, block: str, codes: Mapping[str, Codes], result: TuneResult) -> None:
+        """Replace the codes of a block's solved layers, in the model too."""
+        for name, one in self.solved(block).items():
+            module = self.modules[name]
+            set_weight_matrix(module, codes[name].dequantize(weight_matrix(module).dtype))
+            one.codes = codes[name]
+            one.record = replace(one.record, tuned=result.kept, block_error=(result.before, result.after))
+
+    def close(self, block: str) -> None:
+        """Nobody will change this block any more: hand it to the sink as soon as all its layers are solved."""
+        self._keep_open.discard(block)
+        for one in self.solved(block).values():
+            one.W = None
+        self._hand_over(block)
 
     def _quantize(self, layer: LayerPlan, W: Tensor, shared: SharedHessian | None) -> Solution:
         hessian, cache = (shared.hessian, shared.cache) if shared else (None, None)
@@ -200,7 +240,6 @@ class LayerQuantizer:
         solution: Solution,
         shared: SharedHessian | None,
         error: float | None,
-        tensors: Mapping[str, Tensor],
         seconds: float,
     ) -> LayerRecord:
         tokens = shared.hessian.tokens if shared else 0
@@ -223,22 +262,24 @@ class LayerQuantizer:
             correction=solution.alpha,
             refit=solution.refit,
             fallbacks=tuple(solution.fallbacks),
-            stored_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+            stored_bytes=0,
             seconds=seconds,
         )
 
-    def _finish(self, layer: LayerPlan, tensors: dict[str, Tensor], record: LayerRecord) -> None:
-        self._finished.setdefault(layer.block, {})[layer.name] = (tensors, record)
-        remaining = self._open[layer.block]
-        remaining.discard(layer.name)
-        if not remaining:
-            done = self._finished.pop(layer.block)
-            with self.timers.time("journal"):
-                self.sink.append(
-                    layer.block,
-                    {name: parts for name, (parts, _) in done.items()},
-                    {name: asdict(record) for name, (_, record) in done.items()},
-                )
+    def _hand_over(self, block: str) -> None:
+        """Pack the block and give it to the sink, if it is complete and closed."""
+        if self._open[block] or block in self._keep_open or block not in self._solved:
+            return
+        tensors: dict[str, dict[str, Tensor]] = {}
+        records: dict[str, dict[str, Any]] = {}
+        with self.timers.time("pack"):
+            for name, one in self._solved.pop(block).items():
+                # Layers with one input share their g_idx; in a file each has its own.
+                packed = {key: tensor.cpu().clone() for key, tensor in pack(one.codes, self.fmt).items()}
+                stored = sum(tensor.nbytes for tensor in packed.values())
+                tensors[name], records[name] = packed, asdict(replace(one.record, stored_bytes=stored))
+        with self.timers.time("journal"):
+            self.sink.append(block, tensors, records)
 
     def _stored(self, layer: LayerPlan) -> Codes:
         tensors = self.sink.tensors(layer.name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ from ..plan import Plan, output_embedding_name
 from ..solver import Accuracy, native
 from ..timers import Timers
 from .hessians import HessianPool, Rows, hold_out
-from .lockstep import Traffic, walk
+from .lockstep import Leave, Passage, Traffic, walk
 from .quantizer import LayerQuantizer, Progress, Sink
+from .tuning import BlockTuner
 
 
 def check_weights(model: nn.Module) -> None:
@@ -64,10 +65,12 @@ def quantize_layers(
     _untie(model, modules)
     device = next(model.parameters()).device
     batches = [{key: value.to(device) for key, value in batch.items()} for batch in calibration.batches]
+    blocks = _blocks_to_tune(model, plan) if config.tune else {}
     encoder_outputs = _EncoderOutputs(model)
     paired = _needs_full_precision(config)
     rows = [Rows.of(batch) for batch in batches]
-    hessians = HessianPool(hold_out(rows) if paired else rows, encoder_outputs.has)
+    rows = hold_out(rows) if paired else rows
+    hessians = HessianPool(rows, encoder_outputs.has)
     quantizer = LayerQuantizer(
         plan,
         modules,
@@ -78,6 +81,7 @@ def quantize_layers(
         strict=config.strict,
         timers=timers,
         progress=progress,
+        keep_open=blocks,
     )
     notes = [] if native.available() else [f"the compiled solver is not in use ({native.why_not()}): slower"]
     with torch.no_grad(), timers.time("walk"):
@@ -89,7 +93,9 @@ def quantize_layers(
             jobs = [_job(model, batch) for batch in batches]
             references = range(len(batches), 2 * len(batches) if paired else len(batches))
             jobs += [jobs[reference - len(batches)] for reference in references]
-            traffic = walk(modules, jobs, quantizer.meet, references=references)
+            tuner = BlockTuner(rows, steps=config.tune_steps, seed=config.seed)
+            leave = _leaving(blocks, quantizer, tuner, timers) if blocks else None
+            traffic = walk(modules, jobs, quantizer.meet, references=references, blocks=blocks, leave=leave)
         for name in traffic.unreached:
             quantizer.meet(name, [])
     if paired and sum(batch.sequences for batch in rows) == 1:
@@ -97,7 +103,37 @@ def quantize_layers(
             "a single calibration sequence leaves none to hold out: no automatic correction, no refit, and true "
             "errors were not measured. Give more text"
         )
-    return [*notes, *_traffic_notes(traffic, hessians)]
+    return [*notes, *_traffic_notes(traffic, hessians), *tuner.notes()]
+
+
+def _blocks_to_tune(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+    """The modules that hold the layers of the plan, by name; layers outside of blocks have none."""
+    names = [block for block, layers in plan.block_layers().items() if layers != [block]]
+    return {name: model.get_submodule(name) for name in names}
+
+
+def _leaving(
+    blocks: Mapping[str, nn.Module], quantizer: LayerQuantizer, tuner: BlockTuner, timers: Timers
+) -> Leave:
+    """What happens at the end of a block: its solved layers are tuned, its outputs computed anew."""
+
+    def leave(name: str, passages: list[Passage]) -> dict[int, Any]:
+        solved, block, start = quantizer.solved(name), blocks[name], len(name) + 1
+        codes = {layer[start:]: one.codes for layer, one in solved.items()}
+        weights = {layer[start:]: one.W for layer, one in solved.items() if one.W is not None}
+        result = None
+        if solved:  # otherwise the block came from the journal, tuned already
+            with timers.time("tune"), torch.enable_grad():
+                result = tuner.tune(name, block, codes, weights, passages)
+        if result is not None:
+            quantizer.tuned(name, {f"{name}.{layer}": new for layer, new in result.codes.items()}, result)
+        quantizer.close(name)
+        if result is None or not result.kept:
+            return {}
+        with timers.time("tune"):
+            return {p.job: block(*p.args, **p.kwargs) for p in passages if p.job < len(tuner.batches)}
+
+    return leave
 
 
 def _needs_full_precision(config: QuantConfig) -> bool:

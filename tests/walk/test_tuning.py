@@ -1,0 +1,121 @@
+"""`--tune` inside the walk: blocks are tuned as they are left, and later blocks see the tuned ones."""
+
+import json
+import signal
+
+import pytest
+import torch
+
+import fewbit
+from fewbit.demo import calibration_text, evaluation_text, model_path
+from fewbit.tune import tune_block
+from fewbit.walk.journal import Journal
+from models import random_sequences, tiny_model, tiny_tokenizer
+
+OPTIONS = {"bits": 2, "group_size": 64, "sym": False, "num_samples": 32, "seq_len": 128}
+
+
+def run(output, **options):
+    config = fewbit.QuantConfig(**OPTIONS, **options)
+    return fewbit.quantize(model_path(), config, dataset=calibration_text(), output=output)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuned") / "out"
+    return folder, run(folder, tune=True, tune_steps=20)
+
+
+def test_every_block_gets_closer_to_the_full_precision_one(tuned):
+    _, report = tuned
+    for layer in report.layers:
+        before, after = layer["block_error"]
+        assert after <= before
+        assert layer["tuned"] == (after < before)
+    assert sum(layer["tuned"] for layer in report.layers) > len(report.layers) / 2
+    assert "tune" in report.seconds_by_phase
+
+
+def test_the_tuned_model_is_closer_to_the_original(tuned, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fewbit.evaluate import evaluate, windows
+
+    run(tmp_path / "plain")
+    text = windows(evaluation_text(), AutoTokenizer.from_pretrained(model_path()), 128, 24)
+    base = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32)
+    kl = [
+        evaluate(fewbit.load(folder, dtype=torch.float32), text, against=base).kl
+        for folder in (tuned[0], tmp_path / "plain")
+    ]
+    assert kl[0] < kl[1]
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_killed_between_blocks_it_resumes_to_the_same_bytes(tuned, tmp_path, monkeypatch):
+    output, append = tmp_path / "out", Journal.append
+
+    def dying(self, block, tensors, records):
+        append(self, block, tensors, records)
+        if block.endswith(".1"):
+            raise Killed(signal.SIGKILL)
+
+    monkeypatch.setattr(Journal, "append", dying)
+    with pytest.raises(Killed):
+        run(output, tune=True, tune_steps=20)
+    monkeypatch.undo()
+    report = run(output, tune=True, tune_steps=20)
+    assert 0 < report.resumed_layers < report.modules
+    for path in tuned[0].glob("*.safetensors"):
+        assert path.read_bytes() == (output / path.name).read_bytes()
+    config = json.loads((output / "config.json").read_text())
+    assert config == json.loads((tuned[0] / "config.json").read_text())
+
+
+def test_layers_outside_of_blocks_and_blocks_without_calibration_are_left_to_the_solver():
+    model = tiny_model("llama")
+    config = fewbit.QuantConfig(bits=4, group_size=16, seq_len=24, tune=True, tune_steps=2, lm_head=True)
+    report = fewbit.quantize(
+        model, config, dataset=random_sequences(4), tokenizer=tiny_tokenizer()
+    ).fewbit_report
+    errors = {layer["name"]: layer["block_error"] for layer in report.layers}
+    assert errors.pop("lm_head") is None
+    assert None not in errors.values()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "t5", "falcon"])
+def test_other_families(family):
+    model = tiny_model(family)
+    config = fewbit.QuantConfig(bits=2, group_size=16, seq_len=24, tune=True, tune_steps=2)
+    report = fewbit.quantize(
+        model, config, dataset=random_sequences(4), tokenizer=tiny_tokenizer()
+    ).fewbit_report
+    assert all(layer["block_error"] is not None for layer in report.layers)
+
+
+def test_padding_does_not_count(monkeypatch):
+    sequences = [{"input_ids": s["input_ids"][: 9 + 5 * i]} for i, s in enumerate(random_sequences(4))]
+    seen = []
+
+    def spy(block, codes, weights, train, held_out, **options):
+        seen.append((train, held_out))
+        return tune_block(block, codes, weights, train, held_out, **options)
+
+    monkeypatch.setattr("fewbit.walk.tuning.tune_block", spy)
+    config = fewbit.QuantConfig(bits=2, group_size=16, seq_len=24, tune=True, tune_steps=1, batch_size=2)
+    fewbit.quantize(tiny_model("llama"), config, dataset=sequences, tokenizer=tiny_tokenizer())
+    assert len(seen) == 2
+    for train, held_out in seen:
+        # The last sequence judges; it shares its batch with one that trains.
+        assert [int(call.mask.sum()) for call in train] == [9 + 14, 19]
+        assert [int(call.mask.sum()) for call in held_out] == [24]
+
+
+def test_one_sequence_is_too_few_and_that_is_noted():
+    config = fewbit.QuantConfig(group_size=16, seq_len=24, tune=True)
+    model = tiny_model("llama")
+    fewbit.quantize(model, config, dataset=random_sequences(1), tokenizer=tiny_tokenizer())
+    assert any("2 blocks were not tuned" in note for note in model.fewbit_report.notes)
