@@ -10,6 +10,16 @@ from fewbit.errors import ConfigError, FewbitError
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"correction": 1.5}, "correction must lie between 0 and 1, or be 'auto'; got 1.5"),
+        ({"correction": "none"}, "or be 'auto'; got 'none'"),
+        ({"correction": True}, "got True"),
+        ({"refit": 1}, "refit must be True or False"),
+        ({"tune_steps": 0}, "tune_steps must be a whole number of at least 1"),
+        ({"fast": True, "tune": True}, "leave out fast or those"),
+        ({"fast": True, "correction": 0.5}, "leave out fast or those"),
+        ({"fast": True, "refit": True}, "leave out fast or those"),
+        ({"target_bits": 1.5}, "above 2, at most 9; got 1.5"),
+        ({"target_bits": "3"}, "got '3'"),
         ({"bits": 5}, "bits must be one of 2, 3, 4, 8; got 5"),
         ({"bits": True}, "bits must be one of"),
         ({"group_size": 0}, "group_size must be positive, or -1"),
@@ -127,3 +137,9 @@ def test_the_order_of_overrides_is_part_of_the_fingerprint():
     other = _fingerprint(QuantConfig(override=dict(reversed(rules.items()))), empty, "w")
     assert one["config"] != other["config"]
     assert one == _fingerprint(QuantConfig(override=dict(rules)), empty, "w")
+
+
+def test_fast_means_no_correction():
+    assert QuantConfig(fast=True).effective_correction == 0
+    assert QuantConfig().effective_correction == "auto"
+    assert QuantConfig(correction=0.3).effective_correction == 0.3

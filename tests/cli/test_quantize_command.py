@@ -218,3 +218,26 @@ def test_the_demo_says_when_the_compiled_solver_is_missing(monkeypatch):
     monkeypatch.setattr(showcase.Showcase, "__init__", lambda self, progress: None)
     monkeypatch.setattr(showcase.Showcase, "run", lambda self: [])
     assert "no compiler was found at install time" in " ".join(invoke("demo").stderr.split())
+
+
+def test_accuracy_options(tmp_path, inputs):
+    model, text = inputs
+    common = ["quantize", model, "--dataset", text, *SMALL, "--json"]
+    for name, options, expected in (
+        ("fast", ["--fast"], (None, None)),
+        ("half", ["--correction", "0.5"], (0.5, True)),
+        ("none", ["--correction", "0", "--refit"], (0.0, True)),
+        ("tuned", ["--tune", "--tune-steps", "2"], (None, True)),
+    ):
+        result = invoke(*common, "-o", tmp_path / name, *options)
+        assert result.exit_code == 0, result.output
+        last = json.loads((tmp_path / name / "fewbit_report.json").read_text())["layers"][-1]
+        assert (last["true_error"] is not None) == bool(expected[1])
+        assert name == "tuned" or last["correction"] == expected[0]
+        assert (last["block_error"] is not None) == (name == "tuned")
+
+
+def test_a_correction_that_is_no_number(tmp_path, inputs, monkeypatch, capsys):
+    model, text = inputs
+    arguments = ("quantize", model, "-o", tmp_path / "out", "--dataset", text, "--correction", "much")
+    assert "correction must lie between 0 and 1, or be 'auto'" in refused(monkeypatch, capsys, *arguments)
