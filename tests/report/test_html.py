@@ -180,6 +180,19 @@ def test_headline_figures():
     assert found["time"] == ("62.4 s", "", "peak memory 1.12 GB")
 
 
+def test_tuned_blocks_are_counted_and_the_errors_said_to_be_from_before():
+    layers = [
+        {**layer(f"h.{i}.{kind}"), "tuned": i > 0, "block_error": (0.04, 0.03)}
+        for i in range(3)
+        for kind in "ab"
+    ]
+    found = {tile.label: (tile.value, tile.detail) for tile in tiles(report(layers))}
+    gain = "their squared error on held-out text fell by 25.0 % on average"
+    assert found["blocks better by tuning"] == ("2 of 3", gain)
+    assert "adds. Measured before the tuning." in Parsed(page(report(layers))).visible()
+    assert "Measured before the tuning" not in page(report())
+
+
 def test_an_evaluation_that_overflowed():
     broken = evaluation()
     broken["quantized"].update(perplexity=None, stderr=None, kl_stderr=None)

@@ -72,7 +72,7 @@ def view(report: Mapping[str, Any]) -> dict[str, Any]:
         "resumed": report["resumed_layers"],
         "notes": report["notes"],
         "measure": MEASURES[measure][0],
-        "measure_meaning": MEASURES[measure][2],
+        "measure_meaning": _meaning(measure, layers),
         "kinds": rows,
         "stack_count": len({row.stack for row in rows}),
         "largest_error": max((row.worst or 0.0 for row in rows), default=0.0),
@@ -109,8 +109,8 @@ def data(report: Mapping[str, Any], found: Sequence[Place]) -> dict[str, Any]:
     table = columns(layers)
     return {
         "measures": [
-            {"key": key, "label": label, "unit": unit, "meaning": meaning}
-            for key, (label, unit, meaning) in MEASURES.items()
+            {"key": key, "label": label, "unit": unit, "meaning": _meaning(key, layers)}
+            for key, (label, unit, _) in MEASURES.items()
             if _offered(key, table[key])
         ],
         "stacks": [asdict(stack) for stack in order],
@@ -144,6 +144,11 @@ def _recipe(report: Mapping[str, Any], found: Iterable[Place]) -> str:
     )
     amount = words.plural(len(layers), "layer")
     return f"{bits}, {grid}; {amount} in {words.plural(len(blocks), 'block')}; {text}"
+
+
+def _meaning(key: str, layers: Iterable[Mapping[str, Any]]) -> str:
+    late = key in _ALWAYS and any(layer.get("tuned") for layer in layers)
+    return MEASURES[key][2] + (" Measured before the tuning." if late else "")
 
 
 def _offered(key: str, values: Sequence[Any]) -> bool:

@@ -26,6 +26,7 @@ _PHASES = {
     "hessian": "sum up Hessians",
     "solve": "solve",
     "pack": "pack codes",
+    "tune": "tune blocks",
     "journal": "keep finished blocks",
     "resume": "take over finished blocks",
     "write": "write the checkpoint",
@@ -96,6 +97,7 @@ def tiles(report: Mapping[str, Any]) -> list[Tile]:
         average = words.percent(mean(layer[measure] for layer in known))
         detail = f"at most {words.percent(worst[measure])}, in"
         result.append(Tile(f"mean {MEASURES[measure][0]}", average, detail, name=worst["name"]))
+    result += _tuning_tiles(layers)
     peak = words.size(report["peak_memory_bytes"])
     result.append(Tile("time", words.duration(report["seconds"]), f"peak memory {peak}"))
     return result
@@ -119,6 +121,21 @@ def _evaluation_tiles(evaluation: Mapping[str, Any]) -> list[Tile]:
             words.spread(after["kl"], after["kl_stderr"]),
         ),
     ]
+
+
+def _tuning_tiles(layers: Iterable[Mapping[str, Any]]) -> list[Tile]:
+    """How many blocks tuning improved, and by how much; nothing where there was none."""
+    blocks = {layer["block"]: layer for layer in layers if layer.get("block_error")}
+    better = [layer["block_error"] for layer in blocks.values() if layer["tuned"]]
+    if not blocks:
+        return []
+    fall = mean(1 - after / before for before, after in better if before > 0)
+    gain = (
+        ""
+        if fall is None
+        else f"their squared error on held-out text fell by {words.percent(fall)} on average"
+    )
+    return [Tile("blocks better by tuning", f"{len(better)} of {len(blocks)}", gain)]
 
 
 def sizes(report: Mapping[str, Any], width: int) -> dict[str, list[Share]]:
