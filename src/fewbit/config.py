@@ -91,7 +91,7 @@ class QuantConfig:
             chosen per layer on held-out calibration sequences. Above 0 a second, full-precision stream runs
             beside the quantized one.
         refit: fit the scales again after rounding, and keep that where it lowers the error on held-out sequences.
-            Off, because it has not lowered the error of whole models (docs/accuracy.md).
+            Off, because whole models gain nothing reliable from it (docs/algorithm.md).
         fast: one stream only: no correction, in half the time. Excludes refit and tune.
         target_bits: average stored bits per weight (codes, scales and zero points); bits and group sizes are then
             chosen per layer to meet it, and `bits` and `group_size` are not used. None: no budget.
