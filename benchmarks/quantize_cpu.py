@@ -2,23 +2,23 @@
 
     python benchmarks/quantize_cpu.py --dtype bfloat16 --bits 4 --group-size 64
 
-SmolLM2-135M, 32 × 512 tokens of Wikipedia. The whole quantization is counted: reading the text and the
-model, hashing the weights, calibration forward, Hessians, solving, writing and syncing the checkpoint.
-Quality: perplexity and KL on 16 × 512 tokens of other articles, beside round-to-nearest.
-Every part runs in a process of its own, so that peak memory is its own.
+SmolLM2-135M, 32 × 512 tokens of Wikipedia; once with `--fast` (one stream) and once with the defaults (the
+full-precision stream beside the quantized one: two forward passes at least). The whole quantization is counted:
+reading the text and the model, hashing the weights, calibration forward, Hessians, solving, writing and syncing
+the checkpoint. Every part runs in a process of its own, so that peak memory is its own. Quality:
+`benchmarks/accuracy.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import tempfile
 import time
 
 import prepare
 
-SAMPLES, SEQ_LEN, EVAL_WINDOWS = 32, 512, 16
+SAMPLES, SEQ_LEN = 32, 512
 
 
 def plain_forward(dtype: str) -> dict[str, float]:
@@ -42,30 +42,15 @@ def plain_forward(dtype: str) -> dict[str, float]:
     return seconds
 
 
-def quantize(output: str, method: str, options: dict) -> dict:
+def quantize(output: str, options: dict) -> dict:
     """One run of the public API; its report. Importing libraries is not counted, here as in the forward pass."""
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import fewbit
     import fewbit.api
 
-    config = fewbit.QuantConfig(method=method, num_samples=SAMPLES, seq_len=SEQ_LEN, **options)
+    config = fewbit.QuantConfig(num_samples=SAMPLES, seq_len=SEQ_LEN, **options)
     return fewbit.quantize(prepare.MODEL, config, dataset=str(prepare.TRAIN), output=output).to_dict()
-
-
-def quality(folder: str | None) -> dict:
-    """Perplexity and KL of a checkpoint (None: the original) against the original in float32."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import fewbit
-    from fewbit.evaluate import evaluate, windows
-
-    tokenizer = AutoTokenizer.from_pretrained(prepare.MODEL)
-    text = windows(str(prepare.TEST), tokenizer, seq_len=SEQ_LEN, num_windows=EVAL_WINDOWS)
-    base = AutoModelForCausalLM.from_pretrained(prepare.MODEL, dtype=torch.float32).eval()
-    model = base if folder is None else fewbit.load(folder, dtype=torch.float32)
-    return evaluate(model, text, against=None if folder is None else base).to_dict()
 
 
 def _child(function, *arguments):
@@ -81,7 +66,6 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--asym", action="store_true")
-    parser.add_argument("--no-eval", action="store_true")
     parser.add_argument("--repeat", type=int, default=1, help="times the job is timed")
     arguments = parser.parse_args()
     prepare.ensure()
@@ -94,43 +78,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(arguments.repeat):
             forward = _child(plain_forward, arguments.dtype)
-            report = _child(quantize, f"{folder}/gptq{turn}", "gptq", options)
-            print_times(arguments.dtype, forward, report)
-        if not arguments.no_eval:
-            _child(quantize, f"{folder}/rtn", "rtn", options)
-            results = {
-                "original": _child(quality, None),
-                "round-to-nearest": _child(quality, f"{folder}/rtn"),
-                "fewbit": _child(quality, f"{folder}/gptq0"),
-            }
-            print_quality(results)
-            print(json.dumps({"forward": forward, "seconds": report["seconds"], "quality": results}))
+            print(
+                f"\n{arguments.dtype} forward pass: {forward['whole']:.1f} s whole model, {forward['body']:.1f} s "
+                "without the head"
+            )
+            for name, fast in (("--fast", True), ("defaults", False)):
+                report = _child(quantize, f"{folder}/{fast}{turn}", {**options, "fast": fast})
+                print_times(name, forward, report)
 
 
-def print_times(dtype: str, forward: dict[str, float], report: dict) -> None:
+def print_times(name: str, forward: dict[str, float], report: dict) -> None:
     """The ratio and where the time went."""
     total = report["seconds"]
-    print(
-        f"\n{dtype} forward pass: {forward['whole']:.1f} s whole model, {forward['body']:.1f} s without the head"
-    )
-    print(f"quantization: {total:.1f} s, peak {report['peak_memory_bytes'] / 1e9:.2f} GB")
+    print(f"\n{name}: {total:.1f} s, peak {report['peak_memory_bytes'] / 1e9:.2f} GB")
     print(
         f"ratio: {total / forward['whole']:.2f} × the whole forward, {total / forward['body']:.2f} × without the head"
     )
     phases = dict(report["seconds_by_phase"])
-    inside = sum(phases.get(phase, 0.0) for phase in ("hessian", "solve", "pack", "journal", "resume"))
-    phases["forward in the walk"] = phases.pop("walk") - inside
+    phases["forward in the walk"] = phases.pop("walk")
     for phase, seconds in sorted(phases.items(), key=lambda item: -item[1]):
         print(f"  {phase:20s} {seconds:6.1f} s  {seconds / total:5.1%}")
-
-
-def print_quality(results: dict[str, dict]) -> None:
-    """One line for each checkpoint."""
-    for name, values in results.items():
-        line = f"{name:18s} perplexity {values['perplexity']:8.3f} ± {values['stderr']:.2f}"
-        if values["kl"] is not None:
-            line += f"   KL {values['kl']:.4f} ± {values['kl_stderr']:.4f}   same choice {values['top1_agreement']:.1%}"
-        print(line)
 
 
 if __name__ == "__main__":
