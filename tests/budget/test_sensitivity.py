@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fewbit.budget.sensitivity import measure
+from fewbit.budget.sensitivity import measure, measured_batches
 from fewbit.budget.units import Choice, make_units
 from fewbit.calibration import Calibration, prepare
 from fewbit.codes import sequential_groups
@@ -82,6 +82,14 @@ def test_progress_runs_to_the_end(model, calibration):
     )
     assert seen == sorted(seen)
     assert seen[-1] == (28, 28)
+
+
+@pytest.mark.parametrize(("length", "expected"), [(256, 16), (600, 8), (100, 24), (0, 8)])
+def test_as_many_batches_as_the_tokens_need_from_the_whole_set(length, expected):
+    batches = [{"input_ids": torch.tensor([[number]])} for number in range(24)]
+    chosen = measured_batches(Calibration(batches, "", 24 * length, 24, "ids"), torch.device("cpu"))
+    numbers = [int(batch["input_ids"]) for batch in chosen]
+    assert numbers == [24 * i // expected for i in range(expected)]
 
 
 class Branches(nn.Module):

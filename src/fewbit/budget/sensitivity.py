@@ -24,8 +24,9 @@ from ..walk.layers import is_layer, weight_matrix
 from .gradients import Probe, collect
 from .units import Choice, Unit
 
-# Calibration tokens that are run backward, and of each layer the rows kept.
+# Calibration tokens that are run backward, at least, in so many batches; and of each layer the rows kept.
 TOKENS = 4096
+BATCHES = 8
 ROWS = 2048
 
 
@@ -53,7 +54,7 @@ def measure(
         ModelError: no gradients can be computed through the model, or none is finite.
     """
     layers = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
-    batches = _some(calibration, next(model.parameters()).device)
+    batches = measured_batches(calibration, next(model.parameters()).device)
     half = len(layers)  # the two halves of the work take about the same time
     probes, positions = collect(
         model,
@@ -134,11 +135,12 @@ def _sum_up(units: Sequence[Unit], errors: Mapping[str, list[_Error]]) -> Costs:
     return Costs(by_unit, [name for name, found in errors.items() if found[0].cost is None])
 
 
-def _some(calibration: Calibration, device: torch.device) -> list[dict[str, Tensor]]:
-    """Batches evenly from the calibration set, with about `TOKENS` tokens together."""
+def measured_batches(calibration: Calibration, device: torch.device) -> list[dict[str, Tensor]]:
+    """Batches evenly from the calibration set: `BATCHES` of them, or more if these are fewer than `TOKENS` tokens."""
     count = len(calibration.batches)
-    per_batch = max(1, calibration.tokens // count)
-    wanted = min(count, -(-TOKENS // per_batch)) if calibration.tokens else min(count, 8)
+    # Ready-made batches may hold no tokens.
+    for_tokens = -(-TOKENS * count // calibration.tokens) if calibration.tokens else 0
+    wanted = min(count, max(BATCHES, for_tokens))
     chosen = [calibration.batches[i * count // wanted] for i in range(wanted)]
     return [{key: value.to(device) for key, value in batch.items()} for batch in chosen]
 
