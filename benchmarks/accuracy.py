@@ -33,7 +33,6 @@ import accuracy_tables
 import prepare
 
 RESULTS = prepare.DATA / "accuracy.jsonl"
-PROMPT = "The capital of France is"
 
 
 @dataclass(frozen=True)
@@ -260,11 +259,11 @@ def recorded(ids: Any, logits: Any) -> Any:
 
 
 def continuation(job: Job, model: Any) -> str:
-    """What the model says next after PROMPT, always taking its first choice."""
+    """What the model says after the prompt, always taking its first choice."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(job.model)
-    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    ids = tokenizer(accuracy_tables.PROMPT, return_tensors="pt").input_ids
     said = model.generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     return tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
 
@@ -355,7 +354,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=16, help="per text")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--gptqmodel-python", type=Path)
-    parser.add_argument("--say", action="store_true", help=f"let each model go on after {PROMPT!r}")
+    parser.add_argument(
+        "--say", action="store_true", help=f"let each model go on after {accuracy_tables.PROMPT!r}"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", type=Path, metavar="FILE.md", help="only write the tables into this file")
     return parser.parse_args()

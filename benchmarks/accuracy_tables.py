@@ -14,6 +14,9 @@ from typing import Any
 
 BEGIN, END = "<!-- tables: begin (written by benchmarks/accuracy.py) -->", "<!-- tables: end -->"
 
+PROMPT = "The capital of France is"
+_SHOWN = 120  # characters
+
 LABELS = {
     "original": "original",
     "rtn-minmax": "round to nearest, min-max grid",
@@ -94,7 +97,18 @@ def _grid(key: tuple[int, int, bool], records: list[Record]) -> str:
         chosen = [record for record in records if record["cell"]["row"] == row]
         if chosen:
             lines.append(f"| {label} | " + " | ".join(_row(chosen, texts)) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_sayings(records)]) + "\n"
+
+
+def _sayings(records: list[Record]) -> list[str]:
+    """What the models said after the prompt, one line for each row that was asked."""
+    lines = []
+    for row, label in LABELS.items():
+        said = [r["continuation"] for r in records if r["cell"]["row"] == row and "continuation" in r]
+        if said:
+            text = " ".join(said[0].replace("`", "'").split())
+            lines.append(f"- {label}: `{text[:_SHOWN]}{'…' if len(text) > _SHOWN else ''}`")
+    return ["", f"“{PROMPT} …”, first choices only:", "", *lines] if lines else []
 
 
 def _row(records: list[Record], texts: list[str]) -> list[str]:

@@ -131,6 +131,15 @@ def test_tables_have_means_over_seeds_and_errors_over_windows() -> None:
     assert "### 4 bits, groups of 64, symmetric" in text
 
 
+def test_tables_show_what_the_models_said() -> None:
+    text = accuracy_tables.tables(
+        [record("fast", 0, 0.2) | {"continuation": " Paris.\n\nIt `is`" + " x" * 100}]
+    )
+    assert "- fewbit `--fast`: `Paris. It 'is' x x" in text
+    assert text.rstrip().endswith("…`")
+    assert "“The capital of France is …”" not in accuracy_tables.tables([record("fast", 0, 0.2)])
+
+
 def test_a_later_measurement_replaces_the_earlier_and_a_refusal_is_shown() -> None:
     refused = {**record("gptqmodel", 0, 0.0), "error": "ValueError: no"}
     text = accuracy_tables.tables([record("fast", 0, 0.9), record("fast", 0, 0.2), refused])
