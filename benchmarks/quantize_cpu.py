@@ -95,7 +95,8 @@ def print_times(name: str, forward: dict[str, float], report: dict) -> None:
         f"ratio: {total / forward['whole']:.2f} × the whole forward, {total / forward['body']:.2f} × without the head"
     )
     phases = dict(report["seconds_by_phase"])
-    phases["forward in the walk"] = phases.pop("walk")
+    inside = sum(phases.get(phase, 0.0) for phase in ("hessian", "solve", "pack", "journal", "resume"))
+    phases["forward in the walk"] = phases.pop("walk") - inside
     for phase, seconds in sorted(phases.items(), key=lambda item: -item[1]):
         print(f"  {phase:20s} {seconds:6.1f} s  {seconds / total:5.1%}")
 
