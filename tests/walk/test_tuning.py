@@ -119,3 +119,30 @@ def test_one_sequence_is_too_few_and_that_is_noted():
     model = tiny_model("llama")
     fewbit.quantize(model, config, dataset=random_sequences(1), tokenizer=tiny_tokenizer())
     assert any("2 blocks were not tuned" in note for note in model.fewbit_report.notes)
+
+
+class Loose(torch.nn.Module):
+    """Its numbered blocks are containers that are never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(120, 16)
+        self.layers = torch.nn.ModuleList(
+            torch.nn.ModuleDict({"a": torch.nn.Linear(16, 16)}) for _ in range(2)
+        )
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = x + layer["a"](x)
+        return x
+
+
+@pytest.mark.parametrize("with_text", [True, False])
+def test_blocks_that_are_never_run_as_a_whole_keep_the_solvers_codes(with_text):
+    config = fewbit.QuantConfig(
+        bits=3, group_size=16, seq_len=24, tune=True, method="gptq" if with_text else "rtn"
+    )
+    dataset = random_sequences(4) if with_text else None
+    report = fewbit.quantize(Loose(), config, dataset=dataset).fewbit_report
+    assert [layer["block_error"] for layer in report.layers] == [None, None]

@@ -81,7 +81,7 @@ def quantize_layers(
         strict=config.strict,
         timers=timers,
         progress=progress,
-        keep_open=blocks,
+        keep_open=blocks if batches else (),
     )
     notes = [] if native.available() else [f"the compiled solver is not in use ({native.why_not()}): slower"]
     with torch.no_grad(), timers.time("walk"):
@@ -98,6 +98,8 @@ def quantize_layers(
             traffic = walk(modules, jobs, quantizer.meet, references=references, blocks=blocks, leave=leave)
         for name in traffic.unreached:
             quantizer.meet(name, [])
+        for block in blocks:  # those that no batch went through as a whole
+            quantizer.close(block)
     if paired and sum(batch.sequences for batch in rows) == 1:
         notes.append(
             "a single calibration sequence leaves none to hold out: no automatic correction, no refit, and true "
