@@ -15,6 +15,8 @@ from fewbit.errors import ConfigError, FewbitError
         ({"correction": True}, "got True"),
         ({"refit": 1}, "refit must be True or False"),
         ({"tune_steps": 0}, "tune_steps must be a whole number of at least 1"),
+        ({"method": "rtn", "tune": True}, "method rtn looks at no activations"),
+        ({"method": "rtn", "correction": 0.5}, "method rtn looks at no activations"),
         ({"fast": True, "tune": True}, "leave out fast or those"),
         ({"fast": True, "correction": 0.5}, "leave out fast or those"),
         ({"fast": True, "refit": True}, "leave out fast or those"),

@@ -173,6 +173,12 @@ class QuantConfig:
                 f"target_bits measures the layers on calibration text, which method {self.method!r} has none of: use "
                 "method gptq, or choose bits with override"
             )
+        wants_activations = self.tune or self.refit or self.correction not in (AUTO, 0)
+        methods = [s.get("method") for s in self.override.values() if isinstance(s, Mapping)]
+        if self.method == "rtn" and wants_activations and "gptq" not in methods:
+            raise ConfigError(
+                "method rtn looks at no activations, which correction, refit and tune need: leave them out, or use gptq"
+            )
         if self.fast and (self.tune or self.refit or self.correction not in (AUTO, 0)):
             raise ConfigError(
                 "fast runs no full-precision stream, which correction, refit and tune need: leave out fast or those"
@@ -180,7 +186,7 @@ class QuantConfig:
 
     @property
     def effective_correction(self) -> float | str:
-        """The correction in use: 0 in a fast run or one without GPTQ."""
+        """The correction in use: 0 in a fast run."""
         return 0.0 if self.fast else self.correction
 
     @property

@@ -73,7 +73,7 @@ def demo_reports(tmp_path_factory):
     """The trained demo model at 3 bits: without correction and with the automatic one."""
     folder = tmp_path_factory.mktemp("demo")
     reports = {}
-    for name, options in {"none": {"correction": 0}, "auto": {}}.items():
+    for name, options in {"none": {"correction": 1e-9}, "auto": {}}.items():
         config = fewbit.QuantConfig(bits=3, group_size=64, num_samples=48, seq_len=128, **options)
         reports[name] = fewbit.quantize(
             model_path(),
@@ -128,6 +128,59 @@ def test_rows_that_do_not_belong_together_are_not_corrected_and_that_is_noted():
     assert (expert["true_error"], expert["correction"]) == (None, None)
     assert expert["tokens"] > 0
     assert any("do not belong together" in note for note in model.fewbit_report.notes)
+
+
+class Chosen(nn.Module):
+    """The second layer gets as many rows in both streams, but not the same ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.second(torch.randn_like(y))
+
+
+def test_rows_of_one_shape_that_have_nothing_in_common_are_not_corrected():
+    torch.manual_seed(0)
+    model = Chosen()
+    batches = [{"x": torch.randn(8, 32)} for _ in range(8)]
+    fewbit.quantize(model, fewbit.QuantConfig(bits=2, group_size=32, correction=0.5), dataset=batches)
+    first, second = model.fewbit_report.layers
+    assert (first["correction"], first["held_out"]) == (0.5, 4)
+    assert (second["correction"], second["held_out"], second["tokens"]) == (None, 0, 64)
+
+
+class Again(nn.Module):
+    """The same layer twice, then another."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.last = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.last(self.shared(self.shared(x)))
+
+
+def test_a_full_precision_stream_that_had_to_use_a_quantized_layer_is_noted():
+    torch.manual_seed(0)
+    model = Again()
+    batches = [{"x": torch.randn(8, 32)} for _ in range(3)]
+    fewbit.quantize(model, fewbit.QuantConfig(bits=2, group_size=32), dataset=batches)
+    notes = model.fewbit_report.notes
+    assert any("3 inputs reached 1 layers after they were solved" in note for note in notes)
+    assert any("3 inputs of the full-precision stream reached layers after" in note for note in notes)
+
+
+def test_held_out_tokens_that_are_not_finite_are_counted_as_dropped():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32))
+    batches = [{"input": torch.randn(1, 8, 32)} for _ in range(4)]
+    batches[3]["input"][0, 2, 5] = float("inf")
+    fewbit.quantize(model, fewbit.QuantConfig(bits=3, group_size=32), dataset=batches)
+    (layer,) = model.fewbit_report.layers
+    assert (layer["tokens"], layer["held_out"], layer["dropped"]) == (24, 7, 1)
 
 
 def test_convolutions_are_corrected():

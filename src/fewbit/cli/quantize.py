@@ -156,7 +156,7 @@ quantize.__doc__ = f"{quantize.__doc__}\n{_EXAMPLES}"
 
 def _correction(text: str) -> float | str:
     """A number where the text is one; QuantConfig judges the rest."""
-    return float(text) if re.fullmatch(r"\d*\.?\d+", text) else text
+    return float(text) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text.lower()) else text
 
 
 def _after_interrupt(output: Path) -> str:

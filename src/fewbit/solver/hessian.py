@@ -44,7 +44,8 @@ class Hessian:
         self.dropped = 0
         self._backend: Backend = backend
         self._H = torch.zeros(n, n, dtype=torch.float32, device=device)
-        self._P: Tensor | None = None
+        self._P: Tensor | None = None  # C once the drift was asked for
+        self._has_drift = False
 
     def add(self, X: Tensor, mask: Tensor | None = None, full: Tensor | None = None) -> None:
         """Add tokens.
@@ -55,8 +56,8 @@ class Hessian:
             full: X̃ for the same tokens, shape and dtype of X; given for all batches or for none.
 
         Raises:
-            SolverError: the last dimension of X is not n, the mask has another number of rows, or `full` another
-                shape.
+            SolverError: the last dimension of X is not n, the mask has another number of rows, `full` another
+                shape, or the drift was taken already.
         """
         if X.shape[-1] != self.n:
             raise SolverError(f"this Hessian has {self.n} input features, but the batch has {X.shape[-1]}")
@@ -64,6 +65,8 @@ class Hessian:
             raise SolverError(
                 f"the full-precision inputs have shape {tuple(full.shape)}, but the batch has {tuple(X.shape)}"
             )
+        if self._has_drift:
+            raise SolverError("the drift of this Hessian was taken already: make a new one to add tokens")
         X = X.detach().reshape(-1, self.n).to(self._H.device)
         # Both streams side by side, so that a token is left out of both or of neither.
         both = [X] if full is None else [X, full.detach().reshape(-1, self.n).to(self._H.device)]
@@ -108,9 +111,13 @@ class Hessian:
     def drift(self) -> Tensor | None:
         """C = (X̃ − X) Xᵀ, float32 (n, n), C_ij = Σ (x̃_i − x_i) x_j; None where no X̃ was given.
 
-        The difference of two sums: both hold exact products, so what cancels is their rounding only.
+        The difference of two sums: both hold exact products, so what cancels is their rounding only. Takes the
+        place of P, so no token can be added afterwards.
         """
-        return None if self._P is None else self._P - self.matrix()
+        if self._P is not None and not self._has_drift:
+            self._P.sub_(self.matrix())
+            self._has_drift = True
+        return self._P
 
     def diagonal(self) -> Tensor:
         """diag(H), float32 (n,), a copy."""
@@ -120,11 +127,14 @@ class Hessian:
         """Without the rows that are not finite in one of them. One reduction each in the normal case."""
         if both[0].numel() == 0 or all(_in_range(torch.stack(torch.aminmax(X))) for X in both):
             return both
-        good = torch.stack(
-            [((X.abs() <= LARGEST_ACTIVATION) & torch.isfinite(X)).all(dim=1) for X in both]
-        ).all(0)
+        good = torch.stack([usable_rows(X) for X in both]).all(0)
         self.dropped += int((~good).sum())
         return [X[good] for X in both]
+
+
+def usable_rows(X: Tensor) -> Tensor:
+    """Which rows of X (tokens, n) are finite and in range, bool (tokens,)."""
+    return ((X.abs() <= LARGEST_ACTIVATION) & torch.isfinite(X)).all(dim=1)
 
 
 def _in_range(extremes: Tensor) -> bool:

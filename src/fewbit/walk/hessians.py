@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..solver import FactorCache, Hessian, Probe
+from ..solver.hessian import usable_rows
 from .layers import input_rows, matrix_shape, row_mask
 from .lockstep import Arrival
 
@@ -122,8 +123,6 @@ class HessianPool:
 
     Attributes:
         unmaskable: layers whose rows are not the tokens → rows among which padding could not be told apart.
-        unpaired: layers at which the rows of the two streams do not belong together, so that nothing could be
-            corrected there → how often.
     """
 
     def __init__(
@@ -135,12 +134,11 @@ class HessianPool:
         self._is_encoder_output = is_encoder_output
         self._pool: list[SharedHessian] = []
         self.unmaskable: Counter[str] = Counter()
-        self.unpaired: Counter[str] = Counter()
 
     def get(self, name: str, module: nn.Module, arrivals: Sequence[Arrival]) -> SharedHessian:
         """The Hessian of everything that arrived at `module`; padding never enters it."""
         plain = not isinstance(module, nn.Conv2d)
-        self._pool = [entry for entry in self._pool if entry.alive]
+        self.prune()
         if plain:
             for entry in self._pool:
                 if entry.made_from(arrivals):
@@ -150,31 +148,36 @@ class HessianPool:
             self._pool = [*self._pool[1 - _KEPT :], entry]
         return entry
 
+    def prune(self) -> None:
+        """Let go of Hessians that no other layer can share."""
+        self._pool = [entry for entry in self._pool if entry.alive]
+
     def _accumulate(self, name: str, module: nn.Module, arrivals: Sequence[Arrival]) -> SharedHessian:
         N = len(self._batches)
         quantized = [arrival for arrival in arrivals if arrival.job < N]
-        full = self._partners(name, module, quantized, {a.job - N: a.x for a in arrivals if a.job >= N})
+        full = self._partners(module, quantized, {a.job - N: a.x for a in arrivals if a.job >= N})
+        entry = self._sums(name, module, arrivals, full, holding_out=bool(full))
+        if entry.probe is not None and _unrelated(entry.probe):
+            entry = self._sums(name, module, arrivals, {}, holding_out=False)
+        elif entry.hessian.tokens == 0 and entry.probe is not None:
+            # Only held-out sequences came here: better a Hessian than a judgement.
+            entry = self._sums(name, module, arrivals, full, holding_out=False)
+        return entry
+
+    def _sums(
+        self,
+        name: str,
+        module: nn.Module,
+        arrivals: Sequence[Arrival],
+        full: Mapping[int, Tensor],
+        *,
+        holding_out: bool,
+    ) -> SharedHessian:
         entry = SharedHessian(
             [(a.job, weakref.ref(a.x), a.x._version) for a in arrivals],
             Hessian(matrix_shape(module)[1], device=arrivals[0].x.device),
         )
-        self._add(entry, name, module, quantized, full, holding_out=bool(full))
-        if entry.hessian.tokens == 0 and entry.probe is not None:
-            # Only held-out sequences came here: better a Hessian than a judgement.
-            entry.probe, entry.masked = None, 0
-            self._add(entry, name, module, quantized, full, holding_out=False)
-        return entry
-
-    def _add(
-        self,
-        entry: SharedHessian,
-        name: str,
-        module: nn.Module,
-        quantized: Sequence[Arrival],
-        full: Mapping[int, Tensor],
-        *,
-        holding_out: bool,
-    ) -> None:
+        quantized = [arrival for arrival in arrivals if arrival.job < len(self._batches)]
         probe = _ProbeRows(_PROBE_TOKENS // max(1, sum(batch.held_out > 0 for batch in self._batches)))
         for arrival in quantized:
             X = input_rows(module, arrival.x)
@@ -187,18 +190,19 @@ class HessianPool:
                 probe.add(X, X_full, held if mask is None else held & mask)
                 mask = ~held if mask is None else mask & ~held
             entry.hessian.add(X, mask, X_full)
+        entry.hessian.dropped += probe.dropped
         entry.probe = probe.probe()
+        return entry
 
     def _partners(
-        self, name: str, module: nn.Module, quantized: Sequence[Arrival], full: Mapping[int, Tensor]
+        self, module: nn.Module, quantized: Sequence[Arrival], full: Mapping[int, Tensor]
     ) -> Mapping[int, Tensor]:
         """Batch → its input in the full-precision stream; empty where the rows of the two may differ."""
         for arrival in quantized if full else ():
             x, counts = arrival.x, self._batches[arrival.job].counts
             # An expert gets the tokens that were routed to it: in each stream others.
-            routed = not isinstance(module, nn.Conv2d) and x.ndim == 2 and counts and x.shape[0] not in counts
+            routed = not isinstance(module, nn.Conv2d) and counts and x[..., 0].numel() not in counts
             if routed or arrival.job not in full or full[arrival.job].shape != x.shape:
-                self.unpaired[name] += 1
                 return {}
         return full
 
@@ -217,10 +221,16 @@ class HessianPool:
         return batch.decoder if in_decoder and not self._is_encoder_output(arrival.x) else batch.tokens
 
 
+def _unrelated(probe: Probe) -> bool:
+    """Whether the rows of the two streams differ like rows of different tokens, however alike their shapes."""
+    return bool((probe.X_full - probe.X).square().sum() > probe.X_full.square().sum())
+
+
 class _ProbeRows:
-    """Collects evenly spaced held-out rows, at most `limit` of each batch."""
+    """Collects evenly spaced held-out rows, at most `limit` of each batch; counts those it had to drop."""
 
     def __init__(self, limit: int) -> None:
+        self.dropped = 0
         self._limit = max(1, limit)
         self._parts: list[tuple[Tensor, Tensor]] = []
 
@@ -228,7 +238,8 @@ class _ProbeRows:
         chosen = held_out.nonzero()[:, 0]
         chosen = chosen[:: -(-len(chosen) // self._limit) or 1]
         X, X_full = X[chosen].float(), X_full[chosen].float()
-        good = torch.isfinite(X).all(1) & torch.isfinite(X_full).all(1)
+        good = usable_rows(X) & usable_rows(X_full)
+        self.dropped += int((~good).sum())
         self._parts.append((X[good], X_full[good]))
 
     def probe(self) -> Probe | None:

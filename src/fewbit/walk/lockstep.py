@@ -38,12 +38,17 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Passage:
-    """What job number `job` brought into a block, and what came out of it."""
+    """What job number `job` brought into a block, and what came out of it.
+
+    Attributes:
+        intact: whether the tensors it brought are as they were: no operation in place has changed them.
+    """
 
     job: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
+    intact: bool = True
 
 
 Meet = Callable[[str, list[Arrival]], None]
@@ -52,10 +57,14 @@ Leave = Callable[[str, list[Passage]], Mapping[int, Any]]
 
 @dataclass
 class Traffic:
-    """What the walk saw: layers in the order met, inputs that came late, layers nobody reached."""
+    """What the walk saw: layers in the order met, inputs that came late, layers nobody reached.
+
+    `late_references` are inputs of references, which therefore no longer are the unchanged model's.
+    """
 
     met: list[str] = field(default_factory=list)
     late: Counter[str] = field(default_factory=Counter)
+    late_references: Counter[str] = field(default_factory=Counter)
     unreached: list[str] = field(default_factory=list)
 
 
@@ -81,6 +90,7 @@ class _Exit:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
+    intact: bool
 
 
 def walk(
@@ -97,7 +107,7 @@ def walk(
     The walk ends when the last layer has been met and its block left: what the model would compute after
     that is not run. A job that arrives at a layer already met (a layer used twice, or an expert reached
     out of order) runs through it and is counted in `Traffic.late`; so does a reference, which then sees
-    the changed layer.
+    the changed layer and is counted in `Traffic.late_references`.
 
     Args:
         layers: name → module, in the order in which layers that wait at the same time are served.
@@ -165,7 +175,9 @@ class _Walk:
             self.unmet.remove(name)
             self.traffic.met.append(name)
         else:
-            self.traffic.late[name] += sum(job not in self.references for job in group)
+            references = sum(job in self.references for job in group)
+            self.traffic.late.update({name: len(group) - references} if len(group) > references else {})
+            self.traffic.late_references.update({name: references} if references else {})
         for job in group:
             if not (self.unmet or self.unleft):
                 return
@@ -187,7 +199,7 @@ class _Walk:
         for job in group:
             stop = self.waiting.pop(job)
             assert isinstance(stop, _Exit)
-            passages.append(Passage(job, stop.args, stop.kwargs, stop.output))
+            passages.append(Passage(job, stop.args, stop.kwargs, stop.output, stop.intact))
         outputs: dict[int, Any] = {passage.job: passage.output for passage in passages}
         if name in self.unleft and self.leave is not None:
             outputs |= self.leave(name, passages)
@@ -240,8 +252,13 @@ def _meeting_points(layers: Mapping[str, nn.Module], blocks: Mapping[str, nn.Mod
 
     def pause_after(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def paused(*args: Any, **kwargs: Any) -> Any:
+            if getcurrent() is hub:
+                return forward(*args, **kwargs)
+            given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            versions = [tensor._version for tensor in given]
             output = forward(*args, **kwargs)
-            return output if getcurrent() is hub else hub.switch(_Exit(name, args, kwargs, output))
+            intact = versions == [tensor._version for tensor in given]
+            return hub.switch(_Exit(name, args, kwargs, output, intact))
 
         return paused
 

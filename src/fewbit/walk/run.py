@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..calibration import Calibration
 from ..config import QuantConfig
-from ..errors import ModelError
+from ..errors import CalibrationError, ModelError
 from ..plan import Plan, output_embedding_name
 from ..solver import Accuracy, native
 from ..timers import Timers
@@ -59,6 +59,7 @@ def quantize_layers(
 
     Raises:
         ModelError: a weight cannot be quantized.
+        CalibrationError: `tune`, and a single calibration sequence.
         SolverError: in strict mode, a layer needed a fallback.
     """
     modules = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
@@ -70,6 +71,11 @@ def quantize_layers(
     paired = _needs_full_precision(config)
     rows = [Rows.of(batch) for batch in batches]
     rows = hold_out(rows) if paired else rows
+    if batches and config.tune and not any(batch.held_out for batch in rows):
+        raise CalibrationError(
+            "tuning needs calibration sequences to learn from and others to judge by, but there is only one: give "
+            "more text, or leave out tune"
+        )
     hessians = HessianPool(rows, encoder_outputs.has)
     quantizer = LayerQuantizer(
         plan,
@@ -100,12 +106,13 @@ def quantize_layers(
             quantizer.meet(name, [])
         for block in blocks:  # those that no batch went through as a whole
             quantizer.close(block)
-    if paired and sum(batch.sequences for batch in rows) == 1:
+    if paired and not any(batch.held_out for batch in rows):
         notes.append(
             "a single calibration sequence leaves none to hold out: no automatic correction, no refit, and true "
             "errors were not measured. Give more text"
         )
-    return [*notes, *_traffic_notes(traffic, hessians), *tuner.notes()]
+    notes += [*_traffic_notes(traffic, hessians), *tuner.notes(sink.records)]
+    return notes + (_pairing_notes(traffic, sink.records) if paired else [])
 
 
 def _blocks_to_tune(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
@@ -120,6 +127,7 @@ def _leaving(
     """What happens at the end of a block: its solved layers are tuned, its outputs computed anew."""
 
     def leave(name: str, passages: list[Passage]) -> dict[int, Any]:
+        quantizer.hessians.prune()
         solved, block, start = quantizer.solved(name), blocks[name], len(name) + 1
         codes = {layer[start:]: one.codes for layer, one in solved.items()}
         weights = {layer[start:]: one.W for layer, one in solved.items() if one.W is not None}
@@ -160,10 +168,23 @@ def _traffic_notes(traffic: Traffic, hessians: HessianPool) -> list[str]:
             f"{len(hessians.unmaskable)} layers see other rows than the tokens, so padding could not be told apart "
             f"there, for example {next(iter(hessians.unmaskable))}: use batch_size 1 to have none"
         )
-    if hessians.unpaired:
+    return notes
+
+
+def _pairing_notes(traffic: Traffic, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Where the two streams could not be compared, or not exactly."""
+    notes = []
+    if traffic.late_references:
         notes.append(
-            f"in {len(hessians.unpaired)} layers, for example {next(iter(hessians.unpaired))}, the rows of the "
-            "quantized and the full-precision stream do not belong together: no correction there"
+            f"{sum(traffic.late_references.values())} inputs of the full-precision stream reached layers after they "
+            f"were solved, for example {next(iter(traffic.late_references))}: from there on it is not quite the "
+            "original model's, nor are corrections and true errors"
+        )
+    uncorrected = [name for name, r in records.items() if r["tokens"] and r["correction"] is None]
+    if uncorrected:
+        notes.append(
+            f"in {len(uncorrected)} layers, for example {uncorrected[0]}, the rows of the quantized and the "
+            "full-precision stream do not belong together: no correction there, and no sequence held out"
         )
     return notes
 

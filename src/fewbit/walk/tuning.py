@@ -24,19 +24,20 @@ from .lockstep import Passage
 class BlockTuner:
     """Tunes blocks, and remembers what it gained.
 
-    The sequences that judge are those that entered no Hessian.
+    The sequences that judge are those that were held out from the Hessians.
 
     Attributes:
         batches: what is known of the rows of every batch; jobs N … 2N−1 are their full-precision runs.
         steps: per block.
         seed: of the order in which batches are used.
-        results: block → what tuning did to it.
+        skipped: block → why it was not tuned. dropped: batches that had values that are not finite.
     """
 
     batches: Sequence[Rows]
     steps: int
     seed: int
-    results: dict[str, TuneResult] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    dropped: set[int] = field(default_factory=set)
 
     def tune(
         self,
@@ -45,34 +46,45 @@ class BlockTuner:
         codes: Mapping[str, Codes],
         weights: Mapping[str, Tensor],
         passages: Sequence[Passage],
-    ) -> TuneResult:
-        """Tune one block.
+    ) -> TuneResult | None:
+        """Tune one block; None where that is not possible: `skipped` has the reason.
 
         Args:
             codes, weights: name of a layer inside the block → its codes, its original weight matrix.
-
-        Raises:
-            CalibrationError: no sequence is left to judge by.
-            ModelError: the block cannot be called again as it was.
         """
-        train, held_out = self._calls(name, passages)
-        result = tune_block(block, codes, weights, train, held_out, steps=self.steps, seed=self.seed)
-        self.results[name] = result
-        return result
+        reason = _why_not(block, passages)
+        train, held_out = ([], []) if reason else self._calls(name, passages)
+        if not reason and not (train and held_out):
+            reason = "too few sequences went through it in both streams, or their outputs are not finite"
+        if reason:
+            self.skipped[name] = reason
+            return None
+        return tune_block(block, codes, weights, train, held_out, steps=self.steps, seed=self.seed)
 
-    def notes(self) -> list[str]:
-        """A sentence about what was gained."""
-        kept = [result for result in self.results.values() if result.kept]
-        if not self.results:
-            return []
-        if not kept:
-            return ["tuning lowered the held-out error of no block: all keep the solver's codes"]
-        share = sum(result.after / result.before for result in kept) / len(kept)
-        rest = len(self.results) - len(kept)
-        return [
-            f"tuning lowered the held-out error of {len(kept)} blocks, to {share:.2f} of what it was"
-            + (f"; {rest} blocks keep the solver's codes" if rest else "")
-        ]
+    def notes(self, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """Sentences about what was gained, in this run and in one that it resumed, and what was left out.
+
+        Args:
+            records: of all layers, by name.
+        """
+        blocks = {r["block"]: r for r in records.values() if r["block_error"] is not None}
+        kept = [record["block_error"] for record in blocks.values() if record["tuned"]]
+        notes = []
+        if blocks:
+            left = (
+                f", to {sum(after / before for before, after in kept) / len(kept):.2f} of what it was"
+                if kept
+                else ""
+            )
+            notes.append(f"tuning lowered the held-out error of {len(kept)} of {len(blocks)} blocks{left}")
+        if self.dropped:
+            notes.append(
+                f"{len(self.dropped)} batches with values that are not finite had no part in the tuning"
+            )
+        for reason in dict.fromkeys(self.skipped.values()):
+            names = [name for name, why in self.skipped.items() if why == reason]
+            notes.append(f"{len(names)} blocks were not tuned, for example {names[0]}: {reason}")
+        return notes
 
     def _calls(self, name: str, passages: Sequence[Passage]) -> tuple[list[BlockCall], list[BlockCall]]:
         """Calls to learn from and to judge by; a batch with sequences of both kinds is in both lists."""
@@ -81,9 +93,12 @@ class BlockTuner:
         train: list[BlockCall] = []
         held_out: list[BlockCall] = []
         for passage in passages:
-            if passage.job not in targets:
+            if passage.job not in targets or targets[passage.job].shape != _states(passage.output).shape:
                 continue
             target, batch = targets[passage.job], self.batches[passage.job]
+            if not (_finite(target) and _finite(_states(passage.output))):
+                self.dropped.add(passage.job)  # one such token makes every gradient useless
+                continue
             counts = _counts(name, batch, target)
             held = batch.held_out_rows(counts.numel())
             judges = torch.zeros_like(counts) if held is None else counts & held.to(counts.device)
@@ -100,6 +115,23 @@ def _counts(name: str, batch: Rows, target: Tensor) -> Tensor:
     return (
         torch.ones(target[..., 0].numel(), dtype=torch.bool, device=target.device) if mask is None else mask
     )
+
+
+def _finite(states: Tensor) -> bool:
+    return bool(torch.isfinite(states).all())
+
+
+def _why_not(block: nn.Module, passages: Sequence[Passage]) -> str | None:
+    """Why a block cannot be tuned; None if it can."""
+    if any(isinstance(module, nn.Conv2d) for module in block.modules()):
+        return "it has convolutions, whose outputs are not states of tokens"
+    if not all(isinstance(passage.output, (Tensor, tuple)) for passage in passages):
+        return "its output is neither a tensor nor a tuple that begins with one"
+    if not all(isinstance(_states(passage.output), Tensor) for passage in passages):
+        return "its output does not begin with a tensor"
+    if not all(passage.intact for passage in passages):
+        return "it changes its inputs in place, so that it cannot be run again"
+    return None
 
 
 def _states(output: Any) -> Tensor:

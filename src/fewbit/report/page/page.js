@@ -53,11 +53,13 @@
   }
   const inkOn = part => lightness(part) > 0.57 ? "#111" : "#fff";
 
-  // From values to 0…1: in equal ratios where they span more than a factor of 8, else in equal steps.
+  // From values to 0…1: in equal steps or in equal ratios, whichever brings the median nearer to the middle.
   function scaleOf(values) {
     const low = values.reduce((a, b) => Math.min(a, b), Infinity), high = values.reduce((a, b) => Math.max(a, b), -Infinity);
-    const ratios = low > 0 && high / low > 8;
-    const at = value => ratios ? Math.log(value / low) / Math.log(high / low) : (value - low) / (high - low);
+    const median = sorted(values)[values.length >> 1];
+    const steps = value => (value - low) / (high - low), equalRatios = value => Math.log(value / low) / Math.log(high / low);
+    const ratios = low > 0 && high > low && Math.abs(equalRatios(median) - 0.5) < Math.abs(steps(median) - 0.5) - 0.1;
+    const at = ratios ? equalRatios : steps;
     const back = part => ratios ? low * (high / low) ** part : low + part * (high - low);
     return { part: value => high > low ? at(value) : 0.5, back, ratios, low, high };
   }
