@@ -37,7 +37,7 @@ TOKENS_PER_STEP = 1024  # at least so many, in whole calls
 RATE_CODES = 0.01  # of Adam: about how far v moves in one of the first steps
 RATE_SCALES = 0.002  # of Adam: the same for r
 _BETAS = (0.9, 0.95)
-_CHECKS = 4  # so often is the held-out loss measured
+_CHECKS = 8  # so often is the held-out loss measured
 _TINY = 1e-12  # instead of zero, in a division
 _CELL = 0.49  # how far from its code v may start
 
