@@ -122,7 +122,7 @@ class QuantConfig:
     fast: bool = False
     target_bits: float | None = None
     tune: bool = False
-    tune_steps: int = 200
+    tune_steps: int = 100
     lm_head: bool = False
     format: str = "gptq"
     num_samples: int = 128

@@ -12,7 +12,6 @@ Memory: the inputs of every block for one batch, one block's activations, and th
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import ModelError
 from ..walk.layers import input_rows
+from ..walk.run import without_cache
 
 # Positions × vocabulary of one float32 softmax: 64 MB.
 _CHUNK_ELEMENTS = 1 << 24
@@ -91,7 +91,7 @@ def _forward_backward(model: nn.Module, batch: Mapping[str, Tensor], generator: 
     """One batch; the hooks take what they want. Returns the number of labels drawn."""
     advice = "target_bits measures every layer by its gradients: leave target_bits out and choose bits with override"
     try:
-        output = model(**batch, **_without_cache(model))
+        output = model(**batch, **without_cache(model))
         result, score = _result(output)
         if result is None or not result.requires_grad:
             raise ModelError(f"no gradient reaches the output of {type(model).__name__}. {advice}")
@@ -101,14 +101,6 @@ def _forward_backward(model: nn.Module, batch: Mapping[str, Tensor], generator: 
         reason = str(error).splitlines()[0]
         raise ModelError(f"no gradients through {type(model).__name__}: {reason}. {advice}") from error
     return count
-
-
-def _without_cache(model: nn.Module) -> dict[str, bool]:
-    """What keeps a model from a cache, which would be filled a second time when a block is computed again."""
-    accepted = inspect.signature(model.forward).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    takes_it = "use_cache" in accepted or (takes_any and hasattr(model, "config"))
-    return {"use_cache": False} if takes_it else {}
 
 
 Score = Callable[[Tensor, Tensor | None, torch.Generator], tuple[Tensor, int]]

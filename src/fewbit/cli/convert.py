@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from ..checkpoint import convert as checkpoint_convert
-from .display import size_text
+from ..report import words
 
 _EXAMPLES = """
 Examples:
@@ -67,7 +67,9 @@ def convert(
                 "their scales were negated and their codes mirrored; the weights are the same"
             )
         for path in sorted(result.output.iterdir()) if verbose else ():
-            console.print(f"{size_text(path.stat().st_size):>10}  {path.name}", markup=False, highlight=False)
+            console.print(
+                f"{words.size(path.stat().st_size):>10}  {path.name}", markup=False, highlight=False
+            )
 
 
 convert.__doc__ = f"{convert.__doc__}\n{_EXAMPLES}"

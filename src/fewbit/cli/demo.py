@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .display import console, progress_bar, quiet_libraries, size_text
+from ..report import words
+from .display import console, progress_bar, quiet_libraries
 
 _EXAMPLES = """
 Examples:
@@ -50,7 +51,7 @@ def demo(
     for row in rows:
         kl = "" if row.kl is None else f"{row.kl:.4f}"
         table.add_row(
-            row.name, f"{row.bits_per_weight:.2f}", size_text(row.size_bytes), f"{row.perplexity:.2f}", kl
+            row.name, f"{row.bits_per_weight:.2f}", words.size(row.size_bytes), f"{row.perplexity:.2f}", kl
         )
     output = Console()
     output.print(table)

@@ -43,15 +43,3 @@ def progress_bar(title: str, *, hidden: bool = False) -> Iterator[Callable[[str,
             bar.update(task, completed=done, total=total, description=f"{title}: {phase}" if phase else title)
 
         yield update
-
-
-def size_text(count: int | None) -> str:
-    """Bytes in words: ``4.1 MB``."""
-    if count is None:
-        return "unknown"
-    value = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"

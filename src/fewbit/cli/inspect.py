@@ -14,9 +14,10 @@ from rich.table import Table
 
 from ..checkpoint.reader import Checkpoint, LayerSpec, open_checkpoint
 from ..errors import CheckpointError
+from ..report import words
 from ..runtime import registry
 from ..runtime.kernel import KernelSpec
-from .display import quiet_libraries, size_text
+from .display import quiet_libraries
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -102,7 +103,7 @@ def _summary(checkpoint: Checkpoint) -> Table:
     if facts["bits_per_weight"] is not None:
         per_weight = f"{facts['bits_per_weight']:.2f}, with scales, zero points and g_idx"
         table.add_row("bits per weight", per_weight)
-    quantized, other = size_text(facts["quantized_bytes"]), size_text(facts["other_bytes"])
+    quantized, other = words.size(facts["quantized_bytes"]), words.size(facts["other_bytes"])
     table.add_row("size", f"{quantized} quantized, {other} not, in {facts['files']} file(s)")
     return table
 
@@ -117,7 +118,7 @@ def _layers(checkpoint: Checkpoint) -> Table:
     table = Table("layer", "out x in", "layout", "size", box=None, padding=(0, 2, 0, 0))
     for spec in checkpoint.layers.values():
         shape = f"{spec.out_features} x {spec.in_features}"
-        table.add_row(spec.name, shape, _layout_text(spec), size_text(spec.nbytes))
+        table.add_row(spec.name, shape, _layout_text(spec), words.size(spec.nbytes))
     return table
 
 

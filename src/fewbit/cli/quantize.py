@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ..config import QuantConfig, parse_overrides
-from .display import INTERRUPTED, console, progress_bar, quiet_libraries, size_text
+from .display import INTERRUPTED, console, progress_bar, quiet_libraries
 
 ActOrder = Literal["group", "none", "full"]
 Method = Literal["gptq", "rtn"]
@@ -57,7 +57,7 @@ def quantize(
     tune: Annotated[
         bool, typer.Option("--tune", help="Also train rounding and scales block by block. Takes minutes.")
     ] = False,
-    tune_steps: Annotated[int, typer.Option(help="Steps per block with --tune.")] = 200,
+    tune_steps: Annotated[int, typer.Option(help="Steps per block with --tune.")] = 100,
     method: Annotated[Method, typer.Option(help="gptq, or rtn (round-to-nearest, no text needed).")] = "gptq",
     dataset: Annotated[
         str | None,
@@ -187,12 +187,12 @@ def _show(report: Any, verbose: bool) -> None:
         worst = max(known, key=lambda layer: layer[measure])
         average = mean(layer[measure] for layer in known)
         table.add_row(
-            MEASURES[measure][0],
+            MEASURES[measure][0] + (", before tuning" if any(layer["tuned"] for layer in known) else ""),
             f"{words.percent(average)} on average, {words.percent(worst[measure])} at most ({worst['name']})",
         )
     fallbacks = ", ".join(f"{name} ({count} layers)" for name, count in report.fallbacks.items())
     table.add_row("fallbacks", fallbacks or "none")
-    table.add_row("time", f"{report.seconds:.1f} s, peak memory {size_text(report.peak_memory_bytes)}")
+    table.add_row("time", f"{report.seconds:.1f} s, peak memory {words.size(report.peak_memory_bytes)}")
     if report.resumed_layers:
         table.add_row("resumed", f"{report.resumed_layers} layers came from the interrupted run")
     if report.evaluation:

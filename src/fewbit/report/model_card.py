@@ -96,6 +96,7 @@ def _error(layers: Sequence[Mapping[str, Any]]) -> str:
     measure = error_measure(layers)
     average = mean(layer[measure] for layer in layers)
     against = "against full precision" if measure == "true_error" else "added by the layer itself"
+    against += ", before tuning" if any(layer.get("tuned") for layer in layers) else ""
     return f"{words.percent(average)} on average, {against}" if average is not None else "not measured"
 
 

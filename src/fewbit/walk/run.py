@@ -216,12 +216,16 @@ class _EncoderOutputs:
 
 
 def _job(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], object]:
+    extra = without_cache(model)
+    return lambda: model(**batch, **extra)
+
+
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """The arguments that keep a model's forward from filling a cache of keys and values."""
     accepted = inspect.signature(model.forward).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    extra = (
-        {"use_cache": False} if "use_cache" in accepted or (takes_any and hasattr(model, "config")) else {}
-    )
-    return lambda: model(**batch, **extra)
+    takes_it = "use_cache" in accepted or (takes_any and hasattr(model, "config"))
+    return {"use_cache": False} if takes_it else {}
 
 
 def _untie(model: nn.Module, modules: dict[str, nn.Module]) -> None:
