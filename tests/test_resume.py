@@ -50,6 +50,7 @@ import os, signal
 import torch.nn.functional as functional
 from fewbit.walk.journal import Journal
 append, silu, done = Journal.append, functional.silu, []
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts without it
 
 def counted(self, *block):
     append(self, *block)
