@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import Calibration
-from ..codes import sequential_groups
+from ..codes import Codes, sequential_groups
 from ..errors import ModelError
 from ..plan import Plan, block_of
 from ..solver.fallback import grid_weights
 from ..solver.grid import fit_grid, nearest
+from ..solver.hessian import usable_rows
 from ..walk.layers import is_layer, weight_matrix
 from .gradients import Probe, collect
 from .units import Choice, Unit
@@ -90,7 +91,7 @@ def _errors(
 ) -> list[_Error]:
     W = W.float()
     x, g = probe.rows() if probe.x else (W.new_zeros(0, W.shape[1]), W.new_zeros(0, W.shape[0]))
-    good = torch.isfinite(x).all(dim=1) & torch.isfinite(g).all(dim=1)
+    good = usable_rows(x) & usable_rows(g)
     x, g = x[good], g[good].float()
     # Products of bfloat16 are exact in float32; float16 could not hold small errors.
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
@@ -109,9 +110,8 @@ def _rounded(W: Tensor, D: Tensor, choice: Choice, sym: bool) -> Tensor:
     """Ŵ: round-to-nearest on the grid fitted with the weights D, in groups of consecutive inputs."""
     groups = sequential_groups(W.shape[1], choice.group_size).to(W.device)
     grid = fit_grid(W, D, groups, choice.bits, sym=sym)
-    columns = groups.long()
-    codes = nearest(W, grid, choice.bits).float()
-    return (codes - grid.zeros.float()[:, columns]) * grid.scales.float()[:, columns]
+    q = nearest(W, grid, choice.bits)
+    return Codes(q, grid.scales, grid.zeros, grid.g_idx, choice.bits, choice.group_size).dequantize()
 
 
 def _sum_up(units: Sequence[Unit], errors: Mapping[str, list[_Error]]) -> Costs:

@@ -26,8 +26,6 @@ RIDGE = 0.1
 # calibration text than its own held-out part does.
 CAUTION = 0.6
 
-_PROBE_ROWS = 4096  # rows of a probe that are multiplied at a time
-
 
 @dataclass(frozen=True)
 class Probe:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from ..checkpoint.layout import pack, unpack
@@ -19,6 +18,7 @@ from ..codes import Codes
 from ..errors import ModelError, SolverError
 from ..plan import LayerPlan, Plan
 from ..solver import Accuracy, Hessian, Solution, quantize_weight
+from ..solver.hessian import usable_rows
 from ..timers import Timers
 from ..tune import TuneResult
 from .hessians import HessianPool, SharedHessian
@@ -292,6 +292,6 @@ class LayerQuantizer:
 def _output_error(module: nn.Module, W: Tensor, Wq: Tensor, x: Tensor) -> float | None:
     """‖(W−Ŵ)X‖ / ‖WX‖ on a few tokens: the layer's own error, apart from what earlier layers added."""
     X = input_rows(module, x)[:ERROR_TOKENS].to(W.dtype)
-    X = X[torch.isfinite(X).all(dim=1)]
+    X = X[usable_rows(X)]
     reference = (X @ W.T).float().norm()
     return float((X @ (W - Wq).T).float().norm() / reference) if reference > 0 else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,16 +66,10 @@ def quantize_layers(
     _untie(model, modules)
     device = next(model.parameters()).device
     batches = [{key: value.to(device) for key, value in batch.items()} for batch in calibration.batches]
-    blocks = _blocks_to_tune(model, plan) if config.tune else {}
+    blocks = _blocks_to_tune(model, plan) if config.tune and batches else {}
     encoder_outputs = _EncoderOutputs(model)
     paired = _needs_full_precision(config)
-    rows = [Rows.of(batch) for batch in batches]
-    rows = hold_out(rows) if paired else rows
-    if batches and config.tune and not any(batch.held_out for batch in rows):
-        raise CalibrationError(
-            "tuning needs calibration sequences to learn from and others to judge by, but there is only one: give "
-            "more text, or leave out tune"
-        )
+    rows = _rows(batches, config)
     hessians = HessianPool(rows, encoder_outputs.has)
     quantizer = LayerQuantizer(
         plan,
@@ -87,7 +81,7 @@ def quantize_layers(
         strict=config.strict,
         timers=timers,
         progress=progress,
-        keep_open=blocks if batches else (),
+        keep_open=blocks,
     )
     notes = [] if native.available() else [f"the compiled solver is not in use ({native.why_not()}): slower"]
     with torch.no_grad(), timers.time("walk"):
@@ -113,6 +107,20 @@ def quantize_layers(
         )
     notes += [*_traffic_notes(traffic, hessians), *tuner.notes(sink.records)]
     return notes + (_pairing_notes(traffic, sink.records) if paired else [])
+
+
+def _rows(batches: Sequence[Mapping[str, Tensor]], config: QuantConfig) -> list[Rows]:
+    """What is known of the batches' rows; with a second stream some sequences are held out."""
+    rows = [Rows.of(batch) for batch in batches]
+    if not _needs_full_precision(config):
+        return rows
+    rows = hold_out(rows)
+    if batches and config.tune and not any(batch.held_out for batch in rows):
+        raise CalibrationError(
+            "tuning needs calibration sequences to learn from and others to judge by, but there is only one: give "
+            "more text, or leave out tune"
+        )
+    return rows
 
 
 def _blocks_to_tune(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
@@ -148,7 +156,7 @@ def _leaving(
 
 def _needs_full_precision(config: QuantConfig) -> bool:
     """Whether anything asks for the second stream."""
-    return not config.fast and (config.effective_correction != 0 or config.refit or config.tune)
+    return config.effective_correction != 0 or config.refit or config.tune
 
 
 def _traffic_notes(traffic: Traffic, hessians: HessianPool) -> list[str]:
