@@ -7,7 +7,8 @@ import oracle
 from fewbit.codes import sequential_groups
 from fewbit.config import LayerSettings
 from fewbit.errors import SolverError
-from fewbit.solver import FactorCache, Hessian, fallback, native, quantize_weight
+from fewbit.solver import STRETCHES, FactorCache, Hessian, fallback, native, quantize_weight
+from fewbit.solver.grid import fit_grid
 
 BACKENDS = [
     "torch",
@@ -55,6 +56,37 @@ def test_without_a_hessian_the_weight_is_rounded_on_the_same_grid_search(method)
     assert torch.equal(solution.codes.codes.double(), (torch.round(W.double() / s) + z).clamp(0, 15))
     assert solution.loss == pytest.approx(float((W - solution.codes.dequantize()).square().sum()), rel=1e-4)
     assert solution.damp is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sym", [True, False])
+def test_every_row_takes_the_grid_that_ends_with_the_lowest_error(sym, backend):
+    # Few directions: the sweep undoes almost every error, where columns are not clipped.
+    generator = torch.Generator().manual_seed(3)
+    X = torch.randn(400, 6, generator=generator) @ torch.randn(6, 96, generator=generator)
+    X += 0.05 * torch.randn(400, 96, generator=generator)
+    W = torch.randn(40, 96, generator=generator) * 0.05
+    H, chosen = Hessian(96), settings(bits=2, sym=sym, act_order="none")
+    H.add(X)
+    cache = FactorCache()
+    codes = quantize_weight(W, H, chosen, cache, backend=backend).codes
+    shared = cache.get(H, chosen)
+    fitted = fit_grid(W, shared.D, shared.g_idx, 2, sym=sym, backend=backend)
+    ratios = (codes.scales.float() / fitted.scales.float()).mean(1)
+    nearest = (ratios[:, None] - torch.tensor([1.0, *STRETCHES])).abs().argmin(1)
+    assert {0, 1, 2} >= set(nearest.tolist()) != {0}  # some rows are better off with a wider grid, all of it
+
+    H_damped = oracle.damped(oracle.hessian(X), 0.01)
+    losses = []
+    for stretch in (1.0, *STRETCHES):
+        s = (fitted.scales.float() * stretch).half().double().repeat_interleave(32, 1)
+        z = fitted.zeros.double().repeat_interleave(32, 1)
+        E = W.double() - s * (oracle.ldlq(W, H_damped, s, z, 2) - z)
+        losses.append(((E @ oracle.hessian(X)) * E).sum(1))
+    E = W.double() - codes.dequantize().double()
+    loss = ((E @ oracle.hessian(X)) * E).sum(1)
+    assert (loss <= 1.05 * torch.stack(losses).min(0).values).float().mean() > 0.9  # the others broke a tie
+    assert float(loss.sum()) < 0.8 * float(losses[0].sum())
 
 
 def test_no_tokens_means_rounding_with_a_record():

@@ -7,7 +7,6 @@ fallback says what happens when the Hessian is bad.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,13 +16,16 @@ from ..codes import Codes, sequential_groups
 from ..config import LayerSettings
 from ..errors import SolverError
 from . import native
-from .correction import CAUTION, Drift, Probe, best_alpha, output_error, output_norm
+from .correction import CAUTION, Drift, Probe, best_alpha, output_error, relative_error
 from .fallback import NO_CORRECTION, Prepared, prepare
-from .grid import Grid, fit_grid, nearest
+from .grid import Grid, fit_grid, nearest, storable
 from .hessian import Hessian
-from .ldlq import Sweep, solve
+from .ldlq import Factor, solve
 from .native import Backend
 from .refit import refit_scales
+
+# Multiples of the fitted scales that are tried as well.
+STRETCHES = (1.15, 1.3)
 
 __all__ = ["Accuracy", "FactorCache", "Hessian", "Probe", "Solution", "native", "quantize_weight"]
 
@@ -147,12 +149,12 @@ def quantize_weight(
         T, shared.D.to(T.device), shared.g_idx.to(T.device), settings.bits, sym=settings.sym, backend=backend
     )
     if shared.factor is None:
-        sweep, damp = Sweep(nearest(T, grid, settings.bits), loss=None), None
+        swept, loss, damp = _codes(nearest(T, grid, settings.bits), grid, settings), None, None
     else:
-        sweep, damp = solve(T, shared.factor, grid, settings.bits, backend=backend), shared.damp
-    swept = _codes(sweep.codes, grid, settings)
+        swept, loss = _sweep(T, shared.factor, grid, settings, backend)
+        damp = shared.damp
     codes = _refit(W, T, swept, H, probe) if accuracy.refit and probe is not None else swept
-    loss = sweep.loss if codes is swept and sweep.loss is not None else _loss(T, codes, H)
+    loss = loss if codes is swept and loss is not None else _loss(T, codes, H)
     fallbacks = (*shared.fallbacks, *rungs)
     solution = Solution(
         codes, loss, fallbacks, damp, H.tokens, H.dropped, shared.dead, alpha, refit=codes is not swept
@@ -174,6 +176,29 @@ def _target(
         return W, 0.0, (NO_CORRECTION,)
     alpha = CAUTION * best_alpha(W, step, probe) if automatic and probe else float(accuracy.correction)
     return torch.add(W, step, alpha=alpha), alpha, ()
+
+
+def _sweep(
+    T: Tensor, factor: Factor, grid: Grid, settings: LayerSettings, backend: Backend
+) -> tuple[Codes, float]:
+    """The codes of the best of some stretched grids, row by row, and their loss.
+
+    The grid that fits the weights best clips the largest of them. In the sweep a column takes errors of
+    others on top of its own weight, and a clipped one cannot: where inputs are strongly correlated a wider
+    and coarser grid ends with the lower error.
+    """
+    best = solve(T, factor, grid, settings.bits, backend=backend)
+    codes, scales, losses = best.codes, grid.scales.clone(), best.losses
+    for stretch in STRETCHES if settings.bits < 8 else ():
+        wider = storable(grid.scales.float() * stretch).to(scales.dtype)
+        sweep = solve(T, factor, Grid(wider, grid.zeros, grid.g_idx), settings.bits, backend=backend)
+        better = sweep.losses < losses
+        codes[better], scales[better], losses[better] = (
+            sweep.codes[better],
+            wider[better],
+            sweep.losses[better],
+        )
+    return _codes(codes, Grid(scales, grid.zeros, grid.g_idx), settings), float(losses.sum())
 
 
 def _refit(W: Tensor, T: Tensor, swept: Codes, H: Hessian, probe: Probe) -> Codes:
@@ -198,11 +223,7 @@ def _judged(solution: Solution, W: Tensor, probe: Probe | None) -> Solution:
     """The solution with its error on the probe."""
     if probe is None or probe.tokens == 0:
         return solution
-    norm = output_norm(W, probe)
-    if norm == 0:
-        return solution
-    error = output_error(W, solution.codes.dequantize(), probe)
-    return replace(solution, true_error=math.sqrt(error / norm))
+    return replace(solution, true_error=relative_error(W, solution.codes.dequantize(), probe))
 
 
 def _round_to_nearest(W: Tensor, settings: LayerSettings, backend: Backend) -> Solution:

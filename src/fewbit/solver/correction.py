@@ -12,6 +12,7 @@ and Qronos (arXiv:2505.11695) are special cases.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +86,10 @@ def output_error(W: Tensor, W_hat: Tensor, probe: Probe) -> float:
     return float((probe.X_full @ W.T).sub_(probe.X @ W_hat.T).square().sum(dtype=torch.float64))
 
 
-def output_norm(W: Tensor, probe: Probe) -> float:
-    """‖W X̃‖² on the probe."""
-    return float((probe.X_full @ W.T).square().sum(dtype=torch.float64))
+def relative_error(W: Tensor, W_hat: Tensor, probe: Probe) -> float | None:
+    """‖W X̃ − Ŵ X‖ / ‖W X̃‖ on the probe; None where W X̃ carries no signal."""
+    Y = probe.X_full @ W.T
+    norm = float(Y.square().sum(dtype=torch.float64))
+    if norm == 0:
+        return None
+    return math.sqrt(float(Y.sub_(probe.X @ W_hat.T).square().sum(dtype=torch.float64)) / norm)

@@ -44,10 +44,20 @@ class Factor:
 
 @dataclass(frozen=True)
 class Sweep:
-    """codes uint8 (m, n) in the original column order; loss = tr((W − Ŵ) H (W − Ŵ)ᵀ), None where not known."""
+    """The result for one grid.
+
+    Attributes:
+        codes: uint8 (m, n) in the original column order.
+        losses: float64 (m,), (w − ŵ) H (w − ŵ)ᵀ of every row w of W.
+    """
 
     codes: Tensor
-    loss: float | None
+    losses: Tensor
+
+    @property
+    def loss(self) -> float:
+        """tr((W − Ŵ) H (W − Ŵ)ᵀ)."""
+        return float(self.losses.sum())
 
 
 def order(diag: Tensor, group_size: int, act_order: str) -> tuple[Tensor, Tensor]:
@@ -109,8 +119,8 @@ def solve(W: Tensor, factor: Factor, grid: Grid, bits: int, *, backend: Backend 
         factor: of this layer's H. grid: fitted with the groups that `order` returned.
 
     Returns:
-        The codes and the loss. The loss is measured with H as accumulated: the part of the damping,
-        λ ‖W − Ŵ‖², is taken off.
+        The codes and the losses. They are measured with H as accumulated: the part of the damping,
+        λ ‖w − ŵ‖², is taken off.
     """
     # Transposed throughout: a column of the weight is then contiguous, and so are its scales.
     n, m = W.shape[1], W.shape[0]
@@ -119,7 +129,7 @@ def solve(W: Tensor, factor: Factor, grid: Grid, bits: int, *, backend: Backend 
     groups = grid.g_idx[factor.perm].contiguous()
     codes = torch.empty(n, m, dtype=torch.uint8, device=W.device)
     E = torch.empty(n, m, dtype=torch.float32, device=W.device)  # W − Ŵ in processing order
-    loss = 0.0
+    losses = torch.zeros(m, dtype=torch.float64, device=W.device)
     for a in range(0, n, _BLOCK):
         b = min(a + _BLOCK, n)
         columns = factor.perm[a:b]
@@ -128,10 +138,10 @@ def solve(W: Tensor, factor: Factor, grid: Grid, bits: int, *, backend: Backend 
         T = torch.addmm(W_block, factor.F[:a, a:b].T, E[:a]) if a else W_block.clone()
         F, d = factor.F[a:b, a:b].contiguous(), factor.d[a:b]
         q = torch.empty_like(W_block, dtype=torch.uint8)
-        loss += block(W_block, T, F, d, scales, zeros, groups[a:b], bits, q, E[a:b])
+        losses += block(W_block, T, F, d, scales, zeros, groups[a:b], bits, q, E[a:b])
         codes[columns] = q
-    damping = factor.added * float(torch.linalg.vector_norm(E)) ** 2
-    return Sweep(codes.T.contiguous(), max(0.0, loss - damping))
+    damping = factor.added * torch.linalg.vector_norm(E, dim=0).double().square()
+    return Sweep(codes.T.contiguous(), (losses - damping).clamp_(min=0))
 
 
 def _block(
@@ -145,16 +155,16 @@ def _block(
     bits: int,
     codes: Tensor,
     E: Tensor,
-) -> float:
+) -> Tensor:
     """The torch form of `native.ldlq_block`; T is overwritten."""
-    loss = torch.zeros((), dtype=torch.float64, device=W.device)
+    losses = torch.zeros(W.shape[1], dtype=torch.float64, device=W.device)
     levels = 2**bits - 1
     for i, group in enumerate(groups.tolist()):
         s, z = scales[group], zeros[group]
         q = torch.round(T[i] / s).add_(z).clamp_(0, levels)
         w_hat = (q - z) * s
-        loss += (T[i] - w_hat).square().sum(dtype=torch.float64) * d[i]
+        losses += (T[i] - w_hat).square() * d[i]
         torch.sub(W[i], w_hat, out=E[i])
         codes[i] = q.to(torch.uint8)
         T[i + 1 :].addr_(F[i, i + 1 :], E[i])
-    return float(loss)
+    return losses

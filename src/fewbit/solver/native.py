@@ -130,8 +130,8 @@ def ldlq_block(
     codes: Tensor,
     E: Tensor,
     isa: str = "best",
-) -> float:
-    """One block of `solver.ldlq`: fills codes and E, returns the block's share of the loss.
+) -> Tensor:
+    """One block of `solver.ldlq`: fills codes and E, returns the block's share of every row's loss, float32 (m,).
 
     All matrices are contiguous, and those with m as the last dimension hold one column of W per row.
 
@@ -149,4 +149,4 @@ def ldlq_block(
         groups.data_ptr(), m, k, bits, codes.data_ptr(), E.data_ptr(), loss.data_ptr(),
         torch.get_num_threads(), isa,
     )  # fmt: skip
-    return float(loss.sum(dtype=torch.float64))
+    return loss
