@@ -16,7 +16,7 @@ from ..codes import Codes, sequential_groups
 from ..config import LayerSettings
 from ..errors import SolverError
 from . import native
-from .correction import CAUTION, Drift, Probe, best_alpha, output_error, relative_error
+from .correction import CAUTION, Drift, Probe, Total, best_alpha, output_error, relative_error, whole
 from .fallback import NO_CORRECTION, Prepared, prepare
 from .grid import Grid, fit_grid, nearest, storable
 from .hessian import Hessian
@@ -121,9 +121,10 @@ def quantize_weight(
     *,
     accuracy: Accuracy | None = None,
     probe: Probe | None = None,
+    total: Total = whole,
     backend: Backend = "auto",
 ) -> Solution:
-    """Quantize one linear layer.
+    """Quantize one linear layer, or some of its rows: given H, all but a few sums goes row by row.
 
     Args:
         W: (out, in), any float dtype, on the device of H; computed in float32.
@@ -132,6 +133,8 @@ def quantize_weight(
         cache: shared by the layers that share H.
         accuracy: correction and refit; by default neither.
         probe: held-out tokens, on which both are judged.
+        total: sums a small tensor over all parts of the layer, where W is one of them. What is decided or measured
+            of all rows (α, refit, loss, true error) then is the same in every part.
         backend: "auto", "torch" or "native".
 
     Raises:
@@ -140,11 +143,11 @@ def quantize_weight(
     _check(W, H)
     W = W.detach().float()
     if H is None or settings.method == "rtn":
-        return _judged(_round_to_nearest(W, settings, backend), W, probe)
+        return _judged(_round_to_nearest(W, settings, backend), W, probe, total)
     cache = cache if cache is not None else FactorCache()
     shared = cache.get(H, settings)
     accuracy = accuracy if accuracy is not None else Accuracy()
-    T, alpha, rungs = _target(W, H, cache, shared, accuracy, probe)
+    T, alpha, rungs = _target(W, H, cache, shared, accuracy, probe, total)
     grid = fit_grid(
         T, shared.D.to(T.device), shared.g_idx.to(T.device), settings.bits, sym=settings.sym, backend=backend
     )
@@ -153,17 +156,23 @@ def quantize_weight(
     else:
         swept, loss = _sweep(T, shared.factor, grid, settings, backend)
         damp = shared.damp
-    codes = _refit(W, T, swept, H, probe) if accuracy.refit and probe is not None else swept
+    codes = _refit(W, T, swept, H, probe, total) if accuracy.refit and probe is not None else swept
     loss = loss if codes is swept and loss is not None else _loss(T, codes, H)
     fallbacks = (*shared.fallbacks, *rungs)
     solution = Solution(
         codes, loss, fallbacks, damp, H.tokens, H.dropped, shared.dead, alpha, refit=codes is not swept
     )
-    return _judged(solution, W, probe)
+    return _judged(solution, W, probe, total)
 
 
 def _target(
-    W: Tensor, H: Hessian, cache: FactorCache, shared: Prepared, accuracy: Accuracy, probe: Probe | None
+    W: Tensor,
+    H: Hessian,
+    cache: FactorCache,
+    shared: Prepared,
+    accuracy: Accuracy,
+    probe: Probe | None,
+    total: Total,
 ) -> tuple[Tensor, float | None, tuple[str, ...]]:
     """What to aim at instead of W, the α that gave it, and the rungs of the ladder that were needed."""
     if not H.has_full:
@@ -174,7 +183,7 @@ def _target(
     step = cache.drift(H).step(W)
     if step is None:
         return W, 0.0, (NO_CORRECTION,)
-    alpha = CAUTION * best_alpha(W, step, probe) if automatic and probe else float(accuracy.correction)
+    alpha = CAUTION * best_alpha(W, step, probe, total) if automatic and probe else float(accuracy.correction)
     return torch.add(W, step, alpha=alpha), alpha, ()
 
 
@@ -201,7 +210,7 @@ def _sweep(
     return _codes(codes, Grid(scales, grid.zeros, grid.g_idx), settings), float(losses.sum())
 
 
-def _refit(W: Tensor, T: Tensor, swept: Codes, H: Hessian, probe: Probe) -> Codes:
+def _refit(W: Tensor, T: Tensor, swept: Codes, H: Hessian, probe: Probe, total: Total) -> Codes:
     """The codes with refitted scales where they have the lower error on the probe, otherwise as they were."""
     scales = refit_scales(T, swept, H.matrix())
     # Columns that never were active had no part in it: they are rounded anew.
@@ -209,7 +218,7 @@ def _refit(W: Tensor, T: Tensor, swept: Codes, H: Hessian, probe: Probe) -> Code
     q = swept.codes.clone()
     q[:, dead] = nearest(T, Grid(scales, swept.zeros, swept.g_idx), swept.bits)[:, dead]
     fitted = replace(swept, codes=q, scales=scales)
-    before, after = (output_error(W, codes.dequantize(), probe) for codes in (swept, fitted))
+    before, after = (output_error(W, codes.dequantize(), probe, total) for codes in (swept, fitted))
     return fitted if after < before else swept
 
 
@@ -219,11 +228,14 @@ def _loss(T: Tensor, codes: Codes, H: Hessian) -> float:
     return float((E @ H.matrix()).mul_(E).sum(dtype=torch.float64))
 
 
-def _judged(solution: Solution, W: Tensor, probe: Probe | None) -> Solution:
-    """The solution with its error on the probe."""
+def _judged(solution: Solution, W: Tensor, probe: Probe | None, total: Total) -> Solution:
+    """The solution with its loss, and its error on the probe, those of all parts of the layer."""
+    loss = float(total(torch.tensor(solution.loss, dtype=torch.float64)))
     if probe is None or probe.tokens == 0:
-        return solution
-    return replace(solution, true_error=relative_error(W, solution.codes.dequantize(), probe))
+        return replace(solution, loss=loss)
+    return replace(
+        solution, loss=loss, true_error=relative_error(W, solution.codes.dequantize(), probe, total)
+    )
 
 
 def _round_to_nearest(W: Tensor, settings: LayerSettings, backend: Backend) -> Solution:

@@ -13,12 +13,16 @@ and Qronos (arXiv:2505.11695) are special cases.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .hessian import Hessian
+
+# Sums a small tensor over all parts of W, where W is only some of a layer's rows.
+Total = Callable[[Tensor], Tensor]
 
 # λ of the correction, as a fraction of mean(diag H). Chosen by measurement: docs/accuracy.md.
 RIDGE = 0.1
@@ -68,28 +72,35 @@ class Drift:
         return torch.cholesky_solve((W @ self.C).T, self.L).T.contiguous()
 
 
-def best_alpha(W: Tensor, step: Tensor, probe: Probe) -> float:
+def whole(part: Tensor) -> Tensor:
+    """The `Total` of a W that has all rows."""
+    return part
+
+
+def best_alpha(W: Tensor, step: Tensor, probe: Probe, total: Total = whole) -> float:
     """The α in 0 … 1 that minimises ‖W X̃ − (W + α step) X‖² on the probe.
 
     In closed form: with A = W (X̃ − X) and B = step X the minimum of ‖A − αB‖² is at ⟨A, B⟩ / ‖B‖².
     """
     A = (probe.X_full - probe.X) @ W.T
     B = probe.X @ step.T
-    norm = float(B.square().sum(dtype=torch.float64))
-    if norm == 0:
-        return 0.0
-    return min(1.0, max(0.0, float((A * B).sum(dtype=torch.float64)) / norm))
+    product, norm = (
+        float(value)
+        for value in total(
+            torch.stack([(A * B).sum(dtype=torch.float64), B.square().sum(dtype=torch.float64)])
+        )
+    )
+    return min(1.0, max(0.0, product / norm)) if norm > 0 else 0.0
 
 
-def output_error(W: Tensor, W_hat: Tensor, probe: Probe) -> float:
+def output_error(W: Tensor, W_hat: Tensor, probe: Probe, total: Total = whole) -> float:
     """‖W X̃ − Ŵ X‖² on the probe."""
-    return float((probe.X_full @ W.T).sub_(probe.X @ W_hat.T).square().sum(dtype=torch.float64))
+    E = (probe.X_full @ W.T).sub_(probe.X @ W_hat.T)
+    return float(total(E.square().sum(dtype=torch.float64)))
 
 
-def relative_error(W: Tensor, W_hat: Tensor, probe: Probe) -> float | None:
+def relative_error(W: Tensor, W_hat: Tensor, probe: Probe, total: Total = whole) -> float | None:
     """‖W X̃ − Ŵ X‖ / ‖W X̃‖ on the probe; None where W X̃ carries no signal."""
     Y = probe.X_full @ W.T
-    norm = float(Y.square().sum(dtype=torch.float64))
-    if norm == 0:
-        return None
-    return math.sqrt(float(Y.sub_(probe.X @ W_hat.T).square().sum(dtype=torch.float64)) / norm)
+    norm = float(total(Y.square().sum(dtype=torch.float64)))
+    return math.sqrt(output_error(W, W_hat, probe, total) / norm) if norm > 0 else None
