@@ -41,5 +41,9 @@ class ResumeError(OutputError):
     """An interrupted run lies in the output folder, but it was made from other inputs."""
 
 
+class RankError(FewbitError):
+    """Another process of the same run (torchrun) failed, is gone, or was started with something else."""
+
+
 class DependencyError(FewbitError, ImportError):
     """An optional package is needed; the message has the pip command."""

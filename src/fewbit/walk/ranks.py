@@ -1,0 +1,432 @@
+"""Several processes, one run: who walks which batches, who solves which rows, how they stay together.
+
+Contract: the only file that imports torch.distributed. Everything else sees a `Ranks`: of one process, where
+every method is trivial, or of several, where all of them call the same methods in the same order. What they
+exchange are sums, rows of codes and small values, so the result does not depend on how batches are shared
+beyond the rounding of sums.
+
+    batches    consecutive shares, in rank order             share
+    Hessians   sums over the shares                          add_, total, gather
+    rows of W  consecutive shares, each solved by one rank   part
+    disk       the leader (rank 0) reads and writes          from_leader, tensors_from_leader
+
+A rank that fails says why in the group's key-value store and closes its connections. That breaks whatever the
+others wait for; they find the reason in the store and raise it too. A rank that dies says nothing: the others
+report who did not answer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import errors
+from ..errors import ConfigError, FewbitError, RankError
+
+T = TypeVar("T")
+
+# How long a rank waits for the others, who may have long work of their own (writing, measuring). A process that
+# ends is noticed at once; only a machine that falls silent is waited for so long.
+_TIMEOUT = timedelta(hours=2)
+_ANSWER_SECONDS = 3.0  # for those who are left to say so
+_LEADER_SECONDS = 10.0  # for the leader to notice a failure, so that it reports it
+_LAST = torch.iinfo(torch.int64).max  # after every position
+
+
+@dataclass(frozen=True)
+class Part:
+    """This rank's rows of a matrix.
+
+    Attributes:
+        rows: which ones. total: sums a small tensor over all parts, and returns the sum. gather: puts tensors
+            with these rows of every part together, (all rows, …).
+    """
+
+    rows: slice
+    total: Callable[[Tensor], Tensor]
+    gather: Callable[[Tensor], Tensor]
+
+
+class Ranks:
+    """The ranks of one run: here a process on its own.
+
+    Attributes:
+        rank: of this process, 0 … world − 1. world: how many there are.
+        seconds: spent in exchanges, waiting for others included.
+    """
+
+    rank = 0
+    world = 1
+    seconds = 0.0
+
+    @property
+    def leader(self) -> bool:
+        """Whether this process reads and writes the output folder, and speaks."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's items: consecutive ones, none where there are fewer than ranks before it."""
+        bounds = _bounds(len(items), self.world)
+        return items[bounds[self.rank] : bounds[self.rank + 1]]
+
+    def first(self, position: int | None) -> int | None:
+        """The smallest position of all ranks; None where nobody has one."""
+        return position
+
+    def add_(self, *tensors: Tensor) -> None:
+        """Replace each tensor by its sum over all ranks."""
+
+    def total(self, *counts: int) -> list[int]:
+        """Each count summed over all ranks."""
+        return list(counts)
+
+    def all(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set on all ranks."""
+        return list(flags)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows (any number, …) of all ranks, in rank order."""
+        return rows
+
+    def part(self, rows: int) -> Part:
+        """How a matrix with so many rows is divided. One with fewer rows than ranks is everybody's."""
+        return Part(slice(0, rows), _same, _same)
+
+    def collect(self, value: T) -> list[T]:
+        """The values of all ranks, in rank order; any picklable ones."""
+        return [value]
+
+    def from_leader(self, make: Callable[[], T]) -> T:
+        """What `make`, called on the leader alone, returned there; any picklable value."""
+        return make()
+
+    def tensors_from_leader(self, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The same for tensors by name, which are on the CPU."""
+        return dict(make())
+
+    def alike(self, **facts: str) -> None:
+        """Make sure that all ranks have the same facts, by name.
+
+        Raises:
+            RankError: a rank has others.
+        """
+        for rank, others in enumerate(self.collect(facts)):
+            different = [name.replace("_", " ") for name, value in facts.items() if others[name] != value]
+            if different:
+                raise RankError(
+                    f"rank {rank} has another {' and another '.join(different)} than rank {self.rank}: start all "
+                    "processes with the same command, the same files and the same versions"
+                )
+
+
+class _Group(Ranks):
+    """Several processes, connected."""
+
+    def __init__(self) -> None:
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        # A group of our own can be closed to let the others know; CPU tensors always go through gloo.
+        backend = "cpu:gloo,cuda:nccl" if "nccl" in str(dist.get_backend_config()) else "gloo"
+        self._group: Any = dist.new_group(backend=backend, timeout=_TIMEOUT)
+        self._notes = _Notes(self._group.group_name, self.rank, self.world)
+
+    def first(self, position: int | None) -> int | None:
+        """The smallest position of all ranks; None where nobody has one."""
+        lowest = torch.tensor(_LAST if position is None else position)
+        self._exchange(dist.all_reduce, lowest, op=dist.ReduceOp.MIN)
+        return None if int(lowest) == _LAST else int(lowest)
+
+    def add_(self, *tensors: Tensor) -> None:
+        """Replace each tensor by its sum over all ranks."""
+        for tensor in tensors:
+            self._exchange(dist.all_reduce, tensor)
+
+    def total(self, *counts: int) -> list[int]:
+        """Each count summed over all ranks."""
+        sums = torch.tensor(counts, dtype=torch.int64)
+        self.add_(sums)
+        return [int(value) for value in sums]
+
+    def all(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set on all ranks."""
+        return [count == 0 for count in self.total(*(not flag for flag in flags))]
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows (any number, …) of all ranks, in rank order."""
+        return self._gather(rows, self.collect(rows.shape[0]))
+
+    def part(self, rows: int) -> Part:
+        """How a matrix with so many rows is divided. One with fewer rows than ranks is everybody's."""
+        if rows < self.world:
+            return super().part(rows)
+        bounds = _bounds(rows, self.world)
+        sizes = [b - a for a, b in pairwise(bounds)]
+
+        def total(tensor: Tensor) -> Tensor:
+            self.add_(tensor)
+            return tensor
+
+        return Part(
+            slice(bounds[self.rank], bounds[self.rank + 1]), total, lambda rows: self._gather(rows, sizes)
+        )
+
+    def collect(self, value: T) -> list[T]:
+        """The values of all ranks, in rank order; any picklable ones."""
+        values: list[Any] = [None] * self.world
+        self._exchange(dist.all_gather_object, values, value)
+        return values
+
+    def from_leader(self, make: Callable[[], T]) -> T:
+        """What `make`, called on the leader alone, returned there; any picklable value."""
+        values: list[Any] = [make() if self.leader else None]
+        self._exchange(dist.broadcast_object_list, values, group_src=0)
+        value: T = values[0]
+        return value
+
+    def tensors_from_leader(self, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The same for tensors by name, which are on the CPU."""
+        tensors = {name: tensor.contiguous() for name, tensor in make().items()} if self.leader else {}
+        shapes = self.from_leader(lambda: {name: (t.shape, t.dtype) for name, t in tensors.items()})
+        for name, (shape, dtype) in shapes.items():
+            tensor = tensors.setdefault(name, torch.empty(shape, dtype=dtype))
+            self._exchange(dist.broadcast, _bytes(tensor), group_src=0)
+        return tensors
+
+    def failed(self, error: BaseException) -> None:
+        """Let the others know why this rank leaves, and close its connections."""
+        self._notes.leave(error)
+        self.close()
+
+    def close(self) -> None:
+        """Leave the group; pending exchanges of others break."""
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
+
+    def _gather(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        """`rows` of ranks that have `sizes` of them. As bytes, padded to the largest: backends want that."""
+        largest = max(sizes)
+        mine = rows.new_zeros(largest, *rows.shape[1:])
+        mine[: rows.shape[0]] = rows
+        received = [torch.empty_like(mine) for _ in sizes]
+        self._exchange(dist.all_gather, [_bytes(tensor) for tensor in received], _bytes(mine))
+        return torch.cat([tensor[:size] for tensor, size in zip(received, sizes, strict=True)])
+
+    def _exchange(self, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        start = time.perf_counter()
+        try:
+            collective(*args, group=self._group, **kwargs)
+        except RuntimeError as error:  # torch's errors of communication have no closer class in common
+            raise self._notes.reason(str(error).splitlines()[0]) from error
+        self.seconds += time.perf_counter() - start
+
+
+class _Notes:
+    """What the ranks of one group leave in the key-value store when it breaks."""
+
+    def __init__(self, group: str, rank: int, world: int) -> None:
+        self._store = dist.distributed_c10d._get_default_store()
+        self._keys = [f"fewbit/{group}/{rank}" for rank in range(world)]
+        self._rank, self._world = rank, world
+
+    def leave(self, error: BaseException) -> None:
+        """Write why this rank ends."""
+        self._write([type(error).__name__, str(error)])
+
+    def reason(self, symptom: str) -> FewbitError:
+        """Why the group broke, as far as the ranks that are left say so."""
+        self._write(None)
+        try:
+            notes = self._read()
+        except KeyboardInterrupt:  # torchrun ends all ranks when one has ended
+            notes = {}
+        for rank, note in notes.items():
+            if note is not None and note[0] != KeyboardInterrupt.__name__:
+                return _raised_elsewhere(rank, *note)
+        gone = [rank for rank in range(self._world) if rank not in notes and rank != self._rank]
+        if notes and not gone:
+            return RankError(f"the run was interrupted. {_GO_ON}")
+        who = f"{_numbered(gone)} of {self._world} did not answer" if notes else "another process has ended"
+        left = _numbered(sorted({*notes, self._rank}))
+        return RankError(
+            f"the connection broke ({symptom.strip()}): {who}: killed, out of memory, or on a machine that is gone; "
+            f"{left} left. {_GO_ON}"
+        )
+
+    def _write(self, note: list[str] | None) -> None:
+        try:
+            self._store.set(self._keys[self._rank], json.dumps(note))
+        except RuntimeError:  # the store went with the process that held it: nobody can be told
+            return
+
+    def _read(self) -> dict[int, list[str] | None]:
+        """Rank → its note, of all who leave one soon."""
+        found: dict[int, list[str] | None] = {}
+        end = time.monotonic() + _ANSWER_SECONDS
+        try:
+            while len(found) < self._world and time.monotonic() < end:
+                for rank, key in enumerate(self._keys):
+                    if rank not in found and self._store.check([key]):
+                        found[rank] = json.loads(self._store.get(key))
+                if any(note and note[0] != KeyboardInterrupt.__name__ for note in found.values()):
+                    break
+                time.sleep(0.05)
+        except RuntimeError:  # the store is gone
+            return found
+        return found
+
+
+_GO_ON = (
+    "If an output folder was given, finished blocks are safe in it: start the same command again to go on, with as "
+    "many processes as you like."
+)
+
+
+def _raised_elsewhere(rank: int, kind: str, message: str) -> FewbitError:
+    """The error that another rank raised, in its own class where it is one of fewbit's."""
+    found = getattr(errors, kind, None)
+    if isinstance(found, type) and issubclass(found, FewbitError):
+        return found(message)
+    return RankError(f"rank {rank} failed: {kind}: {message}. {_GO_ON}")
+
+
+@contextmanager
+def current() -> Iterator[Ranks]:
+    """The ranks of this run: those of torch.distributed's process group, if there is one.
+
+    An error inside ends all ranks, each with this error.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        yield Ranks()
+        return
+    group = _Group()
+    with _Closing(group):
+        yield group
+
+
+class _Closing:
+    """Leaves the group at the end, with the reason if that is an error."""
+
+    def __init__(self, group: _Group) -> None:
+        self._group = group
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            self._group.close()
+        else:
+            self._group.failed(error)
+
+
+def launched_rank() -> int | None:
+    """The rank that torchrun gave to this process; None where it was not started by torchrun, or alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+        return None
+    return int(os.environ["RANK"])
+
+
+@contextmanager
+def joined(device: str) -> Iterator[bool]:
+    """While entered, a process that torchrun started is one of its ranks; True where it speaks: rank 0, or alone.
+
+    It takes the GPU, or the share of the cores, that its number on this machine stands for. SIGTERM, with which
+    torchrun ends the other processes when one has ended, is taken like Ctrl-C. An error is left to rank 0 to
+    report where it knows of it: the others then exit with the command's code for errors.
+
+    Args:
+        device: "auto", "cpu" or "cuda": without a number.
+
+    Raises:
+        ConfigError: a device with a number.
+        RankError: the processes cannot reach each other.
+    """
+    rank = launched_rank()
+    if rank is None:
+        yield True
+        return
+    _take_device(device)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    except (RuntimeError, ValueError) as error:
+        raise RankError(
+            f"rank {rank} cannot reach the others at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: "
+            f"{str(error).splitlines()[0]}. Check the address and the firewall, then start again"
+        ) from error
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with _leader_reports(rank):
+            yield rank == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _leader_reports(rank: int) -> Iterator[None]:
+    store, key = dist.distributed_c10d._get_default_store(), "fewbit/reported"
+    try:
+        yield
+    except FewbitError:
+        try:
+            if rank == 0:
+                store.set(key, "")
+            else:
+                store.wait([key], timedelta(seconds=_LEADER_SECONDS))
+        except RuntimeError:  # too late, or gone: report it here
+            raise
+        if rank != 0:
+            raise SystemExit(2) from None
+        raise
+
+
+def _take_device(device: str) -> None:
+    """Make this process's GPU the current one, or use its share of the cores."""
+    if ":" in device:
+        raise ConfigError(
+            f"device {device!r} would be every process's: with torchrun give cuda (or auto), each process takes the "
+            "GPU of its number"
+        )
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise ConfigError(
+                f"process {local} of this machine has no GPU of its own, there are {torch.cuda.device_count()}: start "
+                "fewer processes, or give --device cpu"
+            )
+        torch.cuda.set_device(local)
+        return
+    # torchrun sets 1 where the user set nothing, so that processes do not fight for cores.
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _bounds(count: int, world: int) -> list[int]:
+    """Where the consecutive shares of `count` things begin and end: world + 1 numbers."""
+    return [count * rank // world for rank in range(world + 1)]
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous tensor, uint8, one-dimensional."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _numbered(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
