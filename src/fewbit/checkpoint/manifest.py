@@ -59,7 +59,7 @@ def problems(folder: Path) -> list[tuple[str, str]]:
             found.append((name, "is listed in the manifest but missing"))
         elif file.stat().st_size != expected.size:
             found.append((name, f"has {file.stat().st_size} bytes; {expected.size} were written"))
-        elif _hash_file(file) != expected.sha256:
+        elif hash_file(file) != expected.sha256:
             found.append((name, "was changed since it was written (SHA-256 differs)"))
     return found
 
@@ -73,7 +73,8 @@ def _decode(raw: bytes) -> dict[str, FileHash] | None:
         return None
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal, read piece by piece. Raises OSError."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
