@@ -103,6 +103,15 @@ class Hessian:
             self._H[a:b, a:b] = square.triu() + square.triu(1).T
         return self._H
 
+    def sums(self, full: bool) -> list[Tensor]:
+        """H (its upper triangle) and, if `full`, P: to be summed, in place, over all who added some of the tokens.
+
+        `tokens` and `dropped` are to be set to their sums, too.
+        """
+        if full and self._P is None:
+            self._P = torch.zeros_like(self._H)
+        return [self._H, self._P] if full and self._P is not None else [self._H]
+
     @property
     def has_full(self) -> bool:
         """Whether full-precision inputs were given."""

@@ -6,6 +6,10 @@ full-precision one, if there are any. Some sequences are held out: they enter no
 Two layers share when every job brought the very same tensor object to both. Tensors are remembered by
 weak reference and compared with `is`: addresses are reused by the allocator and would match falsely,
 and a strong reference would keep a whole layer's activations alive.
+
+With several processes each has some of the batches. Sums are taken over all of them, held-out rows are
+gathered, and what is decided of a layer (does it share, do its rows belong together) is decided of all of its
+inputs: so every process gets the same Hessian, those to which no input came too.
 """
 
 from __future__ import annotations
@@ -20,8 +24,9 @@ from torch import Tensor, nn
 
 from ..solver import FactorCache, Hessian, Probe
 from ..solver.hessian import usable_rows
-from .layers import input_rows, matrix_shape, row_mask
+from .layers import input_rows, matrix_shape, row_mask, weight_matrix
 from .lockstep import Arrival
+from .ranks import Ranks
 
 # Parallel attention and feed-forward alternate between two inputs; encoder-decoder cross-attention
 # comes back to the encoder's output in every block.
@@ -92,7 +97,7 @@ def hold_out(batches: Sequence[Rows]) -> list[Rows]:
 
 @dataclass
 class SharedHessian:
-    """One Hessian with its factorizations and its probe, and the tensors it was made from."""
+    """One Hessian with its factorizations and its probe, and this process's tensors that it was made from."""
 
     inputs: list[tuple[int, weakref.ref[Tensor], int]]
     hessian: Hessian
@@ -117,9 +122,10 @@ class HessianPool:
     """Accumulates Hessians at meeting points and hands the same one to layers with the same inputs.
 
     Args:
-        batches: what is known of the rows of every batch.
+        batches: what is known of the rows of every batch of this process.
         is_encoder_output: whether a tensor is the output of the model's encoder, which cross-attention in the
             decoder receives.
+        ranks: the processes; all of them make a pool, and get the same layers' Hessians.
 
     Attributes:
         unmaskable: layers whose rows are not the tokens → rows among which padding could not be told apart.
@@ -129,34 +135,39 @@ class HessianPool:
         self,
         batches: Sequence[Rows],
         is_encoder_output: Callable[[Tensor], bool] = lambda x: False,
+        ranks: Ranks | None = None,
     ) -> None:
         self._batches = batches
         self._is_encoder_output = is_encoder_output
+        self._ranks = ranks or Ranks()
+        [self._probed] = self._ranks.total(sum(batch.held_out > 0 for batch in batches))
         self._pool: list[SharedHessian] = []
         self.unmaskable: Counter[str] = Counter()
 
     def get(self, name: str, module: nn.Module, arrivals: Sequence[Arrival]) -> SharedHessian:
         """The Hessian of everything that arrived at `module`; padding never enters it."""
-        plain = not isinstance(module, nn.Conv2d)
+        if isinstance(module, nn.Conv2d):
+            return self._accumulate(name, module, arrivals)
         self.prune()
-        if plain:
-            for entry in self._pool:
-                if entry.made_from(arrivals):
-                    return entry
+        same = self._ranks.all(*(entry.made_from(arrivals) for entry in self._pool))
+        if True in same:
+            return self._pool[same.index(True)]
         entry = self._accumulate(name, module, arrivals)
-        if plain:
-            self._pool = [*self._pool[1 - _KEPT :], entry]
+        self._pool = [*self._pool[1 - _KEPT :], entry]
         return entry
 
     def prune(self) -> None:
         """Let go of Hessians that no other layer can share."""
-        self._pool = [entry for entry in self._pool if entry.alive]
+        alive = self._ranks.all(*(entry.alive for entry in self._pool))
+        self._pool = [entry for entry, kept in zip(self._pool, alive, strict=True) if kept]
 
     def _accumulate(self, name: str, module: nn.Module, arrivals: Sequence[Arrival]) -> SharedHessian:
         N = len(self._batches)
         quantized = [arrival for arrival in arrivals if arrival.job < N]
         full = self._partners(module, quantized, {a.job - N: a.x for a in arrivals if a.job >= N})
-        entry = self._sums(name, module, arrivals, full, holding_out=bool(full))
+        [paired] = self._ranks.all(bool(full) or not quantized)
+        full = full if paired else {}
+        entry = self._sums(name, module, arrivals, full, holding_out=paired)
         if entry.probe is not None and _unrelated(entry.probe):
             entry = self._sums(name, module, arrivals, {}, holding_out=False)
         elif entry.hessian.tokens == 0 and entry.probe is not None:
@@ -173,12 +184,13 @@ class HessianPool:
         *,
         holding_out: bool,
     ) -> SharedHessian:
+        device = arrivals[0].x.device if arrivals else weight_matrix(module).device
         entry = SharedHessian(
             [(a.job, weakref.ref(a.x), a.x._version) for a in arrivals],
-            Hessian(matrix_shape(module)[1], device=arrivals[0].x.device),
+            Hessian(matrix_shape(module)[1], device=device),
         )
         quantized = [arrival for arrival in arrivals if arrival.job < len(self._batches)]
-        probe = _ProbeRows(_PROBE_TOKENS // max(1, sum(batch.held_out > 0 for batch in self._batches)))
+        probe = _ProbeRows(_PROBE_TOKENS // max(1, self._probed))
         for arrival in quantized:
             X = input_rows(module, arrival.x)
             X_full = input_rows(module, full[arrival.job]) if full else None
@@ -191,8 +203,23 @@ class HessianPool:
                 mask = ~held if mask is None else mask & ~held
             entry.hessian.add(X, mask, X_full)
         entry.hessian.dropped += probe.dropped
-        entry.probe = probe.probe()
+        self._sum_up(entry)
+        entry.probe = self._gathered(probe, entry.hessian.n, device) if holding_out else None
         return entry
+
+    def _sum_up(self, entry: SharedHessian) -> None:
+        """Replace every sum by that over all processes."""
+        H = entry.hessian
+        H.tokens, H.dropped, entry.masked, paired = self._ranks.total(
+            H.tokens, H.dropped, entry.masked, int(H.has_full)
+        )
+        if H.tokens:
+            self._ranks.add_(*H.sums(full=paired > 0))
+
+    def _gathered(self, probe: _ProbeRows, n: int, device: torch.device) -> Probe | None:
+        """The rows of all processes; None where no row was collected."""
+        X, X_full = (self._ranks.gather(rows) for rows in probe.rows(n, device))
+        return Probe(X, X_full) if len(X) else None
 
     def _partners(
         self, module: nn.Module, quantized: Sequence[Arrival], full: Mapping[int, Tensor]
@@ -242,9 +269,8 @@ class _ProbeRows:
         self.dropped += int((~good).sum())
         self._parts.append((X[good], X_full[good]))
 
-    def probe(self) -> Probe | None:
-        """None where no row was collected."""
-        if not any(len(rows) for rows, _ in self._parts):
-            return None
-        X, X_full = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
-        return Probe(X, X_full)
+    def rows(self, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """What was collected of both streams, float32 (rows, n)."""
+        none = torch.empty(0, n, device=device)
+        parts = [(none, none), *self._parts]
+        return torch.cat([X for X, _ in parts]), torch.cat([X_full for _, X_full in parts])

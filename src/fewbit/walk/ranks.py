@@ -160,7 +160,7 @@ class _Group(Ranks):
 
     def all(self, *flags: bool) -> list[bool]:
         """For each flag, whether it is set on all ranks."""
-        return [count == 0 for count in self.total(*(not flag for flag in flags))]
+        return [count == 0 for count in self.total(*(not flag for flag in flags))] if flags else []
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows (any number, …) of all ranks, in rank order."""
