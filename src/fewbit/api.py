@@ -35,9 +35,11 @@ from .report.model_card import CARD_NAME, model_card
 from .report.reproduce import reproduce
 from .source import Source, load_tokenizer, open_source
 from .timers import Timers
+from .walk.experts import unfuse
 from .walk.journal import Journal, check_output
 from .walk.quantizer import MemorySink, Progress
 from .walk.run import check_weights, quantize_layers
+from .walk.weights import StreamedWeights, Weights
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -181,22 +183,25 @@ class _PathJob:
             model_config = self.source.load_config()
             tokenizer = tokenizer or self.source.load_tokenizer()
             calibration = _calibrate(self.config, dataset, tokenizer, model_config)
-        with timers.time("load"):
-            model = self.source.load_model(self.config.dtype, device)
-            check_weights(model)
-            plan = make_plan(model, self.config)
-            budget.check(plan, self.config)
-            origin = Origin.of(model, **self.origin, files=self.source.weight_files())
+        model, weights = self._open(device, timers)
+        plan = make_plan(model, self.config)
+        budget.check(plan, self.config)
+        origin = Origin.of(model, **self.origin, files=self.source.weight_files())
+        with timers.time("check"):
             fingerprint = _fingerprint(self.config, calibration, self.source.fingerprint())
         journal = Journal(self.output, fingerprint, resume)
         try:
             resumed = len(journal.records)
             store = budget.Store(journal.folder, fingerprint, journal.records)
-            plan, choice = budget.meet(model, plan, self.config, calibration, timers, self.progress, store)
+            plan, choice = budget.meet(
+                model, plan, self.config, calibration, timers, self.progress, store, weights
+            )
             notes = [*self.source.notes, *plan.notes, *calibration.notes, *journal.notes, *choice]
-            notes += quantize_layers(model, plan, self.config, calibration, journal, timers, self.progress)
+            notes += quantize_layers(
+                model, plan, self.config, calibration, journal, timers, self.progress, weights
+            )
             with timers.time("write"):
-                self._write(model, plan, calibration, journal, shard_bytes, tokenizer)
+                self._write(model, weights, plan, calibration, journal, shard_bytes, tokenizer)
             report = collect(
                 output=self.output,
                 origin=origin,
@@ -213,7 +218,7 @@ class _PathJob:
             )
             self._leave(report)
             if evaluation is not None:
-                del model  # two others are about to be loaded
+                del model, weights  # two others are about to be loaded
                 with timers.time("evaluate"):
                     scores = self._evaluate(evaluation, device)
                 report = replace(report, evaluation=scores, phases=tuple(timers.to_list()))
@@ -223,6 +228,18 @@ class _PathJob:
             journal.close()
         _log(report)
         return report
+
+    def _open(self, device: torch.device, timers: Timers) -> tuple[nn.Module, Weights]:
+        """The model, and its weights: read block by block where the source allows it, otherwise all of them."""
+        with timers.time("load"):
+            if self.source.streams:
+                model, files = self.source.build_model(self.config.dtype)
+                unfuse(model)
+                return model, StreamedWeights(model, files, device, timers)
+            model = self.source.load_model(self.config.dtype, device)
+            check_weights(model)
+            unfuse(model)
+            return model, Weights(model)
 
     def evaluation(self, dataset: Any, tokenizer: Any) -> _Evaluation:
         """The windows on which the result will be measured."""
@@ -262,6 +279,7 @@ class _PathJob:
     def _write(
         self,
         model: nn.Module,
+        weights: Weights,
         plan: Plan,
         calibration: Calibration,
         journal: Journal,
@@ -279,7 +297,7 @@ class _PathJob:
         if self.source.gguf is not None:
             extra.update(_saved_files(tokenizer, getattr(model, "generation_config", None)))
         with CheckpointWriter(self.output, shard_bytes) as writer:
-            for name, tensor in checkpoint_tensors(model, names, journal.tensors):
+            for name, tensor in checkpoint_tensors(model, names, journal.tensors, weights):
                 writer.add(name, tensor)
             writer.finish(config, _quantization_config(self.config, model, plan, calibration), extra)
 
@@ -296,6 +314,7 @@ def _quantize_module(
         raise ModelError(f"this {type(model).__name__} is already quantized: quantize the original model")
     calibration = _calibrate(config, dataset, tokenizer, getattr(model, "config", None))
     check_weights(model)
+    unfuse(model)
     plan = make_plan(model, config)
     origin = Origin.of(model, type(model).__name__)
     was_training = model.training

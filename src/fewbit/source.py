@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,7 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import DependencyError, FewbitError, ModelError
+from .checkpoint.header import TensorInfo
+from .checkpoint.reader import open_weights
+from .errors import CheckpointError, DependencyError, FewbitError, ModelError
+from .walk.weights import FileTensor, quietly, scan
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _NOT_COPIED = ("README.md", ".gitattributes", "config.json", "quantize_config.json", "fewbit_manifest.json")
@@ -66,12 +70,19 @@ class Source:
         return files
 
     def fingerprint(self) -> str:
-        """SHA-256 over the configuration and every byte of the weight files."""
+        """SHA-256 over the configuration and every byte of the weight files.
+
+        Raises:
+            ModelError: a safetensors file holds NaN or infinite values: found now, not after hours.
+        """
         digest = hashlib.sha256()
         config = self.folder / "config.json"
         if self.gguf is None:
             digest.update(config.read_bytes())
         for path in self.weight_files():
+            if path.suffix == ".safetensors":
+                scan(path, digest)
+                continue
             with open(path, "rb") as file:
                 while chunk := file.read(1 << 20):
                     digest.update(chunk)
@@ -90,23 +101,61 @@ class Source:
                 f"cannot read the configuration in {self.folder}: {_first_line(error)}"
             ) from error
 
+    @property
+    def streams(self) -> bool:
+        """Whether the weights can be read block by block: those in safetensors files can."""
+        return self.gguf is None and bool(list(self.folder.glob("*.safetensors")))
+
     def load_model(self, dtype: str, device: torch.device) -> nn.Module:
-        """The model in evaluation mode; `dtype` "auto" keeps the stored one.
+        """The whole model in evaluation mode; `dtype` "auto" keeps the stored one.
 
         Raises:
             ModelError: the weights cannot be read, are missing, or are already quantized.
         """
-        from safetensors import SafetensorError
-
         config = self.load_config()
-        model_class = self._model_class(config)
-        options = dict(self._options, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        options = dict(self._options, dtype=_dtype(dtype))
         if self.gguf is not None:
             options["quantization_config"] = _gguf_dequantize()
         elif not self.allow_pickle:
             options["use_safetensors"] = True
+        model = self._from_pretrained(self._model_class(config), self.folder, options)
+        if self.gguf is not None and hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        loaded: nn.Module = model.to(device).eval()
+        return loaded
+
+    def build_model(self, dtype: str) -> tuple[nn.Module, dict[str, FileTensor]]:
+        """The model on the meta device, in evaluation mode, and where its weights lie.
+
+        What is in no file, such as the tables of rotary embeddings, is computed and on the CPU.
+
+        Raises:
+            ModelError: the headers cannot be read, weights are missing, or they are already quantized.
+        """
+        config = self.load_config()
         try:
-            model, info = model_class.from_pretrained(self.folder, output_loading_info=True, **options)
+            files = open_weights(self.folder)
+        except CheckpointError as error:
+            raise ModelError(f"cannot load the weights in {self.folder}: {error}") from error
+        tensors = {name: FileTensor(files.place[name], info) for name, info in files.tensors.items()}
+        if dtype == "auto":
+            own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+            dtype = str(own or _first_float(tensors)).removeprefix("torch.")
+        options = {
+            "config": config,
+            "dtype": _dtype(dtype),
+            "state_dict": {name: _Placeholder(tensor.info) for name, tensor in tensors.items()},
+        }
+        with quietly():
+            model = self._from_pretrained(self._concrete_class(config), None, options)
+        _untie_different(model, tensors)
+        return model.eval(), tensors
+
+    def _from_pretrained(self, model_class: Any, folder: Path | None, options: dict[str, Any]) -> Any:
+        from safetensors import SafetensorError
+
+        try:
+            model, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"cannot load the weights in {self.folder}: {_first_line(error)}") from error
         if info["missing_keys"]:
@@ -121,10 +170,7 @@ class Source:
                 f"{len(extra)} tensors of the source have no place in {type(model).__name__} and are not in the "
                 f"result, for example {extra[0]}"
             )
-        if self.gguf is not None and hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        loaded: nn.Module = model.to(device).eval()
-        return loaded
+        return model
 
     def load_tokenizer(self) -> Any:
         """The tokenizer that lies beside the model; None where there is none.
@@ -177,10 +223,71 @@ class Source:
             )
         names = getattr(config, "architectures", None) or []
         if self.trust_remote_code and getattr(config, "auto_map", None):
-            known = [key for key in config.auto_map if key.startswith("AutoModel")]
-            return getattr(transformers, known[0] if known else "AutoModelForCausalLM")
+            return getattr(transformers, _auto_class(config))
         found = getattr(transformers, names[0], None) if names else None
         return found or transformers.AutoModelForCausalLM
+
+    def _concrete_class(self, config: Any) -> Any:
+        """The class itself, where `_model_class` leaves the choice to an automatic one."""
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        found = self._model_class(config)
+        if not hasattr(found, "_model_mapping"):
+            return found
+        if self.trust_remote_code and getattr(config, "auto_map", None):
+            reference = config.auto_map[_auto_class(config)]
+            return get_class_from_dynamic_module(reference, str(self.folder))
+        mapping = found._model_mapping
+        if type(config) not in mapping:
+            raise ModelError(
+                f"transformers knows no causal language model for {type(config).__name__} in {self.folder}: name its "
+                "class under architectures in config.json, or pass --trust-remote-code if its code lies beside it"
+            )
+        return mapping[type(config)]
+
+
+@dataclass(frozen=True)
+class _Placeholder:
+    """Stands for a tensor of the source while transformers lays the model out: it becomes an empty one."""
+
+    info: TensorInfo
+
+    def __getitem__(self, index: object) -> _Placeholder:
+        return self
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.empty(self.info.shape, dtype=dtype or self.info.dtype, device="meta")
+
+
+def _first_float(tensors: Mapping[str, FileTensor]) -> torch.dtype:
+    dtypes = (tensor.info.dtype for tensor in tensors.values())
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+
+def _dtype(name: str) -> Any:
+    return name if name == "auto" else getattr(torch, name)
+
+
+def _auto_class(config: Any) -> str:
+    """The automatic class of transformers that a model with code of its own is registered for."""
+    known = [key for key in config.auto_map if key.startswith("AutoModel")]
+    return known[0] if known else "AutoModelForCausalLM"
+
+
+def _untie_different(model: Any, tensors: Mapping[str, FileTensor]) -> None:
+    """Tie weights that the files hold twice, if they are equal; transformers could not compare empty ones."""
+    for target, source in list(getattr(model, "all_tied_weights_keys", {}).items()):
+        if model.get_parameter(target) is model.get_parameter(source):
+            continue
+        if (
+            target in tensors
+            and source in tensors
+            and torch.equal(tensors[target][...], tensors[source][...])
+        ):
+            module, _, key = target.rpartition(".")
+            setattr(model.get_submodule(module), key, model.get_parameter(source))
+        else:
+            model.all_tied_weights_keys.pop(target)
 
 
 def open_source(model: str | Path, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> Source:

@@ -18,6 +18,7 @@ from ..config import QuantConfig
 from ..errors import ConfigError
 from ..plan import Plan, with_settings
 from ..timers import Timers
+from ..walk.weights import Weights
 from .allocate import Option, allocate
 from .record import Allocation, Store
 from .sensitivity import Costs, measure
@@ -53,6 +54,7 @@ def meet(
     timers: Timers,
     progress: Progress,
     store: Store | None = None,
+    weights: Weights | None = None,
 ) -> tuple[Plan, list[str]]:
     """Choose bits and group sizes that meet `config.target_bits` at the least predicted KL divergence.
 
@@ -62,6 +64,7 @@ def meet(
         model: in evaluation mode, with its original weights; it is not changed.
         progress: called as ``progress("measure", done, total)``.
         store: where a run that can be resumed keeps the choice.
+        weights: of the model, if they are not all in memory: gradients need them all at once.
 
     Returns:
         The plan with the chosen settings, and sentences about the choice.
@@ -75,6 +78,8 @@ def meet(
         return plan, []
     allocation = store.read() if store else None
     if allocation is None:
+        if weights is not None:
+            weights.require_all()
         with timers.time("measure"):
             allocation = _choose(model, plan, config, config.target_bits, calibration, progress)
         if store:

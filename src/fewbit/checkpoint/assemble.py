@@ -12,48 +12,60 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..walk.weights import Weights
 
 
 def checkpoint_tensors(
-    model: nn.Module, layers: Collection[str], layer_tensors: Callable[[str], dict[str, Tensor]]
+    model: nn.Module,
+    layers: Collection[str],
+    layer_tensors: Callable[[str], dict[str, Tensor]],
+    weights: Weights,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every (name, tensor) of the checkpoint, in the model's order, one layer in memory at a time.
+    """Every (name, tensor) of the checkpoint, in the model's order, one part of it in memory at a time.
 
     Args:
         model: the model after the walk. Its names are turned back into those of the original files.
         layers: names of the quantized layers.
         layer_tensors: gives a layer's packed tensors by their short names.
+        weights: of the model.
 
     Raises:
         ModelError: the original files store a quantized layer in a form that has no GPTQ counterpart.
     """
     quantized = {f"{name}.weight": name for name in layers}
     on_disk = names_on_disk(model, layers)
-    plain: dict[str, Tensor] = {}
-    for key, tensor in _own_tensors(model).items():
-        if key not in quantized:
-            plain[key] = tensor
-            continue
-        name = quantized[key]
-        prefix = _only_name(name, on_disk[name])
-        for short, part in layer_tensors(name).items():
-            yield f"{prefix}.{short}", part
-    yield from _disk_layout(model, plain).items()
+    own = set(_own_names(model))
+    for part in weights.parts(without=quantized):
+        state = model.state_dict()
+        plain: dict[str, Tensor] = {}
+        for key in part:
+            if key in quantized:
+                name = quantized[key]
+                prefix = _only_name(name, on_disk[name])
+                for short, tensor in layer_tensors(name).items():
+                    yield f"{prefix}.{short}", tensor
+            elif key in own:
+                plain[key] = state[key].detach()
+        yield from _disk_layout(model, plain).items()
 
 
-def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without tied duplicates and without what the model itself does not save."""
-    state = {key: tensor.detach() for key, tensor in model.state_dict().items()}
+def _own_names(model: nn.Module) -> list[str]:
+    """Names of the state without tied duplicates and without what the model itself does not save."""
+    state = model.state_dict(keep_vars=True)
     for key in getattr(model, "_keys_to_ignore_on_save", None) or ():
         state.pop(key, None)
-    seen: dict[tuple[int, int, torch.Size, tuple[int, ...]], str] = {}
-    own: dict[str, Tensor] = {}
+    seen: set[object] = set()
+    own = []
     for key, tensor in state.items():
-        place = (tensor.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
-        if tensor.numel() and place in seen:
-            continue
-        seen[place] = key
-        own[key] = tensor
+        # Tensors on the meta device have no address.
+        place = (
+            id(tensor)
+            if tensor.is_meta or not tensor.numel()
+            else (tensor.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        )
+        if place not in seen:
+            own.append(key)
+        seen.add(place)
     return own
 
 
@@ -71,11 +83,15 @@ def _disk_layout(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
 def names_on_disk(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
     """What the original files call each module or bare parameter; several names where transformers merged them."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    keys = {name: f"{name}.weight" if f"{name}.weight" in parameters else name for name in names}
+    empty = {key: torch.empty_like(parameters[key], device="meta") for key in keys.values()}
+    # What is only renamed comes out as the same tensor; the rest one by one, to see what becomes of each.
+    renamed = {id(tensor): stored for stored, tensor in _disk_layout(model, dict(empty)).items()}
     found = {}
-    for name in names:
-        key = f"{name}.weight" if f"{name}.weight" in parameters else name
-        stored = _disk_layout(model, {key: torch.empty_like(parameters[key], device="meta")})
-        found[name] = [key.removesuffix(".weight") for key in stored]
+    for name, key in keys.items():
+        known = renamed.get(id(empty[key]))
+        stored = [known] if known is not None else list(_disk_layout(model, {key: empty[key]}))
+        found[name] = [stored_key.removesuffix(".weight") for stored_key in stored]
     return found
 
 

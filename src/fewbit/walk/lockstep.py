@@ -101,6 +101,7 @@ def walk(
     references: Collection[int] = (),
     blocks: Mapping[str, nn.Module] | None = None,
     leave: Leave | None = None,
+    gathered: Callable[[Collection[str]], None] | None = None,
 ) -> Traffic:
     """Run all `jobs` in lockstep and call ``meet(name, arrivals)`` once for every layer reached.
 
@@ -117,11 +118,13 @@ def walk(
         blocks: name → module; their layers have names that begin with the block's name and a dot.
         leave: called with all passages through a block, in job order; the block and its layers then run
             normally. Returns new outputs for the jobs that need one.
+        gathered: called before every meeting with the names of the layers and blocks at which jobs wait: they
+            are nowhere else.
 
     Raises:
         Exception: whatever a job, `meet` or `leave` raises; all jobs are then ended and the layers restored.
     """
-    return _Walk(layers, jobs, meet, frozenset(references), dict(blocks or {}), leave).run()
+    return _Walk(layers, jobs, meet, frozenset(references), dict(blocks or {}), leave, gathered).run()
 
 
 class _Walk:
@@ -135,9 +138,10 @@ class _Walk:
         references: frozenset[int],
         blocks: Mapping[str, nn.Module],
         leave: Leave | None,
+        gathered: Callable[[Collection[str]], None] | None,
     ) -> None:
         self.layers, self.meet, self.references = layers, meet, references
-        self.blocks, self.leave = blocks, leave
+        self.blocks, self.leave, self.gathered = blocks, leave, gathered
         self.order = _order(list(layers), list(blocks))
         self.forwards = {name: module.forward for name, module in layers.items()}
         self.unmet, self.unleft = set(layers), set(blocks)
@@ -150,6 +154,8 @@ class _Walk:
             for job in range(len(self.tasks)):
                 self.advance(job)
             while self.waiting and (self.unmet or self.unleft):
+                if self.gathered is not None:
+                    self.gathered({stop.name for stop in self.waiting.values()})
                 first = min(self.waiting.values(), key=self.position)
                 group = [job for job in sorted(self.waiting) if self.waiting[job].name == first.name]
                 if isinstance(first, _Exit):

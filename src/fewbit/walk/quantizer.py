@@ -18,6 +18,7 @@ from ..codes import Codes
 from ..errors import ModelError, SolverError
 from ..plan import LayerPlan, Plan
 from ..solver import Accuracy, Hessian, Solution, quantize_weight
+from ..solver.fallback import STARVED
 from ..solver.hessian import usable_rows
 from ..timers import Timers
 from ..tune import TuneResult
@@ -36,6 +37,7 @@ class LayerRecord:
 
     Attributes:
         tokens: rows that entered the Hessian; `masked` were padding, `dropped` were not finite.
+        added: further rows that did, of tokens that the router sent to other experts.
         held_out: rows that entered no Hessian and measured the result.
         loss: tr((T−Ŵ) H (T−Ŵ)ᵀ) / tokens, the squared output error per calibration token against the target T,
             which is W moved by the correction.
@@ -73,6 +75,7 @@ class LayerRecord:
     seconds: float
     tuned: bool = False
     block_error: tuple[float, float] | None = None
+    added: int = 0
 
 
 class Sink(Protocol):
@@ -160,6 +163,7 @@ class LayerQuantizer:
         self._open = {block: set(names) for block, names in plan.block_layers().items()}
         self._keep_open = set(keep_open)
         self._solved: dict[str, dict[str, Solved]] = {}
+        self._met: set[str] = set()
         self._done_weights = 0
 
     def meet(self, name: str, arrivals: Sequence[Arrival]) -> None:
@@ -171,6 +175,7 @@ class LayerQuantizer:
                 set_weight_matrix(module, self._stored(layer).dequantize(W.dtype).to(W.device))
         else:
             self._solve(layer, module, arrivals)
+        self._met.add(name)
         self._done_weights += layer.weights
         self.progress("quantize", self._done_weights, self.plan.weights)
 
@@ -191,6 +196,22 @@ class LayerQuantizer:
         self._solved.setdefault(layer.block, {})[layer.name] = Solved(solution.codes, record, kept)
         self._open[layer.block].discard(layer.name)
         self._hand_over(layer.block)
+
+    def restore(self, unit: str) -> None:
+        """Put the quantized weights back into a unit whose original ones were read again."""
+        for layer in self.plan.layers:
+            if layer.block != unit and layer.name != unit:
+                continue
+            solved = self._solved.get(layer.block, {})
+            if layer.name in solved:
+                codes = solved[layer.name].codes
+            elif layer.name in self._met:
+                codes = self._stored(layer)
+            else:
+                continue
+            module = self.modules[layer.name]
+            W = weight_matrix(module)
+            set_weight_matrix(module, codes.dequantize(W.dtype).to(W.device))
 
     def solved(self, block: str) -> dict[str, Solved]:
         """The layers of a block that are solved and not yet handed to the sink."""
@@ -227,6 +248,8 @@ class LayerQuantizer:
             )
         except SolverError as error:
             raise ModelError(f"layer {layer.name} cannot be quantized: {error}") from error
+        if shared and shared.added:
+            solution = replace(solution, fallbacks=(STARVED, *solution.fallbacks))
         if solution.fallbacks and self.strict:
             raise SolverError(
                 f"layer {layer.name} needed a fallback ({', '.join(solution.fallbacks)}) and strict mode refuses it: "
@@ -243,6 +266,7 @@ class LayerQuantizer:
         seconds: float,
     ) -> LayerRecord:
         tokens = shared.hessian.tokens if shared else 0
+        added = shared.added if shared else 0
         return LayerRecord(
             name=layer.name,
             block=layer.block,
@@ -252,7 +276,8 @@ class LayerQuantizer:
                 key: getattr(layer.settings, key)
                 for key in ("bits", "group_size", "sym", "act_order", "method")
             },
-            tokens=tokens,
+            tokens=tokens - added,
+            added=added,
             masked=shared.masked if shared else 0,
             dropped=shared.hessian.dropped if shared else 0,
             held_out=shared.probe.tokens if shared and shared.probe else 0,

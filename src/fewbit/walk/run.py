@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,27 +16,22 @@ from torch import Tensor, nn
 
 from ..calibration import Calibration
 from ..config import QuantConfig
-from ..errors import CalibrationError, ModelError
+from ..errors import CalibrationError
 from ..plan import Plan, output_embedding_name
 from ..solver import Accuracy, native
 from ..timers import Timers
 from .hessians import HessianPool, Rows, hold_out
 from .lockstep import Leave, Passage, Traffic, walk
 from .quantizer import LayerQuantizer, Progress, Sink
+from .routing import Routing
 from .tuning import BlockTuner
+from .weights import Weights, check_finite
 
 
 def check_weights(model: nn.Module) -> None:
     """Raises ModelError if any weight is NaN or infinite: found now, not after hours."""
     for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or not parameter.numel():
-            continue
-        low, high = (float(value) for value in parameter.detach().aminmax())
-        if not (abs(low) < float("inf") and abs(high) < float("inf")):
-            kind = "NaN" if low != low or high != high else "infinite"
-            raise ModelError(
-                f"the weight {name} holds {kind} values: the model is damaged; download or save it again"
-            )
+        check_finite(name, parameter)
 
 
 def quantize_layers(
@@ -47,12 +42,14 @@ def quantize_layers(
     sink: Sink,
     timers: Timers,
     progress: Progress,
+    weights: Weights | None = None,
 ) -> list[str]:
     """Put the quantized weight of every layer of the plan in place, and its tensors into the sink.
 
     Args:
         model: in evaluation mode; its weights are changed.
         calibration: without batches, every layer is rounded to nearest on its own.
+        weights: where the weights come from; by default they are all in memory.
 
     Returns:
         Sentences about anything a user should know.
@@ -63,14 +60,17 @@ def quantize_layers(
         SolverError: in strict mode, a layer needed a fallback.
     """
     modules = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
-    _untie(model, modules)
-    device = next(model.parameters()).device
-    batches = [{key: value.to(device) for key, value in batch.items()} for batch in calibration.batches]
+    weights = weights or Weights(model)
+    _untie(model, modules, weights)
+    batches = [
+        {key: value.to(weights.device) for key, value in batch.items()} for batch in calibration.batches
+    ]
     blocks = _blocks_to_tune(model, plan) if config.tune and batches else {}
     encoder_outputs = _EncoderOutputs(model)
     paired = _needs_full_precision(config)
     rows = _rows(batches, config)
-    hessians = HessianPool(rows, encoder_outputs.has)
+    routing = Routing(model, rows)
+    hessians = HessianPool(rows, encoder_outputs.has, routed=routing.rows)
     quantizer = LayerQuantizer(
         plan,
         modules,
@@ -86,18 +86,27 @@ def quantize_layers(
     notes = [] if native.available() else [f"the compiled solver is not in use ({native.why_not()}): slower"]
     with torch.no_grad(), timers.time("walk"):
         if not batches:
-            for name in modules:
-                quantizer.meet(name, [])
+            _meet_without_inputs(modules, quantizer, weights)
             return notes
-        with encoder_outputs:
+        with encoder_outputs, weights.on_demand(quantizer.restore):
             jobs = [_job(model, batch) for batch in batches]
             references = range(len(batches), 2 * len(batches) if paired else len(batches))
             jobs += [jobs[reference - len(batches)] for reference in references]
             tuner = BlockTuner(rows, steps=config.tune_steps, seed=config.seed)
             leave = _leaving(blocks, quantizer, tuner, timers) if blocks else None
-            traffic = walk(modules, jobs, quantizer.meet, references=references, blocks=blocks, leave=leave)
-        for name in traffic.unreached:
-            quantizer.meet(name, [])
+            traffic = walk(
+                routing.meeting_points(modules),
+                jobs,
+                lambda name, arrivals: (
+                    routing.meet if name in routing.points else quantizer.meet
+                )(name, arrivals),
+                references=references,
+                blocks=blocks,
+                leave=leave,
+                gathered=weights.keep,
+            )
+        traffic = routing.without_points(traffic)
+        _meet_without_inputs(traffic.unreached, quantizer, weights)
         for block in blocks:  # those that no batch went through as a whole
             quantizer.close(block)
     if paired and not any(batch.held_out for batch in rows):
@@ -107,6 +116,13 @@ def quantize_layers(
         )
     notes += [*_traffic_notes(traffic, hessians), *tuner.notes(sink.records)]
     return notes + (_pairing_notes(traffic, sink.records) if paired else [])
+
+
+def _meet_without_inputs(names: Iterable[str], quantizer: LayerQuantizer, weights: Weights) -> None:
+    for name in names:
+        weights.keep([name])
+        weights.require(name)
+        quantizer.meet(name, [])
 
 
 def _rows(batches: Sequence[Mapping[str, Tensor]], config: QuantConfig) -> list[Rows]:
@@ -236,12 +252,11 @@ def without_cache(model: nn.Module) -> dict[str, bool]:
     return {"use_cache": False} if takes_it else {}
 
 
-def _untie(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+def _untie(model: nn.Module, modules: Mapping[str, nn.Module], weights: Weights) -> None:
     """Give a tied output embedding that will be quantized its own weight, so that the input one stays."""
     name = output_embedding_name(model)
     if name in modules:
-        head = modules[name]
-        head.weight = nn.Parameter(head.get_parameter("weight").detach().clone(), requires_grad=False)
+        weights.untie(f"{name}.weight")
         config: Any = model.config
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
