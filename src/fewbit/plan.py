@@ -18,6 +18,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .config import LayerSettings, QuantConfig
 from .errors import ConfigError, ModelError
+from .walk.experts import why_fused
 from .walk.layers import is_layer, matrix_shape
 
 _BLOCK = re.compile(r"^(?:.*?\.)?\d+(?=\.|$)")
@@ -153,9 +154,8 @@ def _asked_for(config: QuantConfig, ordinary: Iterable[str]) -> list[str]:
 
 
 def _fused_experts(model: nn.Module) -> Iterable[Skipped]:
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 3 and _BLOCK.match(name):
-            yield Skipped(name, tuple(parameter.shape), "fused expert weights: not supported yet")
+    for name, reason in why_fused(model).items():
+        yield Skipped(name, tuple(model.get_parameter(name).shape), reason)
 
 
 def _check_patterns(config: QuantConfig, names: Iterable[str]) -> None:

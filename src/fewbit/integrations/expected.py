@@ -15,12 +15,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..checkpoint import layout
 from ..errors import CheckpointError
+from .file_names import FileNames
 
 
 @dataclass(frozen=True)
@@ -90,19 +89,12 @@ def _meta_model(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel | No
 
 def _places(model: PreTrainedModel, names: list[str]) -> dict[str, list[str]]:
     """Tensor name in the file → the model's names for what it holds; several where transformers splits it."""
-    conversions = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    targets = {p: entry.target_patterns for entry in converters for p in entry.source_patterns}
-    parameters = model.state_dict()
+    suffix = f".{layout.QWEIGHT}"
+    in_model = FileNames(model, [name.removesuffix(suffix) for name in names if name.endswith(suffix)])
     places = {}
     for name in names:
         layer, _, part = name.rpartition(".")
-        source = f"{layer}.weight" if part == layout.QWEIGHT else name
-        renamed, merged = rename_source_key(
-            source, renamings, converters, model.base_model_prefix, parameters
-        )
-        split = targets[merged] if merged is not None else []
+        renamed, split = in_model.place(f"{layer}.weight" if part == layout.QWEIGHT else name)
         places[name] = [renamed, *(renamed.replace(split[0], other) for other in split[1:])]
     return places
 

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPTQConfig as TransformersGPTQConfig
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightTransform
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -32,7 +31,9 @@ from ..runtime.conv import QuantConv2d
 from ..runtime.kernel import KernelSpec
 from ..runtime.linear import QuantizedLayer
 from ..runtime.replace import quantized_like, set_module
+from ..walk.experts import unfused_conversions, why_fused
 from ..walk.layers import LAYER_TYPES, matrix_shape
+from .file_names import FileNames
 
 METHOD = "gptq"
 OWN_METHOD = "fewbit"
@@ -111,6 +112,12 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module_name in _modules_of(model, names):
             make_room(model, module_name, name, settings, infos)
         untie_quantized(model)
+
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform], model: PreTrainedModel
+    ) -> list[WeightTransform]:
+        """Experts that are taken apart have nothing to be merged from."""
+        return unfused_conversions(model, weight_conversions)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, layer in quantized_layers(model):
@@ -274,27 +281,22 @@ def _folder(files: list[str] | None) -> str:
 def _modules_of(model: PreTrainedModel, names: list[str]) -> list[tuple[str, str]]:
     """(name in the file, name in the model) of every layer that this class has.
 
-    Names go through transformers' own renaming. Layers that the class does not have (a head, for a bare
+    Names go through transformers' own renaming; experts that are stored one by one are taken apart. Layers that the class does not have (a head, for a bare
     model) are left to transformers, which reports them as unexpected.
 
     Raises:
         CheckpointError: transformers would merge the layers into one tensor.
     """
-    conversions = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    parameters: dict[str, Tensor] = model.state_dict()
+    in_model = FileNames(model, names)
     modules = {name for name, _ in model.named_modules()}
     result = []
     for name in names:
-        renamed, merged = rename_source_key(
-            f"{name}.weight", renamings, converters, model.base_model_prefix, parameters
-        )
-        if merged is not None:
+        renamed, merged = in_model.place(f"{name}.weight")
+        if merged:
+            reason = next(iter(why_fused(model).values()), "not experts")
             raise CheckpointError(
                 f"layer {name} is stored by itself, but transformers keeps it in one tensor with others "
-                f"({renamed}): this version of fewbit cannot load such expert layers. vLLM, SGLang and "
-                "GPTQModel read this checkpoint"
+                f"({renamed}), which fewbit cannot take apart: {reason}"
             )
         module_name = renamed.removesuffix(".weight")
         if module_name in modules:

@@ -21,6 +21,11 @@ _EXPLANATIONS = {
         "Some calibration tokens reached the layer as NaN or infinity. They were left out; the others were used.",
         "If they are many, the model overflows in this dtype: try --dtype bfloat16 or float32.",
     ),
+    fallback.STARVED: Explanation(
+        "The router sent too few calibration tokens to this expert to know its inputs. It was calibrated with as many "
+        "others of the same layer besides as it lacked.",
+        _MORE_TEXT,
+    ),
     fallback.NO_TOKENS: Explanation(
         "No calibration token with a signal reached the layer: an expert that was never chosen, or a part of the "
         "model that this text does not use. Nothing is known about its inputs.",

@@ -15,6 +15,7 @@ from .hessian import Hessian
 from .ldlq import Factor, factor, order
 
 TOKENS_DROPPED = "non-finite tokens dropped"
+STARVED = "tokens of other experts added"  # by the walk, before the solver sees the Hessian
 NO_TOKENS = "no calibration tokens"
 FLOAT64 = "float64 factorization"
 DAMP_RAISED = "damping raised"

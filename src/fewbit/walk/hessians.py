@@ -74,6 +74,11 @@ class Rows:
             first.shape[0] if first.ndim else 1,
         )
 
+    def padding(self, name: str) -> Tensor | None:
+        """The mask of the tokens that the module `name` sees, unless it sees the encoder's output."""
+        in_decoder = self.has_decoder and "decoder" in name.split(".")
+        return self.decoder if in_decoder else self.tokens
+
     def held_out_rows(self, count: int) -> Tensor | None:
         """Which of a layer's rows are held out, bool (count,); None: none are, or it cannot be told."""
         if self.held_out == 0 or count % self.sequences:
@@ -81,6 +86,22 @@ class Rows:
         return (torch.arange(self.sequences) >= self.sequences - self.held_out).repeat_interleave(
             count // self.sequences
         )
+
+
+@dataclass(frozen=True)
+class RoutedRows:
+    """What the rows of an expert's input are, in one batch.
+
+    Attributes:
+        tokens: int64 (rows,), their numbers among all `total` rows of the layer's input.
+        sent: how many of them, the first ones, the router sent; the others were added for want of tokens.
+        paired: whether the same rows come first in the full-precision stream.
+    """
+
+    tokens: Tensor
+    total: int
+    sent: int
+    paired: bool
 
 
 def hold_out(batches: Sequence[Rows]) -> list[Rows]:
@@ -97,11 +118,15 @@ def hold_out(batches: Sequence[Rows]) -> list[Rows]:
 
 @dataclass
 class SharedHessian:
-    """One Hessian with its factorizations and its probe, and this process's tensors that it was made from."""
+    """One Hessian with its factorizations and its probe, and this process's tensors that it was made from.
+
+    Of its rows `added` were not sent to the expert by the router; `masked` ones are padding and not in it.
+    """
 
     inputs: list[tuple[int, weakref.ref[Tensor], int]]
     hessian: Hessian
     masked: int = 0
+    added: int = 0
     probe: Probe | None = None
     cache: FactorCache = field(default_factory=FactorCache)
 
@@ -126,6 +151,7 @@ class HessianPool:
         is_encoder_output: whether a tensor is the output of the model's encoder, which cross-attention in the
             decoder receives.
         ranks: the processes; all of them make a pool, and get the same layers' Hessians.
+        routed: what the rows are that came to a layer in a job; None where they are simply the tokens.
 
     Attributes:
         unmaskable: layers whose rows are not the tokens → rows among which padding could not be told apart.
@@ -136,8 +162,10 @@ class HessianPool:
         batches: Sequence[Rows],
         is_encoder_output: Callable[[Tensor], bool] = lambda x: False,
         ranks: Ranks | None = None,
+        routed: Callable[[str, int], RoutedRows | None] = lambda layer, job: None,
     ) -> None:
         self._batches = batches
+        self._routed = routed
         self._is_encoder_output = is_encoder_output
         self._ranks = ranks or Ranks()
         [self._probed] = self._ranks.total(sum(batch.held_out > 0 for batch in batches))
@@ -164,7 +192,7 @@ class HessianPool:
     def _accumulate(self, name: str, module: nn.Module, arrivals: Sequence[Arrival]) -> SharedHessian:
         N = len(self._batches)
         quantized = [arrival for arrival in arrivals if arrival.job < N]
-        full = self._partners(module, quantized, {a.job - N: a.x for a in arrivals if a.job >= N})
+        full = self._partners(name, module, quantized, {a.job - N: a.x for a in arrivals if a.job >= N})
         [paired] = self._ranks.all(bool(full) or not quantized)
         full = full if paired else {}
         entry = self._sums(name, module, arrivals, full, holding_out=paired)
@@ -193,10 +221,12 @@ class HessianPool:
         probe = _ProbeRows(_PROBE_TOKENS // max(1, self._probed))
         for arrival in quantized:
             X = input_rows(module, arrival.x)
-            X_full = input_rows(module, full[arrival.job]) if full else None
+            X_full = input_rows(module, full[arrival.job])[: X.shape[0]] if full else None
             mask = self._mask(name, arrival, X)
             entry.masked += 0 if mask is None else int(mask.numel() - torch.count_nonzero(mask))
-            held = self._batches[arrival.job].held_out_rows(X.shape[0]) if holding_out else None
+            held = self._held_out(name, arrival, X) if holding_out else None
+            routed = self._routed(name, arrival.job)
+            entry.added += 0 if routed is None else X.shape[0] - routed.sent
             if held is not None and X_full is not None:
                 held = held.to(X.device)
                 probe.add(X, X_full, held if mask is None else held & mask)
@@ -210,8 +240,8 @@ class HessianPool:
     def _sum_up(self, entry: SharedHessian) -> None:
         """Replace every sum by that over all processes."""
         H = entry.hessian
-        H.tokens, H.dropped, entry.masked, paired = self._ranks.total(
-            H.tokens, H.dropped, entry.masked, int(H.has_full)
+        H.tokens, H.dropped, entry.masked, entry.added, paired = self._ranks.total(
+            H.tokens, H.dropped, entry.masked, entry.added, int(H.has_full)
         )
         if H.tokens:
             self._ranks.add_(*H.sums(full=paired > 0))
@@ -222,30 +252,44 @@ class HessianPool:
         return Probe(X, X_full) if len(X) else None
 
     def _partners(
-        self, module: nn.Module, quantized: Sequence[Arrival], full: Mapping[int, Tensor]
+        self, name: str, module: nn.Module, quantized: Sequence[Arrival], full: Mapping[int, Tensor]
     ) -> Mapping[int, Tensor]:
         """Batch → its input in the full-precision stream; empty where the rows of the two may differ."""
         for arrival in quantized if full else ():
             x, counts = arrival.x, self._batches[arrival.job].counts
-            # An expert gets the tokens that were routed to it: in each stream others.
-            routed = not isinstance(module, nn.Conv2d) and counts and x[..., 0].numel() not in counts
-            if routed or arrival.job not in full or full[arrival.job].shape != x.shape:
+            routed = self._routed(name, arrival.job)
+            if routed is not None and routed.paired and arrival.job in full:
+                continue
+            # Tokens that were sent to an expert: in each stream others.
+            strange = not isinstance(module, nn.Conv2d) and counts and x[..., 0].numel() not in counts
+            if strange or arrival.job not in full or full[arrival.job].shape != x.shape:
                 return {}
         return full
 
     def _mask(self, name: str, arrival: Arrival, rows: Tensor) -> Tensor | None:
         """Which rows count; None: all of them."""
-        padding = self._padding(name, arrival)
-        mask = None if padding is None else row_mask(arrival.x, padding)
-        if mask is None and padding is not None:
+        padding, routed = self._padding(name, arrival), self._routed(name, arrival.job)
+        if padding is None:
+            return None
+        if routed is not None and padding.numel() == routed.total:
+            return padding.reshape(-1).to(rows.device)[routed.tokens]
+        mask = row_mask(arrival.x, padding)
+        if mask is None:
             self.unmaskable[name] += rows.shape[0]
         return mask
+
+    def _held_out(self, name: str, arrival: Arrival, rows: Tensor) -> Tensor | None:
+        """Which rows are held out; None: none are, or it cannot be told."""
+        batch, routed = self._batches[arrival.job], self._routed(name, arrival.job)
+        if routed is None:
+            return batch.held_out_rows(rows.shape[0])
+        held = batch.held_out_rows(routed.total)
+        return None if held is None else held.to(rows.device)[routed.tokens]
 
     def _padding(self, name: str, arrival: Arrival) -> Tensor | None:
         """The mask of the tokens that this layer sees."""
         batch = self._batches[arrival.job]
-        in_decoder = batch.has_decoder and "decoder" in name.split(".")
-        return batch.decoder if in_decoder and not self._is_encoder_output(arrival.x) else batch.tokens
+        return batch.tokens if self._is_encoder_output(arrival.x) else batch.padding(name)
 
 
 def _unrelated(probe: Probe) -> bool:
