@@ -1,0 +1,154 @@
+"""What the processes of one run exchange, and how they end together."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from fewbit.errors import ModelError, RankError
+from fewbit.walk.ranks import Ranks
+from rank_processes import run_ranks
+
+
+def exchanges(ranks):
+    """One of everything; ranks bring different numbers of rows."""
+    mine = torch.full((ranks.rank, 2), ranks.rank, dtype=torch.int16)
+    matrix = torch.arange(14, dtype=torch.float16).reshape(7, 2)
+    part = ranks.part(7)
+    total = torch.full((2,), float(ranks.rank + 1))
+    ranks.add_(total)
+    return {
+        "share": list(ranks.share(range(7))),
+        "first": ranks.first(None if ranks.rank == 0 else 5 + ranks.rank),
+        "nobody": ranks.first(None),
+        "add": total.tolist(),
+        "total": ranks.total(ranks.rank, 1),
+        "all": ranks.all(True, ranks.rank != 1),
+        "gather": ranks.gather(mine).tolist(),
+        "part": torch.equal(part.gather(matrix[part.rows]), matrix),
+        "part total": float(part.total(matrix[part.rows].float().sum())),
+        "tiny": ranks.part(ranks.world - 1).rows,
+        "collect": ranks.collect(f"rank {ranks.rank}"),
+        "leader": ranks.from_leader(lambda: f"made by {ranks.rank}"),
+        "tensors": {
+            name: tensor.tolist()
+            for name, tensor in ranks.tensors_from_leader(
+                lambda: {"a": matrix.T, "none": torch.empty(0, dtype=torch.int32), "one": torch.tensor(3.5)}
+            ).items()
+        },
+    }
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_rank_gets_the_same_and_it_is_that_of_all(world):
+    seen = run_ranks(world, exchanges)
+    assert [item for one in seen for item in one.pop("share")] == list(range(7))
+    assert all(one == seen[0] for one in seen)
+    matrix = torch.arange(14.0).reshape(7, 2)
+    assert seen[0] == {
+        "first": 6,
+        "nobody": None,
+        "add": [world * (world + 1) / 2] * 2,
+        "total": [sum(range(world)), world],
+        "all": [True, False],
+        "gather": [[rank] * 2 for rank in range(world) for _ in range(rank)],
+        "part": True,
+        "part total": float(matrix.sum()),
+        "tiny": slice(0, world - 1),
+        "collect": [f"rank {rank}" for rank in range(world)],
+        "leader": "made by 0",
+        "tensors": {"a": matrix.T.tolist(), "none": [], "one": 3.5},
+    }
+
+
+def test_one_process_is_the_same_without_exchanges():
+    alone = exchanges(Ranks())
+    assert alone["share"] == list(range(7))
+    assert (alone["total"], alone["all"], alone["collect"]) == ([0, 1], [True, True], ["rank 0"])
+    assert alone["part"]
+    assert alone["tensors"]["one"] == 3.5
+
+
+@pytest.mark.parametrize(("items", "world"), [(7, 3), (2, 3), (0, 2), (100, 3)])
+def test_shares_are_consecutive_and_even(items, world):
+    shares = run_ranks(world, lambda ranks: list(ranks.share(range(items))))
+    assert [item for share in shares for item in share] == list(range(items))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def one_fails(ranks, error):
+    if ranks.rank == 1:
+        raise error
+    while True:
+        ranks.total(1)
+
+
+def test_an_error_of_one_rank_ends_all_with_this_error():
+    for result in run_ranks(3, one_fails, ModelError("the weight w holds NaN values")):
+        assert isinstance(result, ModelError)
+        assert str(result) == "the weight w holds NaN values"
+
+
+def leader_refuses(ranks):
+    def refuse():
+        raise ModelError("no")
+
+    return ranks.from_leader(refuse)
+
+
+def test_what_the_leader_refuses_is_refused_by_all():
+    results = run_ranks(3, leader_refuses)
+    assert [(type(result), str(result)) for result in results] == [(ModelError, "no")] * 3
+
+
+def fails_outside_of_fewbit(ranks):
+    if ranks.rank == 1:
+        try:
+            with_an_error(ranks)
+        except ZeroDivisionError:
+            return "raised its own"
+    while True:
+        ranks.total(1)
+
+
+def with_an_error(ranks):
+    ranks.failed(ZeroDivisionError("division by zero"))
+    raise ZeroDivisionError
+
+
+def test_an_error_that_is_not_fewbits_is_named_with_its_rank():
+    results = run_ranks(2, fails_outside_of_fewbit)
+    assert results[1] == "raised its own"
+    assert isinstance(results[0], RankError)
+    assert "rank 1 failed: ZeroDivisionError: division by zero" in str(results[0])
+
+
+def one_is_killed(ranks):
+    ranks.total(1)
+    if ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    while True:
+        ranks.total(1)
+
+
+def test_a_killed_rank_ends_the_others_with_its_number_and_what_to_do():
+    start = time.monotonic()
+    first, killed, third = run_ranks(3, one_is_killed)
+    assert killed is None
+    for result in (first, third):
+        assert isinstance(result, RankError)
+        assert "rank 1 of 3 did not answer" in str(result)
+        assert "ranks 0, 2 left" in str(result)
+        assert "start the same command again to go on" in str(result)
+    assert time.monotonic() - start < 20
+
+
+def test_ranks_that_were_started_with_other_things_are_refused():
+    results = run_ranks(2, lambda ranks: ranks.alike(calibration_data=str(ranks.rank), config="c"))
+    assert all(isinstance(result, RankError) for result in results)
+    assert "rank 1 has another calibration data than rank 0: start all processes with the same" in str(
+        results[0]
+    )
+    assert run_ranks(2, lambda ranks: ranks.alike(config="c")) == [None, None]
