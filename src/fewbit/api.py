@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from . import __version__, budget
 from .calibration import Calibration, prepare
+from .checkpoint import manifest
 from .checkpoint.assemble import checkpoint_tensors, names_on_disk
 from .checkpoint.quantization import build as build_quantization_config
 from .checkpoint.writer import CONFIG, MARKER, CheckpointWriter, parse_size
@@ -287,6 +288,7 @@ class _PathJob:
         tokenizer: Any,
     ) -> None:
         if (self.output / CONFIG).exists():  # killed between the last file and the end of the journal
+            manifest.require(self.output)
             (self.output / MARKER).unlink(missing_ok=True)
             return
         names = [layer.name for layer in plan.layers]

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from ..errors import OutputError
+
 NAME = "fewbit_manifest.json"
 _CHUNK = 1 << 23
 
@@ -38,6 +40,21 @@ def encode(files: Mapping[str, FileHash]) -> bytes:
 def hash_bytes(data: bytes) -> FileHash:
     """Size and SHA-256 of `data`."""
     return FileHash(len(data), hashlib.sha256(data).hexdigest())
+
+
+def require(folder: Path) -> None:
+    """Make sure that everything in `folder` is as the writer left it, before it is called finished.
+
+    Raises:
+        OutputError: a file was changed or is missing, or there is no manifest.
+    """
+    found = problems(folder) if (folder / NAME).exists() else [(NAME, "is missing")]
+    if found:
+        name, what = found[0]
+        raise OutputError(
+            f"{folder} was written to its end, but since then something changed it: {name} {what}. To have it written "
+            "again, delete everything in it but .fewbit and run the same command again"
+        )
 
 
 def problems(folder: Path) -> list[tuple[str, str]]:
