@@ -52,6 +52,7 @@ class Passage:
 
 
 Meet = Callable[[str, list[Arrival]], None]
+Earliest = Callable[[int | None], int | None]
 Leave = Callable[[str, list[Passage]], Mapping[int, Any]]
 
 
@@ -102,6 +103,7 @@ def walk(
     blocks: Mapping[str, nn.Module] | None = None,
     leave: Leave | None = None,
     gathered: Callable[[Collection[str]], None] | None = None,
+    earliest: Earliest = lambda position: position,
 ) -> Traffic:
     """Run all `jobs` in lockstep and call ``meet(name, arrivals)`` once for every layer reached.
 
@@ -119,12 +121,16 @@ def walk(
         leave: called with all passages through a block, in job order; the block and its layers then run
             normally. Returns new outputs for the jobs that need one.
         gathered: called before every meeting with the names of the layers and blocks at which jobs wait: they
-            are nowhere else.
+            are nowhere else. The one that is met next is among them.
+        earliest: where the same walk goes on in several processes, each with its own jobs: the first position of
+            all of them, given that of this one, or None where nobody waits. Each process then meets every layer
+            that any of them does, with its own arrivals, which may be none.
 
     Raises:
         Exception: whatever a job, `meet` or `leave` raises; all jobs are then ended and the layers restored.
     """
-    return _Walk(layers, jobs, meet, frozenset(references), dict(blocks or {}), leave, gathered).run()
+    state = _Walk(layers, jobs, meet, frozenset(references), dict(blocks or {}), leave, gathered, earliest)
+    return state.run()
 
 
 class _Walk:
@@ -139,10 +145,12 @@ class _Walk:
         blocks: Mapping[str, nn.Module],
         leave: Leave | None,
         gathered: Callable[[Collection[str]], None] | None,
+        earliest: Earliest,
     ) -> None:
         self.layers, self.meet, self.references = layers, meet, references
-        self.blocks, self.leave, self.gathered = blocks, leave, gathered
-        self.order = _order(list(layers), list(blocks))
+        self.blocks, self.leave, self.gathered, self.earliest = blocks, leave, gathered, earliest
+        self.stops = _in_order(list(layers), list(blocks))
+        self.order = {name: i for i, name in enumerate(self.stops)}
         self.forwards = {name: module.forward for name, module in layers.items()}
         self.unmet, self.unleft = set(layers), set(blocks)
         self.traffic = Traffic()
@@ -153,20 +161,23 @@ class _Walk:
         with _meeting_points(self.layers, self.blocks), _ended(self.tasks):
             for job in range(len(self.tasks)):
                 self.advance(job)
-            while self.waiting and (self.unmet or self.unleft):
+            while (name := self.next()) is not None:
                 if self.gathered is not None:
-                    self.gathered({stop.name for stop in self.waiting.values()})
-                first = min(self.waiting.values(), key=self.position)
-                group = [job for job in sorted(self.waiting) if self.waiting[job].name == first.name]
-                if isinstance(first, _Exit):
-                    self.pass_block(first.name, group)
+                    self.gathered({name, *(stop.name for stop in self.waiting.values())})
+                group = [job for job in sorted(self.waiting) if self.waiting[job].name == name]
+                if name in self.blocks:
+                    self.pass_block(name, group)
                 else:
-                    self.pass_layer(first.name, group)
+                    self.pass_layer(name, group)
         self.traffic.unreached = [name for name in self.layers if name in self.unmet]
         return self.traffic
 
-    def position(self, stop: _Call | _Exit) -> int:
-        return self.order[stop.name]
+    def next(self) -> str | None:
+        """Where the walk goes on; None at its end."""
+        if not (self.unmet or self.unleft):
+            return None
+        first = self.earliest(min((self.order[stop.name] for stop in self.waiting.values()), default=None))
+        return None if first is None else self.stops[first]
 
     def advance(self, job: int, *output: object) -> None:
         stop = self.tasks[job].switch(*output)
@@ -201,29 +212,30 @@ class _Walk:
         return call
 
     def pass_block(self, name: str, group: list[int]) -> None:
-        passages = []
-        for job in group:
-            stop = self.waiting.pop(job)
-            assert isinstance(stop, _Exit)
-            passages.append(Passage(job, stop.args, stop.kwargs, stop.output, stop.intact))
+        passages = [self.passage(job) for job in group]
         outputs: dict[int, Any] = {passage.job: passage.output for passage in passages}
         if name in self.unleft and self.leave is not None:
             outputs |= self.leave(name, passages)
         self.unleft.discard(name)
-        del passages, stop
+        del passages
         for job in group:
             if not (self.unmet or self.unleft):
                 return
             self.advance(job, outputs.pop(job))
 
+    def passage(self, job: int) -> Passage:
+        stop = self.waiting.pop(job)
+        assert isinstance(stop, _Exit)
+        return Passage(job, stop.args, stop.kwargs, stop.output, stop.intact)
 
-def _order(layers: list[str], blocks: list[str]) -> dict[str, int]:
-    """Positions of layers and of the ends of blocks: a block ends after the last of its layers."""
+
+def _in_order(layers: list[str], blocks: list[str]) -> list[str]:
+    """Names of layers and of blocks, which stand for their ends: a block ends after the last of its layers."""
     last = {
         block: max(i for i, name in enumerate(layers) if name.startswith(f"{block}.")) for block in blocks
     }
     keys = {name: (i, 0) for i, name in enumerate(layers)} | {block: (last[block], 1) for block in blocks}
-    return {name: i for i, name in enumerate(sorted(keys, key=keys.__getitem__))}
+    return sorted(keys, key=keys.__getitem__)
 
 
 @contextmanager
