@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.layout import pack, unpack
 from ..codes import Codes
-from ..errors import ModelError, SolverError
+from ..errors import ModelError, RankError, SolverError
 from ..plan import LayerPlan, Plan
 from ..solver import Accuracy, Hessian, Solution, quantize_weight
 from ..solver.fallback import STARVED
@@ -25,6 +25,7 @@ from ..tune import TuneResult
 from .hessians import HessianPool, SharedHessian
 from .layers import input_rows, set_weight_matrix, weight_matrix
 from .lockstep import Arrival
+from .ranks import Part, Ranks
 
 Progress = Callable[[str, int, int], None]
 
@@ -111,6 +112,26 @@ class MemorySink:
         self.records.update(records)
 
 
+class Follower:
+    """The stand-in for the journal in the processes that do not write it: knows the records, has no tensors."""
+
+    def __init__(self, records: Mapping[str, dict[str, Any]]) -> None:
+        self.records = dict(records)
+
+    def tensors(self, layer: str) -> dict[str, Tensor]:
+        """Raises RankError: they are not here, and who has them cannot be asked out of turn."""
+        raise RankError(
+            f"the model came back to {layer} after its block was finished, which works in one process only: start "
+            "without torchrun; what is finished is kept"
+        )
+
+    def append(
+        self, block: str, tensors: Mapping[str, Mapping[str, Tensor]], records: Mapping[str, Any]
+    ) -> None:
+        """Take a finished block."""
+        self.records.update(records)
+
+
 @dataclass
 class Solved:
     """A layer that is solved and not yet handed to the sink.
@@ -134,6 +155,7 @@ class LayerQuantizer:
         accuracy: correction and refit.
         strict: raise SolverError where a fallback would be used.
         keep_open: blocks that are not handed to the sink before somebody calls `close`.
+        ranks: the processes. All of them meet the same layers; each solves some rows, and gets all codes.
     """
 
     def __init__(
@@ -149,6 +171,7 @@ class LayerQuantizer:
         timers: Timers,
         progress: Progress,
         keep_open: Collection[str] = (),
+        ranks: Ranks | None = None,
     ) -> None:
         self.plan = plan
         self.modules = modules
@@ -159,6 +182,7 @@ class LayerQuantizer:
         self.timers = timers
         self.progress = progress
         self.hessians = hessians
+        self.ranks = ranks or Ranks()
         self._layers = {layer.name: layer for layer in plan.layers}
         self._open = {block: set(names) for block, names in plan.block_layers().items()}
         self._keep_open = set(keep_open)
@@ -167,12 +191,13 @@ class LayerQuantizer:
         self._done_weights = 0
 
     def meet(self, name: str, arrivals: Sequence[Arrival]) -> None:
-        """Quantize the layer `name` from the inputs that arrived at it; none means no calibration."""
+        """Quantize the layer `name` from the inputs that arrived at it; none in any process: no calibration."""
         layer, module = self._layers[name], self.modules[name]
         if name in self.sink.records:
             with self.timers.time("resume"):
+                tensors = self.ranks.tensors_from_leader(lambda: self.sink.tensors(name))
                 W = weight_matrix(module)
-                set_weight_matrix(module, self._stored(layer).dequantize(W.dtype).to(W.device))
+                set_weight_matrix(module, self._unpacked(layer, tensors).dequantize(W.dtype).to(W.device))
         else:
             self._solve(layer, module, arrivals)
         self._met.add(name)
@@ -182,14 +207,15 @@ class LayerQuantizer:
     def _solve(self, layer: LayerPlan, module: nn.Module, arrivals: Sequence[Arrival]) -> None:
         start = time.perf_counter()
         shared: SharedHessian | None = None
-        if layer.settings.method == "gptq" and arrivals:
+        [nowhere] = self.ranks.all(not arrivals)
+        if layer.settings.method == "gptq" and not nowhere:
             with self.timers.time("hessian"):
                 shared = self.hessians.get(layer.name, module, arrivals)
         W = weight_matrix(module)
         with self.timers.time("solve"):
             solution = self._quantize(layer, W, shared)
         Wq = solution.codes.dequantize(W.dtype)
-        error = _output_error(module, W, Wq, arrivals[0].x) if arrivals else None
+        error = None if nowhere else self._output_error(module, W, Wq, arrivals)
         set_weight_matrix(module, Wq)
         record = self._record(layer, solution, shared, error, time.perf_counter() - start)
         kept = W if layer.block in self._keep_open else None
@@ -206,7 +232,7 @@ class LayerQuantizer:
             if layer.name in solved:
                 codes = solved[layer.name].codes
             elif layer.name in self._met:
-                codes = self._stored(layer)
+                codes = self._unpacked(layer, self.sink.tensors(layer.name))
             else:
                 continue
             module = self.modules[layer.name]
@@ -237,17 +263,20 @@ class LayerQuantizer:
         if hessian is None and layer.settings.method == "gptq":
             # No token came here: the solver records an empty Hessian as a fallback.
             hessian = Hessian(layer.in_features, device=W.device)
+        part = self.ranks.part(W.shape[0])
         try:
             solution = quantize_weight(
-                W,
+                W[part.rows],
                 hessian,
                 layer.settings,
                 cache,
                 accuracy=self.accuracy,
                 probe=shared.probe if shared else None,
+                total=part.total,
             )
         except SolverError as error:
             raise ModelError(f"layer {layer.name} cannot be quantized: {error}") from error
+        solution = replace(solution, codes=_gathered(solution.codes, part))
         if shared and shared.added:
             solution = replace(solution, fallbacks=(STARVED, *solution.fallbacks))
         if solution.fallbacks and self.strict:
@@ -306,12 +335,28 @@ class LayerQuantizer:
         with self.timers.time("journal"):
             self.sink.append(block, tensors, records)
 
-    def _stored(self, layer: LayerPlan) -> Codes:
-        tensors = self.sink.tensors(layer.name)
+    def _output_error(
+        self, module: nn.Module, W: Tensor, Wq: Tensor, arrivals: Sequence[Arrival]
+    ) -> float | None:
+        """Of the first input that came to any process."""
+        error = _output_error(module, W, Wq, arrivals[0].x) if arrivals else None
+        return next(error for error, came in self.ranks.collect((error, bool(arrivals))) if came)
+
+    def _unpacked(self, layer: LayerPlan, tensors: Mapping[str, Tensor]) -> Codes:
         settings = layer.settings
         return unpack(
             tensors, settings.bits, settings.group_size, self.fmt, layer.in_features, layer.out_features
         )
+
+
+def _gathered(codes: Codes, part: Part) -> Codes:
+    """The codes of all rows, of those of this process's."""
+    return replace(
+        codes,
+        codes=part.gather(codes.codes),
+        scales=part.gather(codes.scales),
+        zeros=part.gather(codes.zeros),
+    )
 
 
 def _output_error(module: nn.Module, W: Tensor, Wq: Tensor, x: Tensor) -> float | None:
