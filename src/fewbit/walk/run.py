@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +23,9 @@ from ..plan import Plan, output_embedding_name
 from ..solver import Accuracy, native
 from ..timers import Timers
 from .hessians import HessianPool, Rows, hold_out
-from .lockstep import Leave, Passage, Traffic, walk
+from .lockstep import Arrival, Leave, Meet, Passage, Traffic, walk
 from .quantizer import LayerQuantizer, Progress, Sink
+from .ranks import Ranks
 from .routing import Routing
 from .tuning import BlockTuner
 from .weights import Weights, check_finite
@@ -43,6 +46,7 @@ def quantize_layers(
     timers: Timers,
     progress: Progress,
     weights: Weights | None = None,
+    ranks: Ranks | None = None,
 ) -> list[str]:
     """Put the quantized weight of every layer of the plan in place, and its tensors into the sink.
 
@@ -50,6 +54,8 @@ def quantize_layers(
         model: in evaluation mode; its weights are changed.
         calibration: without batches, every layer is rounded to nearest on its own.
         weights: where the weights come from; by default they are all in memory.
+        ranks: the processes that share the work, if there are several. Each has the model and all batches, and ends
+            with all layers quantized.
 
     Returns:
         Sentences about anything a user should know.
@@ -60,17 +66,19 @@ def quantize_layers(
         SolverError: in strict mode, a layer needed a fallback.
     """
     modules = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
-    weights = weights or Weights(model)
+    weights, ranks = weights or Weights(model), ranks or Ranks()
     _untie(model, modules, weights)
     batches = [
-        {key: value.to(weights.device) for key, value in batch.items()} for batch in calibration.batches
+        {key: value.to(weights.device) for key, value in batch.items()}
+        for batch in ranks.share(calibration.batches)
     ]
     blocks = _blocks_to_tune(model, plan) if config.tune and batches else {}
     encoder_outputs = _EncoderOutputs(model)
     paired = _needs_full_precision(config)
-    rows = _rows(batches, config)
-    routing = Routing(model, rows)
-    hessians = HessianPool(rows, encoder_outputs.has, routed=routing.rows)
+    all_rows = _rows(calibration.batches, config)
+    rows = ranks.share(all_rows)
+    routing = Routing(model, rows, ranks)
+    hessians = HessianPool(rows, encoder_outputs.has, ranks, routing.rows)
     quantizer = LayerQuantizer(
         plan,
         modules,
@@ -82,10 +90,11 @@ def quantize_layers(
         timers=timers,
         progress=progress,
         keep_open=blocks,
+        ranks=ranks,
     )
     notes = [] if native.available() else [f"the compiled solver is not in use ({native.why_not()}): slower"]
     with torch.no_grad(), timers.time("walk"):
-        if not batches:
+        if not calibration.batches:
             _meet_without_inputs(modules, quantizer, weights)
             return notes
         with encoder_outputs, weights.on_demand(quantizer.restore):
@@ -97,25 +106,45 @@ def quantize_layers(
             traffic = walk(
                 routing.meeting_points(modules),
                 jobs,
-                lambda name, arrivals: (
-                    routing.meet if name in routing.points else quantizer.meet
-                )(name, arrivals),
+                _meeting(routing, quantizer, weights),
                 references=references,
                 blocks=blocks,
                 leave=leave,
                 gathered=weights.keep,
+                earliest=ranks.first,
             )
-        traffic = routing.without_points(traffic)
+        traffic = _of_all(routing.without_points(traffic), ranks)
         _meet_without_inputs(traffic.unreached, quantizer, weights)
         for block in blocks:  # those that no batch went through as a whole
             quantizer.close(block)
-    if paired and not any(batch.held_out for batch in rows):
+    if paired and not any(batch.held_out for batch in all_rows):
         notes.append(
             "a single calibration sequence leaves none to hold out: no automatic correction, no refit, and true "
             "errors were not measured. Give more text"
         )
-    notes += [*_traffic_notes(traffic, hessians), *tuner.notes(sink.records)]
+    unmaskable = sum(ranks.collect(hessians.unmaskable), Counter[str]())
+    notes += [*_traffic_notes(traffic, unmaskable), *tuner.notes(sink.records)]
     return notes + (_pairing_notes(traffic, sink.records) if paired else [])
+
+
+def _meeting(routing: Routing, quantizer: LayerQuantizer, weights: Weights) -> Meet:
+    """What happens where batches wait: their tokens are given to experts, or a layer is quantized."""
+
+    def meet(name: str, arrivals: list[Arrival]) -> None:
+        if name in routing.points:
+            routing.meet(name, arrivals)
+            return
+        weights.require(name)  # where no batch of this process came, nothing was read yet
+        quantizer.meet(name, arrivals)
+
+    return meet
+
+
+def _of_all(traffic: Traffic, ranks: Ranks) -> Traffic:
+    """The traffic of all processes: they met the same layers, each with its own inputs."""
+    late = sum(ranks.collect(traffic.late), Counter[str]())
+    late_references = sum(ranks.collect(traffic.late_references), Counter[str]())
+    return replace(traffic, late=late, late_references=late_references)
 
 
 def _meet_without_inputs(names: Iterable[str], quantizer: LayerQuantizer, weights: Weights) -> None:
@@ -175,7 +204,7 @@ def _needs_full_precision(config: QuantConfig) -> bool:
     return config.effective_correction != 0 or config.refit or config.tune
 
 
-def _traffic_notes(traffic: Traffic, hessians: HessianPool) -> list[str]:
+def _traffic_notes(traffic: Traffic, unmaskable: Mapping[str, int]) -> list[str]:
     notes = []
     if traffic.late:
         count = sum(traffic.late.values())
@@ -187,10 +216,10 @@ def _traffic_notes(traffic: Traffic, hessians: HessianPool) -> list[str]:
             f"no calibration token reached {len(traffic.unreached)} layers, for example {traffic.unreached[0]}: "
             "round-to-nearest was used there"
         )
-    if hessians.unmaskable:
+    if unmaskable:
         notes.append(
-            f"{len(hessians.unmaskable)} layers see other rows than the tokens, so padding could not be told apart "
-            f"there, for example {next(iter(hessians.unmaskable))}: use batch_size 1 to have none"
+            f"{len(unmaskable)} layers see other rows than the tokens, so padding could not be told apart "
+            f"there, for example {next(iter(unmaskable))}: use batch_size 1 to have none"
         )
     return notes
 
