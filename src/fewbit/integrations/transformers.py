@@ -281,8 +281,8 @@ def _folder(files: list[str] | None) -> str:
 def _modules_of(model: PreTrainedModel, names: list[str]) -> list[tuple[str, str]]:
     """(name in the file, name in the model) of every layer that this class has.
 
-    Names go through transformers' own renaming; experts that are stored one by one are taken apart. Layers that the class does not have (a head, for a bare
-    model) are left to transformers, which reports them as unexpected.
+    Names go through transformers' own renaming; experts that are stored one by one are taken apart. Layers that
+    the class does not have (a head, for a bare model) are left to transformers, which reports them as unexpected.
 
     Raises:
         CheckpointError: transformers would merge the layers into one tensor.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def routes_of(top_k_index: Tensor, experts: int) -> list[Route]:
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat, minlength=experts)[:experts].tolist()
     order = order[: sum(counts)]
-    tokens, slots = (order // k).split(counts), (order % k).split(counts)
+    tokens, slots = torch.split(order // k, counts), torch.split(order % k, counts)
     return [Route(*pair) for pair in zip(tokens, slots, strict=True)]
 
 
@@ -123,8 +124,8 @@ class UnfusedExperts(nn.Module):
         self.fused_parameters = tuple(fused._parameters)
         self.num_experts, _, self.hidden_size = fused.get_parameter(self.fused_parameters[0]).shape
         self.routing = RoutingPoint(self.num_experts)
-        # Bound to the old module, which stays alive for the settings of its activation.
-        activation: Any = fused._apply_gate if fused.has_gate else fused.act_fn
+        # The old module, now empty, stays alive for the settings of its activation.
+        activation = partial(_activation, fused)
         for number in range(self.num_experts):
             self.add_module(str(number), Expert(_layers(fused, number), activation))
         fused._parameters.clear()
@@ -233,7 +234,9 @@ def why_not(name: str, fused: nn.Module, conversions: list[WeightTransform]) -> 
     for parameter in fused._parameters:
         converter = converter_of(f"{name}.{parameter}", conversions)
         if converter is None:
-            return "the original files hold these experts fused in one tensor, for which there is no GPTQ layout"
+            return (
+                "the original files hold these experts fused in one tensor, for which there is no GPTQ layout"
+            )
         if renamings(converter, PARTS[parameter]) is None:
             return "transformers makes these experts from the files in a way that fewbit does not know"
     return None
@@ -245,9 +248,9 @@ def _has_known_shapes(fused: nn.Module, *, gated: bool) -> bool:
     if set(parameters) != {first, "down_proj"} or any(p.ndim != 3 for p in parameters.values()):
         return False
     E, inner, H = parameters[first].shape
-    return parameters["down_proj"].shape == (E, H, inner // len(PARTS[first])) and inner % len(
-        PARTS[first]
-    ) == 0
+    return (
+        parameters["down_proj"].shape == (E, H, inner // len(PARTS[first])) and inner % len(PARTS[first]) == 0
+    )
 
 
 def _fused_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -256,6 +259,13 @@ def _fused_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             p is not None and p.ndim == 3 for p in module._parameters.values()
         ):
             yield name, module
+
+
+def _activation(fused: nn.Module, first: Tensor) -> Tensor:
+    """From the outputs of gate and up, side by side, or of up alone, to the input of down."""
+    apply: Any = fused._apply_gate if fused.has_gate else fused.act_fn
+    h: Tensor = apply(first)
+    return h
 
 
 def _layers(fused: nn.Module, number: int) -> dict[str, nn.Linear]:

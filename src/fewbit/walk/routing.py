@@ -114,12 +114,11 @@ class Routing:
         missing = torch.minimum((wanted - sizes).clamp(min=0), total)
         added = {}
         for job, choice in choices.items():
-            parts = []
-            for e in range(E):
-                where = _evenly(int(missing[e]), int(total[e]), int(before[e]), int(spare[job][e]))
-                others = counted[job] & ~(choice == e).any(1) if len(where) else counted[job]
-                parts.append(others.nonzero()[where.to(choice.device), 0])
-            added[job] = parts
+            places = [
+                _evenly(*(int(numbers[e]) for numbers in (missing, total, before, spare[job])))
+                for e in range(E)
+            ]
+            added[job] = [_others(choice, counted[job], e, places[e]) for e in range(E)]
             before = before + spare[job]
         return added
 
@@ -140,7 +139,9 @@ def _module_of(layer: str) -> str:
     return layer.rsplit(".", 2)[0]
 
 
-def _each(make: Callable[[Route, Tensor], Route], routes: Sequence[Route], tokens: Sequence[Tensor]) -> list[Route]:
+def _each(
+    make: Callable[[Route, Tensor], Route], routes: Sequence[Route], tokens: Sequence[Tensor]
+) -> list[Route]:
     return [make(*pair) for pair in zip(routes, tokens, strict=True)]
 
 
@@ -160,6 +161,14 @@ def _after(route: Route, first: Tensor) -> Route:
     new = tokens[places[tokens] < 0]
     places[new] = len(first) + torch.arange(len(new), device=first.device)
     return Route(torch.cat([first, new]), route.slots, places[tokens])
+
+
+def _others(choice: Tensor, counted: Tensor, expert: int, places: Tensor) -> Tensor:
+    """Of the tokens that count and are not sent to the expert those at `places`, int64."""
+    places = places.to(choice.device)
+    if len(places) == 0:
+        return places
+    return (counted & ~(choice == expert).any(1)).nonzero()[places, 0]
 
 
 def _sent_counts(choice: Tensor, experts: int) -> Tensor:
