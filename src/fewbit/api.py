@@ -35,10 +35,11 @@ from .report.collect import PAGE_NAME, REPORT_NAME, Origin, Report, collect, wri
 from .report.model_card import CARD_NAME, model_card
 from .report.reproduce import reproduce
 from .source import Source, load_tokenizer, open_source
-from .timers import Timers
+from .timers import Timers, peak_memory_bytes
 from .walk.experts import unfuse
 from .walk.journal import Journal, check_output
-from .walk.quantizer import MemorySink, Progress
+from .walk.quantizer import Follower, MemorySink, Progress
+from .walk.ranks import Ranks, current
 from .walk.run import check_weights, quantize_layers
 from .walk.weights import StreamedWeights, Weights
 
@@ -68,6 +69,9 @@ def quantize(
     progress: Progress | None = None,
 ) -> Report | M:
     """Quantize a model with GPTQ.
+
+    Where torch.distributed has a process group, as under torchrun, its processes share the work: all of them call
+    this with the same arguments and can read the same files. Rank 0 writes; all get the same result.
 
     Args:
         model: a folder, a ``.gguf`` file or a Hub id; or an nn.Module, which is quantized in place.
@@ -113,23 +117,26 @@ def quantize(
                 "output, evaluate_on, push_to_hub and dtype are for models on disk; this one is in memory: quantize "
                 "it, then call model.save_pretrained, model.push_to_hub or fewbit.evaluate.evaluate"
             )
-        return _quantize_module(model, config, dataset, tokenizer, progress, command)
+        with current() as ranks:
+            return _quantize_module(model, config, dataset, tokenizer, progress, command, ranks)
     if output is None:
         raise ConfigError("no output folder was given: pass output=…")
     if dataset == "-" == evaluate_on:
         raise ConfigError(
             "standard input cannot be both the calibration and the evaluation text: use a file for one"
         )
-    check_output(Path(output))
     shard_bytes = parse_size(max_shard_size)
     source = open_source(model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     origin = {"name": _model_name(model), "hub_id": None if Path(model).expanduser().exists() else str(model)}
     job = _PathJob(source, config, Path(output), progress, origin, command, push_to_hub)
-    where = resolve_device(device)
-    # Read before the work, so that a text that cannot be used is refused now.
-    evaluation = None if evaluate_on is None else job.evaluation(evaluate_on, tokenizer)
-    report = job.run(dataset, tokenizer, where, resume, shard_bytes, evaluation)
-    if push_to_hub is not None:
+    with current() as ranks:
+        if ranks.leader:
+            check_output(job.output)
+        where = resolve_device(device)
+        # Read before the work, so that a text that cannot be used is refused now.
+        evaluation = None if evaluate_on is None else job.evaluation(evaluate_on, tokenizer)
+        report = job.run(dataset, tokenizer, where, resume, shard_bytes, evaluation, ranks)
+    if push_to_hub is not None and ranks.leader:
         _upload(job.output, push_to_hub)
     return report
 
@@ -178,7 +185,9 @@ class _PathJob:
         resume: bool,
         shard_bytes: int,
         evaluation: _Evaluation | None,
+        ranks: Ranks,
     ) -> Report:
+        _check_ranks(self.config, dataset, ranks)
         start, timers = time.perf_counter(), Timers(device)
         with timers.time("calibration"):
             model_config = self.source.load_config()
@@ -190,17 +199,22 @@ class _PathJob:
         origin = Origin.of(model, **self.origin, files=self.source.weight_files())
         with timers.time("check"):
             fingerprint = _fingerprint(self.config, calibration, self.source.fingerprint())
+            ranks.alike(**fingerprint)
+        if not ranks.leader:
+            return self._follow(model, weights, plan, calibration, timers, ranks)
         journal = Journal(self.output, fingerprint, resume)
         try:
-            resumed = len(journal.records)
+            resumed = len(ranks.from_leader(journal.records))
             store = budget.Store(journal.folder, fingerprint, journal.records)
             plan, choice = budget.meet(
                 model, plan, self.config, calibration, timers, self.progress, store, weights
             )
+            ranks.from_leader(plan)
             notes = [*self.source.notes, *plan.notes, *calibration.notes, *journal.notes, *choice]
             notes += quantize_layers(
-                model, plan, self.config, calibration, journal, timers, self.progress, weights
+                model, plan, self.config, calibration, journal, timers, self.progress, weights, ranks
             )
+            peak = _peak(ranks)
             with timers.time("write"):
                 self._write(model, weights, plan, calibration, journal, shard_bytes, tokenizer)
             report = collect(
@@ -216,6 +230,8 @@ class _PathJob:
                 timers=timers,
                 resumed_layers=resumed,
                 command=self.command,
+                ranks=ranks.world,
+                peak=peak,
             )
             self._leave(report)
             if evaluation is not None:
@@ -228,6 +244,24 @@ class _PathJob:
         finally:
             journal.close()
         _log(report)
+        return ranks.from_leader(report)
+
+    def _follow(
+        self,
+        model: nn.Module,
+        weights: Weights,
+        plan: Plan,
+        calibration: Calibration,
+        timers: Timers,
+        ranks: Ranks,
+    ) -> Report:
+        """The same in the processes that do not write, from the journal on."""
+        sink = Follower(ranks.from_leader({}))
+        plan = ranks.from_leader(plan)
+        quantize_layers(model, plan, self.config, calibration, sink, timers, _silent, weights, ranks)
+        _peak(ranks)
+        report: Any = ranks.from_leader(None)
+        assert isinstance(report, Report)
         return report
 
     def _open(self, device: torch.device, timers: Timers) -> tuple[nn.Module, Weights]:
@@ -305,11 +339,19 @@ class _PathJob:
 
 
 def _quantize_module(
-    model: M, config: QuantConfig, dataset: Any, tokenizer: Any, progress: Progress, command: str
+    model: M,
+    config: QuantConfig,
+    dataset: Any,
+    tokenizer: Any,
+    progress: Progress,
+    command: str,
+    ranks: Ranks,
 ) -> M:
     """Quantize a model in memory, in place. An error midway leaves it partly changed."""
     from .runtime.replace import replace_layers
 
+    _check_ranks(config, dataset, ranks)
+    choice: list[str] = []
     start, sink = time.perf_counter(), MemorySink()
     timers = Timers(next((parameter.device for parameter in model.parameters()), None))
     if getattr(getattr(model, "config", None), "quantization_config", None):
@@ -321,9 +363,12 @@ def _quantize_module(
     origin = Origin.of(model, type(model).__name__)
     was_training = model.training
     model.eval()
-    plan, choice = budget.meet(model, plan, config, calibration, timers, progress)
+    ranks.alike(**_fingerprint(config, calibration, _ranges(model) if ranks.world > 1 else ""))
+    if ranks.leader:
+        plan, choice = budget.meet(model, plan, config, calibration, timers, progress)
+    plan, choice = ranks.from_leader((plan, choice))
     notes = [*plan.notes, *calibration.notes, *choice]
-    notes += quantize_layers(model, plan, config, calibration, sink, timers, progress)
+    notes += quantize_layers(model, plan, config, calibration, sink, timers, progress, ranks=ranks)
     quantization = _quantization_config(config, model, plan, calibration)
     replace_layers(model, plan, sink.tensors, quantization)
     report = collect(
@@ -339,10 +384,38 @@ def _quantize_module(
         timers=timers,
         resumed_layers=0,
         command=command,
+        ranks=ranks.world,
+        peak=_peak(ranks),
     )
-    _log(report)
+    if ranks.leader:
+        _log(report)
     model.fewbit_report = report  # type: ignore[assignment]
     return model.train() if was_training else model
+
+
+def _check_ranks(config: QuantConfig, dataset: Any, ranks: Ranks) -> None:
+    """Raises ConfigError for what one process alone can do."""
+    if ranks.world == 1:
+        return
+    if config.tune:
+        raise ConfigError(
+            f"tuning learns from all batches in one process, but there are {ranks.world}: leave out --tune, or start "
+            "without torchrun"
+        )
+    if dataset == "-":
+        raise ConfigError(
+            f"standard input cannot be read by all {ranks.world} processes: save the calibration text to a file"
+        )
+
+
+def _peak(ranks: Ranks) -> int | None:
+    """Memory of the process that had the most, in bytes; None where unknown."""
+    return max((peak for peak in ranks.collect(peak_memory_bytes()) if peak is not None), default=None)
+
+
+def _ranges(model: nn.Module) -> str:
+    """The smallest and largest value of every weight: enough to tell models apart that should be the same."""
+    return str([[float(value) for value in p.detach().aminmax()] for p in model.parameters() if p.numel()])
 
 
 def _log(report: Report) -> None:

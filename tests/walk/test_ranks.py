@@ -31,7 +31,7 @@ def exchanges(ranks):
         "part total": float(part.total(matrix[part.rows].float().sum())),
         "tiny": ranks.part(ranks.world - 1).rows,
         "collect": ranks.collect(f"rank {ranks.rank}"),
-        "leader": ranks.from_leader(lambda: f"made by {ranks.rank}"),
+        "leader": ranks.from_leader(f"said by {ranks.rank}"),
         "tensors": {
             name: tensor.tolist()
             for name, tensor in ranks.tensors_from_leader(
@@ -58,7 +58,7 @@ def test_every_rank_gets_the_same_and_it_is_that_of_all(world):
         "part total": float(matrix.sum()),
         "tiny": slice(0, world - 1),
         "collect": [f"rank {rank}" for rank in range(world)],
-        "leader": "made by 0",
+        "leader": "said by 0",
         "tensors": {"a": matrix.T.tolist(), "none": [], "one": 3.5},
     }
 
@@ -92,10 +92,9 @@ def test_an_error_of_one_rank_ends_all_with_this_error():
 
 
 def leader_refuses(ranks):
-    def refuse():
+    if ranks.leader:
         raise ModelError("no")
-
-    return ranks.from_leader(refuse)
+    return ranks.from_leader(None)
 
 
 def test_what_the_leader_refuses_is_refused_by_all():

@@ -83,7 +83,9 @@ class Report:
         plan_notes: those of them that follow from model and settings alone.
         seconds: of the quantization. seconds_by_phase: a phase includes those inside it.
         phases: seconds and memory of each, see `timers.Phase`; the evaluation among them, if there was one.
-        peak_memory_bytes: of the process, until the checkpoint was written; None where unknown.
+        peak_memory_bytes: of the process, until the checkpoint was written; None where unknown. Of several
+            processes, the largest.
+        ranks: how many processes shared the work; times are those of the first.
         resumed_layers: layers taken over from an interrupted run; their records tell of that run.
         command: what to type to run this again.
         evaluation: results of `--eval`, if asked for: ``dataset``, ``base`` and ``quantized``.
@@ -109,6 +111,7 @@ class Report:
     resumed_layers: int
     versions: dict[str, str]
     command: str
+    ranks: int = 1
     evaluation: dict[str, Any] | None = field(default=None)
 
     @property
@@ -158,8 +161,14 @@ def collect(
     timers: Timers,
     resumed_layers: int,
     command: str,
+    ranks: int = 1,
+    peak: int | None = None,
 ) -> Report:
-    """Put a report together from the plan and the records of its layers."""
+    """Put a report together from the plan and the records of its layers.
+
+    Args:
+        peak: memory of the largest process, in bytes; by default of this one.
+    """
     layers = tuple(dict(records[layer.name]) for layer in plan.layers)
     stored_bytes = sum(layer["stored_bytes"] for layer in layers)
     fallbacks = Counter(name for layer in layers for name in layer["fallbacks"])
@@ -184,10 +193,11 @@ def collect(
         seconds=seconds,
         seconds_by_phase={phase: round(value, 3) for phase, value in timers.seconds.items()},
         phases=tuple(timers.to_list()),
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=peak_memory_bytes() if peak is None else peak,
         resumed_layers=resumed_layers,
         versions=versions(),
         command=command,
+        ranks=ranks,
     )
 
 

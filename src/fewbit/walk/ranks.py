@@ -108,13 +108,13 @@ class Ranks:
         """The values of all ranks, in rank order; any picklable ones."""
         return [value]
 
-    def from_leader(self, make: Callable[[], T]) -> T:
-        """What `make`, called on the leader alone, returned there; any picklable value."""
-        return make()
+    def from_leader(self, value: T) -> T:
+        """The leader's value, on all ranks; any picklable one."""
+        return value
 
-    def tensors_from_leader(self, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The same for tensors by name, which are on the CPU."""
-        return dict(make())
+    def tensors_from_leader(self, read: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors, by name and on the CPU, that `read` returns on the leader; it is called there alone."""
+        return dict(read())
 
     def alike(self, **facts: str) -> None:
         """Make sure that all ranks have the same facts, by name.
@@ -187,17 +187,17 @@ class _Group(Ranks):
         self._exchange(dist.all_gather_object, values, value)
         return values
 
-    def from_leader(self, make: Callable[[], T]) -> T:
-        """What `make`, called on the leader alone, returned there; any picklable value."""
-        values: list[Any] = [make() if self.leader else None]
+    def from_leader(self, value: T) -> T:
+        """The leader's value, on all ranks; any picklable one."""
+        values: list[Any] = [value if self.leader else None]
         self._exchange(dist.broadcast_object_list, values, group_src=0)
-        value: T = values[0]
-        return value
+        told: T = values[0]
+        return told
 
-    def tensors_from_leader(self, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The same for tensors by name, which are on the CPU."""
-        tensors = {name: tensor.contiguous() for name, tensor in make().items()} if self.leader else {}
-        shapes = self.from_leader(lambda: {name: (t.shape, t.dtype) for name, t in tensors.items()})
+    def tensors_from_leader(self, read: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors, by name and on the CPU, that `read` returns on the leader; it is called there alone."""
+        tensors = {name: tensor.contiguous() for name, tensor in read().items()} if self.leader else {}
+        shapes = self.from_leader({name: (t.shape, t.dtype) for name, t in tensors.items()})
         for name, (shape, dtype) in shapes.items():
             tensor = tensors.setdefault(name, torch.empty(shape, dtype=dtype))
             self._exchange(dist.broadcast, _bytes(tensor), group_src=0)
