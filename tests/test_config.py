@@ -130,15 +130,15 @@ def test_the_same_pattern_twice_is_refused():
 
 
 def test_the_order_of_overrides_is_part_of_the_fingerprint():
-    from fewbit.api import _fingerprint
+    from fewbit.api import fingerprint_of
     from fewbit.calibration import Calibration
 
     empty = Calibration(batches=[], fingerprint="none", tokens=0, sequences=0, source="none")
     rules = {"down": {"bits": 8}, "proj": {"bits": 3}}
-    one = _fingerprint(QuantConfig(override=rules), empty, "w")
-    other = _fingerprint(QuantConfig(override=dict(reversed(rules.items()))), empty, "w")
+    one = fingerprint_of(QuantConfig(override=rules), empty, "w")
+    other = fingerprint_of(QuantConfig(override=dict(reversed(rules.items()))), empty, "w")
     assert one["config"] != other["config"]
-    assert one == _fingerprint(QuantConfig(override=dict(rules)), empty, "w")
+    assert one == fingerprint_of(QuantConfig(override=dict(rules)), empty, "w")
 
 
 def test_fast_means_no_correction():

@@ -134,7 +134,7 @@ def quantize(
             check_output(job.output)
         where = resolve_device(device)
         # Read before the work, so that a text that cannot be used is refused now.
-        evaluation = None if evaluate_on is None else job.evaluation(evaluate_on, tokenizer)
+        evaluation = None if evaluate_on is None else evaluation_windows(source, evaluate_on, tokenizer)
         report = job.run(dataset, tokenizer, where, resume, shard_bytes, evaluation, ranks)
     if push_to_hub is not None and ranks.leader:
         _upload(job.output, push_to_hub)
@@ -157,12 +157,43 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def open_model(source: Source, dtype: str, device: torch.device, timers: Timers) -> tuple[nn.Module, Weights]:
+    """The model, and its weights: read block by block where the source allows it, otherwise all of them."""
+    with timers.time("load"):
+        if source.streams:
+            model, files = source.build_model(dtype)
+            unfuse(model)
+            return model, StreamedWeights(model, files, device, timers)
+        model = source.load_model(dtype, device)
+        check_weights(model)
+        unfuse(model)
+        return model, Weights(model)
+
+
 @dataclass(frozen=True)
-class _Evaluation:
+class Evaluation:
     """What the result will be measured on: token ids (count, seq_len), and where they are from."""
 
     dataset: str
     windows: Tensor
+
+
+def evaluation_windows(source: Source, dataset: Any, tokenizer: Any = None) -> Evaluation:
+    """The windows on which the result will be measured.
+
+    Raises:
+        ConfigError: the model is no causal language model.
+        CalibrationError: the text cannot be used.
+    """
+    config = source.load_config()
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(
+            "evaluation (--eval) measures causal language models; this one is an encoder-decoder: leave it out"
+        )
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or EVALUATION_SEQ_LEN
+    seq_len = min(EVALUATION_SEQ_LEN, positions)
+    text = windows(dataset, tokenizer or source.load_tokenizer(), seq_len, EVALUATION_WINDOWS)
+    return Evaluation(_text_name(dataset), text)
 
 
 @dataclass
@@ -184,7 +215,7 @@ class _PathJob:
         device: torch.device,
         resume: bool,
         shard_bytes: int,
-        evaluation: _Evaluation | None,
+        evaluation: Evaluation | None,
         ranks: Ranks,
     ) -> Report:
         _check_ranks(self.config, dataset, ranks)
@@ -192,13 +223,13 @@ class _PathJob:
         with timers.time("calibration"):
             model_config = self.source.load_config()
             tokenizer = tokenizer or self.source.load_tokenizer()
-            calibration = _calibrate(self.config, dataset, tokenizer, model_config)
-        model, weights = self._open(device, timers)
+            calibration = calibrate(self.config, dataset, tokenizer, model_config)
+        model, weights = open_model(self.source, self.config.dtype, device, timers)
         plan = make_plan(model, self.config)
         budget.check(plan, self.config)
         origin = Origin.of(model, **self.origin, files=self.source.weight_files())
         with timers.time("check"):
-            fingerprint = _fingerprint(self.config, calibration, self.source.fingerprint())
+            fingerprint = fingerprint_of(self.config, calibration, self.source.fingerprint())
             ranks.alike(**fingerprint)
         if not ranks.leader:
             return self._follow(model, weights, plan, calibration, timers, ranks)
@@ -264,31 +295,7 @@ class _PathJob:
         assert isinstance(report, Report)
         return report
 
-    def _open(self, device: torch.device, timers: Timers) -> tuple[nn.Module, Weights]:
-        """The model, and its weights: read block by block where the source allows it, otherwise all of them."""
-        with timers.time("load"):
-            if self.source.streams:
-                model, files = self.source.build_model(self.config.dtype)
-                unfuse(model)
-                return model, StreamedWeights(model, files, device, timers)
-            model = self.source.load_model(self.config.dtype, device)
-            check_weights(model)
-            unfuse(model)
-            return model, Weights(model)
-
-    def evaluation(self, dataset: Any, tokenizer: Any) -> _Evaluation:
-        """The windows on which the result will be measured."""
-        config = self.source.load_config()
-        if getattr(config, "is_encoder_decoder", False):
-            raise ConfigError(
-                "evaluation (--eval) measures causal language models; this one is an encoder-decoder: leave it out"
-            )
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None) or EVALUATION_SEQ_LEN
-        seq_len = min(EVALUATION_SEQ_LEN, positions)
-        text = windows(dataset, tokenizer or self.source.load_tokenizer(), seq_len, EVALUATION_WINDOWS)
-        return _Evaluation(_text_name(dataset), text)
-
-    def _evaluate(self, evaluation: _Evaluation, device: torch.device) -> dict[str, Any]:
+    def _evaluate(self, evaluation: Evaluation, device: torch.device) -> dict[str, Any]:
         """Perplexity of the original and of the result, and the distance between them."""
         from .runtime.load import load
 
@@ -356,14 +363,14 @@ def _quantize_module(
     timers = Timers(next((parameter.device for parameter in model.parameters()), None))
     if getattr(getattr(model, "config", None), "quantization_config", None):
         raise ModelError(f"this {type(model).__name__} is already quantized: quantize the original model")
-    calibration = _calibrate(config, dataset, tokenizer, getattr(model, "config", None))
+    calibration = calibrate(config, dataset, tokenizer, getattr(model, "config", None))
     check_weights(model)
     unfuse(model)
     plan = make_plan(model, config)
     origin = Origin.of(model, type(model).__name__)
     was_training = model.training
     model.eval()
-    ranks.alike(**_fingerprint(config, calibration, _ranges(model) if ranks.world > 1 else ""))
+    ranks.alike(**fingerprint_of(config, calibration, _ranges(model) if ranks.world > 1 else ""))
     if ranks.leader:
         plan, choice = budget.meet(model, plan, config, calibration, timers, progress)
     plan, choice = ranks.from_leader((plan, choice))
@@ -426,8 +433,12 @@ def _log(report: Report) -> None:
         _LOG.warning("%d layers needed a fallback: %s", count, name)
 
 
-def _calibrate(config: QuantConfig, dataset: Any, tokenizer: Any, model_config: Any) -> Calibration:
-    """The calibration batches; none for a run that needs none."""
+def calibrate(config: QuantConfig, dataset: Any, tokenizer: Any, model_config: Any) -> Calibration:
+    """The calibration batches; none for a run that needs none.
+
+    Raises:
+        CalibrationError: no text was given, or it cannot be used.
+    """
     methods = {config.method} | {
         s["method"] for s in config.override.values() if isinstance(s, dict) and "method" in s
     }
@@ -464,7 +475,8 @@ def _decoder_start(model_config: Any) -> int:
     )
 
 
-def _fingerprint(config: QuantConfig, calibration: Calibration, weights: str) -> dict[str, str]:
+def fingerprint_of(config: QuantConfig, calibration: Calibration, weights: str) -> dict[str, str]:
+    """What decides the bytes of the result, each as a hash; `weights` is the source's own fingerprint."""
     settings = json.dumps(config.to_dict())  # unsorted: the order of overrides decides
     return {
         "fewbit version": __version__,

@@ -34,7 +34,7 @@ _KEPT = 2
 
 _HELD_OUT_SHARE = 16
 _MOST_HELD_OUT = 8
-_PROBE_TOKENS = 2048  # of one layer; evenly taken from the held-out sequences
+PROBE_TOKENS = 2048  # of one layer; evenly taken from the held-out sequences
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class HessianPool:
             Hessian(matrix_shape(module)[1], device=device),
         )
         quantized = [arrival for arrival in arrivals if arrival.job < len(self._batches)]
-        probe = _ProbeRows(_PROBE_TOKENS // max(1, self._probed))
+        probe = _ProbeRows(PROBE_TOKENS // max(1, self._probed))
         for arrival in quantized:
             X = input_rows(module, arrival.x)
             X_full = input_rows(module, full[arrival.job])[: X.shape[0]] if full else None

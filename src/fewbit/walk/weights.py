@@ -94,6 +94,10 @@ class Weights:
     def require_all(self) -> None:
         """Have everything in memory from now on."""
 
+    def units(self) -> dict[str, int]:
+        """Bytes of every unit: here all weights are one, which stays in memory."""
+        return {REST: sum(tensor.nbytes for tensor in {*self.model.parameters(), *self.model.buffers()})}
+
     def untie(self, name: str) -> None:
         """Give the tied parameter `name` a tensor of its own, with the same values."""
         module, _, key = name.rpartition(".")
@@ -175,6 +179,10 @@ class StreamedWeights(Weights):
         for unit in self._members:
             self._load(unit)
         self._pinned = True
+
+    def units(self) -> dict[str, int]:
+        """Bytes of every unit, once it is in memory."""
+        return {unit: sum(self._get(name).nbytes for name in names) for unit, names in self._members.items()}
 
     def untie(self, name: str) -> None:
         """Give the tied parameter `name` a tensor of its own, with the same values."""
