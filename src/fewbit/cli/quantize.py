@@ -27,6 +27,8 @@ Examples:
   fewbit quantize org/model -o out --bits 3 --group-size 64 --dataset wikitext2 --eval wikitext2
 
   fewbit quantize model.gguf -o out --dataset chats.jsonl --override 'down_proj=bits:8' --ignore 'layers.0'
+
+  torchrun --nproc-per-node 8 -m fewbit quantize org/model -o out --dataset wikitext2
 """
 
 
@@ -124,30 +126,33 @@ def quantize(
         strict=strict,
     )
     from .. import api
+    from ..walk.ranks import joined
 
     quiet_libraries()
-    try:
-        with progress_bar("quantize", hidden=quiet or as_json) as progress:
-            report = api.quantize(
-                model,
-                config,
-                dataset=dataset,
-                output=output,
-                device=device,
-                resume=resume,
-                max_shard_size=max_shard_size,
-                trust_remote_code=trust_remote_code,
-                allow_pickle=allow_pickle,
-                evaluate_on=eval_dataset,
-                push_to_hub=push_to_hub,
-                progress=progress,
-            )
-    except KeyboardInterrupt as interrupt:
-        console.print(_after_interrupt(output))
-        raise typer.Exit(INTERRUPTED) from interrupt
-    if as_json:
+    with joined(device) as speaks:  # of several processes, one
+        try:
+            with progress_bar("quantize", hidden=quiet or as_json or not speaks) as progress:
+                report = api.quantize(
+                    model,
+                    config,
+                    dataset=dataset,
+                    output=output,
+                    device=device,
+                    resume=resume,
+                    max_shard_size=max_shard_size,
+                    trust_remote_code=trust_remote_code,
+                    allow_pickle=allow_pickle,
+                    evaluate_on=eval_dataset,
+                    push_to_hub=push_to_hub,
+                    progress=progress,
+                )
+        except KeyboardInterrupt as interrupt:
+            if speaks:
+                console.print(_after_interrupt(output))
+            raise typer.Exit(INTERRUPTED) from interrupt
+    if as_json and speaks:
         print(json.dumps(report.summary()))
-    elif not quiet:
+    elif speaks and not quiet:
         _show(report, verbose)
 
 
