@@ -30,7 +30,7 @@ from .ranks import Ranks
 
 # Parallel attention and feed-forward alternate between two inputs; encoder-decoder cross-attention
 # comes back to the encoder's output in every block.
-_KEPT = 2
+KEPT = 2
 
 _HELD_OUT_SHARE = 16
 _MOST_HELD_OUT = 8
@@ -181,7 +181,7 @@ class HessianPool:
         if True in same:
             return self._pool[same.index(True)]
         entry = self._accumulate(name, module, arrivals)
-        self._pool = [*self._pool[1 - _KEPT :], entry]
+        self._pool = [*self._pool[1 - KEPT :], entry]
         return entry
 
     def prune(self) -> None:

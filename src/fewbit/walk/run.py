@@ -74,7 +74,7 @@ def quantize_layers(
     ]
     blocks = _blocks_to_tune(model, plan) if config.tune and batches else {}
     encoder_outputs = _EncoderOutputs(model)
-    paired = _needs_full_precision(config)
+    paired = needs_full_precision(config)
     all_rows = _rows(calibration.batches, config)
     rows = ranks.share(all_rows)
     routing = Routing(model, rows, ranks)
@@ -157,7 +157,7 @@ def _meet_without_inputs(names: Iterable[str], quantizer: LayerQuantizer, weight
 def _rows(batches: Sequence[Mapping[str, Tensor]], config: QuantConfig) -> list[Rows]:
     """What is known of the batches' rows; with a second stream some sequences are held out."""
     rows = [Rows.of(batch) for batch in batches]
-    if not _needs_full_precision(config):
+    if not needs_full_precision(config):
         return rows
     rows = hold_out(rows)
     if batches and config.tune and not any(batch.held_out for batch in rows):
@@ -199,7 +199,7 @@ def _leaving(
     return leave
 
 
-def _needs_full_precision(config: QuantConfig) -> bool:
+def needs_full_precision(config: QuantConfig) -> bool:
     """Whether anything asks for the second stream."""
     return config.effective_correction != 0 or config.refit or config.tune
 
