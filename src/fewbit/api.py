@@ -245,7 +245,6 @@ class _PathJob:
             notes += quantize_layers(
                 model, plan, self.config, calibration, journal, timers, self.progress, weights, ranks
             )
-            peak = _peak(ranks)
             with timers.time("write"):
                 self._write(model, weights, plan, calibration, journal, shard_bytes, tokenizer)
             report = collect(
@@ -262,7 +261,7 @@ class _PathJob:
                 resumed_layers=resumed,
                 command=self.command,
                 ranks=ranks.world,
-                peak=peak,
+                peak=_peak(ranks),
             )
             self._leave(report)
             if evaluation is not None:
