@@ -243,9 +243,9 @@ def header_file(path: Path, header: bytes, data: bytes = b"") -> None:
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (b"not json", "has a damaged header"),
-        (b"[]", "not a JSON object"),
-        (b'{"__metadata__": 3}', "__metadata__ is not an object"),
+        (b"not json", "the header of .* is no valid JSON"),
+        (b"[]", "the header of .* holds no JSON object"),
+        (b'{"__metadata__": 3}', "__metadata__ does not map texts to texts"),
         (b'{"x": 3}', "unknown dtype 3"),
         (b'{"x": {"dtype": "F7", "shape": [], "data_offsets": [0, 4]}}', "unknown dtype 'F7'"),
         (b'{"x": {"dtype": "I8", "shape": [-4], "data_offsets": [0, 4]}}', r"shape \[-4\]"),

@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 import torch
 
 from ..errors import CheckpointError
+from .untrusted import LARGEST_JSON, is_tensor_name, open_regular, parse_json, shown
 
 DTYPES = {
     "F64": torch.float64,
@@ -36,7 +37,7 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-_LARGEST_HEADER = 100_000_000  # the limit of the safetensors library
+_MOST_AXES, _LARGEST = 64, 2**63  # what torch can count
 
 
 @dataclass(frozen=True)
@@ -73,47 +74,51 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     Raises:
         CheckpointError: the file is not a whole safetensors file; the message says what is wrong with it.
     """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+    file, size = open_regular(path)
+    with file:
+        try:
             length = int.from_bytes(file.read(8), "little")
-            text = file.read(length) if length <= min(size - 8, _LARGEST_HEADER) else b""
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+            text = file.read(length) if length <= min(size - 8, LARGEST_JSON) else b""
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     if size < 8 or len(text) != length:
         raise CheckpointError(f"{path} is cut short or no safetensors file: {size} bytes, header of {length}")
-    try:
-        entries = json.loads(text, object_pairs_hook=_refuse_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} has a damaged header: {error}") from error
-    if not isinstance(entries, dict):
-        raise CheckpointError(f"{path} has a damaged header: not a JSON object")
+    entries = parse_json(text, f"the header of {path}", _refuse_duplicates)
     metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise CheckpointError(f"{path} has a damaged header: __metadata__ is not an object")
-    infos = {name: _tensor_info(path, name, entry, 8 + length) for name, entry in entries.items()}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path} has a damaged header: __metadata__ does not map texts to texts")
+    infos = {name: _tensor_info(path, name, entry, 8 + length, size) for name, entry in entries.items()}
     _check_contiguous(path, infos, 8 + length, size)
     return infos, metadata
 
 
-def _tensor_info(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
-    dtype = DTYPES.get(str(entry.get("dtype"))) if isinstance(entry, Mapping) else None
+def _tensor_info(path: Path, name: str, entry: object, data_start: int, size: int) -> TensorInfo:
+    if not is_tensor_name(name):
+        raise CheckpointError(f"{path} has a damaged header: a tensor is called {shown(name)}")
+    stated = entry.get("dtype") if isinstance(entry, Mapping) else entry
+    dtype = DTYPES.get(stated) if isinstance(stated, str) else None
     if not isinstance(entry, Mapping) or dtype is None:
-        kind = entry.get("dtype") if isinstance(entry, Mapping) else entry
-        raise CheckpointError(f"{path}: tensor {name} has the unknown dtype {kind!r}")
+        raise CheckpointError(f"{path}: tensor {name} has the unknown dtype {shown(stated)}")
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
-    if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{path}: tensor {name} has shape {shape!r} and data_offsets {offsets!r}")
-    if offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
+    if (
+        not _whole_numbers(shape)
+        or not _whole_numbers(offsets)
+        or len(offsets) != 2
+        or len(shape) > _MOST_AXES
+    ):
         raise CheckpointError(
-            f"{path}: tensor {name} of shape {shape} and dtype {entry['dtype']} "
-            f"cannot lie in {offsets[1] - offsets[0]} bytes"
+            f"{path}: tensor {name} has shape {shown(shape)} and data_offsets {shown(offsets)}"
+        )
+    if offsets[1] > size or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
+        raise CheckpointError(
+            f"{path}: tensor {name} of shape {shape} and dtype {entry['dtype']} cannot lie in "
+            f"{offsets[1] - offsets[0]} bytes of a file of {size}"
         )
     return TensorInfo(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
 
 def _whole_numbers(values: object) -> TypeGuard[list[int]]:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < _LARGEST for value in values)
 
 
 def _check_contiguous(path: Path, infos: Mapping[str, TensorInfo], data_start: int, size: int) -> None:

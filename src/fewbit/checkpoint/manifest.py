@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import OutputError
+from ..errors import CheckpointError, OutputError
+from .untrusted import read_bytes, stays_inside
 
 NAME = "fewbit_manifest.json"
 _CHUNK = 1 << 23
@@ -65,9 +66,12 @@ def problems(folder: Path) -> list[tuple[str, str]]:
     path = folder / NAME
     if not path.exists():
         return []
-    raw = path.read_bytes()
+    try:
+        raw = read_bytes(path)
+    except CheckpointError as error:
+        return [(NAME, str(error))]
     files = _decode(raw)
-    if files is None:
+    if files is None or not all(map(stays_inside, files)):
         return [(NAME, "was changed since fewbit wrote it; nothing it lists can be trusted")]
     found = []
     for name, expected in files.items():
@@ -76,8 +80,8 @@ def problems(folder: Path) -> list[tuple[str, str]]:
             found.append((name, "is listed in the manifest but missing"))
         elif file.stat().st_size != expected.size:
             found.append((name, f"has {file.stat().st_size} bytes; {expected.size} were written"))
-        elif hash_file(file) != expected.sha256:
-            found.append((name, "was changed since it was written (SHA-256 differs)"))
+        elif _hash_of(file) != expected.sha256:
+            found.append((name, "was changed since it was written (SHA-256 differs), or cannot be read"))
     return found
 
 
@@ -86,7 +90,14 @@ def _decode(raw: bytes) -> dict[str, FileHash] | None:
         listed = json.loads(raw)["files"]
         files = {name: FileHash(entry["size"], entry["sha256"]) for name, entry in listed.items()}
         return files if encode(files) == raw else None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _hash_of(path: Path) -> str | None:
+    try:
+        return hash_file(path)
+    except OSError:
         return None
 
 

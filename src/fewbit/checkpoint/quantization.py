@@ -7,14 +7,18 @@ A key that begins with ``-:`` names layers that are not quantized; ``+:`` or not
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import regex
+
 from .. import __version__
 from ..config import BITS, FORMATS, LayerSettings, QuantConfig
 from ..errors import CheckpointError
+from .untrusted import shown
 
 # The key `lm_head` speaks for these; they get a rule only where their settings differ.
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out")
@@ -36,6 +40,12 @@ _KNOWN_KEYS = {
     "modules_in_block_to_quantize",
     "meta",
 }
+
+
+# What a stranger's regular expression may cost.
+_PATTERN_SECONDS = 1.0
+_MOST_REPETITIONS = 1000
+_LONGEST_PATTERN = 1_000_000
 
 
 class LayerFormat(NamedTuple):
@@ -81,11 +91,15 @@ class CheckpointSettings:
         return LayerFormat(self.bits, self.group_size, self.sym, self.desc_act)
 
     def layer(self, name: str) -> LayerFormat | None:
-        """The format of the layer called `name`; None where the configuration leaves it unquantized."""
+        """The format of the layer called `name`; None where the configuration leaves it unquantized.
+
+        Raises:
+            CheckpointError: an expression in `dynamic` takes forever.
+        """
         base = self.base
         is_output = name.rpartition(".")[2] in OUTPUT_EMBEDDINGS
         for pattern, override in self.dynamic.items():
-            if re.match(pattern.removeprefix("-:").removeprefix("+:"), name):
+            if _matches(pattern.removeprefix("-:").removeprefix("+:"), name):
                 if pattern.startswith("-:") or (is_output and not self.lm_head):
                     return None
                 return base._replace(**{key: override[key] for key in LayerFormat._fields if key in override})
@@ -154,7 +168,7 @@ def parse(
         raise CheckpointError(f"{where} has no quant_method; fewbit reads checkpoints that say 'gptq'")
     if str(method).lower() != "gptq":
         raise CheckpointError(
-            f"{where} says quant_method {method!r}; fewbit reads 'gptq' only. "
+            f"{where} says quant_method {shown(method)}; fewbit reads 'gptq' only. "
             "Load this checkpoint with the tool that made it, or quantize the original model with fewbit."
         )
     assumed = [key for key in ("sym", "desc_act") if values.get(key) is None]
@@ -256,15 +270,15 @@ def _format_of(settings: LayerSettings) -> LayerFormat:
 def _bits(value: object, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value not in BITS:
         raise CheckpointError(
-            f"{where} has bits {value!r}; GPTQ checkpoints have {', '.join(map(str, BITS))}"
+            f"{where} has bits {shown(value)}; GPTQ checkpoints have {', '.join(map(str, BITS))}"
         )
     return value
 
 
 def _group_size(value: object, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or (value != -1 and value <= 0):
+    if isinstance(value, bool) or not isinstance(value, int) or not (value == -1 or 0 < value < 2**31):
         raise CheckpointError(
-            f"{where} has group_size {value!r}; it must be positive, or -1 for one group per row"
+            f"{where} has group_size {shown(value)}; it must be positive, or -1 for one group per row"
         )
     return value
 
@@ -272,7 +286,7 @@ def _group_size(value: object, where: str) -> int:
 def _boolean(values: Mapping[str, Any], key: str, where: str) -> bool:
     value = values.get(key)
     if value is not None and not isinstance(value, bool):
-        raise CheckpointError(f"{where} has {key} {value!r}; it must be true or false")
+        raise CheckpointError(f"{where} has {key} {shown(value)}; it must be true or false")
     return bool(value)
 
 
@@ -288,7 +302,7 @@ def _format(values: Mapping[str, Any], where: str, assumed: list[str]) -> str:
         return "gptq"
     if given not in FORMATS:
         raise CheckpointError(
-            f"{where} has checkpoint_format {given!r}; fewbit reads {' and '.join(FORMATS)}"
+            f"{where} has checkpoint_format {shown(given)}; fewbit reads {' and '.join(FORMATS)}"
         )
     return str(given)
 
@@ -297,17 +311,14 @@ def _check_dynamic(dynamic: object, where: str) -> None:
     if not isinstance(dynamic, Mapping):
         raise CheckpointError(f"{where} has dynamic of type {type(dynamic).__name__}; it must be an object")
     for pattern, override in dynamic.items():
-        try:
-            re.compile(pattern.removeprefix("-:").removeprefix("+:"))
-        except re.error as error:
-            raise CheckpointError(
-                f"{where}: dynamic {pattern!r} is not a regular expression: {error}"
-            ) from error
+        _check_pattern(pattern.removeprefix("-:").removeprefix("+:"), where)
         if pattern.startswith("-:"):
             continue
         if not isinstance(override, Mapping):
-            raise CheckpointError(f"{where}: dynamic {pattern!r} must hold settings, not {override!r}")
-        here = f"{where}, dynamic {pattern!r},"
+            raise CheckpointError(
+                f"{where}: dynamic {shown(pattern)} must hold settings, not {shown(override)}"
+            )
+        here = f"{where}, dynamic {shown(pattern)},"
         if "bits" in override:
             _bits(override["bits"], here)
         if "group_size" in override:
@@ -316,19 +327,46 @@ def _check_dynamic(dynamic: object, where: str) -> None:
             _boolean(override, key, here)
 
 
+def _check_pattern(pattern: str, where: str) -> None:
+    """Only expressions that mean the same to `re`, and whose repetitions do not fill the memory of `regex`."""
+    counts = [int(n) for n in re.findall(r"\d+", " ".join(re.findall(r"\{[^}]*\}?", pattern)))[:100]]
+    if math.prod(max(n, 1) for n in counts) > _MOST_REPETITIONS or len(pattern) > _LONGEST_PATTERN:
+        raise CheckpointError(
+            f"{where}: dynamic {shown(pattern)} is longer or repeats more than any list of layers"
+        )
+    try:
+        re.compile(pattern)
+        regex.compile(pattern)
+    except (re.error, regex.error, OverflowError, RecursionError) as error:
+        raise CheckpointError(
+            f"{where}: dynamic {shown(pattern)} is not a regular expression: {error}"
+        ) from error
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """`re.match`, but a pattern that makes it run for ages (``(a+)+b``) is an error."""
+    try:
+        return regex.match(pattern, name, timeout=_PATTERN_SECONDS) is not None
+    except TimeoutError as error:
+        raise CheckpointError(
+            f"the expression {shown(pattern)} under dynamic takes more than {_PATTERN_SECONDS} s to match {name}; "
+            "write it without nested repetitions"
+        ) from error
+
+
 def _modules_in_block(value: object, where: str) -> tuple[str, ...] | None:
     if value is None:
         return None
     if not isinstance(value, list):
         raise CheckpointError(
-            f"{where} has modules_in_block_to_quantize {value!r}; it must be a list of names"
+            f"{where} has modules_in_block_to_quantize {shown(value)}; it must be a list of names"
         )
     names: list[str] = []
     for item in value:
         names += item if isinstance(item, list) else [item]
     if not all(isinstance(name, str) for name in names):
         raise CheckpointError(
-            f"{where} has modules_in_block_to_quantize {value!r}; it must be a list of names"
+            f"{where} has modules_in_block_to_quantize {shown(value)}; it must be a list of names"
         )
     return tuple(names)
 

@@ -7,7 +7,6 @@ that exist. What contradicts itself is refused here with a `CheckpointError`; `v
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from . import layout, quantization
 from .header import TensorInfo, read_header
 from .layout import G_IDX, PARTS, QWEIGHT, QZEROS, SCALES
 from .quantization import CheckpointSettings
+from .untrusted import is_plain_name, read_json, shown
 from .writer import CONFIG, INDEX, MARKER, QUANTIZE_CONFIG, SINGLE
 
 _PICKLES = ("*.bin", "*.pt", "*.pth")
@@ -173,7 +173,9 @@ def find_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Path]:
             f"nor is there a {QUANTIZE_CONFIG}. Quantize it with: fewbit quantize {folder} -o OUT"
         )
     if not isinstance(found, dict):
-        raise CheckpointError(f"{config_path} has a quantization_config that is no JSON object: {found!r}")
+        raise CheckpointError(
+            f"{config_path} has a quantization_config that is no JSON object: {shown(found)}"
+        )
     return config, found, config_path
 
 
@@ -209,8 +211,13 @@ def find_weights(folder: Path, base_name: str | None = None) -> tuple[Path | Non
     """(index or None, weight files) of a folder: what transformers would load, else AutoGPTQ's names.
 
     Raises:
-        CheckpointError: no safetensors files, several candidates, or an unreadable index.
+        CheckpointError: no safetensors files, several candidates, an unreadable index, or a `base_name` that
+            leads out of the folder.
     """
+    if base_name and not is_plain_name(base_name):
+        raise CheckpointError(
+            f"{folder} has model_file_base_name {shown(base_name)}, which is not a file in its folder"
+        )
     stems = [SINGLE.removesuffix(".safetensors"), *([base_name] if base_name else [])]
     for stem in stems:
         single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
@@ -246,8 +253,8 @@ def read_weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map from tensor names to files")
     for file in set(weight_map.values()):
-        if Path(file).name != file:
-            raise CheckpointError(f"{index} names {file!r}, which is not a file in its folder")
+        if not is_plain_name(file):
+            raise CheckpointError(f"{index} names {shown(file)}, which is not a file in its folder")
     return weight_map
 
 
@@ -312,20 +319,3 @@ def _in_features(parts: Mapping[str, TensorInfo], bits: int, group_size: int, gr
         return parts[G_IDX].shape[0]
     packed = parts[QWEIGHT].shape[0] * 32 // bits
     return packed if group_size == -1 else min(packed, groups * group_size)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        CheckpointError: it cannot be read or holds something else.
-    """
-    try:
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return values

@@ -9,6 +9,7 @@ original weight.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -34,9 +35,9 @@ from .reader import (
     layer_names,
     layer_spec,
     open_weights,
-    read_json,
     read_weight_map,
 )
+from .untrusted import read_json
 from .writer import QUANTIZE_CONFIG
 
 # Writers that take 1 off whole words in format "gptq": what looks overwritten is exact in their files.
@@ -232,9 +233,13 @@ def uneven_blocks(names: Iterable[str]) -> Iterator[Problem]:
         module, _, part = rest.rpartition(".")
         families[family][int(number)].add(f"{module}.weight" if part in PARTS else rest)
     for family, blocks in families.items():
-        for number in range(max(blocks)):
-            if number not in blocks:
-                yield Problem(f"{family}.{number}", f"is missing, but there is a {family}.{max(blocks)}")
+        # Gaps as wholes: a stranger may number one block 10^12.
+        for before, after in itertools.pairwise([-1, *sorted(blocks)]):
+            if after - before > 1:
+                others = f", as are {after - before - 2} after it" if after - before > 2 else ""
+                yield Problem(
+                    f"{family}.{before + 1}", f"is missing{others}, but there is a {family}.{max(blocks)}"
+                )
         usual, count = Counter(map(frozenset, blocks.values())).most_common(1)[0]
         if 2 * count <= len(blocks):
             continue

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ..checkpoint.reader import read_json
+from ..checkpoint.untrusted import read_json
 from ..errors import CalibrationError
 from ..evaluate import Evaluation, evaluate, windows
 from ..source import Source, open_source
