@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from models import tiny_model, tiny_tokenizer
 
 EXPERTS, TOP_K, HIDDEN, INNER = 6, 2, 32, 32
@@ -53,7 +54,12 @@ def tiny_moe(family: str, seed: int = 0, **changes: Any) -> Any:
             torch.nn.init.normal_(parameter, std=0.8 / parameter.shape[-1] ** 0.5)
         elif parameter.shape == (EXPERTS, HIDDEN) and name.endswith(("gate.weight", "router.weight")):
             v, u, small = torch.randn(3, HIDDEN)
-            parameter.data = torch.stack([v, -v, u, -u, 0.3 * small, torch.zeros(HIDDEN)]) / HIDDEN**0.5
+            parameter.data = torch.stack([v, -v, u, -u, 0.1 * small, torch.zeros(HIDDEN)]) / HIDDEN**0.5
+    # Correlated inputs, as in trained models: otherwise there is little for GPTQ to gain.
+    embedding = model.get_input_embeddings().weight
+    embedding.data = (
+        torch.randn(len(embedding), HIDDEN) * 0.7 ** torch.arange(HIDDEN) @ torch.randn(HIDDEN, HIDDEN)
+    )
     model.set_experts_implementation("eager")
     return model
 

@@ -5,8 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import random_sequences, tiny_model
-from moe_models import EXPERTS, HIDDEN, INNER, MOE_SHAPES, tiny_moe
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -16,6 +14,8 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from fewbit.config import QuantConfig
 from fewbit.plan import make_plan
 from fewbit.walk.experts import UnfusedExperts, routes_of, unfuse, unfused_modules, why_fused, why_not
+from models import random_sequences, tiny_model
+from moe_models import EXPERTS, HIDDEN, INNER, MOE_SHAPES, tiny_moe
 
 TOKENS = torch.randint(4, 100, (2, 20), generator=torch.Generator().manual_seed(3))
 

@@ -1,17 +1,18 @@
 """Which tokens an expert's Hessian is made of, against sums in float64."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
-from models import random_sequences
-from moe_models import EXPERTS, HIDDEN, STARVED, UNREACHED, tiny_moe
 from torch import nn
 
 from fewbit.walk.experts import unfuse, unfused_modules
 from fewbit.walk.hessians import HessianPool, Rows, hold_out
 from fewbit.walk.lockstep import walk
 from fewbit.walk.routing import TOKENS_PER_FEATURE, Routing, _evenly
+from models import random_sequences
+from moe_models import EXPERTS, HIDDEN, STARVED, UNREACHED, tiny_moe
 
 WANTED = TOKENS_PER_FEATURE * HIDDEN
 LENGTH = 30
@@ -178,9 +179,7 @@ def test_evenly_spaced_places_do_not_depend_on_how_they_are_shared():
         whole = _evenly(wanted, total, 0, total)
         assert whole.tolist() == [i * total // wanted for i in range(wanted)]
         cuts = [0, total // 3, total // 3, total // 2, total]
-        shares = [
-            _evenly(wanted, total, a, b - a) + a for a, b in zip(cuts, cuts[1:], strict=False) if b >= a
-        ]
+        shares = [_evenly(wanted, total, a, b - a) + a for a, b in pairwise(cuts)]
         assert torch.cat(shares).tolist() == whole.tolist()
     assert len(_evenly(0, 10, 0, 10)) == 0
 
