@@ -32,6 +32,9 @@ from .ranks import Ranks
 # comes back to the encoder's output in every block.
 KEPT = 2
 
+# Rows of an expert that are added to its Hessian at a time.
+_JOINED_ROWS = 4096
+
 _HELD_OUT_SHARE = 16
 _MOST_HELD_OUT = 8
 PROBE_TOKENS = 2048  # of one layer; evenly taken from the held-out sequences
@@ -219,6 +222,7 @@ class HessianPool:
         )
         quantized = [arrival for arrival in arrivals if arrival.job < len(self._batches)]
         probe = _ProbeRows(PROBE_TOKENS // max(1, self._probed))
+        rows = _JoinedRows(entry.hessian)
         for arrival in quantized:
             X = input_rows(module, arrival.x)
             X_full = input_rows(module, full[arrival.job])[: X.shape[0]] if full else None
@@ -231,7 +235,11 @@ class HessianPool:
                 held = held.to(X.device)
                 probe.add(X, X_full, held if mask is None else held & mask)
                 mask = ~held if mask is None else mask & ~held
-            entry.hessian.add(X, mask, X_full)
+            if routed is None:
+                entry.hessian.add(X, mask, X_full)
+            else:
+                rows.add(X, mask, X_full)
+        rows.flush()
         entry.hessian.dropped += probe.dropped
         self._sum_up(entry)
         entry.probe = self._gathered(probe, entry.hessian.n, device) if holding_out else None
@@ -261,7 +269,7 @@ class HessianPool:
             if routed is not None and routed.paired and arrival.job in full:
                 continue
             # Tokens that were sent to an expert: in each stream others.
-            strange = not isinstance(module, nn.Conv2d) and counts and x[..., 0].numel() not in counts
+            strange = not isinstance(module, nn.Conv2d) and counts and x.shape[:-1].numel() not in counts
             if strange or arrival.job not in full or full[arrival.job].shape != x.shape:
                 return {}
         return full
@@ -295,6 +303,32 @@ class HessianPool:
 def _unrelated(probe: Probe) -> bool:
     """Whether the rows of the two streams differ like rows of different tokens, however alike their shapes."""
     return bool((probe.X_full - probe.X).square().sum() > probe.X_full.square().sum())
+
+
+class _JoinedRows:
+    """Adds the rows of many batches to a Hessian a few thousand at a time.
+
+    An expert gets a few rows of each batch: one by one they would go through the whole matrix every time.
+    """
+
+    def __init__(self, hessian: Hessian) -> None:
+        self._hessian = hessian
+        self._parts: list[tuple[Tensor, Tensor | None]] = []
+
+    def add(self, X: Tensor, mask: Tensor | None, X_full: Tensor | None) -> None:
+        if mask is not None:
+            X, X_full = X[mask], None if X_full is None else X_full[mask]
+        self._parts.append((X, X_full))
+        if sum(len(rows) for rows, _ in self._parts) >= _JOINED_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self._parts:
+            return
+        full = [rows for _, rows in self._parts if rows is not None]
+        X = torch.cat([rows for rows, _ in self._parts])
+        self._hessian.add(X, None, torch.cat(full) if full else None)
+        self._parts.clear()
 
 
 class _ProbeRows:
