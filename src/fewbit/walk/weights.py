@@ -11,8 +11,10 @@ transformers' own conversion is given the unit's tensors alone.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from ..plan import block_of, output_embedding_name
 from ..timers import Timers
 
 Restore = Callable[[str], None]
+Reading = Callable[[], AbstractContextManager[None]]
 
 _CHUNK = 1 << 24  # bytes; a multiple of every dtype's size
 
@@ -105,8 +108,12 @@ class Weights:
         setattr(self.model.get_submodule(module), key, nn.Parameter(parameter, requires_grad=False))
 
     @contextmanager
-    def on_demand(self, restore: Restore) -> Iterator[None]:
-        """While entered, units come by themselves; ``restore(unit)`` is called after one was read."""
+    def on_demand(self, restore: Restore, reading: Reading = nullcontext) -> Iterator[None]:
+        """While entered, units come by themselves.
+
+        Args:
+            restore: called with a unit that was read. reading: gives what is entered for both.
+        """
         yield
 
     def parts(self, without: Collection[str] = ()) -> Iterator[list[str]]:
@@ -171,8 +178,11 @@ class StreamedWeights(Weights):
         if self._pinned:
             return
         kept = {REST}.union(*(self._units_at(name) for name in names))
-        for unit in [unit for unit in self._loaded if unit not in kept]:
+        gone = [unit for unit in self._loaded if unit not in kept]
+        for unit in gone:
             self._release(unit)
+        if gone:
+            _give_freed_memory_back()
 
     def require_all(self) -> None:
         """Have everything in memory from now on."""
@@ -196,8 +206,8 @@ class StreamedWeights(Weights):
         self._members.setdefault(unit, []).append(name)
 
     @contextmanager
-    def on_demand(self, restore: Restore) -> Iterator[None]:
-        """While entered, units come by themselves; ``restore(unit)`` is called after one was read."""
+    def on_demand(self, restore: Restore, reading: Reading = nullcontext) -> Iterator[None]:
+        """While entered, units come by themselves."""
         owners: dict[str, set[str]] = {}
         for name in self._names:
             owners.setdefault(name.rpartition(".")[0], set()).add(self._unit_of[name])
@@ -207,8 +217,9 @@ class StreamedWeights(Weights):
 
         def hook(units: Iterable[str]) -> Callable[..., None]:
             def load(module: nn.Module, arguments: Any) -> None:
-                for unit in units:
-                    self._load(unit)
+                with reading():
+                    for unit in units:
+                        self._load(unit)
 
             return load
 
@@ -395,6 +406,13 @@ def _move_computed(model: nn.Module, device: torch.device) -> None:
             for tensor in tensors.values():
                 if tensor is not None and not tensor.is_meta:
                     tensor.data = tensor.data.to(device)
+
+
+def _give_freed_memory_back() -> None:
+    """Let the C library hand free memory to the system: by itself glibc keeps a growing, fragmented heap."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager
