@@ -140,6 +140,11 @@ def peak_memory_bytes() -> int | None:
     return None if sys.platform == "win32" else _highest_resident_bytes()
 
 
+def memory_in_use_bytes() -> int:
+    """Resident size of this process now; where the system does not say, its largest so far, or 0."""
+    return _resident_bytes() or peak_memory_bytes() or 0
+
+
 def _process_gauge() -> _Gauge | None:
     return None if sys.platform == "win32" else _Gauge(_resident_bytes, _highest_resident_bytes)
 
