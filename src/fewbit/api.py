@@ -41,6 +41,7 @@ from .walk.journal import Journal, check_output
 from .walk.quantizer import Follower, MemorySink, Progress
 from .walk.ranks import Ranks, current
 from .walk.run import check_weights, quantize_layers
+from .walk.spill import check_folder
 from .walk.weights import StreamedWeights, Weights
 
 M = TypeVar("M", bound=nn.Module)
@@ -66,6 +67,7 @@ def quantize(
     allow_pickle: bool = False,
     evaluate_on: Any = None,
     push_to_hub: str | None = None,
+    offload_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Report | M:
     """Quantize a model with GPTQ.
@@ -87,6 +89,8 @@ def quantize(
         allow_pickle: read weights from .bin files.
         evaluate_on: a text on which the result is then measured against the original, for the report.
         push_to_hub: a Hub repository that the result is uploaded to.
+        offload_dir: a folder for the activations of calibration batches that wait, which are then not held in
+            memory. Nothing stays in it. The result is the same.
         progress: called as ``progress(phase, done, total)``.
 
     Returns:
@@ -109,6 +113,8 @@ def quantize(
         "evaluate_on": evaluate_on,
     }
     command = reproduce(model, config, arguments)
+    if offload_dir is not None:
+        check_folder(offload_dir)
     if isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(tokenizer)
     if isinstance(model, nn.Module):
@@ -118,7 +124,7 @@ def quantize(
                 "it, then call model.save_pretrained, model.push_to_hub or fewbit.evaluate.evaluate"
             )
         with current() as ranks:
-            return _quantize_module(model, config, dataset, tokenizer, progress, command, ranks)
+            return _quantize_module(model, config, dataset, tokenizer, progress, command, ranks, offload_dir)
     if output is None:
         raise ConfigError("no output folder was given: pass output=…")
     if dataset == "-" == evaluate_on:
@@ -128,7 +134,7 @@ def quantize(
     shard_bytes = parse_size(max_shard_size)
     source = open_source(model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     origin = {"name": _model_name(model), "hub_id": None if Path(model).expanduser().exists() else str(model)}
-    job = _PathJob(source, config, Path(output), progress, origin, command, push_to_hub)
+    job = _PathJob(source, config, Path(output), progress, origin, command, push_to_hub, offload_dir)
     with current() as ranks:
         if ranks.leader:
             check_output(job.output)
@@ -207,6 +213,7 @@ class _PathJob:
     origin: dict[str, Any]
     command: str
     repository: str | None
+    offload_dir: str | Path | None
 
     def run(
         self,
@@ -243,7 +250,16 @@ class _PathJob:
             ranks.from_leader(plan)
             notes = [*self.source.notes, *plan.notes, *calibration.notes, *journal.notes, *choice]
             notes += quantize_layers(
-                model, plan, self.config, calibration, journal, timers, self.progress, weights, ranks
+                model,
+                plan,
+                self.config,
+                calibration,
+                journal,
+                timers,
+                self.progress,
+                weights,
+                ranks,
+                self.offload_dir,
             )
             with timers.time("write"):
                 self._write(model, weights, plan, calibration, journal, shard_bytes, tokenizer)
@@ -288,7 +304,9 @@ class _PathJob:
         """The same in the processes that do not write, from the journal on."""
         sink = Follower(ranks.from_leader({}))
         plan = ranks.from_leader(plan)
-        quantize_layers(model, plan, self.config, calibration, sink, timers, _silent, weights, ranks)
+        quantize_layers(
+            model, plan, self.config, calibration, sink, timers, _silent, weights, ranks, self.offload_dir
+        )
         _peak(ranks)
         report: Any = ranks.from_leader(None)
         assert isinstance(report, Report)
@@ -352,6 +370,7 @@ def _quantize_module(
     progress: Progress,
     command: str,
     ranks: Ranks,
+    offload_dir: str | Path | None = None,
 ) -> M:
     """Quantize a model in memory, in place. An error midway leaves it partly changed."""
     from .runtime.replace import replace_layers
@@ -374,7 +393,9 @@ def _quantize_module(
         plan, choice = budget.meet(model, plan, config, calibration, timers, progress)
     plan, choice = ranks.from_leader((plan, choice))
     notes = [*plan.notes, *calibration.notes, *choice]
-    notes += quantize_layers(model, plan, config, calibration, sink, timers, progress, ranks=ranks)
+    notes += quantize_layers(
+        model, plan, config, calibration, sink, timers, progress, ranks=ranks, offload_dir=offload_dir
+    )
     quantization = _quantization_config(config, model, plan, calibration)
     replace_layers(model, plan, sink.tensors, quantization)
     report = collect(

@@ -95,6 +95,10 @@ def quantize(
         bool, typer.Option("--trust-remote-code", help="Run the model's own code.")
     ] = False,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weight files.")] = False,
+    offload_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder for activations of batches that wait, instead of memory. Same result."),
+    ] = None,
     push_to_hub: Annotated[str | None, typer.Option(help="Upload the result to this Hub repository.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Also list every layer.")] = False,
@@ -144,6 +148,7 @@ def quantize(
                     allow_pickle=allow_pickle,
                     evaluate_on=eval_dataset,
                     push_to_hub=push_to_hub,
+                    offload_dir=offload_dir,
                     progress=progress,
                 )
         except KeyboardInterrupt as interrupt:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +53,8 @@ class Passage:
 
 Meet = Callable[[str, list[Arrival]], None]
 Earliest = Callable[[int | None], int | None]
-Leave = Callable[[str, list[Passage]], Mapping[int, Any]]
+Leave = Callable[[str, list[Passage]], Mapping[int, Callable[[], Any]]]
+Running = Callable[[int], AbstractContextManager[None]]
 
 
 @dataclass
@@ -104,6 +105,7 @@ def walk(
     leave: Leave | None = None,
     gathered: Callable[[Collection[str]], None] | None = None,
     earliest: Earliest = lambda position: position,
+    running: Running = lambda job: nullcontext(),
 ) -> Traffic:
     """Run all `jobs` in lockstep and call ``meet(name, arrivals)`` once for every layer reached.
 
@@ -119,18 +121,19 @@ def walk(
         references: numbers of the jobs that see each layer as it was before `meet`.
         blocks: name → module; their layers have names that begin with the block's name and a dot.
         leave: called with all passages through a block, in job order; the block and its layers then run
-            normally. Returns new outputs for the jobs that need one.
+            normally. Returns functions that compute new outputs, for the jobs that need one.
         gathered: called before every meeting with the names of the layers and blocks at which jobs wait: they
             are nowhere else. The one that is met next is among them.
         earliest: where the same walk goes on in several processes, each with its own jobs: the first position of
             all of them, given that of this one, or None where nobody waits. Each process then meets every layer
             that any of them does, with its own arrivals, which may be none.
+        running: gives, for a job's number, what is entered before the job computes and left when it pauses.
 
     Raises:
         Exception: whatever a job, `meet` or `leave` raises; all jobs are then ended and the layers restored.
     """
-    state = _Walk(layers, jobs, meet, frozenset(references), dict(blocks or {}), leave, gathered, earliest)
-    return state.run()
+    changed = (meet, leave, gathered, earliest, running)
+    return _Walk(layers, jobs, frozenset(references), dict(blocks or {}), *changed).run()
 
 
 class _Walk:
@@ -140,15 +143,17 @@ class _Walk:
         self,
         layers: Mapping[str, nn.Module],
         jobs: Sequence[Callable[[], object]],
-        meet: Meet,
         references: frozenset[int],
         blocks: Mapping[str, nn.Module],
+        meet: Meet,
         leave: Leave | None,
         gathered: Callable[[Collection[str]], None] | None,
         earliest: Earliest,
+        running: Running,
     ) -> None:
-        self.layers, self.meet, self.references = layers, meet, references
-        self.blocks, self.leave, self.gathered, self.earliest = blocks, leave, gathered, earliest
+        self.layers, self.blocks, self.references = layers, blocks, references
+        self.meet, self.leave, self.gathered = meet, leave, gathered
+        self.earliest, self.running = earliest, running
         self.stops = _in_order(list(layers), list(blocks))
         self.order = {name: i for i, name in enumerate(self.stops)}
         self.forwards = {name: module.forward for name, module in layers.items()}
@@ -160,7 +165,8 @@ class _Walk:
     def run(self) -> Traffic:
         with _meeting_points(self.layers, self.blocks), _ended(self.tasks):
             for job in range(len(self.tasks)):
-                self.advance(job)
+                with self.running(job):
+                    self.advance(job)
             while (name := self.next()) is not None:
                 if self.gathered is not None:
                     self.gathered({name, *(stop.name for stop in self.waiting.values())})
@@ -200,11 +206,12 @@ class _Walk:
                 return
             call = self.call(job)
             del self.waiting[job]
-            with _parameters(module, before if job in self.references else None):
-                output = self.forwards[name](*call.args, **call.kwargs)
-            del call  # the input may be freed as soon as the job itself lets go of it
-            self.advance(job, output)
-            del output
+            with self.running(job):
+                with _parameters(module, before if job in self.references else None):
+                    output = self.forwards[name](*call.args, **call.kwargs)
+                del call  # the input may be freed as soon as the job itself lets go of it
+                self.advance(job, output)
+                del output
 
     def call(self, job: int) -> _Call:
         call = self.waiting[job]
@@ -213,7 +220,7 @@ class _Walk:
 
     def pass_block(self, name: str, group: list[int]) -> None:
         passages = [self.passage(job) for job in group]
-        outputs: dict[int, Any] = {passage.job: passage.output for passage in passages}
+        outputs = {passage.job: _given(passage.output) for passage in passages}
         if name in self.unleft and self.leave is not None:
             outputs |= self.leave(name, passages)
         self.unleft.discard(name)
@@ -221,12 +228,17 @@ class _Walk:
         for job in group:
             if not (self.unmet or self.unleft):
                 return
-            self.advance(job, outputs.pop(job))
+            with self.running(job):
+                self.advance(job, outputs.pop(job)())
 
     def passage(self, job: int) -> Passage:
         stop = self.waiting.pop(job)
         assert isinstance(stop, _Exit)
         return Passage(job, stop.args, stop.kwargs, stop.output, stop.intact)
+
+
+def _given(output: Any) -> Callable[[], Any]:
+    return lambda: output
 
 
 def _in_order(layers: list[str], blocks: list[str]) -> list[str]:

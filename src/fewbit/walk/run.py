@@ -11,6 +11,8 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from .lockstep import Arrival, Leave, Meet, Passage, Traffic, walk
 from .quantizer import LayerQuantizer, Progress, Sink
 from .ranks import Ranks
 from .routing import Routing
+from .spill import activations
 from .tuning import BlockTuner
 from .weights import Weights, check_finite
 
@@ -47,6 +50,7 @@ def quantize_layers(
     progress: Progress,
     weights: Weights | None = None,
     ranks: Ranks | None = None,
+    offload_dir: str | Path | None = None,
 ) -> list[str]:
     """Put the quantized weight of every layer of the plan in place, and its tensors into the sink.
 
@@ -56,6 +60,7 @@ def quantize_layers(
         weights: where the weights come from; by default they are all in memory.
         ranks: the processes that share the work, if there are several. Each has the model and all batches, and ends
             with all layers quantized.
+        offload_dir: folder for the activations of batches that wait; None keeps them in memory.
 
     Returns:
         Sentences about anything a user should know.
@@ -64,6 +69,7 @@ def quantize_layers(
         ModelError: a weight cannot be quantized.
         CalibrationError: `tune`, and a single calibration sequence.
         SolverError: in strict mode, a layer needed a fallback.
+        OutputError: activations cannot be written to `offload_dir`.
     """
     modules = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
     weights, ranks = weights or Weights(model), ranks or Ranks()
@@ -97,7 +103,8 @@ def quantize_layers(
         if not calibration.batches:
             _meet_without_inputs(modules, quantizer, weights)
             return notes
-        with encoder_outputs, weights.on_demand(quantizer.restore):
+        spill = activations(offload_dir, timers)
+        with encoder_outputs, weights.on_demand(quantizer.restore, spill.unrecorded), spill:
             jobs = [_job(model, batch) for batch in batches]
             references = range(len(batches), 2 * len(batches) if paired else len(batches))
             jobs += [jobs[reference - len(batches)] for reference in references]
@@ -112,6 +119,7 @@ def quantize_layers(
                 leave=leave,
                 gathered=weights.keep,
                 earliest=ranks.first,
+                running=spill.running,
             )
         traffic = _of_all(routing.without_points(traffic), ranks)
         _meet_without_inputs(traffic.unreached, quantizer, weights)
@@ -123,7 +131,7 @@ def quantize_layers(
             "errors were not measured. Give more text"
         )
     unmaskable = sum(ranks.collect(hessians.unmaskable), Counter[str]())
-    notes += [*_traffic_notes(traffic, unmaskable), *tuner.notes(sink.records)]
+    notes += [*_traffic_notes(traffic, unmaskable), *tuner.notes(sink.records), *spill.notes()]
     return notes + (_pairing_notes(traffic, sink.records) if paired else [])
 
 
@@ -179,7 +187,11 @@ def _leaving(
 ) -> Leave:
     """What happens at the end of a block: its solved layers are tuned, its outputs computed anew."""
 
-    def leave(name: str, passages: list[Passage]) -> dict[int, Any]:
+    def again(block: nn.Module, passage: Passage) -> Any:
+        with timers.time("tune"):
+            return block(*passage.args, **passage.kwargs)
+
+    def leave(name: str, passages: list[Passage]) -> dict[int, Callable[[], Any]]:
         quantizer.hessians.prune()
         solved, block, start = quantizer.solved(name), blocks[name], len(name) + 1
         codes = {layer[start:]: one.codes for layer, one in solved.items()}
@@ -193,8 +205,7 @@ def _leaving(
         quantizer.close(name)
         if result is None or not result.kept:
             return {}
-        with timers.time("tune"):
-            return {p.job: block(*p.args, **p.kwargs) for p in passages if p.job < len(tuner.batches)}
+        return {p.job: partial(again, block, p) for p in passages if p.job < len(tuner.batches)}
 
     return leave
 
