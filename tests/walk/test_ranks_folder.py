@@ -51,7 +51,7 @@ def test_every_rank_gets_the_report_of_rank_0(whole):
 def test_three_processes_may_share_a_folder_with_other_figures_only_in_the_report(model, whole, tmp_path):
     run_ranks(3, quantize, model, tmp_path / "out")
     assert verify(tmp_path / "out").ok
-    assert {name for name in contents(tmp_path / "out")} == {name for name in contents(whole[1])}
+    assert set(contents(tmp_path / "out")) == set(contents(whole[1]))
 
 
 def killed(ranks, model, output, blocks):
