@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import fewbit
 from checkpoint_samples import edit_json, rewrite
+from fewbit.checkpoint.header import TensorInfo
 from fewbit.checkpoint.verify import uneven_blocks, verify
 from fewbit.integrations.expected import expected
 from models import FAMILIES, random_sequences, save_tiny, tiny_model
@@ -99,7 +100,7 @@ def test_architectures_of_others_are_left_to_the_blocks(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, llama(num_hidden_layers=4))
     edit_json(tmp_path / "config.json", lambda c: c.update(model_type="x", architectures=["XForCausalLM"]))
     config = json.loads((tmp_path / "config.json").read_text())
-    assert expected(tmp_path, config, []) is None
+    assert expected(tmp_path, config, {}) is None
     assert texts(tmp_path) == []
 
     def lose(tensors) -> None:
@@ -128,11 +129,13 @@ def test_convolutions_are_told_from_linear_layers(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     with torch.device("meta"):
         model = ViTForImageClassification(config)
-    names = [
-        name.replace(".weight", ".qweight") if "projection" in name or "dense" in name else name
-        for name in model.state_dict()
-    ]
-    found = expected(tmp_path, json.loads((tmp_path / "config.json").read_text()), names)
+    tensors = {
+        name.replace(".weight", ".qweight") if "projection" in name or "dense" in name else name: TensorInfo(
+            tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes
+        )
+        for name, tensor in model.state_dict().items()
+    }
+    found = expected(tmp_path, json.loads((tmp_path / "config.json").read_text()), tensors)
     assert found is not None
     assert found.missing == []
     conv = [name for name, kind in found.kinds.items() if kind == "conv2d"]

@@ -74,9 +74,8 @@ def unpack(
     g_idx = tensors.get(G_IDX)
     if g_idx is None:
         g_idx = sequential_groups(in_features, group_size).to(tensors[QWEIGHT].device)
-    elif in_features and (int(g_idx.min()) < 0 or int(g_idx.max()) >= groups):
-        found = f"{int(g_idx.min())} … {int(g_idx.max())}"
-        raise CheckpointError(f"g_idx holds {found}; with {groups} groups 0 … {groups - 1} are valid")
+    else:
+        check_groups(g_idx, groups)
     return Codes(
         codes=unpack_rows(tensors[QWEIGHT].t().contiguous(), bits, in_features),
         scales=tensors[SCALES].t().contiguous(),
@@ -85,6 +84,13 @@ def unpack(
         bits=bits,
         group_size=group_size,
     )
+
+
+def check_groups(g_idx: Tensor, groups: int) -> None:
+    """Raises CheckpointError if any input belongs to a group that there is not."""
+    if g_idx.numel() and (int(g_idx.min()) < 0 or int(g_idx.max()) >= groups):
+        found = f"{int(g_idx.min())} … {int(g_idx.max())}"
+        raise CheckpointError(f"g_idx holds {found}; with {groups} groups 0 … {groups - 1} are valid")
 
 
 def without_zero_point_0(codes: Codes) -> Codes:

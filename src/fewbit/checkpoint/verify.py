@@ -216,6 +216,8 @@ def _missing(folder: Path, weights: Weights) -> Iterator[Problem]:
         return
     for name in model.missing:
         yield Problem(name, f"is missing: {model.class_name} needs it")
+    for name, shape in model.misshapen.items():
+        yield Problem(name, f"has shape {weights.tensors[name].shape}, but {model.class_name} needs {shape}")
 
 
 def uneven_blocks(names: Iterable[str]) -> Iterator[Problem]:

@@ -7,11 +7,18 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 # Results go to stdout; progress and notes to stderr, so that `--json` can be piped.
 console = Console(stderr=True)
 
 INTERRUPTED = 130  # exit code after Ctrl-C
+
+
+def plain(value: object) -> Text:
+    """What a stranger wrote, for the screen: no markup, and control characters shown instead of obeyed."""
+    text = str(value)
+    return Text("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text))
 
 
 def quiet_libraries() -> None:

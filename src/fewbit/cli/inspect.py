@@ -17,7 +17,7 @@ from ..errors import CheckpointError
 from ..report import words
 from ..runtime import registry
 from ..runtime.kernel import KernelSpec
-from .display import quiet_libraries
+from .display import plain, quiet_libraries
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -91,9 +91,9 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
 def _summary(checkpoint: Checkpoint) -> Table:
     facts = _facts(checkpoint)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("model", facts["model_type"] or "unknown")
+    table.add_row("model", plain(facts["model_type"] or "unknown"))
     table.add_row("format", facts["format"])
-    table.add_row("made by", ", ".join(facts["made_by"]) or "not stated")
+    table.add_row("made by", plain(", ".join(facts["made_by"]) or "not stated"))
     for text, count in facts["layouts"].items():
         table.add_row(f"{count} layers", text)
     if facts["assumed"]:
@@ -118,7 +118,7 @@ def _layers(checkpoint: Checkpoint) -> Table:
     table = Table("layer", "out x in", "layout", "size", box=None, padding=(0, 2, 0, 0))
     for spec in checkpoint.layers.values():
         shape = f"{spec.out_features} x {spec.in_features}"
-        table.add_row(spec.name, shape, _layout_text(spec), words.size(spec.nbytes))
+        table.add_row(plain(spec.name), shape, _layout_text(spec), words.size(spec.nbytes))
     return table
 
 
@@ -126,7 +126,7 @@ def _kernels(checkpoint: Checkpoint, kinds: dict[str, str]) -> list[dict[str, An
     """For every kernel: how many layers it can run here, and the first reason where it cannot."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float16"
-    dtype = _DTYPES.get(stated, torch.float16)
+    dtype = _DTYPES.get(str(stated), torch.float16)
     able: Counter[str] = Counter()
     reasons: dict[str, str] = {}
     for spec in checkpoint.layers.values():

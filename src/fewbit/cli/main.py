@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from ..errors import FewbitError
 from .convert import convert
 from .demo import demo
-from .display import console
+from .display import console, plain
 from .env import env
 from .eval import eval_
 from .generate import generate
@@ -63,5 +63,5 @@ def run() -> None:
         app()
     except FewbitError as error:
         console.print(f"[bold red]error[/] ({type(error).__name__}):", end=" ")
-        console.print(str(error), markup=False, highlight=False)
+        console.print(plain(error), highlight=False)
         sys.exit(2)

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from ..checkpoint import verify as checkpoint_verify
-from .display import quiet_libraries
+from .display import plain, quiet_libraries
 
 _EXAMPLES = """
 Examples:
@@ -51,7 +51,7 @@ verify.__doc__ = f"{verify.__doc__}\n{_EXAMPLES}"
 
 def _show(console: Console, result: checkpoint_verify.VerifyResult, verbose: bool) -> None:
     for problem in result.problems:
-        console.print(f"{problem.where}: {problem.what}", markup=False, highlight=False)
+        console.print(plain(f"{problem.where}: {problem.what}"), highlight=False)
     if result.errors:
         ranked = sorted(result.errors.items(), key=lambda item: -item[1])
         shown = ranked if verbose else ranked[:3]

@@ -132,7 +132,10 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
                     f"layer {name}: {' and '.join(missing)} did not load; is the file damaged?"
                 )
             layer.fill_in_g_idx()
-            layer.prepare(self.quantization_config.backend)
+            try:
+                layer.prepare(self.quantization_config.backend)
+            except CheckpointError as error:
+                raise CheckpointError(f"layer {name}: {error}") from error
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:

@@ -168,12 +168,14 @@ class QuantizedLayer(nn.Module):
 
         Raises:
             KernelError: the kernel asked for cannot run this layer; the message names the condition.
+            CheckpointError: g_idx names a group that there is not.
         """
         self.restore()
         if any(buffer.is_meta for buffer in self.buffers()):
             self.kernel_reasons = (("reference", None),)
             return
         g_idx = self.g_idx.cpu()
+        layout.check_groups(g_idx, group_count(self.spec.in_features, self.spec.group_size))
         size, counts = self.spec.group_size, torch.bincount(g_idx.long())
         act_order = not torch.equal(g_idx.int(), sequential_groups(self.spec.in_features, size))
         even = not act_order or size == -1 or bool((counts == size).all())

@@ -1,7 +1,7 @@
 """``fewbit.load``: a quantized checkpoint as a transformers model.
 
-The folder is checked first (`fewbit.checkpoint.reader`); transformers then builds the model and reads the
-memory-mapped files tensor by tensor, so that the checkpoint is in memory once.
+The folder is checked first (`fewbit.checkpoint.reader`), and that config.json describes what is in it; transformers
+then builds the model and reads the memory-mapped files tensor by tensor, so that the checkpoint is in memory once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 from ..checkpoint import layout
 from ..checkpoint.reader import Checkpoint, open_checkpoint
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, FewbitError
 from ..source import download
 from . import registry
 
@@ -47,7 +47,8 @@ def load(
         A model of the class that config.json names, in eval mode. `kernels` says what its layers run on.
 
     Raises:
-        CheckpointError: not a quantized checkpoint, damaged, or of another model than its config.json says.
+        CheckpointError: not a quantized checkpoint, damaged, incomplete, or of another model than its config.json
+            says.
         KernelError: the kernel asked for does not exist or cannot run here.
         ConfigError: an unknown dtype.
     """
@@ -60,16 +61,51 @@ def load(
     compute_dtype = _dtype(dtype, checkpoint)
     offer()
     config = _config(checkpoint, kernel, trust_remote_code)
+    _check_shapes(checkpoint)
     model_class = _model_class(checkpoint, config, trust_remote_code)
-    model: PreTrainedModel = model_class.from_pretrained(
-        str(checkpoint.path),
-        config=config,
-        dtype=compute_dtype,
-        **({"trust_remote_code": True} if trust_remote_code else {}),
-    )
+    model = _build(checkpoint, model_class, config, compute_dtype, trust_remote_code)
     if hasattr(model.config, "transformers_weights"):
         del model.config.transformers_weights
     return model.to(device)
+
+
+def _build(
+    checkpoint: Checkpoint, model_class: Any, config: Any, dtype: torch.dtype | str, trust_remote_code: bool
+) -> PreTrainedModel:
+    from ..integrations.expected import UNBUILDABLE
+
+    trust = {"trust_remote_code": True} if trust_remote_code else {}
+    try:
+        model, info = model_class.from_pretrained(
+            str(checkpoint.path), config=config, dtype=dtype, output_loading_info=True, **trust
+        )
+    except FewbitError:
+        raise
+    except UNBUILDABLE as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"transformers cannot load {checkpoint.path}: {reason}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise CheckpointError(
+            f"{checkpoint.path} lacks {len(missing)} weights of {type(model).__name__}, for example {missing[0]}: "
+            "get it again; `fewbit verify` lists what is wrong"
+        )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _check_shapes(checkpoint: Checkpoint) -> None:
+    """Refuse a config.json of another model before transformers makes room for that one."""
+    from ..integrations.expected import expected
+
+    model = expected(checkpoint.path, checkpoint.config, checkpoint.tensors)
+    if model is None:  # of a class that is not transformers' own
+        return
+    for name, shape in model.misshapen.items():
+        raise CheckpointError(
+            f"{name} has shape {checkpoint.tensors[name].shape} in {checkpoint.path}, but a {model.class_name} as its "
+            f"config.json describes it needs {shape}"
+        )
 
 
 def kernels(model: nn.Module) -> list[str]:
@@ -99,16 +135,18 @@ def _dtype(dtype: torch.dtype | str | None, checkpoint: Checkpoint) -> torch.dty
 
 def _config(checkpoint: Checkpoint, kernel: str, trust_remote_code: bool) -> Any:
     """The model's configuration, with the quantization under the name that leads to fewbit."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
+
+    from ..integrations.expected import UNBUILDABLE, check_numbers
 
     if "model_type" not in checkpoint.config:
         raise CheckpointError(
             f"{checkpoint.path} has no config.json that names a model_type: copy the original model's into it"
         )
+    check_numbers(checkpoint.config, len(checkpoint.tensors))
     try:
         config = AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=trust_remote_code)
-    except (StrictDataclassError, ValueError, TypeError, KeyError, OSError, ImportError) as error:
+    except (*UNBUILDABLE, ImportError) as error:
         raise CheckpointError(_config_advice(checkpoint, trust_remote_code, error)) from error
     quantization = json.loads(json.dumps(checkpoint.quantization))
     config.quantization_config = {**quantization, "quant_method": "fewbit", "backend": kernel}
@@ -140,7 +178,8 @@ def _model_class(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -
     """The class that ``architectures`` names: transformers' own, or the checkpoint's code."""
     import transformers
 
-    names = getattr(config, "architectures", None) or []
+    stated = getattr(config, "architectures", None)
+    names = [str(name) for name in stated] if isinstance(stated, list) else []
     auto_map = getattr(config, "auto_map", None) or {}
     if trust_remote_code and names:
         for auto_class, reference in auto_map.items():
