@@ -116,6 +116,16 @@ class QuantizedLayer(nn.Module):
         return self.spec.group_size
 
     @property
+    def infeatures(self) -> int:
+        """Inputs, as AutoGPTQ calls them."""
+        return self.spec.in_features
+
+    @property
+    def outfeatures(self) -> int:
+        """Outputs, as AutoGPTQ calls them."""
+        return self.spec.out_features
+
+    @property
     def sym(self) -> bool:
         """Whether the checkpoint calls the grid symmetric."""
         return self.spec.sym
