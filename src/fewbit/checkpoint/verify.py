@@ -216,8 +216,7 @@ def _missing(folder: Path, weights: Weights) -> Iterator[Problem]:
         return
     for name in model.missing:
         yield Problem(name, f"is missing: {model.class_name} needs it")
-    for name, shape in model.misshapen.items():
-        yield Problem(name, f"has shape {weights.tensors[name].shape}, but {model.class_name} needs {shape}")
+    yield from (Problem(name, what) for name, what in model.misfits.items())
 
 
 def uneven_blocks(names: Iterable[str]) -> Iterator[Problem]:

@@ -50,13 +50,13 @@ class Expected:
 
     Attributes:
         class_name: of the model. missing: parameters that it needs and the checkpoint lacks, in its order.
-        misshapen: tensor name → the shape that the model needs, where the file's is another.
+        misfits: tensor name → what is wrong with its shape or dtype.
         kinds: "linear" or "conv2d" for every quantized layer whose module the model has.
     """
 
     class_name: str
     missing: list[str]
-    misshapen: dict[str, tuple[int, ...]]
+    misfits: dict[str, str]
     kinds: dict[str, str]
 
 
@@ -76,14 +76,14 @@ def expected(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tens
     model = _meta_model(folder, config, len(tensors))
     if model is None:
         return None
-    with _limited(10 * len(tensors) + 10_000):
+    with _limited(4 * len(tensors) + 2_000):
         places, converted = _places(model, list(tensors))  # may take fused experts apart
     state = model.state_dict()
     provided = {place for found in places.values() for place in found}
     missing = [name for name in _required(model, state, provided) if name not in provided]
     modules = dict(model.named_modules())
     kinds = {}
-    misshapen = {}
+    misfits = {}
     for name, info in tensors.items():
         layer, _, part = name.rpartition(".")
         place = places[name][0]
@@ -91,10 +91,18 @@ def expected(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tens
         if part == layout.QWEIGHT and module is not None:
             kinds[layer] = "conv2d" if isinstance(module, nn.Conv2d) else "linear"
         elif part not in layout.PARTS and place in state and name not in converted:
-            shape = tuple(state[place].shape)
+            shape, is_float = tuple(state[place].shape), state[place].is_floating_point()
             if shape != info.shape:
-                misshapen[name] = shape
-    return Expected(type(model).__name__, missing, misshapen, kinds)
+                misfits[name] = f"has shape {info.shape}, but {type(model).__name__} needs {shape}"
+            elif is_float and not info.dtype.is_floating_point:
+                misfits[name] = f"is {info.dtype}, but {type(model).__name__} needs floating-point numbers"
+    return Expected(type(model).__name__, missing, misfits, kinds)
+
+
+def is_model_class(found: object) -> bool:
+    """Whether what transformers has under a name is a model that can be built."""
+    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
+    return is_model and getattr(found, "config_class", None) is not None
 
 
 def check_numbers(config: Mapping[str, Any], tensors: int) -> None:
@@ -105,7 +113,7 @@ def check_numbers(config: Mapping[str, Any], tensors: int) -> None:
     """
     for key, value in _numbers(config):
         limit = tensors if _BLOCKS.search(key) else _MOST_LISTED if _LISTED.search(key) else None
-        if limit is not None and value > max(limit, 1000):
+        if limit is not None and value > max(limit, 200):
             raise CheckpointError(
                 f"config.json says {key} {value:g}, which cannot be: the checkpoint has {tensors} tensors"
             )
@@ -128,16 +136,15 @@ def _meta_model(folder: Path, config: Mapping[str, Any], tensors: int) -> PreTra
     architectures = config.get("architectures")
     name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     model_class: Any = getattr(transformers, name, None)
-    known = isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)
     model_type = config.get("model_type")
-    if not known or not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+    if not is_model_class(model_class) or not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return None
     check_numbers(config, tensors)
     try:
         parsed = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         if hasattr(parsed, "quantization_config"):
             del parsed.quantization_config
-        with torch.device("meta"), _limited(10 * tensors + 10_000):
+        with torch.device("meta"), _limited(4 * tensors + 2_000):
             model: PreTrainedModel = model_class._from_config(parsed)
     except ImportError:
         return None  # a package that this architecture needs is not here

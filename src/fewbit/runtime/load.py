@@ -61,7 +61,7 @@ def load(
     compute_dtype = _dtype(dtype, checkpoint)
     offer()
     config = _config(checkpoint, kernel, trust_remote_code)
-    _check_shapes(checkpoint)
+    _check_fit(checkpoint)
     model_class = _model_class(checkpoint, config, trust_remote_code)
     model = _build(checkpoint, model_class, config, compute_dtype, trust_remote_code)
     if hasattr(model.config, "transformers_weights"):
@@ -94,17 +94,14 @@ def _build(
     return loaded
 
 
-def _check_shapes(checkpoint: Checkpoint) -> None:
+def _check_fit(checkpoint: Checkpoint) -> None:
     """Refuse a config.json of another model before transformers makes room for that one."""
     from ..integrations.expected import expected
 
     model = expected(checkpoint.path, checkpoint.config, checkpoint.tensors)
-    if model is None:  # of a class that is not transformers' own
-        return
-    for name, shape in model.misshapen.items():
+    for name, what in model.misfits.items() if model else ():
         raise CheckpointError(
-            f"{name} has shape {checkpoint.tensors[name].shape} in {checkpoint.path}, but a {model.class_name} as its "
-            f"config.json describes it needs {shape}"
+            f"{checkpoint.path} and its config.json do not fit together: {name} {what}; get both again"
         )
 
 
@@ -139,7 +136,7 @@ def _config(checkpoint: Checkpoint, kernel: str, trust_remote_code: bool) -> Any
 
     from ..integrations.expected import UNBUILDABLE, check_numbers
 
-    if "model_type" not in checkpoint.config:
+    if not isinstance(checkpoint.config.get("model_type"), str):
         raise CheckpointError(
             f"{checkpoint.path} has no config.json that names a model_type: copy the original model's into it"
         )
@@ -178,6 +175,8 @@ def _model_class(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -
     """The class that ``architectures`` names: transformers' own, or the checkpoint's code."""
     import transformers
 
+    from ..integrations.expected import is_model_class
+
     stated = getattr(config, "architectures", None)
     names = [str(name) for name in stated] if isinstance(stated, list) else []
     auto_map = getattr(config, "auto_map", None) or {}
@@ -185,9 +184,9 @@ def _model_class(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -
         for auto_class, reference in auto_map.items():
             if str(reference).rpartition(".")[2] == names[0]:
                 return getattr(transformers, auto_class)
-    known = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
-    if known:
-        return known[0]
+    known = [getattr(transformers, name, None) for name in names]
+    if any(map(is_model_class, known)):
+        return next(filter(is_model_class, known))
     if names and auto_map:
         raise CheckpointError(
             f"{checkpoint.path} needs its own code for {names[0]}; "
