@@ -102,5 +102,7 @@ def output_error(W: Tensor, W_hat: Tensor, probe: Probe, total: Total = whole) -
 def relative_error(W: Tensor, W_hat: Tensor, probe: Probe, total: Total = whole) -> float | None:
     """‖W X̃ − Ŵ X‖ / ‖W X̃‖ on the probe; None where W X̃ carries no signal."""
     Y = probe.X_full @ W.T
-    norm = float(total(Y.square().sum(dtype=torch.float64)))
-    return math.sqrt(output_error(W, W_hat, probe, total) / norm) if norm > 0 else None
+    norm = Y.square().sum(dtype=torch.float64)
+    error = Y.sub_(probe.X @ W_hat.T).square().sum(dtype=torch.float64)
+    error, norm = total(torch.stack([error, norm]))
+    return math.sqrt(float(error) / float(norm)) if norm > 0 else None

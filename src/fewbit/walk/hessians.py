@@ -179,18 +179,23 @@ class HessianPool:
         """The Hessian of everything that arrived at `module`; padding never enters it."""
         if isinstance(module, nn.Conv2d):
             return self._accumulate(name, module, arrivals)
-        self.prune()
-        same = self._ranks.all(*(entry.made_from(arrivals) for entry in self._pool))
-        if True in same:
-            return self._pool[same.index(True)]
+        same = self._prune(arrivals)
+        if same is not None:
+            return same
         entry = self._accumulate(name, module, arrivals)
         self._pool = [*self._pool[1 - KEPT :], entry]
         return entry
 
     def prune(self) -> None:
         """Let go of Hessians that no other layer can share."""
-        alive = self._ranks.all(*(entry.alive for entry in self._pool))
-        self._pool = [entry for entry, kept in zip(self._pool, alive, strict=True) if kept]
+        self._prune(())
+
+    def _prune(self, arrivals: Sequence[Arrival]) -> SharedHessian | None:
+        """The same; returns the Hessian that was made from these very inputs, if there is one."""
+        pool, count = self._pool, len(self._pool)
+        flags = self._ranks.all(*(one.alive for one in pool), *(one.made_from(arrivals) for one in pool))
+        self._pool = [one for one, alive in zip(pool, flags[:count], strict=True) if alive]
+        return next((one for one, same in zip(pool, flags[count:], strict=True) if same), None)
 
     def _accumulate(self, name: str, module: nn.Module, arrivals: Sequence[Arrival]) -> SharedHessian:
         N = len(self._batches)
@@ -256,8 +261,8 @@ class HessianPool:
 
     def _gathered(self, probe: _ProbeRows, n: int, device: torch.device) -> Probe | None:
         """The rows of all processes; None where no row was collected."""
-        X, X_full = (self._ranks.gather(rows) for rows in probe.rows(n, device))
-        return Probe(X, X_full) if len(X) else None
+        both = self._ranks.gather(torch.cat(probe.rows(n, device), dim=1))
+        return Probe(both[:, :n].contiguous(), both[:, n:].contiguous()) if len(both) else None
 
     def _partners(
         self, name: str, module: nn.Module, quantized: Sequence[Arrival], full: Mapping[int, Tensor]

@@ -164,7 +164,7 @@ class _Group(Ranks):
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows (any number, …) of all ranks, in rank order."""
-        return self._gather(rows, self.collect(rows.shape[0]))
+        return self._gather(rows, self.total(*(rows.shape[0] * (r == self.rank) for r in range(self.world))))
 
     def part(self, rows: int) -> Part:
         """How a matrix with so many rows is divided. One with fewer rows than ranks is everybody's."""
