@@ -32,8 +32,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from ..errors import OutputError
 from ..report.words import size
 from ..timers import Timers
+from .weights import give_freed_memory_back
 
 _SMALLEST = 1 << 16  # bytes of a storage: smaller ones are not worth the trouble
+_FREED = 1 << 26  # bytes after which freed memory is given back to the system
 _KEPT = 8  # storages that stay when something outside of the jobs, such as a Hessian, goes through them all
 
 
@@ -112,6 +114,7 @@ class Spill(InMemory):
         self._present: dict[int, _Record] = {}  # those in memory, the last used at the end
         self._paused: dict[int, list[_Record]] = {}  # what a job had, where it must be given back
         self._recording = False
+        self._freed = 0  # bytes since memory was last given back
 
     def __enter__(self) -> None:
         self._mode.__enter__()
@@ -216,7 +219,11 @@ class Spill(InMemory):
             # In this order: whatever is interrupted, `present` never says so of an empty storage.
             record.present = False
             self._present.pop(key, None)
+            self._freed += storage.nbytes()
             storage.resize_(0)
+        if self._freed >= _FREED:
+            give_freed_memory_back()
+            self._freed = 0
 
     def _write(self, record: _Record, storage: UntypedStorage) -> None:
         if record.saved and record.on_cpu:

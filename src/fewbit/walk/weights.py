@@ -182,7 +182,7 @@ class StreamedWeights(Weights):
         for unit in gone:
             self._release(unit)
         if gone:
-            _give_freed_memory_back()
+            give_freed_memory_back()
 
     def require_all(self) -> None:
         """Have everything in memory from now on."""
@@ -408,7 +408,7 @@ def _move_computed(model: nn.Module, device: torch.device) -> None:
                     tensor.data = tensor.data.to(device)
 
 
-def _give_freed_memory_back() -> None:
+def give_freed_memory_back() -> None:
     """Let the C library hand free memory to the system: by itself glibc keeps a growing, fragmented heap."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
