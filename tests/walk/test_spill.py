@@ -283,4 +283,4 @@ def test_memory_holds_the_activations_of_one_batch(tmp_path):
         [sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, timeout=120, check=True
     )
     widest = 64 * 512 * (1024 + 256) * 4  # at down_proj: its input and the residual
-    assert int(process.stdout) < 0.25 * widest
+    assert int(process.stdout) < 0.4 * widest

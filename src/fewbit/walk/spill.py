@@ -35,7 +35,7 @@ from ..timers import Timers
 from .weights import give_freed_memory_back
 
 _SMALLEST = 1 << 16  # bytes of a storage: smaller ones are not worth the trouble
-_FREED = 1 << 26  # bytes after which freed memory is given back to the system
+_FREED = 1 << 25  # bytes after which freed memory is given back to the system
 _KEPT = 8  # storages that stay when something outside of the jobs, such as a Hessian, goes through them all
 
 
