@@ -144,6 +144,19 @@ def test_a_killed_rank_ends_the_others_with_its_number_and_what_to_do():
     assert time.monotonic() - start < 20
 
 
+def on_another_machine(ranks):
+    if ranks.rank == 1:
+        torch.backends.cpu.get_cpu_capability = lambda: "of another kind"
+    ranks.alike(config="c")
+
+
+def test_machines_that_round_in_other_ways_are_refused():
+    for result in run_ranks(2, on_another_machine):
+        assert isinstance(result, RankError)
+        assert "another kind of processor" in str(result)
+        assert "on machines of one kind" in str(result)
+
+
 def test_ranks_that_were_started_with_other_things_are_refused():
     results = run_ranks(2, lambda ranks: ranks.alike(calibration_data=str(ranks.rank), config="c"))
     assert all(isinstance(result, RankError) for result in results)

@@ -11,6 +11,7 @@ from fewbit.checkpoint.verify import verify
 from fewbit.errors import ConfigError, OutputError, RankError, SolverError
 from fewbit.walk.quantizer import LayerQuantizer
 from models import TEXT, random_sequences, save_tiny, tiny_model, tiny_tokenizer
+from moe_models import save_tiny_moe
 from rank_processes import run_ranks
 
 TEXTS = [TEXT[start : start + 60] for start in range(0, 300, 30)]
@@ -52,6 +53,18 @@ def test_three_processes_may_share_a_folder_with_other_figures_only_in_the_repor
     run_ranks(3, quantize, model, tmp_path / "out")
     assert verify(tmp_path / "out").ok
     assert set(contents(tmp_path / "out")) == set(contents(whole[1]))
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_processes_without_batches_read_the_weights_that_they_need(tmp_path, family):
+    save = save_tiny_moe if family == "mixtral" else save_tiny
+    model = save(tmp_path / "model", family)
+    alone = quantize(None, model, tmp_path / "alone", dataset=TEXTS[:2])
+    for report in run_ranks(3, quantize, model, tmp_path / "out", TEXTS[:2]):
+        assert [layer["tokens"] for layer in report.layers[:7]] == [
+            layer["tokens"] for layer in alone.layers[:7]
+        ]
+    assert verify(tmp_path / "out", against=model).ok
 
 
 def killed(ranks, model, output, blocks):

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from .. import errors
 from ..errors import ConfigError, FewbitError, RankError
+from ..solver import native
 
 T = TypeVar("T")
 
@@ -117,17 +118,20 @@ class Ranks:
         return dict(read())
 
     def alike(self, **facts: str) -> None:
-        """Make sure that all ranks have the same facts, by name.
+        """Make sure that all ranks have the same facts, by name, and machines that compute alike.
+
+        What follows from the same sums (does a matrix factor?) has to come out the same everywhere.
 
         Raises:
             RankError: a rank has others.
         """
-        for rank, others in enumerate(self.collect(facts)):
-            different = [name.replace("_", " ") for name, value in facts.items() if others[name] != value]
+        mine = {**facts, **_machine()}
+        for rank, others in enumerate(self.collect(mine)):
+            different = [name.replace("_", " ") for name, value in mine.items() if others[name] != value]
             if different:
                 raise RankError(
                     f"rank {rank} has another {' and another '.join(different)} than rank {self.rank}: start all "
-                    "processes with the same command, the same files and the same versions"
+                    "processes with the same command and files, on machines of one kind"
                 )
 
 
@@ -412,6 +416,16 @@ def _take_device(device: str) -> None:
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _machine() -> dict[str, str]:
+    """What decides how this process rounds."""
+    return {
+        "version of torch": torch.__version__,
+        "kind of processor": torch.backends.cpu.get_cpu_capability(),
+        "kind of GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "solver (compiled or not)": str(native.available()),
+    }
 
 
 def _bounds(count: int, world: int) -> list[int]:
