@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -97,8 +98,10 @@ class Source:
         try:
             return AutoConfig.from_pretrained(self.folder, **self._options)
         except (ValueError, OSError, KeyError) as error:
+            code = "trust_remote_code" in str(error)
+            advice = ". If you trust the code that comes with it, pass --trust-remote-code" if code else ""
             raise ModelError(
-                f"cannot read the configuration in {self.folder}: {_first_line(error)}"
+                f"cannot read the configuration in {self.folder}: {_first_line(error)}{advice}"
             ) from error
 
     @property
@@ -156,7 +159,7 @@ class Source:
 
         try:
             model, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        except (SafetensorError, UnpicklingError, OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"cannot load the weights in {self.folder}: {_first_line(error)}") from error
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
