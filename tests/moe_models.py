@@ -54,7 +54,7 @@ def tiny_moe(family: str, seed: int = 0, **changes: Any) -> Any:
             torch.nn.init.normal_(parameter, std=0.8 / parameter.shape[-1] ** 0.5)
         elif parameter.shape == (EXPERTS, HIDDEN) and name.endswith(("gate.weight", "router.weight")):
             v, u, small = torch.randn(3, HIDDEN)
-            parameter.data = torch.stack([v, -v, u, -u, 0.1 * small, torch.zeros(HIDDEN)]) / HIDDEN**0.5
+            parameter.data = torch.stack([v, -v, u, -u, 0.04 * small, torch.zeros(HIDDEN)]) / HIDDEN**0.5
     # Correlated inputs, as in trained models: otherwise there is little for GPTQ to gain.
     embedding = model.get_input_embeddings().weight
     embedding.data = (

@@ -25,7 +25,7 @@ from .ranks import Ranks
 
 # An expert with fewer tokens than this for each of its input features is starved. Chosen by measurement:
 # docs/algorithm.md.
-TOKENS_PER_FEATURE = 2
+TOKENS_PER_FEATURE = 1
 
 
 class Routing:
