@@ -133,7 +133,7 @@ def finish(inputs, out):
     return outcome
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [10, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_resumed_gives_the_same_bytes(tmp_path, inputs, count):
     left = kill_and_resume(inputs, tmp_path / "out", count)
     if (tmp_path / "out").exists():
@@ -264,7 +264,7 @@ Journal.remove = told
 """
 
 
-@pytest.mark.parametrize("stride", [12, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [16, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_disk_that_is_full_from_any_step_on_loses_nothing_that_was_finished(tmp_path, inputs, stride):
     out = tmp_path / "out"
     undisturbed = inputs.runs.run(inputs.command(out), prelude=full_disk(10**6))
@@ -326,7 +326,7 @@ def damage(folder, draw):
     return f"{kind} {path.relative_to(folder)} at {at} of {len(data)}"
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [3, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("phase", ["walk", "write", "end"])
 def test_damaged_files_are_made_again_or_refused(tmp_path, inputs, phase, count):
     killed, out = tmp_path / "killed" / "out", tmp_path / "out"

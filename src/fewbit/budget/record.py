@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..durable import write_whole
 from ..errors import OutputError, ResumeError
 from .units import Choice
 
@@ -78,13 +78,8 @@ class Store:
             "notes": allocation.notes,
         }
         text = json.dumps(values, indent=1)
-        temporary = self.path.with_name(NAME + ".tmp")
         try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(f"{_checksum(text)}\n{text}")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
+            write_whole(self.path, f"{_checksum(text)}\n{text}".encode())
         except OSError as error:
             raise OutputError(
                 f"cannot write {self.path}: {error.strerror}. Make room and run the same command again"

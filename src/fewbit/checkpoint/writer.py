@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from ..durable import sync_folder
 from ..errors import CheckpointError, ConfigError, OutputError
 from . import manifest
 from .header import DTYPE_NAMES, encode_header
@@ -172,7 +173,7 @@ class CheckpointWriter:
             path.unlink()
         self._remove_temporaries()
         marker.write_text("fewbit has not finished writing this checkpoint.\n")
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
 
     def _remove_temporaries(self) -> None:
         for path in self.folder.glob(f".*{_TEMPORARY}"):
@@ -260,7 +261,7 @@ class CheckpointWriter:
                 file.write(data)
                 _sync(file)
             os.replace(temporary, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         return manifest.hash_bytes(data)
 
 
@@ -290,16 +291,6 @@ def _json(values: Mapping[str, Any]) -> bytes:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # elsewhere a folder cannot be opened, and renames are durable without it
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
