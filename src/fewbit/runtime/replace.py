@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..plan import Plan
+from ..walk.experts import unfused_modules
 from .conv import QuantConv2d
 from .kernel import KernelSpec
 from .linear import QuantizedLayer, QuantLinear
@@ -73,6 +74,8 @@ def replace_layers(
         )
         new.prepare()
         set_module(model, layer.name, new.train(old.training))
+    for experts in unfused_modules(model).values():
+        experts.let_go_of_fused()
     if isinstance(model, PreTrainedModel):
         _adopt(model, quantization)
 

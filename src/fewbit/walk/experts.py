@@ -150,6 +150,12 @@ class UnfusedExperts(nn.Module):
             output.index_add_(0, route.chosen, weighted.to(output.dtype))
         return output
 
+    def let_go_of_fused(self) -> None:
+        """Give weights that are still views of the fused ones tensors of their own, so that those are freed."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear) and layer.weight.untyped_storage().nbytes() > layer.weight.nbytes:
+                layer.weight = nn.Parameter(layer.weight.detach().clone(), layer.weight.requires_grad)
+
 
 @dataclass(frozen=True)
 class Unfused:
