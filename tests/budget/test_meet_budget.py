@@ -234,3 +234,12 @@ def plan_of(*choices):
 )
 def test_the_configuration_states_what_lets_engines_choose_a_kernel_for_all(choices, expected):
     assert budget.stated(plan_of(*choices)) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "7", "{}", '{"fingerprint": {}}', '{"fingerprint": {}, "layers": [1]}', "[" * 10**5]
+)
+def test_a_choice_of_another_shape_under_a_right_checksum_counts_as_absent(tmp_path, text):
+    store = record.Store(tmp_path, {}, {})
+    store.path.write_text(f"{record._checksum(text)}\n{text}")
+    assert store.read() is None

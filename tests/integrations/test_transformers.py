@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -123,6 +124,19 @@ def test_pickles_are_refused(registered, truth_and_folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"pytorch_model.bin is a pickle.*--allow-pickle"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("which", ["one", "all"])
+def test_an_index_that_leaves_the_folder(registered, tmp_path, which):
+    write_checkpoint(tmp_path / "inside", llama(), shards=2)
+    index = tmp_path / "inside" / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    for name, file in list(values["weight_map"].items())[: 1 if which == "one" else None]:
+        shutil.copy(tmp_path / "inside" / file, tmp_path / file)
+        values["weight_map"][name] = f"../{file}"
+    index.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"names files outside its folder: .*\.\./"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "inside")
 
 
 def test_unquantized_weights_that_claim_otherwise(registered, truth_and_folder):

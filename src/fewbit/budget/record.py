@@ -53,11 +53,14 @@ class Store:
         checksum, _, text = self.path.read_bytes().decode(errors="replace").partition("\n")
         if checksum != _checksum(text):
             return None
-        values = json.loads(text)
-        if values["fingerprint"] != dict(self.fingerprint):
+        try:
+            values = json.loads(text)
+            if values["fingerprint"] != dict(self.fingerprint):
+                return None
+            layers = {name: Choice(*choice) for name, choice in values["layers"].items()}
+            return Allocation(layers, tuple(values["notes"]))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
-        layers = {name: Choice(*choice) for name, choice in values["layers"].items()}
-        return Allocation(layers, tuple(values["notes"]))
 
     def write(self, allocation: Allocation) -> None:
         """Store a choice.

@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 from ..checkpoint import layout, quantization
 from ..checkpoint.header import TensorInfo, read_header
 from ..checkpoint.reader import layer_names, layer_spec
+from ..checkpoint.writer import CONFIG
 from ..errors import CheckpointError, ConfigError
 from ..runtime.conv import QuantConv2d
 from ..runtime.kernel import KernelSpec
@@ -267,6 +268,12 @@ def _dense(layer: QuantizedLayer, dtype: torch.dtype) -> nn.Module:
 
 def _read_headers(files: list[str] | None) -> dict[str, TensorInfo]:
     infos: dict[str, TensorInfo] = {}
+    folders = {Path(file).parent for file in files or ()}
+    # transformers joins names from the index to the folder, wherever that leads.
+    if len(folders) > 1 or not all((folder / CONFIG).exists() for folder in folders):
+        raise CheckpointError(
+            f"the index of {_folder(files)} names files outside its folder: {', '.join(sorted(files or ())[:3])}"
+        )
     for file in files or ():
         if not file.endswith(".safetensors"):
             raise CheckpointError(
