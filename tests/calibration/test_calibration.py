@@ -263,13 +263,12 @@ def test_left_padding_moves_to_the_right_and_inner_masks_stay(tokenizer):
 
 def test_other_keys_are_kept_per_token_ones_are_cut_and_padded(tokenizer):
     dataset = [
-        {"input_ids": [1, 2, 3, 4], "token_type_ids": [1, 1, 1, 1], "pixel_values": torch.ones(3, 2, 2)},
-        {"input_ids": [5], "token_type_ids": [1], "pixel_values": torch.zeros(3, 2, 2)},
+        {"input_ids": [1, 2, 3, 4], "token_type_ids": [1, 1, 1, 1], "language": torch.tensor([1, 1])},
+        {"input_ids": [5], "token_type_ids": [1], "language": torch.tensor([0, 0])},
     ]
     (batch,) = prepare(dataset, tokenizer, batch_size=2, seq_len=3).batches
     assert batch["token_type_ids"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["pixel_values"].shape == (2, 3, 2, 2)
-    assert batch["pixel_values"][0].eq(1).all()
+    assert batch["language"].tolist() == [[1, 1], [0, 0]]
 
 
 def test_a_dataset_with_input_ids_keeps_its_rows(tmp_path):
@@ -383,6 +382,6 @@ def test_text_without_a_tokenizer(tmp_path):
 
 def test_batches_that_do_not_fit_together():
     with pytest.raises(CalibrationError, match="one lacks extra"):
-        prepare([{"input_ids": [1], "extra": [[1.0]]}, {"input_ids": [1]}], batch_size=2)
+        prepare([{"input_ids": [1], "extra": [[1, 2]]}, {"input_ids": [1]}], batch_size=2)
     with pytest.raises(CalibrationError, match="'extra' has different shapes"):
-        prepare([{"input_ids": [1], "extra": [[1.0] * n]} for n in (1, 2)], batch_size=2)
+        prepare([{"input_ids": [1], "extra": [[1] * (n + 1)]} for n in (1, 2)], batch_size=2)

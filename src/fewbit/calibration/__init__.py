@@ -8,23 +8,21 @@ seed give the same batches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
+from .inputs import Batch, count_sequences, count_tokens, is_more_than_tokens
 from .sampling import choose, sample_windows, thin
 from .sequences import (
-    Batch,
     add_decoder_inputs,
     check_ids,
     collate,
     fingerprint,
     read_item,
-    ready_batches,
     truncate,
 )
 from .sources import NAMED, Corpus, RetiredDatasetError, Sequences, open_source
@@ -40,7 +38,8 @@ class Calibration:
 
     Attributes:
         batches: dicts of CPU tensors: input_ids int64 (batch, length); attention_mask int64 of the same
-            shape (0 = padding, on the right) only where something is masked; further keys as given.
+            shape (0 = padding, on the right) only where something is masked; further keys as given. Batches
+            with more than tokens are as given altogether.
         fingerprint: SHA-256 over all of it.
         tokens: unmasked tokens in all batches; 0 where batches hold no tokens but images, say.
         sequences: rows in all batches.
@@ -66,6 +65,7 @@ def prepare(
     seed: int = 0,
     max_positions: int | None = None,
     vocab_size: int | None = None,
+    placeholders: Collection[int] = (),
     decoder_start_token_id: int | None = None,
 ) -> Calibration:
     """Turn a dataset into calibration batches.
@@ -76,25 +76,21 @@ def prepare(
     `num_samples` equal parts.
 
     Args:
-        dataset: see `sources.open_source`; or a list of dicts of tensors without ``input_ids``, each one
-            taken as a batch that the model's forward accepts.
+        dataset: see `sources.open_source`. Elements of a list may be what the model's processor makes of images
+            or sound, with or without text: each one is a batch that the model's forward accepts.
         tokenizer: a transformers tokenizer; not needed for token ids.
         num_samples: sequences to use; None for all.
         seq_len: tokens per window, and the most per sequence.
         batch_size: sequences per batch.
         seed: of the choice.
         max_positions: the model's longest sequence; `seq_len` is capped to it.
-        vocab_size: the model's; ids outside are refused.
+        vocab_size: the model's; ids outside are refused, but for `placeholders` of images and the like.
         decoder_start_token_id: given for encoder-decoder models: batches get ``decoder_input_ids``.
 
     Raises:
         CalibrationError: no dataset, an unknown one, no tokens in it, or elements that cannot be used.
         DependencyError: an optional package is missing.
     """
-    ready = ready_batches(dataset)
-    if ready is not None:
-        chosen = [ready[i] for i in choose(len(ready), num_samples, seed)]
-        return Calibration(chosen, fingerprint(chosen), 0, len(chosen), f"{len(ready)} ready-made batches")
     notes: list[str] = []
     if max_positions is not None and seq_len > max_positions:
         notes.append(
@@ -113,21 +109,18 @@ def prepare(
     if not sequences:
         raise CalibrationError(f"{source.label}: the dataset is empty, there is not one token in it")
     if vocab_size is not None:
-        check_ids(sequences, vocab_size)
+        check_ids(sequences, vocab_size, placeholders)
 
     pad_token_id = getattr(tokenizer, "pad_token_id", None)
-    groups = [sequences[i : i + batch_size] for i in range(0, len(sequences), batch_size)]
-    batches = [collate(group, pad_token_id) for group in groups]
+    batches = list(_batches(sequences, batch_size, pad_token_id))
     if decoder_start_token_id is not None:
         for batch in batches:
             add_decoder_inputs(batch, decoder_start_token_id)
     return Calibration(
         batches=batches,
         fingerprint=fingerprint(batches),
-        tokens=sum(
-            int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches
-        ),
-        sequences=len(sequences),
+        tokens=sum(map(count_tokens, batches)),
+        sequences=count_sequences(batches),
         source=source.label,
         notes=tuple(notes),
     )
@@ -141,10 +134,25 @@ def _sample_sequences(
     else:
         items, _, count = thin(enumerate(source.items), max(_ITEMS_HELD, num_samples))
     read = [sequence for position, item in items for sequence in read_item(item, position, tokenizer)]
-    full = [sequence for sequence in read if sequence["input_ids"].shape[1]]
+    full = [sequence for sequence in read if "input_ids" not in sequence or sequence["input_ids"].shape[1]]
     chosen = [full[i] for i in choose(len(full), num_samples, seed)]
     notes = list(_sequence_notes(chosen, len(read) - len(full), max(count, len(full)), seq_len))
-    return [truncate(sequence, seq_len) for sequence in chosen], notes
+    return [s if is_more_than_tokens(s) else truncate(s, seq_len) for s in chosen], notes
+
+
+def _batches(sequences: list[Batch], batch_size: int, pad_token_id: int | None) -> Iterator[Batch]:
+    """Batches of sequences; what is a batch already stays one."""
+    waiting: list[Batch] = []
+    for sequence in sequences:
+        if is_more_than_tokens(sequence):
+            yield sequence
+            continue
+        waiting.append(sequence)
+        if len(waiting) == batch_size:
+            yield collate(waiting, pad_token_id)
+            waiting = []
+    if waiting:
+        yield collate(waiting, pad_token_id)
 
 
 def _sequence_notes(chosen: list[Batch], empty: int, count: int, seq_len: int) -> Iterator[str]:
@@ -152,6 +160,12 @@ def _sequence_notes(chosen: list[Batch], empty: int, count: int, seq_len: int) -
         yield f"{empty} empty sequences were left out"
     if len(chosen) + empty < count:
         yield f"{len(chosen)} of {count} sequences were used: raise num_samples to use more"
-    longer = sum(sequence["input_ids"].shape[1] > seq_len for sequence in chosen)
-    if longer:
-        yield f"{longer} of {len(chosen)} sequences were longer than {seq_len} tokens and were cut"
+    longer = [s for s in chosen if "input_ids" in s and s["input_ids"].shape[1] > seq_len]
+    whole = sum(map(is_more_than_tokens, longer))
+    if len(longer) > whole:
+        yield f"{len(longer) - whole} of {len(chosen)} sequences were longer than {seq_len} tokens and were cut"
+    if whole:
+        yield (
+            f"{whole} of {len(chosen)} sequences were longer than {seq_len} tokens and were not cut, because they "
+            "hold more than tokens"
+        )

@@ -2,13 +2,14 @@
 
 A sequence is a dict of tensors with a leading dimension of 1. Keys of shape (1, length), such as
 ``attention_mask`` or ``token_type_ids``, go with the tokens: they are cut and padded like them. All
-other keys (``pixel_values``, ``decoder_input_ids`` …) pass through whole.
+other keys (``decoder_input_ids`` …) pass through whole. An element with more than tokens is a batch
+already: see `inputs`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +17,19 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..errors import CalibrationError
-
-Batch = dict[str, Tensor]
+from .inputs import (
+    Batch,
+    add_decoder_inputs_from_labels,
+    as_batch,
+    is_input,
+    is_more_than_tokens,
+    to_tensor,
+)
 
 
 def read_item(item: Any, position: int, tokenizer: Any) -> Iterator[Batch]:
-    """The sequences of one list element: a string, a token dict (1-D or 2-D) or bare token ids.
+    """The sequences of one list element: a string, a token dict (1-D or 2-D) or bare token ids; or the one batch
+    of an element that holds more than tokens.
 
     Strings are encoded as the tokenizer does by default, with its special tokens. Masked columns at
     either end are removed, so that padding is always on the right later. Lengths may be zero.
@@ -40,12 +48,18 @@ def read_item(item: Any, position: int, tokenizer: Any) -> Iterator[Batch]:
         isinstance(item, (list, tuple)) and all(isinstance(i, int) for i in item)
     ):
         item = {"input_ids": item}
-    if not isinstance(item, Mapping) or "input_ids" not in item:
+    if not isinstance(item, Mapping) or not ("input_ids" in item or is_input(item)):
         got = (
             f"a dict with {', '.join(map(repr, item))}" if isinstance(item, Mapping) else type(item).__name__
         )
         raise CalibrationError(f"{where} is {got}; it must be a string or a dict with input_ids")
-    tensors = {key: _tensor(value, f"{where}, {key!r}") for key, value in item.items() if value is not None}
+    tensors = {key: to_tensor(value, f"{where}, {key!r}") for key, value in item.items() if value is not None}
+    if is_more_than_tokens(tensors):
+        batch = as_batch(tensors)
+        if "input_ids" in batch:
+            _check_ids_and_mask(batch, where)
+        yield batch
+        return
     if tensors["input_ids"].ndim == 1:
         tensors = {key: value[None] for key, value in tensors.items()}
     _check(tensors, where)
@@ -53,41 +67,17 @@ def read_item(item: Any, position: int, tokenizer: Any) -> Iterator[Batch]:
         yield _strip({key: value[row : row + 1] for key, value in tensors.items()})
 
 
-def ready_batches(dataset: Any) -> list[Batch] | None:
-    """A list of dicts without ``input_ids`` (``pixel_values`` …) is a list of whole batches; None if it is not.
-
-    Raises:
-        CalibrationError: an element is no dict, or holds something that is no tensor.
-    """
-    if not isinstance(dataset, (list, tuple)) or not dataset:
-        return None
-    first = dataset[0]
-    if not isinstance(first, Mapping) or "input_ids" in first:
-        return None
-    if not first or not all(isinstance(value, Tensor) for value in first.values()):
-        return None
-    batches = []
-    for position, item in enumerate(dataset):
-        where = f"dataset element {position}"
-        if not isinstance(item, Mapping) or "input_ids" in item:
-            raise CalibrationError(
-                f"{where} must be a dict of tensors without input_ids, like the first element"
-            )
-        batches.append({key: _tensor(value, f"{where}, {key!r}") for key, value in item.items()})
-    return batches
-
-
-def _tensor(value: Any, where: str) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.detach().cpu()
-    try:
-        tensor = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise CalibrationError(f"{where} cannot be made a tensor: {error}") from error
-    return tensor.long() if tensor.numel() == 0 else tensor
-
-
 def _check(tensors: Batch, where: str) -> None:
+    _check_ids_and_mask(tensors, where)
+    ids = tensors["input_ids"]
+    for key, value in tensors.items():
+        if value.ndim == 0 or len(value) != len(ids):
+            raise CalibrationError(
+                f"{where}: {key!r} must have {len(ids)} rows as input_ids; got {tuple(value.shape)}"
+            )
+
+
+def _check_ids_and_mask(tensors: Batch, where: str) -> None:
     ids = tensors["input_ids"]
     if ids.ndim != 2 or ids.dtype.is_floating_point or ids.dtype in (torch.bool, torch.complex64):
         raise CalibrationError(
@@ -101,11 +91,6 @@ def _check(tensors: Batch, where: str) -> None:
             f"{where}: attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}; "
             "they must be equal"
         )
-    for key, value in tensors.items():
-        if value.ndim == 0 or len(value) != len(ids):
-            raise CalibrationError(
-                f"{where}: {key!r} must have {len(ids)} rows as input_ids; got {tuple(value.shape)}"
-            )
 
 
 def _strip(sequence: Batch) -> Batch:
@@ -138,15 +123,19 @@ def truncate(sequence: Batch, seq_len: int) -> Batch:
     return _slice(sequence, 0, seq_len)
 
 
-def check_ids(sequences: Sequence[Batch], vocab_size: int) -> None:
+def check_ids(sequences: Sequence[Batch], vocab_size: int, placeholders: Collection[int] = ()) -> None:
     """Refuse token ids that the model has no embedding for.
+
+    Args:
+        placeholders: ids that stand for images or sound, and need none.
 
     Raises:
         CalibrationError: a token id lies outside 0 … vocab_size − 1.
     """
     for number, sequence in enumerate(sequences):
-        ids = sequence["input_ids"]
-        outside = ids[(ids < 0) | (ids >= vocab_size)]
+        ids = sequence.get("input_ids", torch.empty(0, dtype=torch.int64))
+        known = torch.isin(ids, torch.tensor([*placeholders], dtype=torch.int64))
+        outside = ids[((ids < 0) | (ids >= vocab_size)) & ~known]
         if len(outside):
             raise CalibrationError(
                 f"calibration sequence {number} has the token id {int(outside[0])}, outside the model's "
@@ -199,8 +188,11 @@ def _concatenate(key: str, values: list[Tensor]) -> Tensor:
 
 
 def add_decoder_inputs(batch: Batch, decoder_start_token_id: int) -> None:
-    """Give an encoder-decoder its second input, in place: the tokens shifted right by one."""
+    """Give an encoder-decoder its second input, in place: the tokens shifted right by one, or the labels."""
     if "decoder_input_ids" in batch:
+        return
+    if "labels" in batch or is_more_than_tokens(batch):
+        add_decoder_inputs_from_labels(batch, decoder_start_token_id)
         return
     batch["decoder_input_ids"] = _shift_right(batch["input_ids"], decoder_start_token_id)
     if "attention_mask" in batch:
