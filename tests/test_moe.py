@@ -95,6 +95,25 @@ def test_verify_and_inspect_take_it(run):
     assert json.loads(shown.stdout)["kinds"] == {"linear": report.modules}
 
 
+def test_names_of_modules_are_read_as_well(run, tmp_path):
+    """Where a tool wrote experts.3.gate_proj although the original files say w1."""
+    _, _, out, _ = run
+    parts = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+    def renamed(name):
+        module, _, rest = name.replace(".block_sparse_moe.", ".mlp.").rpartition(".")
+        parent, _, own = module.rpartition(".")
+        return f"{parent}.{parts.get(own, own)}.{rest}" if ".experts." in name else name
+
+    shutil.copytree(out, tmp_path / "out")
+    save_file(
+        {renamed(name): t for name, t in tensors(out).items()},
+        tmp_path / "out" / "model.safetensors",
+        {"format": "pt"},
+    )
+    torch.testing.assert_close(logits(fewbit.load(tmp_path / "out")), logits(fewbit.load(out)))
+
+
 def test_a_missing_expert_is_found(run, tmp_path):
     _, _, out, _ = run
     found = tensors(out)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from ..walk.experts import unfuse, unfused_conversions
+from ..walk.experts import unfuse, unfused_conversions, why_fused
 
 
 class FileNames:
@@ -22,7 +22,8 @@ class FileNames:
     def __init__(self, model: PreTrainedModel, layers: Iterable[str]) -> None:
         self._model = model
         self._read_conversions()
-        if any(self.place(f"{layer}.weight")[1] for layer in layers) and unfuse(model).modules:
+        fused = {name.rpartition(".")[0] for name in why_fused(model)}
+        if fused and any(self._of_one_expert(layer, fused) for layer in layers) and unfuse(model).modules:
             self._read_conversions()
 
     def place(self, name: str) -> tuple[str, list[str]]:
@@ -36,6 +37,11 @@ class FileNames:
             name, self._renamings, self._converters, self._model.base_model_prefix, self._parameters
         )
         return renamed, self._targets[merged] if merged is not None else []
+
+    def _of_one_expert(self, layer: str, fused: Collection[str]) -> bool:
+        name, merged = self.place(f"{layer}.weight")
+        # Some tools write transformers' names of modules: experts.3.gate_proj also for Mixtral.
+        return bool(merged) or name.rsplit(".", 3)[0] in fused
 
     def _read_conversions(self) -> None:
         conversions = unfused_conversions(self._model, get_model_conversion_mapping(self._model))

@@ -22,8 +22,8 @@ _EXPLANATIONS = {
         "If they are many, the model overflows in this dtype: try --dtype bfloat16 or float32.",
     ),
     fallback.STARVED: Explanation(
-        "The router sent too few calibration tokens to this expert to know its inputs. It was calibrated with as many "
-        "others of the same layer besides as it lacked.",
+        "The router sent too few calibration tokens to this expert to know its inputs. It was also calibrated with as "
+        "many other tokens of the same layer as it lacked.",
         _MORE_TEXT,
     ),
     fallback.NO_TOKENS: Explanation(
