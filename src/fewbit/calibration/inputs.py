@@ -51,10 +51,10 @@ def to_tensor(value: Any, where: str) -> Tensor:
 
 
 def is_more_than_tokens(tensors: Batch) -> bool:
-    """Whether there are images, sound or the like: real numbers that are no mask of the tokens."""
+    """Whether there are images, sound or the like: real numbers or bytes that do not go with the tokens."""
     ids = tensors.get("input_ids")
     return ids is None or any(
-        value.shape != ids.shape and (value.is_floating_point() or value.ndim > 2)
+        value.shape != ids.shape and (value.is_floating_point() or value.dtype == torch.uint8)
         for value in tensors.values()
     )
 
