@@ -2,7 +2,8 @@
 
 A plan is made before any work. It needs no definition of the architecture: the layers inside
 numbered blocks (``model.layers.3.…``) are quantized, everything else is left alone and listed
-with its reason. In a model without numbered blocks every layer is quantized.
+with its reason. In a model without numbered blocks every layer is quantized. Beside a language
+model, towers that read images or sound are left alone.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -18,10 +19,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .config import LayerSettings, QuantConfig
 from .errors import ConfigError, ModelError
+from .towers import parts_of
 from .walk.experts import why_fused
 from .walk.layers import is_layer, matrix_shape
 
 _BLOCK = re.compile(r"^(?:.*?\.)?\d+(?=\.|$)")
+_ROUTER_REASON = "router of a mixture of experts"
 _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")
 
 
@@ -88,13 +91,17 @@ def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
     _check_patterns(config, candidates)
     head = output_embedding_name(model)
     has_blocks = any(_BLOCK.match(name) for name in candidates)
-    asked = _asked_for(config, [n for n in candidates if n != head and (_BLOCK.match(n) or not has_blocks)])
+    parts = parts_of(model)
+    ordinary = [n for n in candidates if n != head and (_BLOCK.match(n) or not has_blocks)]
+    asked = _asked_for(config, [name for name in ordinary if parts.why_not(name) is None])
     layers: list[LayerPlan] = []
     skipped: list[Skipped] = []
     for name, module in candidates.items():
         settings = config.layer(name)
         explicit = any(re.search(pattern, name) for pattern in asked) or (config.lm_head and name == head)
         reason = _why_not(name, module, name == head, has_blocks, explicit)
+        if reason is None and not explicit:
+            reason = parts.why_not(name)
         if settings is None:
             reason = "asked to stay as it is (ignore or override)"
         if reason is not None or settings is None:
@@ -102,6 +109,7 @@ def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
             continue
         out_features, in_features = matrix_shape(module)
         layers.append(LayerPlan(name, out_features, in_features, settings, block_of(name)))
+    skipped.extend(_routers(model, candidates))
     skipped.extend(_fused_experts(model))
     if not layers:
         reasons = Counter(item.reason for item in skipped)
@@ -141,7 +149,7 @@ def _why_not(name: str, module: nn.Module, is_head: bool, has_blocks: bool, aske
     if is_head:
         return "output embedding (quantized with lm_head=True, --lm-head)"
     if _ROUTER.search(name):
-        return "router of a mixture of experts"
+        return _ROUTER_REASON
     if has_blocks and not _BLOCK.match(name):
         return "outside the repeated blocks (name it in an override to quantize it)"
     return None
@@ -151,6 +159,14 @@ def _asked_for(config: QuantConfig, ordinary: Iterable[str]) -> list[str]:
     """Overrides that are about special layers only (heads, routers …) ask for them; broad ones do not."""
     names = [name for name in ordinary if not _ROUTER.search(name)]
     return [pattern for pattern in config.override if not any(re.search(pattern, name) for name in names)]
+
+
+def _routers(model: nn.Module, layers: Collection[str]) -> Iterable[Skipped]:
+    """Routers that are no linear layers but hold a matrix of their own."""
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if name not in layers and _ROUTER.search(name) and weight is not None and weight.ndim == 2:
+            yield Skipped(name, tuple(weight.shape), _ROUTER_REASON)
 
 
 def _fused_experts(model: nn.Module) -> Iterable[Skipped]:

@@ -82,6 +82,7 @@ def test_routers_and_shared_gates_are_not_quantized_but_gate_projections_are():
     assert {"gate_proj", "up_proj", "down_proj"} <= planned
     assert not {"gate", "shared_expert_gate"} & planned
     assert "router" in skipped["shared_expert_gate"]
+    assert "router" in skipped["gate"]
     assert any("shared_expert.gate_proj" in layer.name for layer in plan.layers)
 
 

@@ -239,7 +239,7 @@ def why_not(name: str, fused: nn.Module, conversions: list[WeightTransform]) -> 
         return f"{kind} holds other weights than gate_up_proj (E, 2I, H) and down_proj (E, H, I)"
     for parameter in fused._parameters:
         converter = converter_of(f"{name}.{parameter}", conversions)
-        if converter is None:
+        if converter is None or not any("*" in source for source in converter.source_patterns):
             return (
                 "the original files hold these experts fused in one tensor, for which there is no GPTQ layout"
             )
