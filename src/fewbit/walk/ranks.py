@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,7 @@ T = TypeVar("T")
 _TIMEOUT = timedelta(hours=2)
 _ANSWER_SECONDS = 3.0  # for those who are left to say so
 _LEADER_SECONDS = 10.0  # for the leader to notice a failure, so that it reports it
+_INTERRUPTED_SECONDS = 1.0  # the same, when all processes are told to end
 _LAST = torch.iinfo(torch.int64).max  # after every position
 
 
@@ -144,6 +145,7 @@ class _Group(Ranks):
         backend = "cpu:gloo,cuda:nccl" if "nccl" in str(dist.get_backend_config()) else "gloo"
         self._group: Any = dist.new_group(backend=backend, timeout=_TIMEOUT)
         self._notes = _Notes(self._group.group_name, self.rank, self.world)
+        self.total(0)  # nobody goes on, and perhaps ends, before all are connected
 
     def first(self, position: int | None) -> int | None:
         """The smallest position of all ranks; None where nobody has one."""
@@ -232,7 +234,8 @@ class _Group(Ranks):
         try:
             collective(*args, group=self._group, **kwargs)
         except RuntimeError as error:  # torch's errors of communication have no closer class in common
-            raise self._notes.reason(str(error).splitlines()[0]) from error
+            # Its traceback would hold on to the group, whose connections then stay open.
+            raise self._notes.reason(str(error)) from error.with_traceback(None)
         self.seconds += time.perf_counter() - start
 
 
@@ -246,17 +249,15 @@ class _Notes:
 
     def leave(self, error: BaseException) -> None:
         """Write why this rank ends."""
-        self._write([type(error).__name__, str(error)])
+        _tell(self._store, self._keys[self._rank], json.dumps([type(error).__name__, str(error)]))
 
     def reason(self, symptom: str) -> FewbitError:
         """Why the group broke, as far as the ranks that are left say so."""
-        self._write(None)
-        try:
-            notes = self._read()
-        except KeyboardInterrupt:  # torchrun ends all ranks when one has ended
-            notes = {}
+        _tell(self._store, self._keys[self._rank], json.dumps(None))
+        notes: dict[int, list[str] | None] = {}
+        _until(lambda: self._read(notes), _ANSWER_SECONDS)
         for rank, note in notes.items():
-            if note is not None and note[0] != KeyboardInterrupt.__name__:
+            if _is_cause(note):
                 return _raised_elsewhere(rank, *note)
         gone = [rank for rank in range(self._world) if rank not in notes and rank != self._rank]
         if notes and not gone:
@@ -264,31 +265,48 @@ class _Notes:
         who = f"{_numbered(gone)} of {self._world} did not answer" if notes else "another process has ended"
         left = _numbered(sorted({*notes, self._rank}))
         return RankError(
-            f"the connection broke ({symptom.strip()}): {who}: killed, out of memory, or on a machine that is gone; "
-            f"{left} left. {_GO_ON}"
+            f"{who}: killed, out of memory, or on a machine that is gone; {left} left "
+            f"({_shortened(symptom)}). {_GO_ON}"
         )
 
-    def _write(self, note: list[str] | None) -> None:
-        try:
-            self._store.set(self._keys[self._rank], json.dumps(note))
-        except RuntimeError:  # the store went with the process that held it: nobody can be told
-            return
+    def _read(self, notes: dict[int, list[str] | None]) -> bool:
+        """Add the notes that are there; whether one of them tells the cause, or all have one."""
+        for rank, key in enumerate(self._keys):
+            if rank not in notes and self._store.check([key]):
+                notes[rank] = json.loads(self._store.get(key))
+        return len(notes) == self._world or any(map(_is_cause, notes.values()))
 
-    def _read(self) -> dict[int, list[str] | None]:
-        """Rank → its note, of all who leave one soon."""
-        found: dict[int, list[str] | None] = {}
-        end = time.monotonic() + _ANSWER_SECONDS
+
+def _is_cause(note: list[str] | None) -> TypeGuard[list[str]]:
+    """Whether a rank ended by itself, not because another one did."""
+    return note is not None and note[0] != KeyboardInterrupt.__name__
+
+
+def _until(done: Callable[[], bool], seconds: float) -> bool:
+    """Ask the store again and again; False where the time is over, or the store is gone."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
         try:
-            while len(found) < self._world and time.monotonic() < end:
-                for rank, key in enumerate(self._keys):
-                    if rank not in found and self._store.check([key]):
-                        found[rank] = json.loads(self._store.get(key))
-                if any(note and note[0] != KeyboardInterrupt.__name__ for note in found.values()):
-                    break
-                time.sleep(0.05)
-        except RuntimeError:  # the store is gone
-            return found
-        return found
+            if done():
+                return True
+            time.sleep(0.05)
+        except KeyboardInterrupt:  # torchrun ends all processes when one has ended: be quick
+            end = min(end, time.monotonic() + _INTERRUPTED_SECONDS)
+        except RuntimeError:  # it went with the process that held it
+            return False
+    return False
+
+
+def _tell(store: Any, key: str, value: str) -> None:
+    try:
+        store.set(key, value)
+    except RuntimeError:  # the store went with the process that held it: nobody can be told
+        return
+
+
+def _shortened(symptom: str) -> str:
+    """What torch says, without where in its code and what to do."""
+    return symptom.splitlines()[0].partition("] ")[2].partition(". ")[0] or symptom
 
 
 _GO_ON = (
@@ -380,18 +398,14 @@ def joined(device: str) -> Iterator[bool]:
 
 @contextmanager
 def _leader_reports(rank: int) -> Iterator[None]:
+    """Leave an error to rank 0, if that has one to report too."""
     store, key = dist.distributed_c10d._get_default_store(), "fewbit/reported"
     try:
         yield
     except FewbitError:
-        try:
-            if rank == 0:
-                store.set(key, "")
-            else:
-                store.wait([key], timedelta(seconds=_LEADER_SECONDS))
-        except RuntimeError:  # too late, or gone: report it here
-            raise
-        if rank != 0:
+        if rank == 0:
+            _tell(store, key, "")
+        elif _until(lambda: store.check([key]), _LEADER_SECONDS):
             raise SystemExit(2) from None
         raise
 
