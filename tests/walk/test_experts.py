@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import use_experts_implementation
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
+from fewbit.checkpoint.assemble import names_on_disk
 from fewbit.config import QuantConfig
 from fewbit.plan import make_plan
 from fewbit.walk.experts import UnfusedExperts, routes_of, unfuse, unfused_modules, why_fused, why_not
@@ -23,6 +24,17 @@ TOKENS = torch.randint(4, 100, (2, 20), generator=torch.Generator().manual_seed(
 def saved(model, folder: Path):
     model.save_pretrained(folder)
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def expert_names(model):
+    """Layer of an expert → what the files call it."""
+    layers = [
+        f"{name}.{layer}"
+        for name, experts in unfused_modules(model).items()
+        for layer, child in experts.named_modules()
+        if isinstance(child, nn.Linear)
+    ]
+    return {layer: name for layer, (name,) in names_on_disk(model, layers).items()}
 
 
 def expert_inputs(k=2):
@@ -40,13 +52,14 @@ def test_the_same_logits_the_same_files_and_no_second_copy(family, tmp_path):
         expected = model(TOKENS).logits
     on_disk = saved(model, tmp_path / "fused")
 
-    unfused = unfuse(model)
+    modules = unfuse(model)
+    names = expert_names(model)
 
     assert not why_fused(model)
-    assert len(unfused.disk_names) == 3 * EXPERTS * len(unfused.modules) > 0
+    assert len(names) == 3 * EXPERTS * len(modules) > 0
     with torch.no_grad():
         torch.testing.assert_close(model(TOKENS).logits, expected)
-    for layer, name in unfused.disk_names.items():
+    for layer, name in names.items():
         weight = model.get_submodule(layer).weight
         torch.testing.assert_close(weight, on_disk[f"{name}.weight"], rtol=0, atol=0)
         assert weight.untyped_storage().data_ptr() in addresses
@@ -60,12 +73,15 @@ def test_without_weights_the_names_are_the_same(family):
     model = tiny_moe(family)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(model.config)
-    assert unfuse(empty).disk_names == unfuse(model).disk_names
+    assert unfuse(empty).keys() == unfuse(model).keys()
+    assert expert_names(empty) == expert_names(model)
     assert all(parameter.is_meta for parameter in empty.parameters())
 
 
 def test_mixtral_is_called_as_in_its_files():
-    names = unfuse(tiny_moe("mixtral")).disk_names
+    model = tiny_moe("mixtral")
+    unfuse(model)
+    names = expert_names(model)
     experts, on_disk = "model.layers.1.mlp.experts.3", "model.layers.1.block_sparse_moe.experts.3"
     parts = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
     assert {part: names[f"{experts}.{part}"] for part in parts} == {
@@ -88,7 +104,7 @@ def test_routers_and_shared_gates_are_not_quantized_but_gate_projections_are():
 
 def test_gpt_oss_stays_fused_and_the_plan_says_why():
     model = tiny_moe("gpt_oss")
-    assert unfuse(model).modules == {}
+    assert unfuse(model) == {}
     plan = make_plan(model, QuantConfig(group_size=16))
     reasons = {item.reason for item in plan.skipped if "experts" in item.name}
     assert reasons == {
@@ -99,20 +115,20 @@ def test_gpt_oss_stays_fused_and_the_plan_says_why():
 def test_experts_that_are_fused_in_the_files_stay_fused(tmp_path):
     model = tiny_moe("qwen3_moe")
     model._weight_conversions = []  # as after loading a file to which no conversion applied
-    assert unfuse(model).modules == {}
+    assert unfuse(model) == {}
     assert all("original files hold these experts fused" in reason for reason in why_fused(model).values())
 
 
 def test_a_model_without_experts_is_not_touched():
     model = tiny_model("llama")
     before = dict(model.named_modules())
-    assert unfuse(model).modules == {}
+    assert unfuse(model) == {}
     assert dict(model.named_modules()) == before
-    assert unfuse(nn.Linear(2, 2)).modules == {}
+    assert unfuse(nn.Linear(2, 2)) == {}
 
 
 def test_a_choice_beyond_the_last_expert_is_nobodys():
-    experts = unfuse(tiny_moe("qwen3_moe")).modules["model.layers.0.mlp.experts"]
+    experts = unfuse(tiny_moe("qwen3_moe"))["model.layers.0.mlp.experts"]
     x, index, weights = expert_inputs()
     index[:, 1] = EXPERTS
     alone = experts(x, index[:, :1], weights[:, :1])

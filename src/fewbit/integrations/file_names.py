@@ -23,7 +23,7 @@ class FileNames:
         self._model = model
         self._read_conversions()
         fused = {name.rpartition(".")[0] for name in why_fused(model)}
-        if fused and any(self._of_one_expert(layer, fused) for layer in layers) and unfuse(model).modules:
+        if fused and any(self._of_one_expert(layer, fused) for layer in layers) and unfuse(model):
             self._read_conversions()
 
     def place(self, name: str) -> tuple[str, list[str]]:

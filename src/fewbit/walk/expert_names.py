@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -19,7 +18,6 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     WeightTransform,
-    revert_weight_conversion,
 )
 
 # A fused parameter → the projections that lie in it one after the other.
@@ -101,14 +99,3 @@ def without_fusing(
     # Converters act after all renamings, so what stands for them comes last.
     kept = [entry for entry in conversions if id(entry) not in replaced]
     return [*kept, *(entry for entries in replaced.values() for entry in entries)]
-
-
-def disk_names(model: PreTrainedModel, layers: Iterable[str]) -> dict[str, str]:
-    """Layer → what the original files call it, without ``.weight``; its experts are unfused already."""
-    # Only renamed, a tensor comes out as the same object.
-    empty = {f"{layer}.weight": torch.empty(0, device="meta") for layer in layers}
-    stored = {id(tensor): name for name, tensor in revert_weight_conversion(model, empty).items()}
-    return {
-        name.removesuffix(".weight"): stored[id(tensor)].removesuffix(".weight")
-        for name, tensor in empty.items()
-    }

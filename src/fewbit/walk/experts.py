@@ -9,7 +9,7 @@ the files and for the kernels. Knows nothing of quantization.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightTransform
 
-from .expert_names import PARTS, conversions_of, converter_of, disk_names, renamings, without_fusing
+from .expert_names import PARTS, conversions_of, converter_of, renamings, without_fusing
 
 ROUTING = "routing"  # the attribute of `UnfusedExperts`
 
@@ -157,26 +157,17 @@ class UnfusedExperts(nn.Module):
                 layer.weight = nn.Parameter(layer.weight.detach().clone(), layer.weight.requires_grad)
 
 
-@dataclass(frozen=True)
-class Unfused:
-    """What was taken apart.
-
-    Attributes:
-        modules: name → module. disk_names: layer → what the original files call it, without ``.weight``.
-    """
-
-    modules: dict[str, UnfusedExperts] = field(default_factory=dict)
-    disk_names: dict[str, str] = field(default_factory=dict)
-
-
-def unfuse(model: nn.Module) -> Unfused:
+def unfuse(model: nn.Module) -> dict[str, UnfusedExperts]:
     """Take every mixture of experts apart that can be. Others stay as they are: `why_fused` says why.
 
     Works with weights, of which the layers become views, and without (on the meta device). What transformers
     saves and loads from now on has the names of the original files.
+
+    Returns:
+        The new modules by name.
     """
     if not isinstance(model, PreTrainedModel):
-        return Unfused()
+        return {}
     conversions = conversions_of(model)
     modules = {}
     for name, fused in _fused_modules(model):
@@ -184,18 +175,9 @@ def unfuse(model: nn.Module) -> Unfused:
             parent, _, own = name.rpartition(".")
             modules[name] = UnfusedExperts(fused)
             setattr(model.get_submodule(parent), own, modules[name])
-    if not modules:
-        return Unfused()
-    model._weight_conversions = without_fusing(
-        conversions, {name: module.fused_parameters for name, module in modules.items()}
-    )
-    layers = [
-        f"{name}.{layer}"
-        for name, module in modules.items()
-        for layer, child in module.named_modules()
-        if isinstance(child, nn.Linear)
-    ]
-    return Unfused(modules, disk_names(model, layers))
+    if modules:
+        model._weight_conversions = unfused_conversions(model, conversions)
+    return modules
 
 
 def unfused_modules(model: nn.Module) -> dict[str, UnfusedExperts]:
