@@ -17,7 +17,7 @@ from ..errors import CalibrationError
 from ..evaluate import Evaluation, evaluate, windows
 from ..source import Source, open_source
 from .display import console, progress_bar, quiet_libraries
-from .quantize import Dtype
+from .options import Dtype
 
 _EXAMPLES = """
 Examples:

@@ -19,6 +19,7 @@ from .env import env
 from .eval import eval_
 from .generate import generate
 from .inspect import inspect
+from .plan import plan
 from .quantize import quantize
 from .verify import verify
 
@@ -48,6 +49,7 @@ app = typer.Typer(
     help="Make large language models small: GPTQ quantization to 2, 3, 4 or 8 bits, on the machine you have.",
 )
 app.command()(quantize)
+app.command()(plan)
 app.command("eval")(eval_)
 app.command()(inspect)
 app.command()(verify)

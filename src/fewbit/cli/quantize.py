@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from ..config import QuantConfig, parse_overrides
 from .display import INTERRUPTED, console, progress_bar, quiet_libraries
-
-ActOrder = Literal["group", "none", "full"]
-Method = Literal["gptq", "rtn"]
-Format = Literal["gptq", "gptq_v2"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+from .options import Job, with_options
+from .plan import show_forecast
 
 _EXAMPLES = """
 Examples:
@@ -32,128 +27,36 @@ Examples:
 """
 
 
+@with_options
 def quantize(
-    model: Annotated[str, typer.Argument(help="A transformers folder, a .gguf file or a Hub id.")],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="Folder to write; new, empty or interrupted.")
-    ],
-    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Inputs that share a scale; -1: the whole row.")] = 128,
-    sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric or asymmetric grids.")] = True,
-    act_order: Annotated[ActOrder, typer.Option(help="Order of the columns; full writes a g_idx.")] = "group",
-    damp: Annotated[float, typer.Option(help="Damping, as a fraction of mean(diag H).")] = 0.01,
-    correction: Annotated[
-        str,
-        typer.Option(help="Move targets towards the full-precision outputs: 0 to 1, or auto.", metavar="A"),
-    ] = "auto",
-    refit: Annotated[
-        bool, typer.Option("--refit", help="Fit scales again after rounding where held-out error falls.")
-    ] = False,
-    fast: Annotated[
-        bool, typer.Option("--fast", help="Half the time: no full-precision stream, no correction.")
-    ] = False,
-    target_bits: Annotated[
-        float | None,
-        typer.Option(help="Average stored bits per weight; bits and groups are then chosen per layer."),
-    ] = None,
-    tune: Annotated[
-        bool, typer.Option("--tune", help="Also train rounding and scales block by block. Takes minutes.")
-    ] = False,
-    tune_steps: Annotated[int, typer.Option(help="Steps per block with --tune.")] = 100,
-    method: Annotated[Method, typer.Option(help="gptq, or rtn (round-to-nearest, no text needed).")] = "gptq",
-    dataset: Annotated[
-        str | None,
-        typer.Option(help="wikitext2, c4, c4-new, a .txt, .jsonl or .parquet file, or - for stdin."),
-    ] = None,
-    num_samples: Annotated[
-        int, typer.Option("--num-samples", "--nsamples", help="Calibration sequences.")
-    ] = 128,
-    seq_len: Annotated[int, typer.Option("--seq-len", "--seqlen", help="Tokens in each.")] = 2048,
-    batch_size: Annotated[int, typer.Option(help="Sequences in a forward pass.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu or mps.")] = "auto",
-    dtype: Annotated[
-        Dtype, typer.Option(help="Read the model in this: for calibration and what stays as it is.")
-    ] = "auto",
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="REGEX of layers to leave alone. Repeatable.")
-    ] = None,
-    override: Annotated[
-        list[str] | None, typer.Option(help="'REGEX=bits:8,group_size:32' or 'REGEX=skip'. Repeatable.")
-    ] = None,
-    lm_head: Annotated[bool, typer.Option("--lm-head", help="Also quantize the output embedding.")] = False,
-    format: Annotated[Format, typer.Option(help="gptq (v1) is read by everything.")] = "gptq",
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
-    resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")
-    ] = True,
-    eval_dataset: Annotated[
-        str | None, typer.Option("--eval", help="Measure the result on this text, against the original.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Chooses the calibration windows.")] = 0,
-    strict: Annotated[bool, typer.Option("--strict", help="Fail where a fallback would be used.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the model's own code.")
-    ] = False,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weight files.")] = False,
-    offload_dir: Annotated[
-        Path | None,
-        typer.Option(help="Folder for activations of batches that wait, instead of memory. Same result."),
-    ] = None,
+    job: Job,
     push_to_hub: Annotated[str | None, typer.Option(help="Upload the result to this Hub repository.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it would do, need and take: fewbit plan.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Also list every layer.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only errors.")] = False,
 ) -> None:
     """Quantize a model with GPTQ into a checkpoint that transformers, vLLM, SGLang and GPTQModel read."""
-    config = QuantConfig(
-        bits=bits,
-        group_size=group_size,
-        sym=sym,
-        act_order=act_order,
-        damp=damp,
-        correction=_correction(correction),
-        refit=refit,
-        fast=fast,
-        target_bits=target_bits,
-        tune=tune,
-        tune_steps=tune_steps,
-        method=method,
-        ignore=tuple(ignore or ()),
-        override=parse_overrides(override or ()),
-        lm_head=lm_head,
-        format=format,
-        num_samples=num_samples,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        seed=seed,
-        dtype=dtype,
-        strict=strict,
-    )
+    if dry_run:
+        show_forecast(job, as_json=as_json, verbose=verbose, quiet=quiet)
+        return
+    if job.output is None:
+        raise typer.BadParameter("the folder to write is missing", param_hint="'-o' / '--output'")
     from .. import api
     from ..walk.ranks import joined
 
     quiet_libraries()
-    with joined(device) as speaks:  # of several processes, one
+    with joined(job.arguments["device"]) as speaks:  # of several processes, one
         try:
             with progress_bar("quantize", hidden=quiet or as_json or not speaks) as progress:
                 report = api.quantize(
-                    model,
-                    config,
-                    dataset=dataset,
-                    output=output,
-                    device=device,
-                    resume=resume,
-                    max_shard_size=max_shard_size,
-                    trust_remote_code=trust_remote_code,
-                    allow_pickle=allow_pickle,
-                    evaluate_on=eval_dataset,
-                    push_to_hub=push_to_hub,
-                    offload_dir=offload_dir,
-                    progress=progress,
+                    job.model, job.config, **job.arguments, push_to_hub=push_to_hub, progress=progress
                 )
         except KeyboardInterrupt as interrupt:
             if speaks:
-                console.print(_after_interrupt(output))
+                console.print(_after_interrupt(job.output))
             raise typer.Exit(INTERRUPTED) from interrupt
     if as_json and speaks:
         print(json.dumps(report.summary()))
@@ -162,11 +65,6 @@ def quantize(
 
 
 quantize.__doc__ = f"{quantize.__doc__}\n{_EXAMPLES}"
-
-
-def _correction(text: str) -> float | str:
-    """A number where the text is one; QuantConfig judges the rest."""
-    return float(text) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text.lower()) else text
 
 
 def _after_interrupt(output: Path) -> str:

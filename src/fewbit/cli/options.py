@@ -1,0 +1,169 @@
+"""The options of `fewbit quantize`, which `fewbit plan` takes too: listed once, turned into a `Job`.
+
+A command that begins with ``@with_options`` gets all of them, and receives the `Job` as its first argument.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ..config import QuantConfig, parse_overrides
+
+ActOrder = Literal["group", "none", "full"]
+Method = Literal["gptq", "rtn"]
+Format = Literal["gptq", "gptq_v2"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the options ask for.
+
+    Attributes:
+        arguments: of `api.quantize` and `forecast.forecast` alike: dataset, output, device and so on.
+    """
+
+    model: str
+    config: QuantConfig
+    arguments: dict[str, Any]
+
+    @property
+    def output(self) -> Path | None:
+        """The folder to write."""
+        output: Path | None = self.arguments["output"]
+        return output
+
+
+def job(
+    model: Annotated[str, typer.Argument(help="A transformers folder, a .gguf file or a Hub id.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder to write; new, empty or interrupted.")
+    ] = None,
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Inputs that share a scale; -1: the whole row.")] = 128,
+    sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric or asymmetric grids.")] = True,
+    act_order: Annotated[ActOrder, typer.Option(help="Order of the columns; full writes a g_idx.")] = "group",
+    damp: Annotated[float, typer.Option(help="Damping, as a fraction of mean(diag H).")] = 0.01,
+    correction: Annotated[
+        str,
+        typer.Option(help="Move targets towards the full-precision outputs: 0 to 1, or auto.", metavar="A"),
+    ] = "auto",
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Fit scales again after rounding where held-out error falls.")
+    ] = False,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Half the time: no full-precision stream, no correction.")
+    ] = False,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(help="Average stored bits per weight; bits and groups are then chosen per layer."),
+    ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Also train rounding and scales block by block. Takes minutes.")
+    ] = False,
+    tune_steps: Annotated[int, typer.Option(help="Steps per block with --tune.")] = 100,
+    method: Annotated[Method, typer.Option(help="gptq, or rtn (round-to-nearest, no text needed).")] = "gptq",
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="wikitext2, c4, c4-new, a .txt, .jsonl or .parquet file, or - for stdin."),
+    ] = None,
+    num_samples: Annotated[
+        int, typer.Option("--num-samples", "--nsamples", help="Calibration sequences.")
+    ] = 128,
+    seq_len: Annotated[int, typer.Option("--seq-len", "--seqlen", help="Tokens in each.")] = 2048,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a forward pass.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu or mps.")] = "auto",
+    dtype: Annotated[
+        Dtype, typer.Option(help="Read the model in this: for calibration and what stays as it is.")
+    ] = "auto",
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="REGEX of layers to leave alone. Repeatable.")
+    ] = None,
+    override: Annotated[
+        list[str] | None, typer.Option(help="'REGEX=bits:8,group_size:32' or 'REGEX=skip'. Repeatable.")
+    ] = None,
+    lm_head: Annotated[bool, typer.Option("--lm-head", help="Also quantize the output embedding.")] = False,
+    format: Annotated[Format, typer.Option(help="gptq (v1) is read by everything.")] = "gptq",
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")
+    ] = True,
+    eval_dataset: Annotated[
+        str | None, typer.Option("--eval", help="Measure the result on this text, against the original.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Chooses the calibration windows.")] = 0,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail where a fallback would be used.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the model's own code.")
+    ] = False,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weight files.")] = False,
+    offload_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder for activations of batches that wait, instead of memory. Same result."),
+    ] = None,
+) -> Job:
+    """The job that the options describe; its signature is what the command line takes."""
+    config = QuantConfig(
+        bits=bits,
+        group_size=group_size,
+        sym=sym,
+        act_order=act_order,
+        damp=damp,
+        correction=_correction(correction),
+        refit=refit,
+        fast=fast,
+        target_bits=target_bits,
+        tune=tune,
+        tune_steps=tune_steps,
+        method=method,
+        ignore=tuple(ignore or ()),
+        override=parse_overrides(override or ()),
+        lm_head=lm_head,
+        format=format,
+        num_samples=num_samples,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        seed=seed,
+        dtype=dtype,
+        strict=strict,
+    )
+    arguments = {
+        "dataset": dataset,
+        "output": output,
+        "device": device,
+        "resume": resume,
+        "max_shard_size": max_shard_size,
+        "trust_remote_code": trust_remote_code,
+        "allow_pickle": allow_pickle,
+        "offload_dir": offload_dir,
+        "evaluate_on": eval_dataset,
+    }
+    return Job(model, config, arguments)
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with the options of `job` in place of its first parameter."""
+    shared = inspect.signature(job, eval_str=True).parameters
+    _, *own = inspect.signature(command, eval_str=True).parameters.values()
+
+    def run(**given: Any) -> None:
+        described = job(**{name: given.pop(name) for name in shared})
+        command(described, **given)
+
+    parameters = [*shared.values(), *own]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    return run
+
+
+def _correction(text: str) -> float | str:
+    """A number where the text is one; QuantConfig judges the rest."""
+    return float(text) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text.lower()) else text

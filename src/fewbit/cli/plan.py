@@ -1,0 +1,168 @@
+"""``fewbit plan``: what a quantization would do, need and take, and why it could not work."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from ..report import words
+from .display import console, quiet_libraries
+from .options import Job, with_options
+
+if TYPE_CHECKING:  # transformers takes seconds to import: not for --help
+    from ..forecast import Forecast
+    from ..plan import LayerPlan, Plan
+
+NO = 1  # exit code where it cannot work
+
+_EXAMPLES = """
+Examples:
+
+  fewbit plan ./SmolLM2-135M -o ./SmolLM2-135M-4bit --dataset notes.txt
+
+  fewbit plan org/model --bits 3 --group-size 64 -v
+
+  fewbit plan org/model --num-samples 64 --json | jq .problems
+"""
+
+
+@with_options
+def plan(
+    job: Job,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="List every module.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only say what cannot work.")] = False,
+) -> None:
+    """Say what `fewbit quantize` with the same options would do, need and take. Exit code 1 if it cannot work.
+
+    Takes a few seconds, for a measurement on this machine; nothing is written.
+    """
+    show_forecast(job, as_json=as_json, verbose=verbose, quiet=quiet)
+
+
+plan.__doc__ = f"{plan.__doc__}\n{_EXAMPLES}"
+
+
+def show_forecast(job: Job, *, as_json: bool, verbose: bool, quiet: bool) -> None:
+    """Forecast the job and print the answer.
+
+    Raises:
+        typer.Exit: it cannot work.
+    """
+    from ..forecast import forecast
+
+    quiet_libraries()
+    found = forecast(job.model, job.config, **job.arguments)
+    if as_json:
+        print(json.dumps(found.summary() | (found.details() if verbose else {})))
+    elif not quiet:
+        _show(found, verbose)
+    if not found.works:
+        for problem in found.problems:
+            console.print(f"[bold red]problem[/]: {escape(problem)}", highlight=False)
+        raise typer.Exit(NO)
+
+
+def _show(found: Forecast, verbose: bool) -> None:
+    results = Console()
+    if found.plan is not None:
+        results.print(_module_table(found) if verbose else _kind_table(found))
+        results.print(_kept_table(found.plan))
+    results.print(_summary(found))
+    for note in found.notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
+
+
+def _kind_table(found: Forecast) -> Table:
+    """Layers of the same name, shape and settings in one row."""
+    assert found.plan is not None
+    counts: Counter[tuple[str, ...]] = Counter()
+    nbytes: Counter[tuple[str, ...]] = Counter()
+    for layer in found.plan.layers:
+        kind = (_kind_name(layer), _shape(layer.out_features, layer.in_features), *_settings(layer))
+        counts[kind] += 1
+        nbytes[kind] += found.sizes.layers[layer.name] if found.sizes else 0
+    table = Table("layers", Column("", overflow="fold"), "out × in", "bits", "group", "how", "size")
+    table.title, table.title_justify, table.box = "to be quantized", "left", None
+    for columns, count in counts.items():
+        table.add_row(f"{count} ×", *columns, words.size(nbytes[columns]))
+    return table
+
+
+def _module_table(found: Forecast) -> Table:
+    assert found.plan is not None
+    table = Table(Column("layer", overflow="fold"), "out × in", "bits", "group", "how", "size", box=None)
+    table.title, table.title_justify = "to be quantized", "left"
+    for layer in found.plan.layers:
+        size = words.size(found.sizes.layers[layer.name]) if found.sizes else words.DASH
+        table.add_row(layer.name, _shape(layer.out_features, layer.in_features), *_settings(layer), size)
+    return table
+
+
+def _settings(layer: LayerPlan) -> tuple[str, str, str]:
+    """Bits, group and the rest in words."""
+    settings = layer.settings
+    group = "row" if settings.group_size == -1 else str(settings.group_size)
+    grid = "symmetric" if settings.sym else "asymmetric"
+    how = f"{settings.method}, {grid}" + (", full act-order" if settings.act_order == "full" else "")
+    return str(settings.bits), group, how
+
+
+def _kept_table(plan: Plan) -> Table:
+    """What stays as it is, by reason."""
+    table = Table("", Column("", overflow="fold"), "weights", "why", box=None)
+    table.title, table.title_justify = "to stay as they are", "left"
+    kinds: Counter[tuple[str, str]] = Counter()
+    weights: Counter[tuple[str, str]] = Counter()
+    for item in plan.skipped:
+        kind = (re.sub(r"\d+", "N", item.name), item.reason)
+        kinds[kind] += 1
+        weights[kind] += math.prod(item.shape)
+    for (name, why), count in kinds.items():
+        table.add_row(f"{count} ×", name, words.parameters(weights[name, why]), why)
+    return table
+
+
+def _summary(found: Forecast) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    if found.plan is not None:
+        stored = f", {found.bits_per_weight:.3f} bits per weight" if found.bits_per_weight else ""
+        table.add_row("layers", f"{words.plural(len(found.plan.layers), 'layer')}{stored}")
+    if found.sizes is not None:
+        sizes = found.sizes
+        table.add_row(
+            "result",
+            f"{words.size(sizes.output)}: {words.size(sizes.quantized)} quantized, {words.size(sizes.plain)} as it was",
+        )
+        table.add_row("disk", f"{words.size(sizes.disk)} while it is written")
+    if found.memory is not None:
+        memory = found.memory
+        parts = ", ".join(f"{name} {words.size(size)}" for name, size in memory.parts.items() if size)
+        table.add_row("peak memory", f"{words.size(memory.peak)}, while {memory.moment}")
+        table.add_row("", parts)
+        if memory.device_peak is not None:
+            table.add_row("GPU memory", words.size(memory.device_peak))
+    if found.seconds is not None:
+        phases = sorted(found.seconds.items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{name} {words.duration(seconds)}" for name, seconds in phases if seconds >= 0.1)
+        table.add_row("time", f"about {words.duration(found.total_seconds)}")
+        table.add_row("", shown)
+    return table
+
+
+def _kind_name(layer: LayerPlan) -> str:
+    """The name without its block, and without numbers: experts are alike."""
+    inside = layer.name[len(layer.block) + 1 :] or layer.name
+    return re.sub(r"\d+", "N", inside)
+
+
+def _shape(out_features: int, in_features: int) -> str:
+    return f"{out_features} × {in_features}"

@@ -1,0 +1,217 @@
+"""What a run would do, need and take, before any work: every module, memory, disk, time, and what cannot work.
+
+    source ─ text ─ model ─ plan ─ trial (one batch through the first blocks) ─ rates ─ memory, time, disk
+
+The steps are those of `api.quantize`, and so are the checks: where one of them refuses, its message becomes a
+problem of the forecast, and what does not depend on it goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+
+from .. import api, budget
+from ..calibration import Calibration
+from ..checkpoint.writer import parse_size
+from ..config import QuantConfig
+from ..errors import FewbitError
+from ..plan import Plan, make_plan
+from ..solver import Accuracy
+from ..source import Source, load_tokenizer, open_source
+from ..timers import Timers, memory_in_use_bytes
+from ..walk.journal import Journal, check_output
+from ..walk.weights import Weights
+from . import limits, problems
+from .memory import predict_memory
+from .rates import measure_disk, measure_layers
+from .result import Forecast
+from .sizes import Sizes, largest_tensor, sizes_of, untie_head
+from .timing import predict_seconds
+from .trial import run_trial, tokens_of
+from .work import work_of
+
+__all__ = ["Forecast", "forecast"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def forecast(
+    model: str | Path,
+    config: QuantConfig | None = None,
+    *,
+    dataset: Any = None,
+    tokenizer: Any = None,
+    output: str | Path | None = None,
+    device: str = "auto",
+    resume: bool = True,
+    max_shard_size: int | str = "5GB",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    evaluate_on: Any = None,
+    offload_dir: str | Path | None = None,
+) -> Forecast:
+    """Foresee what `fewbit.quantize` would do with the same arguments. Writes nothing that stays.
+
+    Takes a few seconds: one calibration batch runs through the first blocks, and a layer of every width is solved.
+    Without a dataset it plans with as many tokens as the configuration asks for.
+    """
+    job = _Job(
+        config or QuantConfig(), None if output is None else Path(output), resume, evaluate_on is not None
+    )
+    attempt = job.attempt
+    if job.output is not None:
+        attempt(check_output, job.output)
+    job.shard_bytes = attempt(parse_size, max_shard_size) or 0
+    where = attempt(api.resolve_device, device)
+    source = attempt(open_source, model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    if source is None or where is None:
+        return job.forecast()
+    if isinstance(tokenizer, (str, Path)):
+        tokenizer = attempt(load_tokenizer, tokenizer)
+    if evaluate_on is not None:
+        attempt(api.evaluation_windows, source, evaluate_on, tokenizer)
+    start = time.perf_counter()
+    calibration = attempt(job.calibrate, source, dataset, tokenizer)
+    calibrated = time.perf_counter() - start
+    timers = Timers(where)
+    opened = attempt(api.open_model, source, job.config.dtype, where, timers)
+    if opened is None:
+        return job.forecast()
+    job.notes += source.notes
+    plan = attempt(make_plan, opened[0], job.config)
+    if plan is None:
+        return job.forecast()
+    job.plan = plan
+    job.notes += plan.notes
+    attempt(budget.check, plan, job.config)
+    if calibration is not None:
+        attempt(job.check_resume, source, calibration, dataset is not None)
+        job.predict(source, calibration, *opened, timers, calibrated if dataset is not None else 0.0)
+    return job.forecast()
+
+
+class _Job:
+    """What is known so far; a step that is refused leaves a problem."""
+
+    def __init__(self, config: QuantConfig, output: Path | None, resume: bool, evaluated: bool) -> None:
+        self.config, self.output, self.resume, self.evaluated = config, output, resume, evaluated
+        self.shard_bytes = 0
+        self.plan: Plan | None = None
+        self.memory: Any = None
+        self.sizes: Sizes | None = None
+        self.seconds: dict[str, float] | None = None
+        self.notes: list[str] = []
+        self.problems: list[str] = []
+
+    def attempt(self, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """What `step` returns; None where it refuses, which then is a problem."""
+        try:
+            return step(*args, **kwargs)
+        except FewbitError as error:
+            self.problems.append(str(error))
+            return None
+
+    def forecast(self) -> Forecast:
+        """What was found."""
+        notes = tuple(dict.fromkeys(self.notes))
+        return Forecast(self.plan, self.memory, self.sizes, self.seconds, notes, tuple(self.problems))
+
+    def calibrate(self, source: Source, dataset: Any, tokenizer: Any) -> Calibration:
+        """The batches of a run; without a dataset as many tokens as it would use at most."""
+        model_config = source.load_config()
+        tokenizer = tokenizer or source.load_tokenizer()
+        if dataset is not None or self.config.method == "rtn":
+            calibration = api.calibrate(self.config, dataset, tokenizer, model_config)
+            self.notes += calibration.notes
+            return calibration
+        if tokenizer is None:
+            self.notes.append("no tokenizer lies beside the model: text needs one, token ids do not")
+        self.notes.append(
+            f"no dataset was given: planned with {self.config.num_samples} sequences of {self.config.seq_len} tokens"
+        )
+        ids = torch.arange(self.config.seq_len) % 16
+        nominal = [{"input_ids": ids}] * self.config.num_samples
+        return api.calibrate(self.config, nominal, None, model_config)
+
+    def check_resume(self, source: Source, calibration: Calibration, is_known: bool) -> None:
+        """Whether an interrupted run in the output folder can be gone on with."""
+        if self.output is None or not is_known or not self.output.exists() or not check_output(self.output):
+            return
+        fingerprint = api.fingerprint_of(self.config, calibration, source.fingerprint())
+        journal = Journal(self.output, fingerprint, self.resume)
+        journal.close()
+        self.notes.append(
+            f"goes on with an interrupted run, in which {len(journal.records)} layers are done; the times are those of "
+            "a new one"
+        )
+
+    def predict(
+        self,
+        source: Source,
+        calibration: Calibration,
+        model: nn.Module,
+        weights: Weights,
+        timers: Timers,
+        calibrated: float,
+    ) -> None:
+        """Memory, disk and time."""
+        assert self.plan is not None
+        plan, config = self.plan, self.config
+        untie_head(model, plan, weights)
+        self.sizes = self.attempt(sizes_of, model, plan, config, source, self.shard_bytes)
+        units, baseline = weights.units(), memory_in_use_bytes()
+        opened = timers.seconds["load"]
+        self.problems += problems.of_disk(self.output, self.sizes)
+        file, tensor = largest_tensor(source)
+        too_large = problems.of_units(units, weights.device)
+        if too_large or self.sizes is None:
+            self.problems += too_large
+            return
+        batch = max(calibration.batches, key=tokens_of, default={})
+        batch = {key: value.to(weights.device) for key, value in batch.items()}
+        trial = run_trial(model, weights, plan, batch, timers)
+        work = work_of(model, plan, config, calibration, trial)
+        dtype = next(model.parameters()).dtype
+        self.memory = predict_memory(
+            plan,
+            work,
+            units,
+            self.sizes,
+            baseline=baseline,
+            largest_tensor=tensor.nbytes if tensor else 0,
+            dtype=dtype,
+            device=weights.device,
+            evaluated=self.evaluated,
+        )
+        self.problems += problems.of_memory(self.memory, baseline, config, weights.device)
+        layers = measure_layers(
+            work.layers,
+            dtype=dtype,
+            device=weights.device,
+            streams=work.streams,
+            accuracy=Accuracy(config.effective_correction, config.refit),
+            probe=work.probe,
+            fmt=config.format,
+        )
+        disk = self.attempt(measure_disk, limits.existing(self.output or Path()), file, tensor)
+        if disk is None:
+            return
+        self.seconds = predict_seconds(
+            plan,
+            work,
+            trial,
+            layers,
+            disk,
+            self.sizes,
+            calibration=calibrated,
+            load=opened,
+            source_bytes=sum(path.stat().st_size for path in source.weight_files()),
+            weight_bytes=sum(units.values()),
+        )

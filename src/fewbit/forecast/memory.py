@@ -1,0 +1,153 @@
+"""How much memory a run will take at its worst moment, part by part.
+
+Contract: arithmetic only. What the batches hold was counted in the trial, the sizes of the weights' units are
+known; the matrices of the solver are counted here (tests compare them with what it really holds). All parts are
+those of one moment and add up to the peak.
+
+    libraries       this process before the work, with what libraries page in at their first use
+    weights         what stays, and one or two blocks of the model
+    activations     what all paused batches hold, in both streams
+    forward         what one batch needs inside an operation
+    Hessians        H, C and their factorizations, of this layer and of one before it whose input is still in use
+    solver          the weight matrix in float32, its target, error and codes, several times
+    probe           held-out rows of both streams
+    allocator       what the C library's heap takes beyond its contents: holes, and what it keeps when they are freed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..plan import Plan
+from ..walk.weights import REST
+from .sizes import Sizes
+from .work import LayerWork, Work
+
+# Matrices n × n in float32: while they are made, and those that stay with the Hessian. In one stream H and F, with
+# the matrix and its factor as LAPACK leaves it; in two also C and the factorization for the correction.
+FACTORING = {1: 3, 2: 5}
+KEPT_MATRICES = {1: 2, 2: 4}
+
+# Bytes for every weight of the layer being solved, in float32 matrices and codes, without and with the correction;
+# and for every product of an output and a probe row.
+SWEEP_BYTES, CORRECTION_BYTES, PROBE_BYTES = 11, 22, 12
+
+# The heap's holes, as a share of the activations in it, and what it still has once they are all freed. Activations
+# of several sizes come and go for every batch; measured with glibc: 0.45 to 0.8, and 0.6 to 1.4.
+HOLES, KEPT_HEAP = 0.55, 1.2
+
+# Code and buffers that torch's libraries take when they first multiply, factor and convert.
+FIRST_USE = 30_000_000
+
+# Codes of a block that are waiting to be packed, and then its packed tensors twice.
+_WAITING_BYTES = 2
+
+Parts = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the process at its worst moment.
+
+    Attributes:
+        moment: which that is. parts: what is in memory then; they add up to `peak`.
+        device_peak: of the GPU's memory, where the work runs on one.
+    """
+
+    moment: str
+    parts: Parts
+    device_peak: int | None = None
+
+    @property
+    def peak(self) -> int:
+        """All parts."""
+        return sum(self.parts.values())
+
+
+def predict_memory(
+    plan: Plan,
+    work: Work,
+    units: Mapping[str, int],
+    sizes: Sizes,
+    *,
+    baseline: int,
+    largest_tensor: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    evaluated: bool,
+) -> Memory:
+    """The worst moment of the run.
+
+    Args:
+        units: bytes of the weights' units. baseline: of this process before the work.
+        largest_tensor: bytes of the largest one as it lies in the files.
+        evaluated: whether the result is measured against the original at the end: both are in memory then.
+    """
+    moments = dict(_walk_moments(plan, work, units, dtype))
+    if device.type != "cpu":
+        host = {"libraries": baseline, "reading": largest_tensor + max(units.values(), default=0)}
+        device_peak = max(sum(parts.values()) for parts in moments.values())
+        return Memory("reading weights", host, device_peak)
+    heap = round(KEPT_HEAP * max((one.heap for one in work.layers), default=0))
+    reading = {"weights": max(units.values(), default=0), "reading": largest_tensor}
+    moments["writing the checkpoint"] = {**reading, "allocator": heap}
+    if evaluated:
+        original = sum(units.values())
+        moments["evaluation"] = {"weights": original + sizes.quantized + sizes.plain, "allocator": heap}
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    return Memory(moment, {"libraries": baseline + FIRST_USE, **moments[moment]})
+
+
+def _walk_moments(
+    plan: Plan, work: Work, units: Mapping[str, int], dtype: torch.dtype
+) -> Iterable[tuple[str, Parts]]:
+    """What is in memory while each layer is solved, and while the batches go on to the next block."""
+    blocks: dict[str, list[LayerWork]] = {}
+    for one in work.layers:
+        blocks.setdefault(one.layer.block, []).append(one)
+    largest = max((units.get(block, 0) for block in blocks), default=0)
+    most = max(work.layers, key=lambda one: one.held)
+    rest = units.get(REST, 0)
+    for block, ones in blocks.items():
+        weights = rest + units.get(block, 0)
+        waiting = _WAITING_BYTES * sum(one.layer.weights for one in ones)
+        before = 0  # the Hessian before this one, kept while its input is
+        for one in ones:
+            n = one.layer.in_features
+            matrix, kept = 4 * n * n, KEPT_MATRICES[work.streams]
+            solver = _solver_bytes(one, work, dtype)
+            making = (FACTORING[work.streams] - kept) * matrix
+            yield (
+                f"solving {one.layer.name}",
+                {
+                    "weights": weights,
+                    "activations": one.held,
+                    "allocator": round(HOLES * most.heap),
+                    "Hessians": kept * matrix + before + max(0, making - solver),
+                    "solver": solver + waiting,
+                    "probe": 8 * work.probe * n,
+                },
+            )
+            if not one.shares:
+                before = kept * matrix
+        yield (
+            f"leaving {block}",
+            {
+                "weights": weights + largest,
+                "activations": most.held,
+                "allocator": round(HOLES * most.heap),
+                "forward": work.transient,
+                "Hessians": before,
+                "solver": waiting,
+            },
+        )
+
+
+def _solver_bytes(one: LayerWork, work: Work, dtype: torch.dtype) -> int:
+    m, n = one.layer.out_features, one.layer.in_features
+    converted = 0 if dtype == torch.float32 else 4 * m * n
+    sweep = SWEEP_BYTES * m * n + PROBE_BYTES * m * work.probe
+    return converted + max(sweep, CORRECTION_BYTES * m * n if work.streams == 2 else 0)

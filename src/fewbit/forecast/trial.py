@@ -1,0 +1,182 @@
+"""The trial: one calibration batch through the first blocks, by the model's own code and the walk's own machinery.
+
+It shows what cannot be known from shapes: how many bytes a paused batch holds at every layer, which layers get
+the same input, how long a block's forward takes here, how fast weights are read. One block of every kind runs,
+and what lies before it; nothing is changed.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..plan import LayerPlan, Plan
+from ..timers import Timers
+from ..walk.experts import UnfusedExperts, unfused_modules
+from ..walk.hessians import KEPT, Rows
+from ..walk.layers import input_rows
+from ..walk.lockstep import Arrival, Passage, walk
+from ..walk.routing import Routing
+from ..walk.run import without_cache
+from ..walk.weights import StreamedWeights, Weights
+from .live import LiveBytes
+
+# A block's forward is repeated until so much time has passed, or so often.
+_SECONDS, _REPEATS = 0.5, 5
+
+
+@dataclass(frozen=True)
+class Stop:
+    """What one batch shows of a layer.
+
+    Attributes:
+        rows: of its input. held: bytes that the batch holds while it waits there; heap: those of them that come from
+            the C library's heap.
+        first: the layer that got the very same input first; the layer itself if it is the first.
+    """
+
+    rows: int
+    held: int
+    heap: int
+    first: str
+
+
+@dataclass
+class Trial:
+    """What one batch shows of a model.
+
+    Attributes:
+        kinds: block that was tried → all blocks that are like it. Layers outside of blocks are in none.
+        tokens: of the batch, padding counted. stops: layers of the blocks that were tried, without experts.
+        seconds: block that was tried → forward of the batch through it.
+        transient: most bytes in use inside a forward, beyond those held where it pauses next.
+        load_rate: seconds to read a byte of weights; None where they are all in memory.
+        choices: experts that a token is sent to; 0 without experts.
+    """
+
+    kinds: dict[str, list[str]]
+    tokens: int
+    stops: dict[str, Stop] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    transient: int = 0
+    load_rate: float | None = None
+    choices: int = 0
+
+
+def run_trial(
+    model: nn.Module, weights: Weights, plan: Plan, batch: Mapping[str, Tensor], timers: Timers
+) -> Trial:
+    """Run `batch` (on the weights' device) through the first blocks.
+
+    Args:
+        weights: of `model`; what was read is given back at the end.
+        timers: the weights' own.
+    """
+    trial = Trial(block_kinds(plan), tokens_of(batch))
+    experts = unfused_modules(model)
+    layers = [layer for layer in plan.layers if layer.block in trial.kinds and not of_expert(layer, experts)]
+    modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
+    routing = Routing(model, [Rows.of(batch)])
+    points = routing.meeting_points(_with_experts(modules, plan, trial, model))
+    points = {name: module for name, module in points.items() if name in modules or name in routing.points}
+    blocks = {b: model.get_submodule(b) for b in trial.kinds if any(n.startswith(f"{b}.") for n in modules)}
+    extra = without_cache(model)
+
+    def job() -> object:
+        return model(**batch, **extra)
+
+    def leave(name: str, passages: list[Passage]) -> dict[int, Any]:
+        trial.seconds[name] = _median_seconds(blocks[name], passages[0], weights.device)
+        return {}
+
+    with torch.no_grad(), weights.on_demand(lambda unit: None):
+        before, read = timers.seconds.get("load", 0.0), _read_bytes(weights)
+        walk(points, [job], lambda name, arrivals: None, blocks=blocks, leave=leave)
+        read = _read_bytes(weights) - read
+        trial.load_rate = (timers.seconds["load"] - before) / read if read else None
+        with LiveBytes() as live:
+            walk(points, [job], _Observer(trial, modules, live).meet)
+        # The peak is compared with what is held later, so it is at most twice a layer's output too high.
+        trial.transient = max(0, live.peak - max((stop.held for stop in trial.stops.values()), default=0))
+    weights.keep([])
+    return trial
+
+
+def block_kinds(plan: Plan) -> dict[str, list[str]]:
+    """The first block of every kind → all blocks of that kind: layers of the same names, shapes and settings.
+
+    Layers outside of blocks are kinds of their own only where nothing else is to be quantized.
+    """
+    blocks: dict[str, list[LayerPlan]] = {}
+    for layer in plan.layers:
+        blocks.setdefault(layer.block, []).append(layer)
+    inside = {block: layers for block, layers in blocks.items() if layers[0].name != block}
+    kinds: dict[Any, list[str]] = {}
+    for block, layers in (inside or blocks).items():
+        shapes = tuple(
+            (layer.name[len(block) :], layer.out_features, layer.in_features, layer.settings)
+            for layer in layers
+        )
+        kinds.setdefault((re.sub(r"\d+", "#", block), shapes), []).append(block)
+    return {alike[0]: alike for alike in kinds.values()}
+
+
+def of_expert(layer: LayerPlan, experts: Mapping[str, UnfusedExperts]) -> bool:
+    """Whether a layer belongs to an expert of these modules."""
+    return layer.name.rsplit(".", 2)[0] in experts
+
+
+def tokens_of(batch: Mapping[str, Tensor]) -> int:
+    """Tokens in a batch, padding counted; 1 where it holds none."""
+    counts = [value.numel() for key, value in batch.items() if key.endswith("input_ids")]
+    return max(counts, default=1)
+
+
+@dataclass
+class _Observer:
+    """Looks at what arrives at a layer."""
+
+    trial: Trial
+    modules: Mapping[str, nn.Module]
+    live: LiveBytes
+    last: list[tuple[str, weakref.ref[Tensor]]] = field(default_factory=list)
+
+    def meet(self, name: str, arrivals: Sequence[Arrival]) -> None:
+        held, heap, x = self.live.now, self.live.heap, arrivals[0].x
+        if name not in self.modules:  # a routing point
+            self.trial.choices = x.shape[-1]
+            return
+        first = next((other for other, seen in self.last if seen() is x), name)
+        self.last = [*self.last[1 - KEPT :], (name, weakref.ref(x))] if first == name else self.last
+        self.trial.stops[name] = Stop(input_rows(self.modules[name], x).shape[0], held, heap, first)
+
+
+def _with_experts(
+    modules: Mapping[str, nn.Module], plan: Plan, trial: Trial, model: nn.Module
+) -> dict[str, nn.Module]:
+    """The layers of the tried blocks with their experts, in the order of the plan."""
+    names = (layer.name for layer in plan.layers if layer.block in trial.kinds)
+    return {name: modules.get(name) or model.get_submodule(name) for name in names}
+
+
+def _median_seconds(block: nn.Module, passage: Passage, device: torch.device) -> float:
+    found: list[float] = []
+    while len(found) < _REPEATS and sum(found) < _SECONDS:
+        start = time.perf_counter()
+        block(*passage.args, **passage.kwargs)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def _read_bytes(weights: Weights) -> int:
+    return weights.read_bytes if isinstance(weights, StreamedWeights) else 0
