@@ -135,14 +135,18 @@ class Checkpoint:
             raise CheckpointError(f"layer {layer} of {self.path}: {error}") from error
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, quantization_config: Mapping[str, Any] | None = None) -> Checkpoint:
     """Open the checkpoint in the folder `path`.
+
+    Args:
+        path: the folder.
+        quantization_config: taken where the folder has none.
 
     Raises:
         CheckpointError: it is not a GPTQ checkpoint, is unfinished, or contradicts itself.
     """
     folder = Path(path)
-    config, found, where = find_config(folder)
+    config, found, where = find_config(folder, quantization_config)
     default_method = "gptq" if where.name == QUANTIZE_CONFIG else None
     settings = quantization.parse(found, str(where), default_method)
     weights = open_weights(folder, found.get("model_file_base_name"))
@@ -152,8 +156,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(folder, config, found, settings, weights, layers)
 
 
-def find_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Path]:
+def find_config(
+    folder: Path, given: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Any], Path]:
     """(model configuration, quantization configuration, the file of the latter).
+
+    Where there is none of the latter, it is the one that is `given`.
 
     Raises:
         CheckpointError: no folder, no quantization configuration, or unreadable JSON.
@@ -167,6 +175,8 @@ def find_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Path]:
     found = config.get("quantization_config")
     if found is None and legacy_path.exists():
         return config, read_json(legacy_path), legacy_path
+    if found is None and given is not None:
+        return config, dict(given), config_path
     if found is None:
         raise CheckpointError(
             f"{folder} is not a quantized checkpoint: neither {CONFIG} has a quantization_config "

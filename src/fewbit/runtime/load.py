@@ -6,8 +6,10 @@ then builds the model and reads the memory-mapped files tensor by tensor, so tha
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from torch import nn
 
 from ..checkpoint import layout
 from ..checkpoint.reader import Checkpoint, open_checkpoint
-from ..errors import CheckpointError, ConfigError, FewbitError
+from ..errors import CheckpointError, ConfigError, DependencyError, FewbitError
 from ..source import download
 from . import registry
 
@@ -32,6 +34,10 @@ def load(
     dtype: torch.dtype | str | None = None,
     kernel: str = "auto",
     trust_remote_code: bool = False,
+    *,
+    device_map: Any = None,
+    max_memory: Mapping[Any, Any] | None = None,
+    quantization_config: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load a GPTQ checkpoint, whoever wrote it.
 
@@ -42,6 +48,10 @@ def load(
             bfloat16 is the fast one.
         kernel: "auto", or the name of one that all layers must use (`fewbit.runtime.registry`).
         trust_remote_code: run the model's own code where the checkpoint has some.
+        device_map: spreads the model over several devices, in place of `device`; what transformers takes, "auto"
+            for example. Needs accelerate.
+        max_memory: device → bytes, for a `device_map` by name.
+        quantization_config: of an old checkpoint that has none of its own.
 
     Returns:
         A model of the class that config.json names, in eval mode. `kernels` says what its layers run on.
@@ -50,35 +60,43 @@ def load(
         CheckpointError: not a quantized checkpoint, damaged, incomplete, or of another model than its config.json
             says.
         KernelError: the kernel asked for does not exist or cannot run here.
-        ConfigError: an unknown dtype.
+        ConfigError: an unknown dtype, or a `device_map` with disk entries.
+        DependencyError: a `device_map`, and accelerate is missing.
     """
     from ..integrations.transformers import offer
 
     if kernel != "auto" and kernel not in registry.names():
         registry.get(kernel)
     folder = Path(path)
-    checkpoint = open_checkpoint(folder if folder.exists() else download(str(path), CheckpointError))
+    folder = folder if folder.exists() else download(str(path), CheckpointError)
+    checkpoint = open_checkpoint(folder, quantization_config)
     compute_dtype = _dtype(dtype, checkpoint)
     offer()
     config = _config(checkpoint, kernel, trust_remote_code)
     _check_fit(checkpoint)
     model_class = _model_class(checkpoint, config, trust_remote_code)
-    model = _build(checkpoint, model_class, config, compute_dtype, trust_remote_code)
+    options: dict[str, Any] = {"config": config, "dtype": compute_dtype}
+    if trust_remote_code:
+        options["trust_remote_code"] = True
+    if device_map is not None:
+        _check_accelerate()
+        options |= {"device_map": device_map, "max_memory": max_memory}
+    model = _build(checkpoint, model_class, options)
     if hasattr(model.config, "transformers_weights"):
         del model.config.transformers_weights
-    return model.to(device)
+    return model.to(device) if device_map is None else model
 
 
-def _build(
-    checkpoint: Checkpoint, model_class: Any, config: Any, dtype: torch.dtype | str, trust_remote_code: bool
-) -> PreTrainedModel:
+def _check_accelerate() -> None:
+    if importlib.util.find_spec("accelerate") is None:
+        raise DependencyError("a device_map needs the package accelerate: pip install accelerate")
+
+
+def _build(checkpoint: Checkpoint, model_class: Any, options: Mapping[str, Any]) -> PreTrainedModel:
     from ..integrations.expected import UNBUILDABLE
 
-    trust = {"trust_remote_code": True} if trust_remote_code else {}
     try:
-        model, info = model_class.from_pretrained(
-            str(checkpoint.path), config=config, dtype=dtype, output_loading_info=True, **trust
-        )
+        model, info = model_class.from_pretrained(str(checkpoint.path), output_loading_info=True, **options)
     except FewbitError:
         raise
     except UNBUILDABLE as error:
