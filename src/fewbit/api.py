@@ -359,7 +359,7 @@ class _PathJob:
         with CheckpointWriter(self.output, shard_bytes) as writer:
             for name, tensor in checkpoint_tensors(model, names, journal.tensors, weights):
                 writer.add(name, tensor)
-            writer.finish(config, _quantization_config(self.config, model, plan, calibration), extra)
+            writer.finish(config, quantization_config(self.config, model, plan, _meta(calibration)), extra)
 
 
 def _quantize_module(
@@ -396,7 +396,7 @@ def _quantize_module(
     notes += quantize_layers(
         model, plan, config, calibration, sink, timers, progress, ranks=ranks, offload_dir=offload_dir
     )
-    quantization = _quantization_config(config, model, plan, calibration)
+    quantization = quantization_config(config, model, plan, _meta(calibration))
     replace_layers(model, plan, sink.tensors, quantization)
     report = collect(
         output=None,
@@ -506,10 +506,14 @@ def fingerprint_of(config: QuantConfig, calibration: Calibration, weights: str) 
     }
 
 
-def _quantization_config(
-    config: QuantConfig, model: nn.Module, plan: Plan, calibration: Calibration
+def _meta(calibration: Calibration) -> dict[str, Any]:
+    return {"calibration": calibration.fingerprint}
+
+
+def quantization_config(
+    config: QuantConfig, model: nn.Module, plan: Plan, meta: dict[str, Any]
 ) -> dict[str, Any]:
-    """In the names of the original files, which are those of the result."""
+    """What config.json says of a model before its layers are replaced, in the names of the original files."""
     names = [layer.name for layer in plan.layers] + [item.name for item in plan.skipped]
     on_disk = names_on_disk(model, names)
     if config.target_bits is not None:
@@ -519,7 +523,7 @@ def _quantization_config(
         config,
         {name: layer.settings for layer in plan.layers for name in on_disk[layer.name]},
         [name for item in plan.skipped for name in on_disk[item.name]],
-        {"calibration": calibration.fingerprint},
+        meta,
     )
 
 
