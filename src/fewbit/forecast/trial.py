@@ -12,13 +12,13 @@ import statistics
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..plan import LayerPlan, Plan
+from ..plan import LayerPlan, Plan, block_of
 from ..timers import Timers
 from ..walk.experts import UnfusedExperts, unfused_modules
 from ..walk.hessians import KEPT, Rows
@@ -102,8 +102,10 @@ def run_trial(
         walk(points, [job], lambda name, arrivals: None, blocks=blocks, leave=leave)
         read = _read_bytes(weights) - read
         trial.load_rate = (timers.seconds["load"] - before) / read if read else None
+        second = _first_of_second_block(trial, layers, plan)
         with LiveBytes() as live:
-            walk(points, [job], _Observer(trial, modules, live).meet)
+            observer = _Observer(trial, modules, live, second)
+            walk(points | {name: model.get_submodule(name) for name in second}, [job], observer.meet)
         # The peak is compared with what is held later, so it is at most twice a layer's output too high.
         trial.transient = max(0, live.peak - max((stop.held for stop in trial.stops.values()), default=0))
     weights.keep([])
@@ -142,21 +144,46 @@ def tokens_of(batch: Mapping[str, Tensor]) -> int:
 
 @dataclass
 class _Observer:
-    """Looks at what arrives at a layer."""
+    """Looks at what arrives at a layer.
+
+    In the first block the model's input is that of the block as well; from the second on it is held besides. So
+    what the layer named in `second` finds more than its like is added to the first block.
+    """
 
     trial: Trial
     modules: Mapping[str, nn.Module]
     live: LiveBytes
+    second: Mapping[str, str]
     last: list[tuple[str, weakref.ref[Tensor]]] = field(default_factory=list)
 
     def meet(self, name: str, arrivals: Sequence[Arrival]) -> None:
         held, heap, x = self.live.now, self.live.heap, arrivals[0].x
+        if name in self.second:
+            self.add_to_first(self.second[name], held, heap)
+            return
         if name not in self.modules:  # a routing point
             self.trial.choices = x.shape[-1]
             return
         first = next((other for other, seen in self.last if seen() is x), name)
         self.last = [*self.last[1 - KEPT :], (name, weakref.ref(x))] if first == name else self.last
         self.trial.stops[name] = Stop(input_rows(self.modules[name], x).shape[0], held, heap, first)
+
+    def add_to_first(self, alike: str, held: int, heap: int) -> None:
+        """Add to all stops seen so far what is held now, and was not at the stop `alike`."""
+        like = self.trial.stops[alike]
+        more = max(0, held - like.held), max(0, heap - like.heap)
+        block = block_of(alike)
+        for name, stop in self.trial.stops.items():
+            if block_of(name) == block:
+                self.trial.stops[name] = replace(stop, held=stop.held + more[0], heap=stop.heap + more[1])
+
+
+def _first_of_second_block(trial: Trial, tried: Sequence[LayerPlan], plan: Plan) -> dict[str, str]:
+    """The first layer of the second block → its like in the first; nothing if there is no second one of the kind."""
+    block = tried[0].block if tried else ""
+    alike = trial.kinds.get(block, [])
+    name = tried[0].name.replace(block, alike[1], 1) if len(alike) > 1 else ""
+    return {layer.name: tried[0].name for layer in plan.layers if layer.name == name}
 
 
 def _with_experts(
