@@ -26,6 +26,7 @@ from ..solver import Accuracy
 from ..source import Source, load_tokenizer, open_source
 from ..timers import Timers, memory_in_use_bytes
 from ..walk.journal import Journal, check_output
+from ..walk.spill import check_folder
 from ..walk.weights import Weights
 from . import limits, problems
 from .memory import predict_memory
@@ -34,7 +35,7 @@ from .result import Forecast
 from .sizes import Sizes, largest_tensor, sizes_of, untie_head
 from .timing import predict_seconds
 from .trial import run_trial, tokens_of
-from .work import work_of
+from .work import offloaded, work_of
 
 __all__ = ["Forecast", "forecast"]
 
@@ -68,6 +69,9 @@ def forecast(
     attempt = job.attempt
     if job.output is not None:
         attempt(check_output, job.output)
+    if offload_dir is not None:
+        attempt(check_folder, offload_dir)
+        job.offload = Path(offload_dir)
     job.shard_bytes = attempt(parse_size, max_shard_size) or 0
     where = attempt(api.resolve_device, device)
     source = attempt(open_source, model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
@@ -103,6 +107,7 @@ class _Job:
     def __init__(self, config: QuantConfig, output: Path | None, resume: bool, evaluated: bool) -> None:
         self.config, self.output, self.resume, self.evaluated = config, output, resume, evaluated
         self.shard_bytes = 0
+        self.offload: Path | None = None
         self.plan: Plan | None = None
         self.memory: Any = None
         self.sizes: Sizes | None = None
@@ -115,7 +120,8 @@ class _Job:
         try:
             return step(*args, **kwargs)
         except FewbitError as error:
-            self.problems.append(str(error))
+            if str(error) not in self.problems:
+                self.problems.append(str(error))
             return None
 
     def forecast(self) -> Forecast:
@@ -179,6 +185,9 @@ class _Job:
         trial = run_trial(model, weights, plan, batch, timers)
         work = work_of(model, plan, config, calibration, trial)
         dtype = next(model.parameters()).dtype
+        if self.offload is not None:
+            work = offloaded(work, trial, dtype)
+            self.problems += problems.of_scratch(self.offload, work.scratch)
         self.memory = predict_memory(
             plan,
             work,
@@ -190,7 +199,9 @@ class _Job:
             device=weights.device,
             evaluated=self.evaluated,
         )
-        self.problems += problems.of_memory(self.memory, baseline, config, weights.device)
+        self.problems += problems.of_memory(
+            self.memory, baseline, config, weights.device, offloaded=self.offload is not None
+        )
         layers = measure_layers(
             work.layers,
             dtype=dtype,

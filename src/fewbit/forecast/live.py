@@ -37,6 +37,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Forget the peak so far."""
         self.peak = self.now
 
+    def alive(self) -> dict[int, int]:
+        """Storage (by a number of its own while it lives) → its bytes, for all that are counted."""
+        found = ((key, reference()) for key, reference in self._known.items())
+        return {key: storage.nbytes() for key, storage in found if storage is not None}
+
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:

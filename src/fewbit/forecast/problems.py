@@ -28,6 +28,17 @@ def of_disk(output: Path | None, sizes: Sizes | None) -> list[str]:
     ]
 
 
+def of_scratch(folder: Path | None, scratch: int) -> list[str]:
+    """Whether the activations fit on the disk of the folder that they are to be kept in."""
+    left = limits.disk_left(folder) if folder is not None else None
+    if left is None or scratch <= left.bytes:
+        return []
+    return [
+        f"the disk for activations is too small: {words.size(scratch)} are needed, {words.size(left.bytes)} are "
+        f"{left.name}. Use fewer calibration sequences (--num-samples), --fast, or another --offload-dir"
+    ]
+
+
 def of_units(units: Mapping[str, int], device: torch.device) -> list[str]:
     """Whether one block of the model fits into memory at all."""
     largest = max(units, key=lambda unit: units[unit])
@@ -41,7 +52,9 @@ def of_units(units: Mapping[str, int], device: torch.device) -> list[str]:
     ]
 
 
-def of_memory(memory: Memory, baseline: int, config: QuantConfig, device: torch.device) -> list[str]:
+def of_memory(
+    memory: Memory, baseline: int, config: QuantConfig, device: torch.device, *, offloaded: bool
+) -> list[str]:
     """Whether the worst moment fits into what is left, of the machine and of a GPU."""
     found = []
     left = limits.memory_left()
@@ -49,19 +62,19 @@ def of_memory(memory: Memory, baseline: int, config: QuantConfig, device: torch.
         found.append(
             f"memory is too small: the run takes {words.size(memory.peak)} while {memory.moment}, "
             f"{words.size(memory.peak - baseline)} more than now, and {words.size(left.bytes)} are {left.name}. "
-            + _advice(memory, left.bytes - (memory.peak - baseline), config)
+            + _advice(memory, left.bytes - (memory.peak - baseline), config, offloaded)
         )
     on_device = limits.device_left(device)
     if on_device is not None and (memory.device_peak or 0) > on_device.bytes:
         found.append(
             f"the GPU's memory is too small: the run takes {words.size(memory.device_peak)}, and "
             f"{words.size(on_device.bytes)} are {on_device.name}. Use fewer calibration sequences (--num-samples), "
-            "shorter ones (--seq-len), --fast, or --device cpu"
+            "shorter ones (--seq-len), --fast, --offload-dir, or --device cpu"
         )
     return found
 
 
-def _advice(memory: Memory, excess: int, config: QuantConfig) -> str:
+def _advice(memory: Memory, excess: int, config: QuantConfig, offloaded: bool) -> str:
     """What would lower the peak, the cheapest first. `excess` is negative: what is missing."""
     activations = memory.parts.get("activations", 0) + memory.parts.get("allocator", 0)
     ways = []
@@ -70,6 +83,8 @@ def _advice(memory: Memory, excess: int, config: QuantConfig) -> str:
         if fitting >= 1:
             ways.append(f"--num-samples {fitting}")
         ways.append(f"--seq-len {max(1, config.seq_len // 2)}")
+    if activations and not offloaded:
+        ways.append("--offload-dir FOLDER, which keeps them on disk")
     if not config.fast:
         ways.append("--fast, which halves the activations")
     if config.dtype == "auto":

@@ -17,6 +17,9 @@ from .work import Work
 # like a check of the source.
 _SHARD_COPIES = 2
 
+# What is put away is written once, and read for the Hessian and for the forward.
+_PASSES_OVER_SCRATCH = 2
+
 
 def predict_seconds(
     plan: Plan,
@@ -51,6 +54,7 @@ def predict_seconds(
         "Hessians": sum(one.rows * rate.accumulate for one, rate in own),
         "solving": sum(rate.factor for _, rate in own)
         + sum(one.layer.out_features * rate.solve for one, rate in rates),
+        "offloading": _PASSES_OVER_SCRATCH * work.spilled * disk.write,
         "packing": sum(one.layer.out_features * rate.pack for one, rate in rates),
         "journal": 2 * blocks * disk.file + sizes.journal * (disk.write + disk.check),
         "writing": writing + sizes.plain * per_byte + 8 * disk.file,

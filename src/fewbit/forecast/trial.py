@@ -40,12 +40,14 @@ class Stop:
     Attributes:
         rows: of its input. held: bytes that the batch holds while it waits there; heap: those of them that come from
             the C library's heap.
+        new: those of them that were made since the stop before.
         first: the layer that got the very same input first; the layer itself if it is the first.
     """
 
     rows: int
     held: int
     heap: int
+    new: int
     first: str
 
 
@@ -155,6 +157,7 @@ class _Observer:
     live: LiveBytes
     second: Mapping[str, str]
     last: list[tuple[str, weakref.ref[Tensor]]] = field(default_factory=list)
+    seen: set[int] = field(default_factory=set)
 
     def meet(self, name: str, arrivals: Sequence[Arrival]) -> None:
         held, heap, x = self.live.now, self.live.heap, arrivals[0].x
@@ -164,9 +167,12 @@ class _Observer:
         if name not in self.modules:  # a routing point
             self.trial.choices = x.shape[-1]
             return
+        alive = self.live.alive()
+        new = sum(size for key, size in alive.items() if key not in self.seen)
+        self.seen = set(alive)
         first = next((other for other, seen in self.last if seen() is x), name)
         self.last = [*self.last[1 - KEPT :], (name, weakref.ref(x))] if first == name else self.last
-        self.trial.stops[name] = Stop(input_rows(self.modules[name], x).shape[0], held, heap, first)
+        self.trial.stops[name] = Stop(input_rows(self.modules[name], x).shape[0], held, heap, new, first)
 
     def add_to_first(self, alike: str, held: int, heap: int) -> None:
         """Add to all stops seen so far what is held now, and was not at the stop `alike`."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from ..calibration import Calibration
 from ..config import QuantConfig
-from ..plan import LayerPlan, Plan
+from ..plan import LayerPlan, Plan, block_of
 from ..walk.experts import UnfusedExperts, unfused_modules
 from ..walk.hessians import PROBE_TOKENS, Rows, hold_out
 from ..walk.routing import TOKENS_PER_FEATURE
 from ..walk.run import needs_full_precision
+from ..walk.spill import KEPT_STORAGES
 from .trial import Trial, of_expert, tokens_of
 
 
@@ -43,6 +45,8 @@ class Work:
         streams: forward passes of every batch, 1 or 2.
         probe: held-out rows that judge every layer. held_out: share of the rows that enter no Hessian.
         transient: most bytes in use inside the forward of one batch, beyond those held.
+        scratch: bytes of activations that lie on disk at most, and `spilled`, that are written there in all; 0 where
+            they stay in memory.
     """
 
     layers: list[LayerWork]
@@ -52,6 +56,8 @@ class Work:
     probe: int
     held_out: float
     transient: int
+    scratch: int = 0
+    spilled: int = 0
 
 
 def work_of(
@@ -85,6 +91,25 @@ def work_of(
         layers.append(LayerWork(layer, rows, shares, *of_all))
     probe = min(PROBE_TOKENS, round(tokens * share))
     return Work(layers, tokens, batches, streams, probe, share, trial.transient)
+
+
+def offloaded(work: Work, trial: Trial, dtype: torch.dtype) -> Work:
+    """The same work with the activations of paused batches on disk: in memory are those of the one that runs, and
+    the inputs that a Hessian goes through.
+    """
+    passes = work.batches * work.streams
+    layers = []
+    for one in work.layers:
+        inputs = KEPT_STORAGES * trial.tokens * one.layer.in_features * dtype.itemsize
+        layers.append(replace(one, held=round(one.held / passes) + inputs, heap=0))
+    new = sum(
+        stop.new * len(trial.kinds[block])
+        for block in trial.kinds
+        for name, stop in trial.stops.items()
+        if block_of(name) == block
+    )
+    scratch = max((one.held for one in work.layers), default=0)
+    return replace(work, layers=layers, scratch=scratch, spilled=round(new * passes))
 
 
 def experts_are_gated(layer: LayerPlan, experts: Mapping[str, UnfusedExperts]) -> bool:

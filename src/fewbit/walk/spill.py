@@ -36,7 +36,7 @@ from .weights import give_freed_memory_back
 
 _SMALLEST = 1 << 16  # bytes of a storage: smaller ones are not worth the trouble
 _FREED = 1 << 25  # bytes after which freed memory is given back to the system
-_KEPT = 8  # storages that stay when something outside of the jobs, such as a Hessian, goes through them all
+KEPT_STORAGES = 8  # storages that stay when something outside of the jobs, such as a Hessian, goes through them all
 
 
 class InMemory:
@@ -175,9 +175,9 @@ class Spill(InMemory):
             self._present.pop(key, None)
             self._present[key] = record
             record.saved = record.saved and not func._schema.is_mutable
-        if not self._recording and len(self._present) > _KEPT:
+        if not self._recording and len(self._present) > KEPT_STORAGES:
             with self._timers.time("offload"):
-                self._put_away(keep=max(_KEPT, len(needed)))
+                self._put_away(keep=max(KEPT_STORAGES, len(needed)))
 
     def _after(self, inputs: list[UntypedStorage], outputs: list[UntypedStorage]) -> None:
         """Remember what a job made anew; an output that shares an input's storage is not new."""
