@@ -66,12 +66,10 @@ class Ranks:
 
     Attributes:
         rank: of this process, 0 … world − 1. world: how many there are.
-        seconds: spent in exchanges, waiting for others included.
     """
 
     rank = 0
     world = 1
-    seconds = 0.0
 
     @property
     def leader(self) -> bool:
@@ -137,7 +135,7 @@ class Ranks:
 
 
 class _Group(Ranks):
-    """Several processes, connected."""
+    """Several processes, connected; what the methods do is said above."""
 
     def __init__(self) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -148,32 +146,26 @@ class _Group(Ranks):
         self.total(0)  # nobody goes on, and perhaps ends, before all are connected
 
     def first(self, position: int | None) -> int | None:
-        """The smallest position of all ranks; None where nobody has one."""
         lowest = torch.tensor(_LAST if position is None else position)
         self._exchange(dist.all_reduce, lowest, op=dist.ReduceOp.MIN)
         return None if int(lowest) == _LAST else int(lowest)
 
     def add_(self, *tensors: Tensor) -> None:
-        """Replace each tensor by its sum over all ranks."""
         for tensor in tensors:
             self._exchange(dist.all_reduce, tensor)
 
     def total(self, *counts: int) -> list[int]:
-        """Each count summed over all ranks."""
         sums = torch.tensor(counts, dtype=torch.int64)
         self.add_(sums)
         return [int(value) for value in sums]
 
     def all(self, *flags: bool) -> list[bool]:
-        """For each flag, whether it is set on all ranks."""
         return [count == 0 for count in self.total(*(not flag for flag in flags))] if flags else []
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows (any number, …) of all ranks, in rank order."""
         return self._gather(rows, self.total(*(rows.shape[0] * (r == self.rank) for r in range(self.world))))
 
     def part(self, rows: int) -> Part:
-        """How a matrix with so many rows is divided. One with fewer rows than ranks is everybody's."""
         if rows < self.world:
             return super().part(rows)
         bounds = _bounds(rows, self.world)
@@ -188,20 +180,17 @@ class _Group(Ranks):
         )
 
     def collect(self, value: T) -> list[T]:
-        """The values of all ranks, in rank order; any picklable ones."""
         values: list[Any] = [None] * self.world
         self._exchange(dist.all_gather_object, values, value)
         return values
 
     def from_leader(self, value: T) -> T:
-        """The leader's value, on all ranks; any picklable one."""
         values: list[Any] = [value if self.leader else None]
         self._exchange(dist.broadcast_object_list, values, group_src=0)
         told: T = values[0]
         return told
 
     def tensors_from_leader(self, read: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The tensors, by name and on the CPU, that `read` returns on the leader; it is called there alone."""
         tensors = {name: tensor.contiguous() for name, tensor in read().items()} if self.leader else {}
         shapes = self.from_leader({name: (t.shape, t.dtype) for name, t in tensors.items()})
         for name, (shape, dtype) in shapes.items():
@@ -230,13 +219,11 @@ class _Group(Ranks):
         return torch.cat([tensor[:size] for tensor, size in zip(received, sizes, strict=True)])
 
     def _exchange(self, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        start = time.perf_counter()
         try:
             collective(*args, group=self._group, **kwargs)
         except RuntimeError as error:  # torch's errors of communication have no closer class in common
             # Its traceback would hold on to the group, whose connections then stay open.
             raise self._notes.reason(str(error)) from error.with_traceback(None)
-        self.seconds += time.perf_counter() - start
 
 
 class _Notes:
