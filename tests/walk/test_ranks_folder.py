@@ -55,7 +55,7 @@ def test_three_processes_may_share_a_folder_with_other_figures_only_in_the_repor
     assert set(contents(tmp_path / "out")) == set(contents(whole[1]))
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "mixtral"])
 def test_processes_without_batches_read_the_weights_that_they_need(tmp_path, family):
     save = save_tiny_moe if family == "mixtral" else save_tiny
     model = save(tmp_path / "model", family)
@@ -80,7 +80,7 @@ def killed(ranks, model, output, blocks):
     return quantize(ranks, model, output)
 
 
-@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("blocks", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(model, whole, tmp_path, blocks):
     output = tmp_path / "out"
     left, dead = run_ranks(2, killed, model, output, blocks)

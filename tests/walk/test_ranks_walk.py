@@ -79,15 +79,24 @@ def quantized(ranks, sequences, options):
     return codes, figures, report.ranks, report.notes
 
 
+UNEVEN, ONE_RANKS, NOBODYS, FEW = (7, {0, 1, 2}, 2), (8, {6}, 3), (5, set(range(5)), 2), (2, {0}, 3)
+
+
 @pytest.mark.parametrize(
-    "options", [{"fast": True}, {}, {"bits": 3, "sym": False, "refit": True}, {"method": "rtn"}]
+    ("case", "options"),
+    [
+        pytest.param(UNEVEN, {}, id="uneven shares"),
+        pytest.param(UNEVEN, {"bits": 3, "sym": False, "refit": True}, id="refitted"),
+        pytest.param(UNEVEN, {"method": "rtn"}, id="round to nearest"),
+        pytest.param(ONE_RANKS, {}, id="an expert of one rank"),
+        pytest.param(ONE_RANKS, {"fast": True}, id="the same in one stream"),
+        pytest.param(NOBODYS, {}, id="an expert of nobody"),
+        pytest.param(FEW, {}, id="more ranks than batches"),
+        pytest.param(FEW, {"fast": True}, id="the same in one stream, too"),
+    ],
 )
-@pytest.mark.parametrize(
-    ("count", "of_expert_0", "world"),
-    [(7, {0, 1, 2}, 2), (8, {6}, 3), (5, set(range(5)), 2), (2, {0}, 3)],
-    ids=["uneven shares", "an expert of one rank", "an expert of nobody", "more ranks than batches"],
-)
-def test_exact_sums_give_the_codes_of_one_process(options, count, of_expert_0, world):
+def test_exact_sums_give_the_codes_of_one_process(case, options):
+    count, of_expert_0, world = case
     sequences = sequences_by_expert(count, of_expert_0)
     codes, figures, alone, notes = quantized(None, sequences, options)
     assert alone == 1
