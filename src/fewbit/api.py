@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -51,6 +52,8 @@ _LOG = logging.getLogger("fewbit")
 # What `evaluate_on` measures.
 EVALUATION_SEQ_LEN = 512
 EVALUATION_WINDOWS = 64
+
+_PLACEHOLDER = re.compile(r"(image|video|audio|speech)\w*_token_(id|index)$")
 
 
 def quantize(
@@ -480,8 +483,16 @@ def calibrate(config: QuantConfig, dataset: Any, tokenizer: Any, model_config: A
         seed=config.seed,
         max_positions=getattr(text_config, "max_position_embeddings", None),
         vocab_size=getattr(text_config, "vocab_size", None),
+        placeholders=_special_ids(model_config),
         decoder_start_token_id=_decoder_start(model_config) if encoder_decoder else None,
     )
+
+
+def _special_ids(model_config: Any) -> set[int]:
+    """Ids that stand for images or sound, such as ``image_token_id``, and may have no embedding."""
+    settings: dict[str, Any] = getattr(model_config, "to_dict", dict)()
+    named = [value for key, value in settings.items() if _PLACEHOLDER.match(key)]
+    return {value for value in named if isinstance(value, int)}
 
 
 def _decoder_start(model_config: Any) -> int:

@@ -25,6 +25,7 @@ from .walk.layers import is_layer, matrix_shape
 
 _BLOCK = re.compile(r"^(?:.*?\.)?\d+(?=\.|$)")
 _ROUTER_REASON = "router of a mixture of experts"
+_OUTSIDE = "outside the repeated blocks (name it in an override to quantize it)"
 _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")
 
 
@@ -99,9 +100,8 @@ def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
     for name, module in candidates.items():
         settings = config.layer(name)
         explicit = any(re.search(pattern, name) for pattern in asked) or (config.lm_head and name == head)
-        reason = _why_not(name, module, name == head, has_blocks, explicit)
-        if reason is None and not explicit:
-            reason = parts.why_not(name)
+        outside = parts.why_not(name) or (None if _BLOCK.match(name) or not has_blocks else _OUTSIDE)
+        reason = _why_not(name, module, name == head, explicit, outside)
         if settings is None:
             reason = "asked to stay as it is (ignore or override)"
         if reason is not None or settings is None:
@@ -139,7 +139,8 @@ def output_embedding_name(model: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if module is head), None)
 
 
-def _why_not(name: str, module: nn.Module, is_head: bool, has_blocks: bool, asked: bool) -> str | None:
+def _why_not(name: str, module: nn.Module, is_head: bool, asked: bool, outside: str | None) -> str | None:
+    """Why a layer stays as it is; `outside` is the reason, if there is one, that its place gives."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "its weight is used directly, not through its forward"
     if isinstance(module, nn.Conv2d) and module.groups != 1:
@@ -150,9 +151,7 @@ def _why_not(name: str, module: nn.Module, is_head: bool, has_blocks: bool, aske
         return "output embedding (quantized with lm_head=True, --lm-head)"
     if _ROUTER.search(name):
         return _ROUTER_REASON
-    if has_blocks and not _BLOCK.match(name):
-        return "outside the repeated blocks (name it in an override to quantize it)"
-    return None
+    return outside
 
 
 def _asked_for(config: QuantConfig, ordinary: Iterable[str]) -> list[str]:

@@ -273,8 +273,8 @@ class HessianPool:
             routed = self._routed(name, arrival.job)
             if routed is not None and routed.paired and arrival.job in full:
                 continue
-            # Tokens that were sent to an expert: in each stream others.
-            strange = not isinstance(module, nn.Conv2d) and counts and x.shape[:-1].numel() not in counts
+            # Tokens that were sent to an expert, in each stream others, come as a list without sequences.
+            strange = x.ndim == 2 and counts and len(x) not in counts
             if strange or arrival.job not in full or full[arrival.job].shape != x.shape:
                 return {}
         return full

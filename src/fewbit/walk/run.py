@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..calibration import Calibration
 from ..config import QuantConfig
-from ..errors import CalibrationError
+from ..errors import CalibrationError, FewbitError
 from ..plan import Plan, output_embedding_name
 from ..solver import Accuracy, native
 from ..timers import Timers
@@ -74,10 +74,7 @@ def quantize_layers(
     modules = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
     weights, ranks = weights or Weights(model), ranks or Ranks()
     _untie(model, modules, weights)
-    batches = [
-        {key: value.to(weights.device) for key, value in batch.items()}
-        for batch in ranks.share(calibration.batches)
-    ]
+    batches = [arguments_for(model, batch, weights.device) for batch in ranks.share(calibration.batches)]
     blocks = _blocks_to_tune(model, plan) if config.tune and batches else {}
     encoder_outputs = _EncoderOutputs(model)
     paired = needs_full_precision(config)
@@ -279,9 +276,42 @@ class _EncoderOutputs:
         self._seen.append(weakref.ref(output[0]))
 
 
+def arguments_for(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A calibration batch as arguments of the model's forward: on the device, real numbers in the model's dtype.
+
+    Raises:
+        CalibrationError: the forward takes no such arguments.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    unknown = [key for key in batch if key not in accepted and not takes_any]
+    if unknown:
+        raise CalibrationError(
+            f"the calibration data has {', '.join(map(repr, unknown))}, which {type(model).__name__}.forward does "
+            f"not take; leave it out. It takes {', '.join(accepted)}"
+        )
+    dtype = getattr(model, "dtype", None)
+    return {
+        key: value.to(device, dtype if value.is_floating_point() else None) for key, value in batch.items()
+    }
+
+
 def _job(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], object]:
     extra = without_cache(model)
-    return lambda: model(**batch, **extra)
+
+    def forward() -> object:
+        try:
+            return model(**batch, **extra)
+        except (FewbitError, torch.OutOfMemoryError):
+            raise
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in batch.items())
+            raise CalibrationError(
+                f"{type(model).__name__}.forward cannot work with the calibration batch {shapes}: {error}. Calibration "
+                "data must be made by this model's own processor or tokenizer"
+            ) from error
+
+    return forward
 
 
 def without_cache(model: nn.Module) -> dict[str, bool]:
