@@ -3,8 +3,8 @@ import torch
 
 import oracle
 from fewbit.solver import native
-from fewbit.solver.grid import fit_grid
-from fewbit.solver.ldlq import factor, order, solve
+from fewbit.solver.grid import Grid, fit_grid, storable
+from fewbit.solver.ldlq import factor, order, solve, solve_each
 
 BACKENDS = [
     "torch",
@@ -48,6 +48,22 @@ def test_every_code_is_the_rounded_target(m, n, group_size, bits, act_order, bac
     assert oracle.excess(W[:, perm], damped, s[:, perm], z[:, perm], sweep.codes[:, perm], bits) < 0.02
     W_hat = s * (sweep.codes.double() - z)
     assert sweep.loss == pytest.approx(oracle.loss(W, W_hat, H), rel=2e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_grids_at_once_are_solved_as_one_after_the_other(backend):
+    W, H = problem(9, 100)
+    perm, g_idx = order(H.diagonal(), 32, "full")
+    grid = fit_grid(W, H.diagonal(), g_idx, 3, sym=False, backend=backend)
+    wider = Grid(storable(grid.scales.float() * 1.3).half(), grid.zeros, grid.g_idx)
+    found = factor(H, perm, 0.01)
+    together = solve_each(W, found, [grid, wider], 3, backend=backend)
+    for sweep, alone in zip(
+        together, (solve(W, found, g, 3, backend=backend) for g in (grid, wider)), strict=True
+    ):
+        assert torch.equal(sweep.codes, alone.codes)
+        torch.testing.assert_close(sweep.losses, alone.losses, rtol=1e-5, atol=0)
+    assert not torch.equal(together[0].codes, together[1].codes)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

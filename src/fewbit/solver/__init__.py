@@ -20,7 +20,7 @@ from .correction import CAUTION, Drift, Probe, Total, best_alpha, output_error, 
 from .fallback import NO_CORRECTION, Prepared, prepare
 from .grid import Grid, fit_grid, nearest, storable
 from .hessian import Hessian
-from .ldlq import Factor, solve
+from .ldlq import Factor, solve_each
 from .native import Backend
 from .refit import refit_scales
 
@@ -196,17 +196,15 @@ def _sweep(
     others on top of its own weight, and a clipped one cannot: where inputs are strongly correlated a wider
     and coarser grid ends with the lower error.
     """
-    best = solve(T, factor, grid, settings.bits, backend=backend)
-    codes, scales, losses = best.codes, grid.scales.clone(), best.losses
-    for stretch in STRETCHES if settings.bits < 8 else ():
-        wider = storable(grid.scales.float() * stretch).to(scales.dtype)
-        sweep = solve(T, factor, Grid(wider, grid.zeros, grid.g_idx), settings.bits, backend=backend)
+    stretches = STRETCHES if settings.bits < 8 else ()
+    wider = [storable(grid.scales.float() * stretch).to(grid.scales.dtype) for stretch in stretches]
+    grids = [grid, *(Grid(scales, grid.zeros, grid.g_idx) for scales in wider)]
+    first, *others = solve_each(T, factor, grids, settings.bits, backend=backend)
+    codes, scales, losses = first.codes.clone(), grid.scales.clone(), first.losses.clone()
+    for sweep, stretched in zip(others, wider, strict=True):
         better = sweep.losses < losses
-        codes[better], scales[better], losses[better] = (
-            sweep.codes[better],
-            wider[better],
-            sweep.losses[better],
-        )
+        codes[better], scales[better] = sweep.codes[better], stretched[better]
+        losses[better] = sweep.losses[better]
     return _codes(codes, Grid(scales, grid.zeros, grid.g_idx), settings), float(losses.sum())
 
 

@@ -13,6 +13,7 @@ tr((W − Ŵ) H_λ (W − Ŵ)ᵀ) = Σ_i R_ii² ‖r_i‖², so the loss costs n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -142,6 +143,22 @@ def solve(W: Tensor, factor: Factor, grid: Grid, bits: int, *, backend: Backend 
         codes[columns] = q
     damping = factor.added * torch.linalg.vector_norm(E, dim=0).double().square()
     return Sweep(codes.T.contiguous(), (losses - damping).clamp_(min=0))
+
+
+def solve_each(
+    W: Tensor, factor: Factor, grids: Sequence[Grid], bits: int, *, backend: Backend = "auto"
+) -> list[Sweep]:
+    """Quantize W on each of several grids, which have the same groups."""
+    if native.use(backend, W):
+        return [solve(W, factor, grid, bits, backend=backend) for grid in grids]
+    # In torch a column costs the same however many rows there are, on a GPU at least: one sweep for all grids.
+    together = Grid(
+        torch.cat([grid.scales for grid in grids]), torch.cat([grid.zeros for grid in grids]), grids[0].g_idx
+    )
+    count = len(grids)
+    sweep = solve(W.repeat(count, 1), factor, together, bits, backend=backend)
+    parts = zip(sweep.codes.chunk(count), sweep.losses.chunk(count), strict=True)
+    return [Sweep(codes, losses) for codes, losses in parts]
 
 
 def _block(
