@@ -92,7 +92,7 @@ class Machine:
 
     Attributes:
         forward: bfloat16 operations. product: float32 ones of matrix products. factor: of a factorization.
-        column: seconds for one column of a sweep, however many rows. memory: bytes.
+        column: seconds for one column of a sweep, however many rows and grids. memory: bytes.
         near, far: bytes of an all-reduce inside a node and between nodes, per rank. hop: seconds for a few bytes to
             the next rank. read, write: bytes of a node's disk (hashing included).
     """
@@ -111,7 +111,7 @@ class Machine:
 
 
 # Half of the bfloat16 peak of 990 Tflop/s; float32 without tensor cores; 400 Gb/s for each GPU between nodes, 80% of
-# it used. A column of the sweep is 13 operations of torch, launched one after the other.
+# it used. A column of the sweep, of all grids at once, is 13 operations of torch, launched one after the other.
 H100 = Machine(
     forward=500e12, product=50e12, factor=10e12, column=50e-6, memory=2.5e12, near=300e9, far=40e9, hop=30e-6,
     read=2.5e9, write=0.6e9,
@@ -150,7 +150,7 @@ def seconds(model: Model, machine: Machine, ranks: int, sequences: int, seq_len:
         part["grid, correction, sweeps"] += count * (
             sweep / machine.product + GRID_BYTES * m * n / machine.memory
         )
-        part["columns one by one"] += count * GRIDS * n * len(one.rows) * machine.column
+        part["columns one by one"] += count * n * len(one.rows) * machine.column
         part["sums"] += count * 2 * passed_on * 8 * n * n / bandwidth
         part["codes and probes"] += count * passed_on * (m * n + 8 * PROBE * n) / bandwidth
         small = SMALL_PER_LAYER * len(one.rows) + SMALL_PER_INPUT
