@@ -3,13 +3,14 @@
     python benchmarks/ranks.py [--fast] [--dtype float32] [--threads]
 
 SmolLM2-135M, 32 × 512 tokens of Wikipedia, 4 bits g64; each process with one thread. Seconds are the reports' (the
-whole run but starting Python), CPU seconds those of all processes with everything. Codes depend on rounding: a sum
+whole run but starting Python), CPU seconds those of all processes, less what it takes to start them. Codes depend on rounding: a sum
 taken in another order turns one code, and all that the sweep decides after it in that row. With `--threads`, one
 process with two threads stands beside two processes: its sums are taken in another order too. Perplexity: 16 × 512
 tokens of other articles. `--demo`: the model that ships with fewbit, in seconds.
 
-Needs two cores with nothing else on them; the load at the start of each run is printed. Expected: what
-`scale.two_processes` makes of the first run's phases.
+Needs two cores with nothing else on them; the load at the start of each run is printed. On a busy machine (or pinned
+to one core: `taskset -c 0`) seconds say nothing, but CPU seconds do: with two cores the second run would take half of
+its own. Expected: what `scale.two_processes` makes of the first run's phases.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,14 +65,19 @@ def run(name: str, job: Job, output: Path, options: list[str]) -> dict[str, Any]
     ]
     command = [sys.executable, *start, "quantize", job.model, "-o", output, "-q", *text, *options]
     load = os.getloadavg()[0]
+    started = processes + (processes > 1)  # torchrun itself
+    idle = cpu_seconds([sys.executable, "-c", "import fewbit.api, torch.distributed.run"], 1)
+    cpu = cpu_seconds(command, threads) - started * idle
+    return {**json.loads((output / "fewbit_report.json").read_text()), "cpu": cpu, "load": load}
+
+
+def cpu_seconds(command: Sequence[object], threads: int) -> float:
+    """Of a command and its children."""
     before = os.times()
-    subprocess.run(
-        [str(part) for part in command], check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    subprocess.run([str(part) for part in command], check=True, env=environment)
     after = os.times()
-    report = json.loads((output / "fewbit_report.json").read_text())
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return {**report, "cpu": cpu, "load": load}
+    return after.children_user + after.children_system - before.children_user - before.children_system
 
 
 def same_codes(one: Path, other: Path) -> float:
