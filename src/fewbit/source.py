@@ -335,8 +335,10 @@ def load_tokenizer(name: str | Path, **options: Any) -> Any:
         raise ModelError(f"no tokenizer can be loaded from {name}: {_first_line(error)}") from error
 
 
-def download(name: str, error_class: type[FewbitError], *, allow_pickle: bool = False) -> Path:
-    """The files of a Hub repository, in the local cache.
+def download(
+    name: str, error_class: type[FewbitError], *, allow_pickle: bool = False, **options: Any
+) -> Path:
+    """The files of a Hub repository, in the local cache; `options` are those of `snapshot_download`.
 
     Raises:
         FewbitError: of `error_class`: `name` is no Hub id, or cannot be downloaded.
@@ -348,7 +350,7 @@ def download(name: str, error_class: type[FewbitError], *, allow_pickle: bool = 
     if allow_pickle:
         ignored = [pattern for pattern in ignored if pattern[1:] not in _PICKLE_SUFFIXES]
     try:
-        return Path(snapshot_download(name, ignore_patterns=ignored))
+        return Path(snapshot_download(name, ignore_patterns=ignored, **options))
     except HFValidationError as error:
         raise error_class(f"{name} is neither a folder, a .gguf file nor a Hub id") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
