@@ -48,7 +48,7 @@ class Rows:
         tokens: padding of the model's input, bool (batch, tokens), True counts; in an encoder-decoder, of the
             encoder's. None where nothing is padded.
         decoder: of the decoder's input. has_decoder: whether the batch has one.
-        counts: how many tokens each of the inputs has.
+        counts: how many tokens each of the inputs has, and how many rows a flat list of image patches.
         sequences: in the batch. held_out: how many of them, the last ones, enter no Hessian.
     """
 
@@ -69,11 +69,12 @@ class Rows:
 
         ids = [value for key, value in batch.items() if key.endswith("input_ids")]
         first = ids[0] if ids else next(iter(batch.values()))
+        patches = [len(value) for value in batch.values() if value.ndim == 2 and value.is_floating_point()]
         return cls(
             padding("attention_mask"),
             padding("decoder_attention_mask"),
             "decoder_input_ids" in batch,
-            frozenset(value.numel() for value in ids),
+            frozenset([*(value.numel() for value in ids), *patches]) if ids else frozenset(),
             first.shape[0] if first.ndim else 1,
         )
 
