@@ -3,10 +3,10 @@
     python benchmarks/ranks.py [--fast] [--dtype float32] [--threads]
 
 SmolLM2-135M, 32 × 512 tokens of Wikipedia, 4 bits g64; each process with one thread. Seconds are the reports' (the
-whole run but starting Python), CPU seconds those of all processes, less what it takes to start them. Codes depend on rounding: a sum
-taken in another order turns one code, and all that the sweep decides after it in that row. With `--threads`, one
-process with two threads stands beside two processes: its sums are taken in another order too. Perplexity: 16 × 512
-tokens of other articles. `--demo`: the model that ships with fewbit, in seconds.
+whole run but starting Python), CPU seconds those of all processes, less what it takes to start them. Codes depend on
+rounding: a sum taken in another order turns one code, and all that the sweep decides after it in that row. With
+`--threads`, one process with two threads stands beside two processes: its sums are taken in another order too.
+Perplexity: 16 × 512 tokens of other articles. `--demo`: the model that ships with fewbit, in seconds.
 
 Needs two cores with nothing else on them; the load at the start of each run is printed. On a busy machine (or pinned
 to one core: `taskset -c 0`) seconds say nothing, but CPU seconds do: with two cores the second run would take half of

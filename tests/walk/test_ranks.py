@@ -7,8 +7,9 @@ import time
 import pytest
 import torch
 
-from fewbit.errors import ModelError, RankError
-from fewbit.walk.ranks import Ranks
+from fewbit.errors import ConfigError, ModelError, RankError
+from fewbit.walk.quantizer import Follower
+from fewbit.walk.ranks import Ranks, joined
 from rank_processes import run_ranks
 
 
@@ -142,6 +143,73 @@ def test_a_killed_rank_ends_the_others_with_its_number_and_what_to_do():
         assert "ranks 0, 2 left" in str(result)
         assert "start the same command again to go on" in str(result)
     assert time.monotonic() - start < 20
+
+
+def one_is_interrupted(ranks):
+    if ranks.rank == 1:
+        ranks.failed(KeyboardInterrupt())
+        return None
+    while True:
+        ranks.total(1)
+
+
+def test_an_interrupted_rank_is_no_failure_of_its_own():
+    first, _ = run_ranks(2, one_is_interrupted)
+    assert isinstance(first, RankError)
+    assert "the run was interrupted. If an output folder was given" in str(first)
+
+
+def test_finished_tensors_cannot_be_asked_for_out_of_turn():
+    with pytest.raises(
+        RankError, match=r"came back to layers\.0\.q after its block was finished, which works in one"
+    ):
+        Follower({}).tensors("layers.0.q")
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """As torchrun starts the second of two processes, but without the address of the first."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    values = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+    return monkeypatch
+
+
+def join(device):
+    with joined(device):
+        pass
+
+
+def test_every_process_takes_its_own_gpu(launched):
+    with pytest.raises(
+        ConfigError, match="device 'cuda:1' would be every process's: with torchrun give cuda"
+    ):
+        join("cuda:1")
+    launched.setattr(torch.cuda, "is_available", lambda: True)
+    launched.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(
+        ConfigError, match="process 1 of this machine has no GPU of its own, there are 1: start fewer"
+    ):
+        join("auto")
+
+
+def test_or_its_share_of_the_cores_and_says_whom_it_cannot_reach(launched):
+    threads = []
+    launched.setattr(torch, "set_num_threads", threads.append)
+    launched.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
+    with pytest.raises(
+        RankError, match=r"rank 1 cannot reach the others at None:None: .* Check the address and the fire"
+    ):
+        join("cpu")
+    assert threads == [8]
+
+
+def test_without_torchrun_nothing_is_joined(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with joined("cuda:7") as speaks:
+        assert speaks
 
 
 def on_another_machine(ranks):
