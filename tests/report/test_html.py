@@ -180,6 +180,11 @@ def test_headline_figures():
     assert found["time"] == ("62.4 s", "", "peak memory 1.12 GB")
 
 
+def test_memory_of_several_processes_is_that_of_the_largest():
+    found = {tile.label: tile.detail for tile in tiles(report(ranks=2))}
+    assert found["time"] == "peak memory 1.12 GB in one of 2 processes"
+
+
 def test_tuned_blocks_are_counted_and_the_errors_said_to_be_from_before():
     layers = [
         {**layer(f"h.{i}.{kind}"), "tuned": i > 0, "block_error": (0.04, 0.03)}

@@ -100,7 +100,9 @@ def _show(report: Any, verbose: bool) -> None:
         )
     fallbacks = ", ".join(f"{name} ({count} layers)" for name, count in report.fallbacks.items())
     table.add_row("fallbacks", fallbacks or "none")
-    table.add_row("time", f"{report.seconds:.1f} s, peak memory {words.size(report.peak_memory_bytes)}")
+    processes = f" in one of {report.ranks} processes" if report.ranks > 1 else ""
+    peak = words.size(report.peak_memory_bytes)
+    table.add_row("time", f"{report.seconds:.1f} s, peak memory {peak}{processes}")
     if report.resumed_layers:
         table.add_row("resumed", f"{report.resumed_layers} layers came from the interrupted run")
     if report.evaluation:

@@ -98,8 +98,10 @@ def tiles(report: Mapping[str, Any]) -> list[Tile]:
         detail = f"at most {words.percent(worst[measure])}, in"
         result.append(Tile(f"mean {MEASURES[measure][0]}", average, detail, name=worst["name"]))
     result += _tuning_tiles(layers)
-    peak = words.size(report["peak_memory_bytes"])
-    result.append(Tile("time", words.duration(report["seconds"]), f"peak memory {peak}"))
+    detail = f"peak memory {words.size(report['peak_memory_bytes'])}"
+    if report.get("ranks", 1) > 1:  # reports of older versions do not say
+        detail += f" in one of {report['ranks']} processes"
+    result.append(Tile("time", words.duration(report["seconds"]), detail))
     return result
 
 
