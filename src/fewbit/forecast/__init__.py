@@ -9,7 +9,7 @@ problem of the forecast, and what does not depend on it goes on.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -29,13 +29,14 @@ from ..walk.journal import Journal, check_output
 from ..walk.spill import check_folder
 from ..walk.weights import Weights
 from . import limits, problems
+from .extras import Extra, of_budget, of_evaluation, of_tuning
 from .memory import predict_memory
 from .rates import measure_disk, measure_layers
 from .result import Forecast
 from .sizes import Sizes, largest_tensor, sizes_of, untie_head
 from .timing import predict_seconds
-from .trial import run_trial, tokens_of
-from .work import offloaded, work_of
+from .trial import Trial, run_trial, tokens_of
+from .work import Work, offloaded, work_of
 
 __all__ = ["Forecast", "forecast"]
 
@@ -63,9 +64,7 @@ def forecast(
     Takes a few seconds: one calibration batch runs through the first blocks, and a layer of every width is solved.
     Without a dataset it plans with as many tokens as the configuration asks for.
     """
-    job = _Job(
-        config or QuantConfig(), None if output is None else Path(output), resume, evaluate_on is not None
-    )
+    job = _Job(config or QuantConfig(), None if output is None else Path(output), resume)
     attempt = job.attempt
     if job.output is not None:
         attempt(check_output, job.output)
@@ -80,7 +79,7 @@ def forecast(
     if isinstance(tokenizer, (str, Path)):
         tokenizer = attempt(load_tokenizer, tokenizer)
     if evaluate_on is not None:
-        attempt(api.evaluation_windows, source, evaluate_on, tokenizer)
+        job.evaluation = attempt(api.evaluation_windows, source, evaluate_on, tokenizer)
     start = time.perf_counter()
     calibration = attempt(job.calibrate, source, dataset, tokenizer)
     calibrated = time.perf_counter() - start
@@ -104,10 +103,11 @@ def forecast(
 class _Job:
     """What is known so far; a step that is refused leaves a problem."""
 
-    def __init__(self, config: QuantConfig, output: Path | None, resume: bool, evaluated: bool) -> None:
-        self.config, self.output, self.resume, self.evaluated = config, output, resume, evaluated
+    def __init__(self, config: QuantConfig, output: Path | None, resume: bool) -> None:
+        self.config, self.output, self.resume = config, output, resume
         self.shard_bytes = 0
         self.offload: Path | None = None
+        self.evaluation: api.Evaluation | None = None
         self.plan: Plan | None = None
         self.memory: Any = None
         self.sizes: Sizes | None = None
@@ -188,6 +188,7 @@ class _Job:
         if self.offload is not None:
             work = offloaded(work, trial, dtype)
             self.problems += problems.of_scratch(self.offload, work.scratch)
+        extras = self.extras(model, calibration, trial, work, units)
         self.memory = predict_memory(
             plan,
             work,
@@ -197,7 +198,8 @@ class _Job:
             largest_tensor=tensor.nbytes if tensor else 0,
             dtype=dtype,
             device=weights.device,
-            evaluated=self.evaluated,
+            evaluated=self.evaluation is not None,
+            extras={name: extra.parts for name, extra in extras.items() if extra.parts},
         )
         self.problems += problems.of_memory(
             self.memory, baseline, config, weights.device, offloaded=self.offload is not None
@@ -225,4 +227,21 @@ class _Job:
             load=opened,
             source_bytes=sum(path.stat().st_size for path in source.weight_files()),
             weight_bytes=sum(units.values()),
-        )
+        ) | {name: extra.seconds for name, extra in extras.items()}
+
+    def extras(
+        self, model: nn.Module, calibration: Calibration, trial: Trial, work: Work, units: Mapping[str, int]
+    ) -> dict[str, Extra]:
+        """What the options beyond the plain run add, by phase."""
+        assert self.plan is not None
+        found, everything = {}, sum(units.values())
+        if self.config.target_bits is not None:
+            found["measuring the cost of bits"] = of_budget(
+                model, self.plan, self.config, calibration, trial, everything
+            )
+        if self.config.tune:
+            found["tuning"] = of_tuning(self.plan, self.config, trial, work, max(units.values()))
+        if self.evaluation is not None:
+            tokens = self.evaluation.windows.numel()
+            found["evaluation"] = of_evaluation(model, self.plan, trial, tokens)
+        return found

@@ -11,7 +11,7 @@ those of one moment and add up to the peak.
     Hessians        H, C and their factorizations, of this layer and of one before it whose input is still in use
     solver          the weight matrix in float32, its target, error and codes, several times
     probe           held-out rows of both streams
-    allocator       what the C library's heap takes beyond its contents: holes, and what it keeps when they are freed
+    allocator       what the C library's heap takes beyond its contents: holes
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ KEPT_MATRICES = {1: 2, 2: 4}
 # and for every product of an output and a probe row.
 SWEEP_BYTES, CORRECTION_BYTES, PROBE_BYTES = 11, 22, 12
 
-# The heap's holes, as a share of the activations in it, and what it still has once they are all freed. Activations
-# of several sizes come and go for every batch; measured with glibc: 0.45 to 0.8, and 0.6 to 1.4.
-HOLES, KEPT_HEAP = 0.55, 1.2
+# The heap's holes, as a share of the activations in it: tensors of several sizes come and go for every batch, and
+# what is free is given back at the end of every block only. Measured with glibc: 0 to 0.2.
+HOLES = 0.15
 
 # Code and buffers that torch's libraries take when they first multiply, factor and convert.
 FIRST_USE = 30_000_000
@@ -78,6 +78,7 @@ def predict_memory(
     dtype: torch.dtype,
     device: torch.device,
     evaluated: bool,
+    extras: Mapping[str, Parts] | None = None,
 ) -> Memory:
     """The worst moment of the run.
 
@@ -85,18 +86,18 @@ def predict_memory(
         units: bytes of the weights' units. baseline: of this process before the work.
         largest_tensor: bytes of the largest one as it lies in the files.
         evaluated: whether the result is measured against the original at the end: both are in memory then.
+        extras: further moments of the work, by name.
     """
-    moments = dict(_walk_moments(plan, work, units, dtype))
+    moments = dict(_walk_moments(plan, work, units, dtype)) | dict(extras or {})
     if device.type != "cpu":
         host = {"libraries": baseline, "reading": largest_tensor + max(units.values(), default=0)}
         device_peak = max(sum(parts.values()) for parts in moments.values())
         return Memory("reading weights", host, device_peak)
-    heap = round(KEPT_HEAP * max((one.heap for one in work.layers), default=0))
     reading = {"weights": max(units.values(), default=0), "reading": largest_tensor}
-    moments["writing the checkpoint"] = {**reading, "allocator": heap}
+    moments["writing the checkpoint"] = reading
     if evaluated:
         original = sum(units.values())
-        moments["evaluation"] = {"weights": original + sizes.quantized + sizes.plain, "allocator": heap}
+        moments["evaluation"] = {"weights": original + sizes.quantized + sizes.plain}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     return Memory(moment, {"libraries": baseline + FIRST_USE, **moments[moment]})
 

@@ -105,6 +105,8 @@ def run_trial(
         read = _read_bytes(weights) - read
         trial.load_rate = (timers.seconds["load"] - before) / read if read else None
         second = _first_of_second_block(trial, layers, plan)
+        for name in second:
+            weights.require(name)  # not to be counted
         with LiveBytes() as live:
             observer = _Observer(trial, modules, live, second)
             walk(points | {name: model.get_submodule(name) for name in second}, [job], observer.meet)
