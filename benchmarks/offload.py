@@ -63,9 +63,12 @@ def main() -> None:
     above = []
     for name, report in (("in memory", plain), ("offloaded", offloaded)):
         above.append(report["peak_memory_bytes"] - least)
+        offloading = report["seconds_by_phase"].get("offload", 0.0)
         print(
-            f"{name}: peak {report['peak_memory_bytes'] / 1e9:.2f} GB, {above[-1] / 1e9:.2f} GB of it activations; "
-            f"{report['seconds']:.0f} s, {report['seconds_by_phase'].get('offload', 0.0):.0f} s of it offloading, "
+            f"{name}: peak {report['peak_memory_bytes'] / 1e9:.2f} GB, {above[-1] / 1e9:.2f} GB of it activations"
+        )
+        print(
+            f"  {report['seconds']:.0f} s, {offloading:.0f} s of it offloading; "
             f"{report['processor']:.0f} s of the processor"
         )
     print(next(note for note in offloaded["notes"] if "on disk" in note))
