@@ -72,9 +72,10 @@ def main() -> None:
             f"{report['processor']:.0f} s of the processor"
         )
     print(next(note for note in offloaded["notes"] if "on disk" in note))
+    same = plain["sha256"] == offloaded["sha256"]
     print(
         f"ratio: activations {above[1] / above[0]:.2f} ×, time {offloaded['seconds'] / plain['seconds']:.2f} ×, "
-        f"processor {offloaded['processor'] / plain['processor']:.2f} ×; files {'the same' if plain['sha256'] == offloaded['sha256'] else 'DIFFERENT'}"
+        f"processor {offloaded['processor'] / plain['processor']:.2f} ×; files {'the same' if same else 'DIFFERENT'}"
     )
 
 
