@@ -331,7 +331,11 @@ def load_tokenizer(name: str | Path, **options: Any) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(str(name), **options)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises no narrower class than Exception itself
+        if type(error) is not Exception and not isinstance(
+            error, (ValueError, OSError, KeyError, TypeError, ImportError)
+        ):
+            raise
         raise ModelError(f"no tokenizer can be loaded from {name}: {_first_line(error)}") from error
 
 
