@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fewbit
-from fewbit.errors import CheckpointError, ConfigError, KernelError
+from fewbit.errors import CheckpointError, ConfigError, DependencyError, KernelError
 from fewbit.runtime.linear import QuantizedLayer
 from fewbit.runtime.load import kernels
 from tiny_gptq import FAMILIES, llama, logits, write_checkpoint
@@ -273,3 +273,31 @@ def test_8_bits_are_not_read_as_padded_4_bits(tmp_path):
     write_checkpoint(tmp_path, llama(), bits=8, quantization={"bits": 4})
     with pytest.raises(CheckpointError, match=r"does not fit its configuration \(bits 4"):
         fewbit.load(tmp_path)
+
+
+@pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])
+def test_a_device_map(tmp_path, device_map):
+    truth = llama()
+    write_checkpoint(tmp_path, truth)
+    model = fewbit.load(tmp_path, device_map=device_map, max_memory={"cpu": "1GB"})
+    assert torch.equal(logits(model), logits(truth))
+
+
+def test_a_device_map_needs_accelerate(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, llama())
+    monkeypatch.setattr("fewbit.runtime.load.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DependencyError, match=r"a device_map needs the package accelerate: pip install"):
+        fewbit.load(tmp_path, device_map="auto")
+
+
+def test_a_configuration_for_a_checkpoint_that_has_none(tmp_path):
+    truth = llama()
+    write_checkpoint(tmp_path, truth)
+    config = json.loads((tmp_path / "config.json").read_text())
+    quantization = config.pop("quantization_config")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"is not a quantized checkpoint"):
+        fewbit.load(tmp_path)
+    model = fewbit.load(tmp_path, quantization_config=quantization)
+    assert torch.equal(logits(model), logits(truth))
+    assert model.config.quantization_config.to_dict() == quantization

@@ -41,12 +41,7 @@ def placement(
     """
     if isinstance(device_map, Mapping) and len(device_map) == 1 and "disk" not in device_map.values():
         device, device_map = next(iter(device_map.values())), None
-    in_map = device_map.values() if isinstance(device_map, Mapping) else ()
-    if "disk" in in_map or "disk" in (max_memory or ()):
-        raise ConfigError(
-            "quantized layers cannot run from disk: leave the disk entries out of device_map and max_memory, and give "
-            "the model more memory"
-        )
+    refuse_disk(device_map, max_memory)
     if isinstance(device_map, str) and device_map not in _AUTOMATIC_MAPS:
         device, device_map = device_map, None
     if device_map is None and (max_memory is None or device is not None):
@@ -54,6 +49,17 @@ def placement(
             device = f"cuda:{device}"
         return {"device": resolve_device("auto" if device is None else str(device))}
     return {"device_map": device_map or "auto", "max_memory": max_memory}
+
+
+def refuse_disk(device_map: Any, max_memory: Mapping[Any, Any] | None) -> None:
+    """Raises ConfigError for disk entries in a device map or in what devices may hold."""
+    in_map = device_map.values() if isinstance(device_map, Mapping) else ()
+    if "disk" in in_map or "disk" in (max_memory or ()):
+        raise ConfigError(
+            "quantized layers cannot run from disk, and quantizing needs none: leave the disk entries out of "
+            "device_map and max_memory. A model that does not fit in memory is quantized by "
+            "fewbit.quantize(FOLDER, output=OUT), which streams it"
+        )
 
 
 def check_weights_name(folder: Path, asked: str, aliases: tuple[str, ...]) -> None:

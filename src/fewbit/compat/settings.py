@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
+from ..api import resolve_device
 from ..config import QuantConfig
 from ..errors import ConfigError, ModelError
 from ..plan import make_plan
@@ -104,6 +106,27 @@ def check_in_memory(model: nn.Module) -> None:
         raise ConfigError(
             f"device_map keeps {away[0] or 'the model'} offloaded, and a model in memory is quantized where it is. "
             "Nothing needs to be offloaded: fewbit.quantize(FOLDER, output=OUT) streams the weights block by block"
+        )
+
+
+def note_device(model: nn.Module) -> None:
+    """Log where a model on the CPU could be quantized faster."""
+    parameter = next(model.parameters(), None)
+    if parameter is None or parameter.device.type != "cpu":
+        return
+    best = resolve_device("auto").type
+    if best != "cpu":
+        say(
+            {
+                "device": f"the model is on the CPU and is quantized there. Move it first (model.to({best!r})), or let "
+                f"fewbit.quantize(FOLDER, output=OUT) stream it through the {best} device"
+            }
+        )
+    elif parameter.dtype == torch.float16:
+        say(
+            {
+                "torch_dtype": "float16 is slow on CPUs: load the model in bfloat16, which is several times faster"
+            }
         )
 
 

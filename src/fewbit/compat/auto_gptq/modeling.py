@@ -24,9 +24,10 @@ from ..loading import (
     local_folder,
     placement,
     prepare,
+    refuse_disk,
 )
 from ..optimum.utils import get_seqlen
-from ..settings import check_in_memory, note_order, restrict, say
+from ..settings import check_in_memory, note_device, note_order, restrict, say
 from .arguments import dataset_of, pad_token_of, rename_token, say_not_needed, settings_of
 from .config import QUANTIZE_CONFIG, BaseQuantizeConfig
 from .files import add_metadata, complete_config, rename_weights, text_metadata, upload
@@ -100,8 +101,9 @@ class BaseGPTQForCausalLM(nn.Module):
         options = {**model_init_kwargs, "dtype": torch_dtype, "trust_remote_code": trust_remote_code}
         options.pop("low_cpu_mem_usage", None)
         rename_token(options)
+        refuse_disk(options.get("device_map"), max_memory)
         if max_memory:
-            options |= placement(None, options.get("device_map", "auto"), max_memory)
+            options = {"device_map": "auto", "max_memory": max_memory, **options}
         model = AutoModelForCausalLM.from_pretrained(str(pretrained_model_name_or_path), **options)
         return cls(model.eval(), False, quantize_config)
 
@@ -232,6 +234,7 @@ class BaseGPTQForCausalLM(nn.Module):
         say_not_needed(name for name, is_given in given.items() if is_given)
         note_order(settings.desc_act, settings.static_groups, settings.true_sequential)
         check_in_memory(self.model)
+        note_device(self.model)
         dataset = dataset_of(examples)
         config = settings.quant_config(num_samples=len(dataset), seq_len=self.seqlen, batch_size=batch_size)
         config = restrict(config, self.model, self.layers_block_name, self.inside_layer_modules)

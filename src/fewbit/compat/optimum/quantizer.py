@@ -27,6 +27,7 @@ from ..settings import (
     PadToken,
     check_in_memory,
     kernel_name,
+    note_device,
     note_order,
     quant_config,
     require_saveable,
@@ -183,6 +184,7 @@ class GPTQQuantizer:
             tokenizer = tokenizer or source.load_tokenizer()
             model = source.load_model("auto", resolve_device("auto"))
         check_in_memory(model)
+        note_device(model)
         self._check_preceding(model)
         self._say_not_needed()
         dataset, tokenizer = self._calibration(tokenizer)
