@@ -56,6 +56,16 @@ def test_quantize_json_has_the_contract_keys_and_nothing_else_on_stdout(tmp_path
     assert answer["modules"] == 14
 
 
+def test_activations_go_to_a_folder_that_must_be_there(tmp_path, inputs, monkeypatch, capsys):
+    model, text = inputs
+    arguments = ["quantize", model, "-o", tmp_path / "out", "--dataset", text, *SMALL]
+    missing = [*arguments, "--offload-dir", tmp_path / "missing"]
+    assert "missing: No such file or directory. Create the folder" in refused(monkeypatch, capsys, *missing)
+    result = invoke(*arguments, "--offload-dir", tmp_path)
+    assert result.exit_code == 0
+    assert "were kept on disk" in " ".join(result.stderr.split())
+
+
 def test_quantize_and_evaluate_in_one_go(tmp_path, inputs):
     model, text = inputs
     result = invoke(
