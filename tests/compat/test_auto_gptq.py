@@ -289,6 +289,11 @@ def test_from_pretrained_refuses_the_disk(source, where):
         AutoGPTQForCausalLM.from_pretrained(source, BaseQuantizeConfig(), **where)
 
 
+def test_from_pretrained_refuses_a_checkpoint(readme):
+    with pytest.raises(EnvironmentError, match=r"is quantized already: load it with .*from_quantized"):
+        AutoGPTQForCausalLM.from_pretrained(readme[2], BaseQuantizeConfig())
+
+
 # Loading a checkpoint.
 def test_from_quantized_has_the_settings(readme):
     model = AutoGPTQForCausalLM.from_quantized(readme[2], torch_dtype=torch.float16)

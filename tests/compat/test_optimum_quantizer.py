@@ -76,6 +76,11 @@ def test_the_saved_folder_is_a_checkpoint_like_any_other(saved):
     assert torch.equal(logits(fewbit.load(folder)), logits(model))
 
 
+def test_all_blocks_need_no_pattern(saved):
+    head = next(item for item in saved[1].fewbit_report.to_dict()["skipped"] if item["name"] == "lm_head")
+    assert head["reason"].startswith("output embedding")
+
+
 def test_no_calibration_text_is_written(saved):
     quantizer, _, folder = saved
     assert quantizer.to_dict()["dataset"] == TEXTS

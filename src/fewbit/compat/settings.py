@@ -164,7 +164,7 @@ def restrict(
             )
     ending = rf"(?:{'|'.join(map(re.escape, listed))})$" if listed else ""
     wanted = rf"{blocks}\.{ending}"
-    if not all(re.match(wanted, name) for name in layers):
+    if not all(re.match(wanted, layer.name) for layer in make_plan(model, config).layers):
         config = replace(config, ignore=(*config.ignore, f"^(?!{wanted})"))
     if listed:
         for item in make_plan(model, config).skipped:

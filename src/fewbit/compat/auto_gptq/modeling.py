@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ...api import quantize
 from ...checkpoint.reader import find_weights
@@ -96,12 +96,14 @@ class BaseGPTQForCausalLM(nn.Module):
             **model_init_kwargs: of `AutoModelForCausalLM.from_pretrained`.
 
         Raises:
+            StateError: it is quantized already.
             ConfigError: `max_memory` has disk entries.
         """
         options = {**model_init_kwargs, "dtype": torch_dtype, "trust_remote_code": trust_remote_code}
         options.pop("low_cpu_mem_usage", None)
         rename_token(options)
         refuse_disk(options.get("device_map"), max_memory)
+        _refuse_quantized(pretrained_model_name_or_path, options)
         if max_memory:
             options = {"device_map": "auto", "max_memory": max_memory, **options}
         model = AutoModelForCausalLM.from_pretrained(str(pretrained_model_name_or_path), **options)
@@ -385,3 +387,10 @@ class BaseGPTQForCausalLM(nn.Module):
         if name == "model" or "model" not in modules:
             return super().__getattr__(name)
         return getattr(modules["model"], name)
+
+
+def _refuse_quantized(name: str | Path, options: Mapping[str, Any]) -> None:
+    hub = {key: options[key] for key in (*HUB_ARGUMENTS, "subfolder") if key in options}
+    values, _ = PreTrainedConfig.get_config_dict(str(name), **hub)
+    if values.get("quantization_config"):
+        raise StateError(f"{name} is quantized already: load it with AutoGPTQForCausalLM.from_quantized")
