@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..plan import Plan
+from ..plan import LayerPlan, Plan
 from ..walk.experts import unfused_modules
 from .conv import QuantConv2d
 from .kernel import KernelSpec
@@ -38,6 +38,21 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
+def kernel_spec(layer: LayerPlan, fmt: str, kind: str = "linear") -> KernelSpec:
+    """What a kernel must know of a layer before it is quantized."""
+    settings = layer.settings
+    return KernelSpec(
+        bits=settings.bits,
+        group_size=settings.group_size,
+        sym=settings.sym,
+        act_order=settings.act_order == "full",
+        in_features=layer.in_features,
+        out_features=layer.out_features,
+        format=fmt,
+        kind=kind,
+    )
+
+
 def replace_layers(
     model: nn.Module,
     plan: Plan,
@@ -55,17 +70,7 @@ def replace_layers(
     fmt = quantization["checkpoint_format"]
     for layer in plan.layers:
         old = model.get_submodule(layer.name)
-        settings = layer.settings
-        spec = KernelSpec(
-            bits=settings.bits,
-            group_size=settings.group_size,
-            sym=settings.sym,
-            act_order=settings.act_order == "full",
-            in_features=layer.in_features,
-            out_features=layer.out_features,
-            format=fmt,
-            kind="conv2d" if isinstance(old, nn.Conv2d) else "linear",
-        )
+        spec = kernel_spec(layer, fmt, "conv2d" if isinstance(old, nn.Conv2d) else "linear")
         weight = old.get_parameter("weight")
         tensors = {key: tensor.to(weight.device) for key, tensor in tensors_of(layer.name).items()}
         bias = old.bias

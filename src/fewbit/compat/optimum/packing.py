@@ -14,7 +14,7 @@ from ...codes import Codes, group_count, sequential_groups
 from ...config import LayerSettings
 from ...plan import LayerPlan, Plan, Skipped
 from ...runtime import registry
-from ...runtime.kernel import KernelSpec
+from ...runtime.replace import kernel_spec
 from ...walk.layers import weight_matrix
 
 
@@ -74,14 +74,4 @@ def check_kernel(layer: LayerPlan, fmt: str, like: Tensor, kernel: str) -> None:
     Raises:
         KernelError: the message names the condition.
     """
-    settings = layer.settings
-    spec = KernelSpec(
-        bits=settings.bits,
-        group_size=settings.group_size,
-        sym=settings.sym,
-        act_order=settings.act_order == "full",
-        in_features=layer.in_features,
-        out_features=layer.out_features,
-        format=fmt,
-    )
-    registry.choose(spec, like.device, like.dtype, kernel)
+    registry.choose(kernel_spec(layer, fmt), like.device, like.dtype, kernel)
