@@ -8,13 +8,11 @@ import torch
 from fewbit.config import LayerSettings
 from fewbit.forecast.live import LiveBytes
 from fewbit.forecast.memory import HOLES, predict_memory
-from fewbit.forecast.sizes import Sizes
 from fewbit.forecast.work import LayerWork, Work
 from fewbit.plan import LayerPlan, Plan
 from fewbit.solver import Accuracy, FactorCache, Hessian, Probe, quantize_weight
 
 SETTINGS = LayerSettings(4, 32, True, "group", 0.01, "gptq")
-SIZES = Sizes(quantized=500, plain=100, output=700, journal=600, spool=600, layers={})
 
 
 def layer(name, m, n):
@@ -29,9 +27,9 @@ def work(*layers, streams=1, held=0, heap=0, probe=0):
 def predicted(works, units=None, **options):
     plan = Plan(tuple(one.layer for one in works.layers), (), ())
     given = {
-        "baseline": 0, "largest_tensor": 0, "dtype": torch.float32, "device": torch.device("cpu"), "evaluated": False,
+        "baseline": 0, "largest_tensor": 0, "dtype": torch.float32, "device": torch.device("cpu"), "extras": {},
     }  # fmt: skip
-    return predict_memory(plan, works, units or {"": 0, "b": 0}, SIZES, **{**given, **options})
+    return predict_memory(plan, works, units or {"": 0, "b": 0}, **{**given, **options})
 
 
 @pytest.mark.parametrize(
@@ -67,10 +65,10 @@ def test_a_large_tensor_that_is_read_can_be_the_worst():
     assert memory.parts["weights"] + memory.parts["reading"] == 3 * 10**9
 
 
-def test_the_evaluation_has_both_models_in_memory():
-    memory = predicted(work(layer("b.x", 8, 8)), {"": 0, "b": 10**9, "c": 10**9, "d": 10**9}, evaluated=True)
+def test_what_options_add_can_be_the_worst():
+    memory = predicted(work(layer("b.x", 8, 8)), extras={"evaluation": {"weights": 10**9, "logits": 5}})
     assert memory.moment == "evaluation"
-    assert memory.parts["weights"] == 3 * 10**9 + SIZES.quantized + SIZES.plain
+    assert memory.parts["weights"] + memory.parts["logits"] == 10**9 + 5
 
 
 def test_on_a_gpu_the_work_counts_there():

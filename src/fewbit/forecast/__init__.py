@@ -26,6 +26,7 @@ from ..solver import Accuracy
 from ..source import Source, load_tokenizer, open_source
 from ..timers import Timers, memory_in_use_bytes
 from ..walk.journal import Journal, check_output
+from ..walk.run import arguments_for
 from ..walk.spill import check_folder
 from ..walk.weights import Weights
 from . import limits, problems
@@ -180,8 +181,10 @@ class _Job:
         if too_large or self.sizes is None:
             self.problems += too_large
             return
-        batch = max(calibration.batches, key=tokens_of, default={})
-        batch = {key: value.to(weights.device) for key, value in batch.items()}
+        largest: Mapping[str, torch.Tensor] = max(calibration.batches, key=tokens_of, default={})
+        batch = self.attempt(arguments_for, model, largest, weights.device)
+        if batch is None:
+            return
         trial = run_trial(model, weights, plan, batch, timers)
         work = work_of(model, plan, config, calibration, trial)
         dtype = next(model.parameters()).dtype
@@ -193,13 +196,11 @@ class _Job:
             plan,
             work,
             units,
-            self.sizes,
             baseline=baseline,
             largest_tensor=tensor.nbytes if tensor else 0,
             dtype=dtype,
             device=weights.device,
-            evaluated=self.evaluation is not None,
-            extras={name: extra.parts for name, extra in extras.items() if extra.parts},
+            extras={name: extra.parts for name, extra in extras.items()},
         )
         self.problems += problems.of_memory(
             self.memory, baseline, config, weights.device, offloaded=self.offload is not None
@@ -240,8 +241,8 @@ class _Job:
                 model, self.plan, self.config, calibration, trial, everything
             )
         if self.config.tune:
-            found["tuning"] = of_tuning(self.plan, self.config, trial, work, max(units.values()))
+            found["tuning"] = of_tuning(self.plan, self.config, trial, work, units)
         if self.evaluation is not None:
-            tokens = self.evaluation.windows.numel()
-            found["evaluation"] = of_evaluation(model, self.plan, trial, tokens)
+            windows = self.evaluation.windows
+            found["evaluation"] = of_evaluation(model, self.plan, trial, windows.numel(), windows.shape[1])
         return found

@@ -23,7 +23,6 @@ import torch
 
 from ..plan import Plan
 from ..walk.weights import REST
-from .sizes import Sizes
 from .work import LayerWork, Work
 
 # Matrices n × n in float32: while they are made, and those that stay with the Hessian. In one stream H and F, with
@@ -71,33 +70,27 @@ def predict_memory(
     plan: Plan,
     work: Work,
     units: Mapping[str, int],
-    sizes: Sizes,
     *,
     baseline: int,
     largest_tensor: int,
     dtype: torch.dtype,
     device: torch.device,
-    evaluated: bool,
-    extras: Mapping[str, Parts] | None = None,
+    extras: Mapping[str, Parts],
 ) -> Memory:
     """The worst moment of the run.
 
     Args:
         units: bytes of the weights' units. baseline: of this process before the work.
         largest_tensor: bytes of the largest one as it lies in the files.
-        evaluated: whether the result is measured against the original at the end: both are in memory then.
         extras: further moments of the work, by name.
     """
-    moments = dict(_walk_moments(plan, work, units, dtype)) | dict(extras or {})
+    moments = dict(_walk_moments(plan, work, units, dtype)) | dict(extras)
     if device.type != "cpu":
         host = {"libraries": baseline, "reading": largest_tensor + max(units.values(), default=0)}
         device_peak = max(sum(parts.values()) for parts in moments.values())
         return Memory("reading weights", host, device_peak)
     reading = {"weights": max(units.values(), default=0), "reading": largest_tensor}
     moments["writing the checkpoint"] = reading
-    if evaluated:
-        original = sum(units.values())
-        moments["evaluation"] = {"weights": original + sizes.quantized + sizes.plain}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     return Memory(moment, {"libraries": baseline + FIRST_USE, **moments[moment]})
 

@@ -11,7 +11,8 @@ import re
 import statistics
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -80,9 +81,13 @@ def run_trial(
 
     Args:
         weights: of `model`; what was read is given back at the end.
+        batch: empty for a run without calibration.
         timers: the weights' own.
     """
     trial = Trial(block_kinds(plan), tokens_of(batch))
+    if not batch:  # a run without calibration reads its weights and nothing else
+        _read_some(weights, trial, timers)
+        return trial
     experts = unfused_modules(model)
     layers = [layer for layer in plan.layers if layer.block in trial.kinds and not of_expert(layer, experts)]
     modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
@@ -100,10 +105,8 @@ def run_trial(
         return {}
 
     with torch.no_grad(), weights.on_demand(lambda unit: None):
-        before, read = timers.seconds.get("load", 0.0), _read_bytes(weights)
-        walk(points, [job], lambda name, arrivals: None, blocks=blocks, leave=leave)
-        read = _read_bytes(weights) - read
-        trial.load_rate = (timers.seconds["load"] - before) / read if read else None
+        with _load_rate(weights, trial, timers):
+            walk(points, [job], lambda name, arrivals: None, blocks=blocks, leave=leave)
         second = _first_of_second_block(trial, layers, plan)
         for name in second:
             weights.require(name)  # not to be counted
@@ -211,6 +214,21 @@ def _median_seconds(block: nn.Module, passage: Passage, device: torch.device) ->
             torch.cuda.synchronize(device)
         found.append(time.perf_counter() - start)
     return statistics.median(found)
+
+
+@contextmanager
+def _load_rate(weights: Weights, trial: Trial, timers: Timers) -> Iterator[None]:
+    """Find the seconds for each byte that is read inside."""
+    before, read = timers.seconds.get("load", 0.0), _read_bytes(weights)
+    yield
+    read = _read_bytes(weights) - read
+    trial.load_rate = (timers.seconds["load"] - before) / read if read else None
+
+
+def _read_some(weights: Weights, trial: Trial, timers: Timers) -> None:
+    with _load_rate(weights, trial, timers):
+        weights.require(next(iter(trial.kinds)))
+    weights.keep([])
 
 
 def _read_bytes(weights: Weights) -> int:
