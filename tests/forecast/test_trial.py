@@ -59,6 +59,15 @@ def test_the_model_is_as_before():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_of_a_large_block_only_the_beginning_of_a_batch_runs(monkeypatch):
+    monkeypatch.setattr("fewbit.forecast.trial._OPERATIONS", 1.0)
+    monkeypatch.setattr("fewbit.forecast.trial._FEWEST_TOKENS", 8)
+    short, whole = tried(tiny_model("llama"), length=24), tried(tiny_model("llama"), length=8)
+    assert short.tokens == 8
+    assert short.stops.keys() == whole.stops.keys()
+    assert all(short.stops[name].held == whole.stops[name].held for name in whole.stops)
+
+
 def test_blocks_with_other_settings_are_kinds_of_their_own():
     config = QuantConfig(group_size=16, override={r"layers\.1\..*q_proj": {"bits": 8}})
     kinds = block_kinds(make_plan(tiny_model("llama", num_hidden_layers=3), config))

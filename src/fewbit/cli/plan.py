@@ -75,7 +75,7 @@ def _show(found: Forecast, verbose: bool) -> None:
     results = Console()
     if found.plan is not None:
         results.print(_module_table(found) if verbose else _kind_table(found))
-        results.print(_kept_table(found.plan))
+        results.print(_kept_table(found, found.plan))
     results.print(_summary(found))
     for note in found.notes:
         console.print(f"note: {note}", markup=False, highlight=False)
@@ -116,10 +116,11 @@ def _settings(layer: LayerPlan) -> tuple[str, str, str]:
     return str(settings.bits), group, how
 
 
-def _kept_table(plan: Plan) -> Table:
+def _kept_table(found: Forecast, plan: Plan) -> Table:
     """What stays as it is, by reason."""
     table = Table("", Column("", overflow="fold"), "weights", "why", box=None)
-    table.title, table.title_justify = "to stay as they are", "left"
+    total = f" ({words.size(found.sizes.plain)}, with embeddings, norms and biases)" if found.sizes else ""
+    table.title, table.title_justify = f"to stay as they are{total}", "left"
     kinds: Counter[tuple[str, str]] = Counter()
     weights: Counter[tuple[str, str]] = Counter()
     for item in plan.skipped:

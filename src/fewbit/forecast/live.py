@@ -25,11 +25,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         now: at this moment. peak: at most since the start, or since the last `mark`.
-        heap: at this moment, of storages smaller than `HEAP_BYTES`.
+        heap: at this moment, of storages smaller than `heap_bytes`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, heap_bytes: int = HEAP_BYTES) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._heap_bytes = heap_bytes
         self.now = self.peak = self.heap = 0
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
@@ -59,12 +60,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def freed(_: object) -> None:
             self._known.pop(key, None)
             self.now -= size
-            self.heap -= size if size < HEAP_BYTES else 0
+            self.heap -= size if size < self._heap_bytes else 0
 
         # torch keeps one Python object for a storage as long as the storage lives.
         self._known[key] = weakref.ref(storage, freed)
         self.now += size
-        self.heap += size if size < HEAP_BYTES else 0
+        self.heap += size if size < self._heap_bytes else 0
         self.peak = max(self.peak, self.now)
 
 

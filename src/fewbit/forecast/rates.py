@@ -25,6 +25,7 @@ from ..durable import write_whole
 from ..errors import ModelError, OutputError
 from ..solver import Accuracy, FactorCache, Hessian, Probe, quantize_weight
 from ..walk.weights import check_finite
+from .trial import synchronize
 from .work import LayerWork
 
 LARGEST_WIDTH = 4096
@@ -188,12 +189,6 @@ def _check_seconds(path: Path, tensor: TensorInfo | None) -> float:
     if tensor is not None and found:
         check_finite(path.name, torch.frombuffer(found, dtype=tensor.dtype))
     return (time.perf_counter() - start) / max(len(found), 1)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given."""
-    if device.type in ("cuda", "xpu"):
-        getattr(torch, device.type).synchronize(device)
 
 
 def _seconds(piece: Callable[[], Any]) -> float:

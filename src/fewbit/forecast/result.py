@@ -63,7 +63,7 @@ class Forecast:
             for layer in self.plan.layers
         ]
         kept = [
-            {"name": item.name, "shape": list(item.shape), "bits": None, "reason": item.reason}
+            dict.fromkeys(planned[0]) | {"name": item.name, "shape": list(item.shape), "reason": item.reason}
             for item in self.plan.skipped
         ]
         return planned + kept

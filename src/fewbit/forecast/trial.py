@@ -28,7 +28,10 @@ from ..walk.lockstep import Arrival, Passage, walk
 from ..walk.routing import Routing
 from ..walk.run import without_cache
 from ..walk.weights import StreamedWeights, Weights
-from .live import LiveBytes
+from .live import HEAP_BYTES, LiveBytes
+
+# Of a batch so many tokens are used that a block does about so many operations on them, but no fewer than that.
+_OPERATIONS, _FEWEST_TOKENS = 1.5e11, 256
 
 # A block's forward is repeated until so much time has passed, or so often.
 _SECONDS, _REPEATS = 0.5, 5
@@ -58,7 +61,7 @@ class Trial:
 
     Attributes:
         kinds: block that was tried → all blocks that are like it. Layers outside of blocks are in none.
-        tokens: of the batch, padding counted. stops: layers of the blocks that were tried, without experts.
+        tokens: of the batch that ran, padding counted. stops: layers of the blocks that were tried, without experts.
         seconds: block that was tried → forward of the batch through it.
         transient: most bytes in use inside a forward, beyond those held where it pauses next.
         load_rate: seconds to read a byte of weights; None where they are all in memory.
@@ -84,7 +87,9 @@ def run_trial(
         batch: empty for a run without calibration.
         timers: the weights' own.
     """
-    trial = Trial(block_kinds(plan), tokens_of(batch))
+    kinds, whole = block_kinds(plan), tokens_of(batch)
+    batch = _shortened(batch, plan, kinds)
+    trial = Trial(kinds, tokens_of(batch))
     if not batch:  # a run without calibration reads its weights and nothing else
         _read_some(weights, trial, timers)
         return trial
@@ -110,7 +115,7 @@ def run_trial(
         second = _first_of_second_block(trial, layers, plan)
         for name in second:
             weights.require(name)  # not to be counted
-        with LiveBytes() as live:
+        with LiveBytes(HEAP_BYTES * trial.tokens // whole) as live:
             observer = _Observer(trial, modules, live, second)
             walk(points | {name: model.get_submodule(name) for name in second}, [job], observer.meet)
         # The peak is compared with what is held later, so it is at most twice a layer's output too high.
@@ -147,6 +152,19 @@ def tokens_of(batch: Mapping[str, Tensor]) -> int:
     """Tokens in a batch, padding counted; 1 where it holds none."""
     counts = [value.numel() for key, value in batch.items() if key.endswith("input_ids")]
     return max(counts, default=1)
+
+
+def _shortened(
+    batch: Mapping[str, Tensor], plan: Plan, kinds: Mapping[str, list[str]]
+) -> Mapping[str, Tensor]:
+    """The beginning of every sequence, where all of the batch are tokens and whole sequences would take long."""
+    weights = max(sum(layer.weights for layer in plan.layers if layer.block == block) for block in kinds)
+    shapes = {tensor.shape for tensor in batch.values()}
+    if len(shapes) != 1 or len(shape := shapes.pop()) != 2:
+        return batch
+    tokens = max(_FEWEST_TOKENS, int(_OPERATIONS / (2 * weights)))
+    length = max(1, tokens // shape[0])
+    return {key: tensor[:, :length] for key, tensor in batch.items()}
 
 
 @dataclass
@@ -210,10 +228,15 @@ def _median_seconds(block: nn.Module, passage: Passage, device: torch.device) ->
     while len(found) < _REPEATS and sum(found) < _SECONDS:
         start = time.perf_counter()
         block(*passage.args, **passage.kwargs)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         found.append(time.perf_counter() - start)
     return statistics.median(found)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type in ("cuda", "xpu"):
+        getattr(torch, device.type).synchronize(device)
 
 
 @contextmanager
