@@ -28,11 +28,11 @@ from ..timers import Timers, memory_in_use_bytes
 from ..walk.journal import Journal, check_output
 from ..walk.run import arguments_for
 from ..walk.spill import check_folder
-from ..walk.weights import Weights
+from ..walk.weights import StreamedWeights, Weights
 from . import limits, problems
 from .extras import Extra, of_budget, of_evaluation, of_tuning
-from .memory import predict_memory
-from .rates import measure_disk, measure_layers
+from .memory import Memory, predict_memory
+from .rates import Kind, LayerRate, measure_disk, measure_layers
 from .result import Forecast
 from .sizes import Sizes, largest_tensor, sizes_of, untie_head
 from .timing import predict_seconds
@@ -43,6 +43,7 @@ __all__ = ["Forecast", "forecast"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Opened = tuple[nn.Module, Weights]
 
 
 def forecast(
@@ -97,7 +98,7 @@ def forecast(
     attempt(budget.check, plan, job.config)
     if calibration is not None:
         attempt(job.check_resume, source, calibration, dataset is not None)
-        job.predict(source, calibration, *opened, timers, calibrated if dataset is not None else 0.0)
+        job.predict(source, calibration, opened, timers, calibrated if dataset is not None else 0.0)
     return job.forecast()
 
 
@@ -110,7 +111,7 @@ class _Job:
         self.offload: Path | None = None
         self.evaluation: api.Evaluation | None = None
         self.plan: Plan | None = None
-        self.memory: Any = None
+        self.memory: Memory | None = None
         self.sizes: Sizes | None = None
         self.seconds: dict[str, float] | None = None
         self.notes: list[str] = []
@@ -160,75 +161,75 @@ class _Job:
         )
 
     def predict(
-        self,
-        source: Source,
-        calibration: Calibration,
-        model: nn.Module,
-        weights: Weights,
-        timers: Timers,
-        calibrated: float,
+        self, source: Source, calibration: Calibration, opened: Opened, timers: Timers, calibrated: float
     ) -> None:
-        """Memory, disk and time."""
+        """Disk, memory and time. `calibrated`: the seconds that the text took."""
         assert self.plan is not None
-        plan, config = self.plan, self.config
-        untie_head(model, plan, weights)
-        self.sizes = self.attempt(sizes_of, model, plan, config, source, self.shard_bytes)
+        model, weights = opened
+        loading = timers.seconds["load"]
+        untie_head(model, self.plan, weights)
         units, baseline = weights.units(), memory_in_use_bytes()
-        opened = timers.seconds["load"]
+        if not isinstance(weights, StreamedWeights) and weights.device.type == "cpu":
+            baseline -= sum(units.values())  # they are counted as weights
+        self.sizes = self.attempt(sizes_of, model, self.plan, self.config, source, self.shard_bytes)
         self.problems += problems.of_disk(self.output, self.sizes)
-        file, tensor = largest_tensor(source)
-        too_large = problems.of_units(units, weights.device)
-        if too_large or self.sizes is None:
-            self.problems += too_large
-            return
+        too_large = problems.of_units(units, weights.device) if source.streams else []
+        self.problems += too_large
         largest: Mapping[str, torch.Tensor] = max(calibration.batches, key=tokens_of, default={})
         batch = self.attempt(arguments_for, model, largest, weights.device)
-        if batch is None:
+        if too_large or self.sizes is None or batch is None:
             return
-        trial = run_trial(model, weights, plan, batch, timers)
-        work = work_of(model, plan, config, calibration, trial)
-        dtype = next(model.parameters()).dtype
+        trial = run_trial(model, weights, self.plan, batch, timers)
+        work = work_of(model, self.plan, self.config, calibration, trial)
         if self.offload is not None:
-            work = offloaded(work, trial, dtype)
+            work = offloaded(work, trial, next(model.parameters()).dtype)
             self.problems += problems.of_scratch(self.offload, work.scratch)
         extras = self.extras(model, calibration, trial, work, units)
+        file, tensor = largest_tensor(source)
         self.memory = predict_memory(
-            plan,
+            self.plan,
             work,
             units,
             baseline=baseline,
             largest_tensor=tensor.nbytes if tensor else 0,
-            dtype=dtype,
+            dtype=next(model.parameters()).dtype,
             device=weights.device,
             extras={name: extra.parts for name, extra in extras.items()},
         )
         self.problems += problems.of_memory(
-            self.memory, baseline, config, weights.device, offloaded=self.offload is not None
-        )
-        layers = measure_layers(
-            work.layers,
-            dtype=dtype,
-            device=weights.device,
-            streams=work.streams,
-            accuracy=Accuracy(config.effective_correction, config.refit),
-            probe=work.probe,
-            fmt=config.format,
+            self.memory,
+            memory_in_use_bytes(),
+            self.config,
+            weights.device,
+            offloaded=self.offload is not None,
         )
         disk = self.attempt(measure_disk, limits.existing(self.output or Path()), file, tensor)
         if disk is None:
             return
         self.seconds = predict_seconds(
-            plan,
+            self.plan,
             work,
             trial,
-            layers,
+            self.rates(model, weights.device, work),
             disk,
             self.sizes,
             calibration=calibrated,
-            load=opened,
+            load=loading,
             source_bytes=sum(path.stat().st_size for path in source.weight_files()),
             weight_bytes=sum(units.values()),
         ) | {name: extra.seconds for name, extra in extras.items()}
+
+    def rates(self, model: nn.Module, device: torch.device, work: Work) -> dict[Kind, LayerRate]:
+        """How fast this machine solves layers like those of `model`."""
+        return measure_layers(
+            work.layers,
+            dtype=next(model.parameters()).dtype,
+            device=device,
+            streams=work.streams,
+            accuracy=Accuracy(self.config.effective_correction, self.config.refit),
+            probe=work.probe,
+            fmt=self.config.format,
+        )
 
     def extras(
         self, model: nn.Module, calibration: Calibration, trial: Trial, work: Work, units: Mapping[str, int]

@@ -53,16 +53,20 @@ def of_units(units: Mapping[str, int], device: torch.device) -> list[str]:
 
 
 def of_memory(
-    memory: Memory, baseline: int, config: QuantConfig, device: torch.device, *, offloaded: bool
+    memory: Memory, used: int, config: QuantConfig, device: torch.device, *, offloaded: bool
 ) -> list[str]:
-    """Whether the worst moment fits into what is left, of the machine and of a GPU."""
+    """Whether the worst moment fits into what is left, of the machine and of a GPU.
+
+    Args:
+        used: by this process now.
+    """
     found = []
     left = limits.memory_left()
-    if left is not None and memory.peak - baseline > left.bytes:
+    if left is not None and memory.peak - used > left.bytes:
         found.append(
             f"memory is too small: the run takes {words.size(memory.peak)} while {memory.moment}, "
-            f"{words.size(memory.peak - baseline)} more than now, and {words.size(left.bytes)} are {left.name}. "
-            + _advice(memory, left.bytes - (memory.peak - baseline), config, offloaded)
+            f"{words.size(memory.peak - used)} more than now, and {words.size(left.bytes)} are {left.name}. "
+            + _advice(memory, left.bytes - (memory.peak - used), config, offloaded)
         )
     on_device = limits.device_left(device)
     if on_device is not None and (memory.device_peak or 0) > on_device.bytes:

@@ -118,7 +118,6 @@ def run_trial(
         with LiveBytes(HEAP_BYTES * trial.tokens // whole) as live:
             observer = _Observer(trial, modules, live, second)
             walk(points | {name: model.get_submodule(name) for name in second}, [job], observer.meet)
-        # The peak is compared with what is held later, so it is at most twice a layer's output too high.
         trial.transient = max(0, live.peak - max((stop.held for stop in trial.stops.values()), default=0))
     weights.keep([])
     return trial
