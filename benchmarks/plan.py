@@ -102,7 +102,7 @@ def main() -> None:
             options = {"dtype": dtype, "fast": fast, "num_samples": samples, "seq_len": length}
             path, text = str(prepare.MODEL), str(prepare.TRAIN)
             if model == LLAMA:
-                path, text = f"{folder}/{LLAMA}", ""
+                path, text = f"{folder}/weights", ""
                 random_llama(Path(path), blocks=24, hidden=1024, intermediate=2816)
             job = (path, text, options, f"{folder}/{name}", arguments.cpu_clock)
             show(name, child(predict, *job), child(measure, *job), arguments.phases)

@@ -94,4 +94,4 @@ def _advice(memory: Memory, excess: int, config: QuantConfig, offloaded: bool) -
     if config.dtype == "auto":
         ways.append("--dtype bfloat16, if the model is stored in float32")
     ways.append("a machine with more memory")
-    return f"Try {', '.join(ways[:-1])}, or {ways[-1]}"
+    return f"What helps: {'; '.join(ways)}"
