@@ -32,7 +32,7 @@ from ..runtime.conv import QuantConv2d
 from ..runtime.kernel import KernelSpec
 from ..runtime.linear import QuantizedLayer
 from ..runtime.replace import quantized_like, set_module
-from ..walk.experts import unfused_conversions, why_fused
+from ..walk.experts import unfused_conversions, unfused_modules, why_fused
 from ..walk.layers import LAYER_TYPES, matrix_shape
 from .file_names import FileNames
 
@@ -112,6 +112,7 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         for name, module_name in _modules_of(model, names):
             make_room(model, module_name, name, settings, infos)
+        _refuse_merged_experts(model, infos)
         untie_quantized(model)
 
     def update_weight_conversions(
@@ -286,6 +287,17 @@ def _read_headers(files: list[str] | None) -> dict[str, TensorInfo]:
 
 def _folder(files: list[str] | None) -> str:
     return str(Path(files[0]).parent) if files else "the checkpoint"
+
+
+def _refuse_merged_experts(model: PreTrainedModel, infos: Mapping[str, TensorInfo]) -> None:
+    """Experts are taken apart because some are quantized by themselves: then all have to lie by themselves."""
+    for name, module in unfused_modules(model).items():
+        merged = [f"{name}.{key}" for key in module.fused_parameters if f"{name}.{key}" in infos]
+        if merged:
+            raise CheckpointError(
+                f"single experts of {name} are quantized, but {merged[0]} holds all of them: the weights of the others "
+                "would be missing; write every expert by itself"
+            )
 
 
 def _modules_of(model: PreTrainedModel, names: list[str]) -> list[tuple[str, str]]:

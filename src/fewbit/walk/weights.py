@@ -132,7 +132,6 @@ class StreamedWeights(Weights):
         model: on the meta device, but for what is not in the files (buffers that it computes).
         files: every tensor of the source by its name there.
         device: where to read to.
-        direct: parameter → its name in the source, for parameters that transformers knows nothing of.
 
     Attributes:
         read_bytes: of all units read so far. resident_bytes, peak_bytes: in memory now, and at most so far.
@@ -144,7 +143,6 @@ class StreamedWeights(Weights):
         files: Mapping[str, FileTensor],
         device: torch.device,
         timers: Timers,
-        direct: Mapping[str, str] | None = None,
     ) -> None:
         self.model, self.device = model, device
         self.read_bytes = self.resident_bytes = self.peak_bytes = 0
@@ -155,7 +153,7 @@ class StreamedWeights(Weights):
         _move_computed(model, device)
         state = model.state_dict(keep_vars=True)
         self._names = [name for name, tensor in state.items() if tensor.is_meta]
-        self._plain, self._converted = _sources(model, files, direct or {})
+        self._plain, self._converted = _sources(model, files)
         self._aliases = _aliases(state, {*self._plain, *self._converted})
         self._converted = _with_parts(set(self._names) - {*self._plain, *self._aliases}, self._converted)
         self._embeddings = _embeddings(model)
@@ -343,7 +341,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 
 def _sources(
-    model: nn.Module, files: Mapping[str, FileTensor], direct: Mapping[str, str]
+    model: nn.Module, files: Mapping[str, FileTensor]
 ) -> tuple[dict[str, FileTensor], dict[str, set[str]]]:
     """Parameter → the tensor it is in the files; and parameter → names of all tensors it is converted from."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -353,12 +351,9 @@ def _sources(
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     prefix, state = any_model.base_model_prefix, model.state_dict()
-    plain = {parameter: files[source] for parameter, source in direct.items()}
+    plain: dict[str, FileTensor] = {}
     converted: dict[str, set[str]] = {}
-    taken = set(direct.values())
     for source, tensor in files.items():
-        if source in taken:
-            continue
         name, pattern = rename_source_key(source, renamings, converters, prefix, state)
         if name not in state and source in state:
             name, pattern = rename_source_key(source, [], [], prefix, state)
