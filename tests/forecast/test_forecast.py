@@ -1,6 +1,8 @@
 """The whole forecast on tiny models: it covers what a run does, and agrees with it where that is exact."""
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import fewbit
 from fewbit import QuantConfig
@@ -60,3 +62,16 @@ def test_more_tokens_take_more_time_and_memory(tmp_path):
     )
     assert many.memory.parts["activations"] == pytest.approx(100 * few.memory.parts["activations"], rel=0.01)
     assert many.seconds["forward passes"] > 10 * few.seconds["forward passes"]
+
+
+def test_weights_that_are_read_at_once_count_once(tmp_path):
+    model = save_tiny(tmp_path / "model")
+    file = model / "model.safetensors"
+    torch.save(load_file(file), model / "pytorch_model.bin")
+    size = file.stat().st_size
+    file.unlink()
+    config = QuantConfig(group_size=16, seq_len=24)
+    found = forecast(model, config, dataset=random_sequences(), allow_pickle=True)
+    assert found.works
+    assert found.memory.parts["weights"] == pytest.approx(size, rel=0.1)
+    assert found.seconds["checking the source"] > 0
