@@ -2,14 +2,17 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
 import fewbit
 from fewbit import QuantConfig
 from fewbit.errors import FewbitError
-from fewbit.forecast import forecast, limits
+from fewbit.forecast import forecast, limits, problems
 from fewbit.forecast.limits import Limit
+from fewbit.forecast.memory import Memory
 from models import TEXT, random_sequences, save_tiny, tiny_model, tiny_tokenizer
 
 CONFIG = QuantConfig(group_size=16, num_samples=6, seq_len=24)
@@ -188,6 +191,24 @@ def test_what_quantize_would_say_is_what_plan_says(model, tmp_path):
     with pytest.raises(FewbitError) as refused:
         fewbit.quantize(model, CONFIG, dataset=random_sequences(), output=tmp_path)
     assert only_problem(model, output=tmp_path) == str(refused.value)
+
+
+def test_too_little_memory_on_the_gpu(monkeypatch):
+    monkeypatch.setattr(limits, "device_left", lambda device: Limit(1000, f"free on {device}"))
+    memory = Memory("reading weights", {"libraries": 10}, device_peak=5000)
+    [problem] = problems.of_memory(memory, 10, CONFIG, torch.device("cuda:0"), offloaded=False)
+    assert "the GPU's memory is too small: the run takes 5.00 kB, and 1.00 kB are free on cuda:0" in problem
+    assert "--offload-dir, or --device cpu" in problem
+
+
+def test_a_text_shorter_than_asked_for_is_a_note(model, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    found = forecast(model, CONFIG, dataset=str(tmp_path / "text.txt"))
+    few = forecast(model, replace(CONFIG, num_samples=500), dataset=str(tmp_path / "text.txt"))
+    assert found.works
+    assert few.works
+    assert any("500 were asked for" in note for note in few.notes)
+    assert not any("were asked for" in note for note in found.notes)
 
 
 def test_notes_do_not_keep_it_from_working(model):
