@@ -79,8 +79,11 @@ def test_phases_have_time_and_memory(run):
     phases = {phase["name"]: phase for phase in report.phases}
     assert {"calibration", "load", "walk", "hessian", "solve", "pack", "write", "evaluate"} <= set(phases)
     assert phases["solve"]["parent"] == "walk"
+    assert phases["load"]["parent"] is None  # it goes on inside the walk, where blocks are read
     inner = sum(phase["seconds"] for phase in phases.values() if phase["parent"] == "walk")
-    assert phases["walk"]["own_seconds"] == pytest.approx(phases["walk"]["seconds"] - inner, abs=1e-6)
+    before = inner + phases["load"]["seconds"]
+    walk = phases["walk"]
+    assert walk["seconds"] - before <= walk["own_seconds"] <= walk["seconds"] - inner
     own = sum(phase["own_seconds"] for name, phase in phases.items() if name != "evaluate")
     assert 0.5 * report.seconds < own <= report.seconds
     assert phases["load"]["memory"]["bytes"] > 50e6
