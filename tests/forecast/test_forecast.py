@@ -55,13 +55,12 @@ def test_options_add_their_phases(tmp_path, options, phase):
     assert found.total_seconds > found.seconds[phase]
 
 
-def test_more_tokens_take_more_time_and_memory(tmp_path):
+def test_activations_grow_with_the_tokens(tmp_path):
     model = save_tiny(tmp_path / "model")
     few, many = (
         forecast(model, QuantConfig(group_size=16, num_samples=count, seq_len=100)) for count in (10, 1000)
     )
     assert many.memory.parts["activations"] == pytest.approx(100 * few.memory.parts["activations"], rel=0.01)
-    assert many.seconds["forward passes"] > 10 * few.seconds["forward passes"]
 
 
 def test_weights_that_are_read_at_once_count_once(tmp_path):
