@@ -130,8 +130,8 @@ def test_the_same_pattern_twice_is_refused():
 
 
 def test_the_order_of_overrides_is_part_of_the_fingerprint():
-    from fewbit.api import fingerprint_of
     from fewbit.calibration import Calibration
+    from fewbit.preparation import fingerprint_of
 
     empty = Calibration(batches=[], fingerprint="none", tokens=0, sequences=0, source="none")
     rules = {"down": {"bits": 8}, "proj": {"bits": 3}}

@@ -8,11 +8,7 @@ layers replaced.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import re
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,19 +16,26 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import __version__, budget
-from .calibration import Calibration, prepare
-from .checkpoint import manifest
-from .checkpoint.assemble import checkpoint_tensors, names_on_disk
-from .checkpoint.quantization import build as build_quantization_config
-from .checkpoint.writer import CONFIG, MARKER, CheckpointWriter, parse_size
+from . import budget
+from .calibration import Calibration
+from .checkpoint.writer import parse_size
 from .config import QuantConfig
-from .errors import CalibrationError, ConfigError, ModelError, OutputError
-from .evaluate import evaluate, windows
-from .plan import Plan, make_plan, output_embedding_name
-from .report.collect import PAGE_NAME, REPORT_NAME, Origin, Report, collect, write_text
+from .delivery import meta_of, quantization_config, upload, write_checkpoint
+from .errors import ConfigError, ModelError
+from .evaluate import evaluate
+from .plan import Plan, make_plan
+from .preparation import (
+    Evaluation,
+    calibrate,
+    evaluation_windows,
+    fingerprint_of,
+    open_model,
+    ranges_of,
+    resolve_device,
+)
+from .report.collect import Origin, Report, collect, write_text
 from .report.model_card import CARD_NAME, model_card
 from .report.reproduce import reproduce
 from .source import Source, load_tokenizer, open_source
@@ -43,17 +46,11 @@ from .walk.quantizer import Follower, MemorySink, Progress
 from .walk.ranks import Ranks, current
 from .walk.run import check_weights, quantize_layers
 from .walk.spill import check_folder
-from .walk.weights import StreamedWeights, Weights
+from .walk.weights import Weights
 
 M = TypeVar("M", bound=nn.Module)
 
 _LOG = logging.getLogger("fewbit")
-
-# What `evaluate_on` measures.
-EVALUATION_SEQ_LEN = 512
-EVALUATION_WINDOWS = 64
-
-_PLACEHOLDER = re.compile(r"(image|video|audio|speech)\w*_token_(id|index)$")
 
 
 def quantize(
@@ -146,63 +143,8 @@ def quantize(
         evaluation = None if evaluate_on is None else evaluation_windows(source, evaluate_on, tokenizer)
         report = job.run(dataset, tokenizer, where, resume, shard_bytes, evaluation, ranks)
     if push_to_hub is not None and ranks.leader:
-        _upload(job.output, push_to_hub)
+        upload(job.output, push_to_hub)
     return report
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device called `name`; "auto" takes cuda, then xpu, then the CPU (mps lacks float64: by name only).
-
-    Raises:
-        ConfigError: the name is unknown or the device is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def open_model(source: Source, dtype: str, device: torch.device, timers: Timers) -> tuple[nn.Module, Weights]:
-    """The model, and its weights: read block by block where the source allows it, otherwise all of them."""
-    with timers.time("load"):
-        if source.streams:
-            model, files = source.build_model(dtype)
-            unfuse(model)
-            return model, StreamedWeights(model, files, device, timers)
-        model = source.load_model(dtype, device)
-        check_weights(model)
-        unfuse(model)
-        return model, Weights(model)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What the result will be measured on: token ids (count, seq_len), and where they are from."""
-
-    dataset: str
-    windows: Tensor
-
-
-def evaluation_windows(source: Source, dataset: Any, tokenizer: Any = None) -> Evaluation:
-    """The windows on which the result will be measured.
-
-    Raises:
-        ConfigError: the model is no causal language model.
-        CalibrationError: the text cannot be used.
-    """
-    config = source.load_config()
-    if getattr(config, "is_encoder_decoder", False):
-        raise ConfigError(
-            "evaluation (--eval) measures causal language models; this one is an encoder-decoder: leave it out"
-        )
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or EVALUATION_SEQ_LEN
-    seq_len = min(EVALUATION_SEQ_LEN, positions)
-    text = windows(dataset, tokenizer or source.load_tokenizer(), seq_len, EVALUATION_WINDOWS)
-    return Evaluation(_text_name(dataset), text)
 
 
 @dataclass
@@ -265,7 +207,18 @@ class _PathJob:
                 self.offload_dir,
             )
             with timers.time("write"):
-                self._write(model, weights, plan, calibration, journal, shard_bytes, tokenizer)
+                write_checkpoint(
+                    self.output,
+                    self.source,
+                    model,
+                    weights,
+                    plan,
+                    self.config,
+                    calibration,
+                    journal,
+                    shard_bytes,
+                    tokenizer,
+                )
             report = collect(
                 output=self.output,
                 origin=origin,
@@ -338,32 +291,6 @@ class _PathJob:
         report.write(self.output)
         write_text(self.output / CARD_NAME, model_card(report.to_dict(), self.repository))
 
-    def _write(
-        self,
-        model: nn.Module,
-        weights: Weights,
-        plan: Plan,
-        calibration: Calibration,
-        journal: Journal,
-        shard_bytes: int,
-        tokenizer: Any,
-    ) -> None:
-        if (self.output / CONFIG).exists():  # killed between the last file and the end of the journal
-            manifest.require(self.output)
-            (self.output / MARKER).unlink(missing_ok=True)
-            return
-        names = [layer.name for layer in plan.layers]
-        config = self.source.config_dict(model)
-        if output_embedding_name(model) in names:
-            config["tie_word_embeddings"] = False
-        extra: dict[str, Path | bytes] = dict(self.source.files_to_copy())
-        if self.source.gguf is not None:
-            extra.update(_saved_files(tokenizer, getattr(model, "generation_config", None)))
-        with CheckpointWriter(self.output, shard_bytes) as writer:
-            for name, tensor in checkpoint_tensors(model, names, journal.tensors, weights):
-                writer.add(name, tensor)
-            writer.finish(config, quantization_config(self.config, model, plan, _meta(calibration)), extra)
-
 
 def _quantize_module(
     model: M,
@@ -391,7 +318,7 @@ def _quantize_module(
     origin = Origin.of(model, type(model).__name__)
     was_training = model.training
     model.eval()
-    ranks.alike(**fingerprint_of(config, calibration, _ranges(model) if ranks.world > 1 else ""))
+    ranks.alike(**fingerprint_of(config, calibration, ranges_of(model) if ranks.world > 1 else ""))
     if ranks.leader:
         plan, choice = budget.meet(model, plan, config, calibration, timers, progress)
     plan, choice = ranks.from_leader((plan, choice))
@@ -399,7 +326,7 @@ def _quantize_module(
     notes += quantize_layers(
         model, plan, config, calibration, sink, timers, progress, ranks=ranks, offload_dir=offload_dir
     )
-    quantization = quantization_config(config, model, plan, _meta(calibration))
+    quantization = quantization_config(config, model, plan, meta_of(calibration))
     replace_layers(model, plan, sink.tensors, quantization)
     report = collect(
         output=None,
@@ -443,11 +370,6 @@ def _peak(ranks: Ranks) -> int | None:
     return max((peak for peak in ranks.collect(peak_memory_bytes()) if peak is not None), default=None)
 
 
-def _ranges(model: nn.Module) -> str:
-    """The smallest and largest value of every weight: enough to tell models apart that should be the same."""
-    return str([[float(value) for value in p.detach().aminmax()] for p in model.parameters() if p.numel()])
-
-
 def _log(report: Report) -> None:
     """Say once, through logging, what is not as the user might expect; the report has it all."""
     for note in report.notes:
@@ -456,128 +378,10 @@ def _log(report: Report) -> None:
         _LOG.warning("%d layers needed a fallback: %s", count, name)
 
 
-def calibrate(config: QuantConfig, dataset: Any, tokenizer: Any, model_config: Any) -> Calibration:
-    """The calibration batches; none for a run that needs none.
-
-    Raises:
-        CalibrationError: no text was given, or it cannot be used.
-    """
-    methods = {config.method} | {
-        s["method"] for s in config.override.values() if isinstance(s, dict) and "method" in s
-    }
-    if methods == {"rtn"}:
-        return Calibration(batches=[], fingerprint="none", tokens=0, sequences=0, source="none")
-    if dataset is None:
-        raise CalibrationError(
-            "no dataset was given, and GPTQ needs calibration text: pass a .txt, .jsonl or .parquet file, a list "
-            "of strings, or a known name such as wikitext2 (or choose method rtn, which needs none)"
-        )
-    encoder_decoder = bool(getattr(model_config, "is_encoder_decoder", False))
-    text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-    return prepare(
-        dataset,
-        tokenizer,
-        num_samples=config.num_samples,
-        seq_len=config.seq_len,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        max_positions=getattr(text_config, "max_position_embeddings", None),
-        vocab_size=getattr(text_config, "vocab_size", None),
-        placeholders=_special_ids(model_config),
-        decoder_start_token_id=_decoder_start(model_config) if encoder_decoder else None,
-    )
-
-
-def _special_ids(model_config: Any) -> set[int]:
-    """Ids that stand for images or sound, such as ``image_token_id``, and may have no embedding."""
-    settings: dict[str, Any] = getattr(model_config, "to_dict", dict)()
-    named = [value for key, value in settings.items() if _PLACEHOLDER.match(key)]
-    return {value for value in named if isinstance(value, int)}
-
-
-def _decoder_start(model_config: Any) -> int:
-    for key in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
-        value = getattr(model_config, key, None)
-        if value is not None:
-            return int(value)
-    raise ModelError(
-        "this encoder-decoder names no decoder_start_token_id in its config.json: add it, or give the data as token "
-        "dicts with decoder_input_ids"
-    )
-
-
-def fingerprint_of(config: QuantConfig, calibration: Calibration, weights: str) -> dict[str, str]:
-    """What decides the bytes of the result, each as a hash; `weights` is the source's own fingerprint."""
-    settings = json.dumps(config.to_dict())  # unsorted: the order of overrides decides
-    return {
-        "fewbit version": __version__,
-        "config": hashlib.sha256(settings.encode()).hexdigest(),
-        "calibration data": calibration.fingerprint,
-        "model": weights,
-    }
-
-
-def _meta(calibration: Calibration) -> dict[str, Any]:
-    return {"calibration": calibration.fingerprint}
-
-
-def quantization_config(
-    config: QuantConfig, model: nn.Module, plan: Plan, meta: dict[str, Any]
-) -> dict[str, Any]:
-    """What config.json says of a model before its layers are replaced, in the names of the original files."""
-    names = [layer.name for layer in plan.layers] + [item.name for item in plan.skipped]
-    on_disk = names_on_disk(model, names)
-    if config.target_bits is not None:
-        bits, group_size = budget.stated(plan)
-        config = replace(config, bits=bits, group_size=group_size)
-    return build_quantization_config(
-        config,
-        {name: layer.settings for layer in plan.layers for name in on_disk[layer.name]},
-        [name for item in plan.skipped for name in on_disk[item.name]],
-        meta,
-    )
-
-
 def _model_name(model: str | Path) -> str:
     """For people: the Hub id, or the name of the folder or file."""
     path = Path(model).expanduser()
     return path.resolve().name if path.exists() else str(model)
-
-
-def _text_name(dataset: Any) -> str:
-    """For people: the name of a set or file, without its folder."""
-    if dataset == "-":
-        return "standard input"
-    return Path(dataset).name if isinstance(dataset, (str, Path)) else "given texts"
-
-
-def _upload(folder: Path, repository: str) -> None:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    hub = HfApi()
-    try:
-        hub.create_repo(repository, exist_ok=True)
-        hub.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            commit_message=f"Quantized with fewbit {__version__}",
-            ignore_patterns=[REPORT_NAME, PAGE_NAME],  # they tell paths of this machine
-        )
-    except (HfHubHTTPError, OSError) as error:
-        raise OutputError(
-            f"{folder} is complete, but could not be uploaded to {repository}: {error}. "
-            "Log in with `hf auth login` and upload the folder, or try again."
-        ) from error
-
-
-def _saved_files(*parts: Any) -> dict[str, bytes]:
-    """What `save_pretrained` of each part writes, for models that came without such files."""
-    with tempfile.TemporaryDirectory() as folder:
-        for part in parts:
-            if part is not None:
-                part.save_pretrained(folder)
-        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
 def _silent(phase: str, done: int, total: int) -> None:

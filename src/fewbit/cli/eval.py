@@ -55,7 +55,7 @@ def eval_(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Measure perplexity on a text, and with --against also KL divergence and top-1 agreement."""
-    from ..api import resolve_device
+    from ..preparation import resolve_device
 
     quiet_libraries()
     where = resolve_device(device)

@@ -56,7 +56,7 @@ def generate(
     import torch
     from transformers import TextStreamer
 
-    from ..api import resolve_device
+    from ..preparation import resolve_device
     from ..runtime.load import kernels, load
 
     quiet_libraries()

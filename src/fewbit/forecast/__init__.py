@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from .. import api, budget
+from .. import budget, preparation
 from ..calibration import Calibration
 from ..checkpoint.writer import parse_size
 from ..config import QuantConfig
@@ -74,19 +74,19 @@ def forecast(
         attempt(check_folder, offload_dir)
         job.offload = Path(offload_dir)
     job.shard_bytes = attempt(parse_size, max_shard_size) or 0
-    where = attempt(api.resolve_device, device)
+    where = attempt(preparation.resolve_device, device)
     source = attempt(open_source, model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     if source is None or where is None:
         return job.forecast()
     if isinstance(tokenizer, (str, Path)):
         tokenizer = attempt(load_tokenizer, tokenizer)
     if evaluate_on is not None:
-        job.evaluation = attempt(api.evaluation_windows, source, evaluate_on, tokenizer)
+        job.evaluation = attempt(preparation.evaluation_windows, source, evaluate_on, tokenizer)
     start = time.perf_counter()
     calibration = attempt(job.calibrate, source, dataset, tokenizer)
     calibrated = time.perf_counter() - start
     timers = Timers(where)
-    opened = attempt(api.open_model, source, job.config.dtype, where, timers)
+    opened = attempt(preparation.open_model, source, job.config.dtype, where, timers)
     if opened is None:
         return job.forecast()
     job.notes += source.notes
@@ -109,7 +109,7 @@ class _Job:
         self.config, self.output, self.resume = config, output, resume
         self.shard_bytes = 0
         self.offload: Path | None = None
-        self.evaluation: api.Evaluation | None = None
+        self.evaluation: preparation.Evaluation | None = None
         self.plan: Plan | None = None
         self.memory: Memory | None = None
         self.sizes: Sizes | None = None
@@ -136,7 +136,7 @@ class _Job:
         model_config = source.load_config()
         tokenizer = tokenizer or source.load_tokenizer()
         if dataset is not None or self.config.method == "rtn":
-            calibration = api.calibrate(self.config, dataset, tokenizer, model_config)
+            calibration = preparation.calibrate(self.config, dataset, tokenizer, model_config)
             self.notes += calibration.notes
             return calibration
         if tokenizer is None:
@@ -146,13 +146,13 @@ class _Job:
         )
         ids = torch.arange(self.config.seq_len) % 16
         nominal = [{"input_ids": ids}] * self.config.num_samples
-        return api.calibrate(self.config, nominal, None, model_config)
+        return preparation.calibrate(self.config, nominal, None, model_config)
 
     def check_resume(self, source: Source, calibration: Calibration, is_known: bool) -> None:
         """Whether an interrupted run in the output folder can be gone on with."""
         if self.output is None or not is_known or not self.output.exists() or not check_output(self.output):
             return
-        fingerprint = api.fingerprint_of(self.config, calibration, source.fingerprint())
+        fingerprint = preparation.fingerprint_of(self.config, calibration, source.fingerprint())
         journal = Journal(self.output, fingerprint, self.resume)
         journal.close()
         self.notes.append(

@@ -13,11 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ... import __version__
-from ...api import quantization_config, quantize, resolve_device
+from ...api import quantize
 from ...calibration.sources import NAMED
 from ...config import QuantConfig
+from ...delivery import quantization_config
 from ...errors import CalibrationError, ConfigError, ModelError
 from ...plan import Plan, make_plan
+from ...preparation import resolve_device
 from ...runtime.linear import QuantizedLayer, QuantLinear
 from ...runtime.replace import replace_layers
 from ...source import load_tokenizer, open_source
