@@ -41,11 +41,14 @@ def test_what_works_has_no_problem(model, tmp_path):
 
 
 def test_too_little_memory_for_the_activations(model, monkeypatch):
-    monkeypatch.setattr(limits, "memory_left", lambda: Limit(40_300_000, "left in this test"))
-    config = QuantConfig(group_size=16, num_samples=60, seq_len=100)
-    problem = only_problem(model, config, dataset=random_sequences(60, 100))
+    used = 500_000_000
+    monkeypatch.setattr("fewbit.forecast.memory_in_use_bytes", lambda: used)
+    config, texts = QuantConfig(group_size=16, num_samples=60, seq_len=100), random_sequences(60, 100)
+    left = forecast(model, config, dataset=texts).memory.peak - used - 1_000_000
+    monkeypatch.setattr(limits, "memory_left", lambda: Limit(left, "left in this test"))
+    problem = only_problem(model, config, dataset=texts)
     assert "memory is too small: the run takes" in problem
-    assert "40.3 MB are left in this test" in problem
+    assert f"{left / 1e6:.1f} MB are left in this test" in problem
     for way in ("--num-samples", "--seq-len 50", "--fast", "--offload-dir", "--dtype bfloat16"):
         assert way in problem
 
