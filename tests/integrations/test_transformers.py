@@ -8,6 +8,8 @@ from transformers import AutoModel, AutoModelForCausalLM, GPTQConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import fewbit
+from fewbit.checkpoint.quantization import parse
+from fewbit.checkpoint.verify import verify
 from fewbit.errors import CheckpointError, ConfigError, KernelError
 from fewbit.runtime.linear import QuantizedLayer, QuantLinear
 from tiny_gptq import llama, logits, write_checkpoint
@@ -20,6 +22,10 @@ def registered():
     fewbit.unregister()
 
 
+def quantization_config(folder):
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
 @pytest.fixture
 def truth_and_folder(tmp_path):
     truth = llama()
@@ -29,14 +35,26 @@ def truth_and_folder(tmp_path):
 
 def test_register_and_unregister_restore_exactly():
     before = AUTO_QUANTIZER_MAPPING["gptq"], AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"]
+    methods = dict(vars(GPTQConfig))
     fewbit.unregister()
     fewbit.register()
     fewbit.register()
     assert AUTO_QUANTIZER_MAPPING["gptq"] is not before[0]
     fewbit.unregister()
     assert (AUTO_QUANTIZER_MAPPING["gptq"], AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"]) == before
+    assert dict(vars(GPTQConfig)) == methods
     fewbit.unregister()
     assert (AUTO_QUANTIZER_MAPPING["gptq"], AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"]) == before
+
+
+def test_what_another_tool_puts_there_meanwhile_stays(registered, monkeypatch):
+    fewbit.unregister()
+    theirs = AUTO_QUANTIZER_MAPPING["gptq"]
+    fewbit.register()
+    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "gptq", object)
+    fewbit.unregister()
+    assert AUTO_QUANTIZER_MAPPING["gptq"] is object
+    AUTO_QUANTIZER_MAPPING["gptq"] = theirs
 
 
 @pytest.mark.parametrize("device_map", [None, "cpu", "auto", {"": "cpu"}])
@@ -56,15 +74,50 @@ def test_from_pretrained_save_and_reload(registered, truth_and_folder, tmp_path,
 def test_settings_survive(registered, tmp_path):
     extra = {
         "dynamic": {"-:nothing": {}},
+        "lm_head": False,
         "meta": {"uri": "x"},
         "modules_in_block_to_quantize": None,
         "own": [1],
     }
-    write_checkpoint(tmp_path / "a", llama(), fmt="gptq_v2", quantization=extra)
-    before = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
+    write_checkpoint(tmp_path / "a", llama(), quantization=extra)
+    before = quantization_config(tmp_path / "a")
     AutoModelForCausalLM.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
-    after = json.loads((tmp_path / "b" / "config.json").read_text())["quantization_config"]
-    assert after == before
+    assert quantization_config(tmp_path / "b") == before
+    assert before.keys() >= extra.keys()
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_a_v2_checkpoint_is_saved_as_v1_unless_asked_otherwise(registered, tmp_path, zero):
+    truth = llama()
+    tensors = write_checkpoint(tmp_path / "a", truth, fmt="gptq_v2")
+    if zero:  # zero point 0, which v1 cannot say
+        tensors["model.layers.0.mlp.up_proj.qzeros"] &= ~15
+        save_file(tensors, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    expected = logits(model)
+    assert torch.equal(expected, logits(truth)) is not zero
+    model.save_pretrained(tmp_path / "v1")
+    model.config.quantization_config.format = "gptq_v2"
+    model.save_pretrained(tmp_path / "v2")
+    for fmt, folder in (("gptq", tmp_path / "v1"), ("gptq_v2", tmp_path / "v2")):
+        assert quantization_config(folder)["checkpoint_format"] == fmt
+        assert not verify(folder).problems
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), expected)
+    saved = load_file(tmp_path / "v2" / "model.safetensors")
+    assert all(torch.equal(saved[name], tensors[name]) for name in saved if name.endswith("qzeros"))
+    model.config.quantization_config.format = "gguf"
+    with pytest.raises(ConfigError, match=r"format must be one of gptq, gptq_v2; got 'gguf'"):
+        model.save_pretrained(tmp_path / "no")
+
+
+def test_rules_whose_order_decides_survive_the_sorting_of_json(registered, tmp_path):
+    dynamic = {r"model\.layers\.0\..*": {"sym": True}, r"model\.(?:layers|other)\..*": {"sym": False}}
+    write_checkpoint(tmp_path / "a", llama(), quantization={"dynamic": dynamic})
+    assert list(dynamic) != sorted(dynamic)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    again = parse(quantization_config(tmp_path / "b"))
+    for block, sym in enumerate([True, False]):
+        assert again.layer(f"model.layers.{block}.mlp.up_proj").sym is sym
 
 
 def test_modules_in_block_needs_no_optimum(registered, tmp_path):
@@ -89,11 +142,17 @@ def test_kernel_chosen_through_gptq_config(registered, truth_and_folder):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=GPTQConfig(bits=4, backend="marlin"))
 
 
-def test_quantizing_on_the_fly_is_refused_with_advice(registered, tmp_path):
-    llama().save_pretrained(tmp_path)
-    config = GPTQConfig(bits=4, dataset=["some text"], tokenizer=object())
-    with pytest.raises(ConfigError, match=r"this model is not quantized.*fewbit quantize MODEL -o OUT"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+def test_auto_trainable_asks_for_gradients(registered, truth_and_folder):
+    _, folder = truth_and_folder
+    with pytest.warns(UserWarning, match=r"loading attributes"):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, quantization_config=GPTQConfig(bits=4, backend="auto_trainable")
+        )
+    layer = model.model.layers[0].mlp.up_proj
+    assert (layer.trainable, layer.kernel.name, layer.QUANT_TYPE) == (True, "torch_int4", "fewbit")
+    model.model.to(torch.float32)  # another kernel, chosen under the same condition
+    assert (layer.trainable, layer.kernel.name) == (True, "reference")
+    assert not AutoModelForCausalLM.from_pretrained(folder).model.layers[0].mlp.up_proj.trainable
 
 
 def test_disk_offload_is_refused(registered, truth_and_folder):

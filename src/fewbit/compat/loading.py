@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..api import resolve_device
 from ..checkpoint.reader import find_weights
 from ..errors import CheckpointError, ConfigError
-from ..integrations.transformers import quantized_layers
+from ..integrations.layers import quantized_layers
+from ..preparation import resolve_device
 from ..runtime.load import load
 from ..source import download
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..api import resolve_device
 from ..config import QuantConfig
 from ..errors import ConfigError, ModelError
 from ..plan import make_plan
+from ..preparation import resolve_device
 from ..walk.experts import unfuse
 from ..walk.layers import is_layer
 
@@ -91,6 +91,11 @@ def kernel_name(backend: Any) -> str:
     if not isinstance(name, str):
         raise ConfigError(f"backend must be the name of a kernel, such as 'auto', not {backend!r}")
     return _KERNELS.get(name.lower(), name.lower())
+
+
+def needs_gradients(backend: Any) -> bool:
+    """Whether a `backend` asks for a kernel that gives gradients to a layer's inputs."""
+    return str(getattr(backend, "value", backend)).lower() == "auto_trainable"
 
 
 def check_in_memory(model: nn.Module) -> None:

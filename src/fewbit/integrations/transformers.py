@@ -1,93 +1,56 @@
-"""GPTQ checkpoints in transformers, through its own interfaces: a quantizer and its configuration.
+"""GPTQ in transformers, through its own interfaces: a quantizer that loads checkpoints and quantizes models.
 
-`register` puts both in the place of transformers' GPTQ ones, which need optimum and gptqmodel; `unregister`
-brings those back. `fewbit.load` needs neither: its configurations name the method "fewbit", under which
-`offer` adds both without touching what is there.
+`register` puts it and its configuration in the place of transformers' GPTQ ones, which need optimum and gptqmodel,
+and makes transformers' `GPTQConfig` as lenient; `unregister` brings back what was there. `fewbit.load` needs neither:
+its configurations name the method "fewbit", under which `offer` adds both without touching what is there.
 """
 
 from __future__ import annotations
 
-import copy
-import re
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import GPTQConfig as TransformersGPTQConfig
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightTransform
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from ..checkpoint import layout, quantization
 from ..checkpoint.header import TensorInfo, read_header
-from ..checkpoint.reader import layer_names, layer_spec
+from ..checkpoint.reader import layer_names
 from ..checkpoint.writer import CONFIG
+from ..compat.settings import kernel_name, needs_gradients
+from ..config import FORMATS
 from ..errors import CheckpointError, ConfigError
-from ..runtime.conv import QuantConv2d
-from ..runtime.kernel import KernelSpec
-from ..runtime.linear import QuantizedLayer
-from ..runtime.replace import quantized_like, set_module
+from ..runtime.replace import set_module
 from ..walk.experts import unfused_conversions, unfused_modules, why_fused
-from ..walk.layers import LAYER_TYPES, matrix_shape
+from ..walk.layers import LAYER_TYPES
 from .file_names import FileNames
+from .gptq_config import METHOD, OWN_METHOD, GPTQConfig, checking, keeping, request
+from .layers import dense, make_room, quantized_layers, untie_quantized
+from .saving import all_at_hand, state_dict_in
 
-METHOD = "gptq"
-OWN_METHOD = "fewbit"
-
-
-class GPTQConfig(TransformersGPTQConfig):  # type: ignore[misc]
-    """A checkpoint's ``quantization_config``, kept as it was written: what is loaded is what is saved.
-
-    It has the name of the class it replaces, which transformers compares. `backend` is the kernel.
-    """
-
-    def __init__(self, **values: Any) -> None:
-        # What transformers adds by itself, or `fewbit.load`, is not the checkpoint's.
-        self.written = {key: value for key, value in values.items() if key != "backend"}
-        if self.written.get("quant_method") == OWN_METHOD:
-            self.written["quant_method"] = METHOD
-        known = quantization.parse(self.written, default_method=METHOD)
-        super().__init__(
-            bits=known.bits,
-            group_size=known.group_size,
-            sym=known.sym,
-            desc_act=known.desc_act,
-            act_group_aware=not known.desc_act,
-            format=known.format,
-            meta=values.get("meta"),
-            backend=values.get("backend"),
-        )
-        self.checkpoint_format = known.format
-        # "fewbit" until transformers has found the quantizer with it; `FewbitQuantizer` then says "gptq".
-        self.quant_method = values.get("quant_method", METHOD)
-
-    def post_init(self) -> None:
-        """Nothing: `fewbit.checkpoint.quantization.parse` has checked the values."""
-        self.backend: str = self.backend or "auto"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as it was written, unknown keys included."""
-        return copy.deepcopy(self.written)
+_LOG = logging.getLogger("fewbit")
 
 
 class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts `QuantLinear` where the checkpoint has packed tensors; chooses kernels once they are loaded."""
+    """Puts `QuantLinear` where a checkpoint has packed tensors, or quantizes a model that was just read."""
 
     requires_calibration = False
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self._job = None
         if not self.pre_quantized:
-            raise ConfigError(
-                "this model is not quantized, and from_pretrained(quantization_config=GPTQConfig(...)) "
-                "does not quantize with fewbit yet. Quantize it first: fewbit quantize MODEL -o OUT "
-                "--dataset TEXT, or fewbit.quantize(MODEL, output=OUT); then load OUT"
-            )
+            from .on_the_fly import Job  # it needs the tools' surfaces, which need this module
+
+            self._job = Job(request(quantization_config))
         if quantization_config.quant_method == OWN_METHOD:
             quantization_config.quant_method = QuantizationMethod.GPTQ
 
@@ -96,12 +59,15 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
         if isinstance(device_map, Mapping) and "disk" in device_map.values():
             raise ConfigError(
                 "device_map has disk entries; quantized layers cannot run from disk. Give the model more "
-                "memory (max_memory) or another device. Quantizing with fewbit streams: it never needs them"
+                "memory (max_memory) or another device. Quantizing never needs them: fewbit.quantize(MODEL, "
+                "output=OUT) streams"
             )
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        if self._job is not None:
+            return
         infos = _read_headers(checkpoint_files)
         settings = quantization.parse(self.quantization_config.to_dict(), default_method=METHOD)
         names = layer_names(infos)
@@ -122,6 +88,14 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
         return unfused_conversions(model, weight_conversions)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self._job is not None:
+            del model.config.quantization_config  # what was asked; quantizing leaves what was done
+            self._job.run(model)
+            model.config.quantization_config.backend = self.quantization_config.backend
+            model.hf_quantizer = FewbitQuantizer(model.config.quantization_config, pre_quantized=True)
+            return model
+        backend = self.quantization_config.backend
+        kernel, trainable = kernel_name(backend), needs_gradients(backend)
         for name, layer in quantized_layers(model):
             missing = [
                 part
@@ -135,9 +109,10 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
                 )
             layer.fill_in_g_idx()
             try:
-                layer.prepare(self.quantization_config.backend)
+                layer.prepare(kernel, trainable=trainable)
             except CheckpointError as error:
                 raise CheckpointError(f"layer {name}: {error}") from error
+        self.quantization_config.format = FORMATS[0]  # what is saved, unless somebody sets another
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -147,11 +122,33 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for name, layer in list(quantized_layers(model)):
-            set_module(model, name, _dense(layer, dtype or layer.compute_dtype))
+            set_module(model, name, dense(layer, dtype or layer.compute_dtype))
         return model
 
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """The tensors in the format that the model's configuration says; None where they are as they are."""
+        config = getattr(model.config, "quantization_config", None)
+        if not isinstance(config, GPTQConfig) or getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
+        if not all_at_hand(model):
+            _, layer = next(quantized_layers(model))
+            if config.format != layer.spec.format:
+                _LOG.warning(
+                    "some layers are kept elsewhere by accelerate, so the format stays %s; fewbit convert "
+                    "rewrites the folder as %s",
+                    layer.spec.format,
+                    config.format,
+                )
+            config.format = layer.spec.format
+        config.fix_rule_order(
+            name for name, module in model.named_modules() if isinstance(module, LAYER_TYPES)
+        )
+        return state_dict_in(model, config.format), {}
+
     def is_serializable(self) -> bool:
-        """Always: what is saved is what was loaded."""
+        """Always: what is saved has the weights that were loaded."""
         return True
 
     @property
@@ -163,108 +160,6 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """Kernels are custom operators with fake implementations."""
         return True
-
-
-def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
-    """Every quantized layer of a model with its name."""
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer):
-            yield name, module
-
-
-def make_room(
-    model: nn.Module,
-    module_name: str,
-    layer_name: str,
-    settings: quantization.CheckpointSettings,
-    infos: Mapping[str, TensorInfo],
-) -> None:
-    """Put an empty quantized layer, on the meta device, in the place of a dense one.
-
-    Raises:
-        CheckpointError: the module is not linear, or the tensors do not fit its shape.
-    """
-    old = model.get_submodule(module_name)
-    if not isinstance(old, LAYER_TYPES):
-        raise CheckpointError(
-            f"the checkpoint has quantized tensors for {module_name}, which is a {type(old).__name__} in this "
-            "model; only linear layers, Conv1D and Conv2d can be quantized"
-        )
-    out_features, in_features = matrix_shape(old)
-    found = layer_spec(layer_name, settings, infos)
-    # Without g_idx, padding hides the number of inputs; the model knows it.
-    padded = not found.has_g_idx and found.in_features >= in_features
-    if found.out_features != out_features or (found.in_features != in_features and not padded):
-        raise CheckpointError(
-            f"layer {layer_name} of the checkpoint is {found.out_features} x {found.in_features} (out x in), "
-            f"but the model has {out_features} x {in_features} there; config.json belongs to another model"
-        )
-    spec = KernelSpec(
-        bits=found.bits,
-        group_size=found.group_size,
-        sym=found.sym,
-        act_order=found.desc_act,
-        in_features=in_features,
-        out_features=out_features,
-        format=found.format,
-        kind="conv2d" if isinstance(old, nn.Conv2d) else "linear",
-    )
-    tensors = {
-        part: torch.empty(info.shape, dtype=info.dtype, device="meta")
-        for part in found.parts
-        if part != "bias" and (info := infos[f"{layer_name}.{part}"])
-    }
-    has_bias = "bias" in found.parts or old.bias is not None
-    dtype = _weight_of(old).dtype
-    bias = torch.empty(out_features, dtype=dtype, device="meta") if has_bias else None
-    set_module(model, module_name, quantized_like(old, spec, tensors, bias, dtype))
-
-
-def untie_quantized(model: PreTrainedModel) -> None:
-    """A quantized output embedding has its own tensors: do not tie it to the input embedding."""
-    own = {f"{name}.weight" for name, _ in quantized_layers(model)}
-    tied = set(model.all_tied_weights_keys) & own
-    for name in tied:
-        del model.all_tied_weights_keys[name]
-    if tied and isinstance(model._tied_weights_keys, Mapping):
-        model._tied_weights_keys = {
-            target: source
-            for target, source in model._tied_weights_keys.items()
-            if not any(re.search(target, name) for name in tied)
-        }
-
-
-def _weight_of(module: nn.Module) -> Tensor:
-    return module.get_parameter("weight")
-
-
-def _dense(layer: QuantizedLayer, dtype: torch.dtype) -> nn.Module:
-    weight, bias = layer.dequantize(dtype), layer.bias
-    dense: nn.Module
-    if isinstance(layer, QuantConv2d):
-        dense = nn.Conv2d(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,  # type: ignore[arg-type]
-            layer.stride,  # type: ignore[arg-type]
-            layer.padding,  # type: ignore[arg-type]
-            layer.dilation,  # type: ignore[arg-type]
-            bias=bias is not None,
-            padding_mode=layer.padding_mode,
-            device="meta",
-        )
-        weight = weight.view(layer._weight_shape())
-    elif layer.transposed_weight:
-        dense = Conv1D(*weight.shape)
-        weight = weight.t().contiguous()
-    else:
-        dense = nn.Linear(
-            layer.spec.in_features, layer.spec.out_features, bias=bias is not None, device="meta"
-        )
-    dense.weight = nn.Parameter(weight)
-    if bias is not None:
-        dense.bias = nn.Parameter(bias.detach().to(dtype))
-    return dense
 
 
 def _read_headers(files: list[str] | None) -> dict[str, TensorInfo]:
@@ -326,26 +221,60 @@ def _modules_of(model: PreTrainedModel, names: list[str]) -> list[tuple[str, str
     return result
 
 
-# Which classes transformers uses.
-_replaced: dict[str, tuple[Any, Any]] = {}
-
-
 def offer() -> None:
     """Make the method "fewbit" known to transformers. Changes nothing that is there."""
     AUTO_QUANTIZER_MAPPING.setdefault(OWN_METHOD, FewbitQuantizer)
     AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(OWN_METHOD, GPTQConfig)
 
 
+@dataclass(frozen=True)
+class _Replaced:
+    """One thing of transformers that `register` replaced: an entry of a dict or an attribute of a class."""
+
+    place: dict[str, Any] | type
+    name: str
+    theirs: Any
+    ours: Any
+
+    @classmethod
+    def by(cls, place: dict[str, Any] | type, name: str, make: Callable[[Any], Any]) -> _Replaced:
+        """Put what `make` gives for what is there in its place."""
+        theirs = place[name] if isinstance(place, dict) else getattr(place, name)
+        replaced = cls(place, name, theirs, make(theirs))
+        replaced._put(replaced.ours)
+        return replaced
+
+    def undo(self) -> None:
+        """Put back what was there, unless somebody else has put a third thing in its place."""
+        now = self.place[self.name] if isinstance(self.place, dict) else getattr(self.place, self.name)
+        if now is self.ours:
+            self._put(self.theirs)
+
+    def _put(self, value: Any) -> None:
+        if isinstance(self.place, dict):
+            self.place[self.name] = value
+        else:
+            setattr(self.place, self.name, value)
+
+
+# What `unregister` has to bring back.
+_replaced: list[_Replaced] = []
+
+
 def register() -> None:
-    """From here on transformers loads GPTQ checkpoints with fewbit. May be called again without harm."""
-    if AUTO_QUANTIZER_MAPPING[METHOD] is FewbitQuantizer:
-        return
-    _replaced[METHOD] = (AUTO_QUANTIZER_MAPPING[METHOD], AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD])
-    AUTO_QUANTIZER_MAPPING[METHOD] = FewbitQuantizer
-    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = GPTQConfig
+    """From here on transformers quantizes and loads GPTQ with fewbit. May be called again without harm."""
+    unregister()
+    _replaced.extend(
+        [
+            _Replaced.by(AUTO_QUANTIZER_MAPPING, METHOD, lambda _: FewbitQuantizer),
+            _Replaced.by(AUTO_QUANTIZATION_CONFIG_MAPPING, METHOD, lambda _: GPTQConfig),
+            _Replaced.by(TransformersGPTQConfig, "__init__", keeping),
+            _Replaced.by(TransformersGPTQConfig, "post_init", checking),
+        ]
+    )
 
 
 def unregister() -> None:
     """Undo `register`: transformers is as it was. Models that are loaded keep working."""
-    if METHOD in _replaced:
-        AUTO_QUANTIZER_MAPPING[METHOD], AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = _replaced.pop(METHOD)
+    while _replaced:
+        _replaced.pop().undo()

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _PADDING = "qweight_padding"
+_UNCHANGEABLE = (
+    "the weight of a quantized layer cannot be changed in place; "
+    "dequantize the model first (model.dequantize()) or train an adapter beside it"
+)
 
 
 class QuantizedWeight(Tensor):
@@ -48,6 +52,15 @@ class QuantizedWeight(Tensor):
     def __init__(self, layer: QuantizedLayer, shape: tuple[int, ...]) -> None:
         super().__init__()
 
+    @property
+    def data(self) -> Tensor:
+        """The stand-in itself."""
+        return self
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise KernelError(_UNCHANGEABLE)
+
     def __repr__(self) -> str:  # type: ignore[override]
         return f"QuantizedWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
@@ -57,10 +70,7 @@ class QuantizedWeight(Tensor):
     ) -> Any:
         """Run any operation on the dequantized weight."""
         if func._schema.is_mutable and args and isinstance(args[0], QuantizedWeight):
-            raise KernelError(
-                "the weight of a quantized layer cannot be changed in place; "
-                "dequantize the model first (model.dequantize()) or train an adapter beside it"
-            )
+            raise KernelError(_UNCHANGEABLE)
 
         def dense(value: Any) -> Any:
             return (
@@ -101,6 +111,7 @@ class QuantizedLayer(nn.Module):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         self.kernel: Kernel = registry.get("reference")
         self.kernel_asked = "reference"
+        self.trainable = False  # whether a kernel without gradients to the input was ruled out
         self.kernel_reasons: tuple[tuple[str, str | None], ...] = ()
         self._is_hf_initialized = True
 
@@ -174,6 +185,10 @@ class QuantizedLayer(nn.Module):
     def prepare(self, kernel: str = "auto", *, trainable: bool = False) -> None:
         """Choose the kernel for the tensors as they are now, and bring them into its form.
 
+        Args:
+            kernel: "auto" or a name.
+            trainable: only a kernel that gives gradients to the input, now and after moving the layer.
+
         Layers on the meta device or with tensors held elsewhere by accelerate keep the reference kernel.
 
         Raises:
@@ -181,6 +196,7 @@ class QuantizedLayer(nn.Module):
             CheckpointError: g_idx names a group that there is not.
         """
         self.restore()
+        self.trainable = trainable
         if any(buffer.is_meta for buffer in self.buffers()):
             self.kernel_reasons = (("reference", None),)
             return
@@ -235,7 +251,9 @@ class QuantizedLayer(nn.Module):
         changed = (probe.device, probe.dtype) != (self.device, self.compute_dtype)
         prepared = bool(self.kernel_reasons)
         if changed and prepared and not probe.is_meta:
-            registry.choose(self.spec, probe.device, probe.dtype, self.kernel_asked)  # may refuse
+            registry.choose(  # may refuse
+                self.spec, probe.device, probe.dtype, self.kernel_asked, self.trainable
+            )
             self.restore()
         own = {id(buffer) for buffer in self._buffers.values()}
 
@@ -248,7 +266,7 @@ class QuantizedLayer(nn.Module):
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         self.compute_dtype = probe.dtype
         if changed and prepared:
-            self.prepare(self.kernel_asked)
+            self.prepare(self.kernel_asked, trainable=self.trainable)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -260,7 +278,7 @@ class QuantizedLayer(nn.Module):
         self.restore()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.kernel_reasons:
-            self.prepare(self.kernel_asked)
+            self.prepare(self.kernel_asked, trainable=self.trainable)
 
     def extra_repr(self) -> str:
         """Shape, settings, kernel."""

@@ -125,7 +125,7 @@ def _check_fit(checkpoint: Checkpoint) -> None:
 
 def kernels(model: nn.Module) -> list[str]:
     """What the quantized layers of `model` run on, one line per kernel and reason, most layers first."""
-    from ..integrations.transformers import quantized_layers
+    from ..integrations.layers import quantized_layers
 
     counts: Counter[str] = Counter()
     for _, layer in quantized_layers(model):

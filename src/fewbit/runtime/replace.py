@@ -87,7 +87,9 @@ def replace_layers(
 
 def _adopt(model: PreTrainedModel, quantization: Mapping[str, Any]) -> None:
     """Tell transformers what it would know had it loaded this model."""
-    from ..integrations.transformers import FewbitQuantizer, GPTQConfig, untie_quantized
+    from ..integrations.gptq_config import GPTQConfig
+    from ..integrations.layers import untie_quantized
+    from ..integrations.transformers import FewbitQuantizer
 
     config = GPTQConfig(**quantization)
     model.config.quantization_config = config
