@@ -15,9 +15,6 @@ def _one_thread():
 
 
 @pytest.fixture(autouse=True)
-def _same_log_level():
-    # Commands, called here in the tests' own process, turn fewbit's log down for the rest of theirs.
-    logger = logging.getLogger("fewbit")
-    level = logger.level
-    yield
-    logger.setLevel(level)
+def _log_not_silenced():
+    # Commands, called in the tests' own process (fixtures included), turn fewbit's log down for the rest of theirs.
+    logging.getLogger("fewbit").setLevel(logging.NOTSET)
