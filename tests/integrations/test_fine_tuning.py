@@ -14,7 +14,7 @@ from fewbit.integrations.layers import quantized_layers
 DOCS = Path(__file__).parents[2] / "docs"
 BLOCKS = re.findall(r"```python\n(.*?)```", (DOCS / "fine-tuning.md").read_text(), re.DOTALL)
 
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,14 @@ def test_merging_is_refused_with_a_reason(run):
     for safe in (False, True):
         with pytest.raises(KernelError, match=r"cannot be changed in place.*train an adapter beside it"):
             layer.merge(safe_merge=safe)
+
+
+def test_merging_into_the_dequantized_model(run):
+    base = fewbit.load(run["folder_of_run"] / "demo-4bit").dequantize()
+    merged = peft.PeftModel.from_pretrained(base, run["folder_of_run"] / "adapter").merge_and_unload()
+    with torch.no_grad():
+        ids = run["held_out"][:2]
+        assert torch.allclose(merged(ids).logits, run["model"].eval()(ids).logits, atol=1e-3)
 
 
 def test_gradient_checkpointing_changes_no_gradient(run):

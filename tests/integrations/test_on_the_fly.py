@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPTQConfig, pipeline
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPTQConfig, pipeline
 
 import fewbit
 from fewbit.checkpoint.verify import verify
 from fewbit.errors import CalibrationError, CheckpointError, ConfigError, KernelError
 from fewbit.integrations.layers import quantized_layers
 from models import TEXT, save_tiny, tiny_tokenizer
+from moe_models import save_tiny_moe
 
 TEXTS = [TEXT[start : start + 90] for start in range(0, 200, 50)]
 IDS = torch.arange(5, 25)[None]
@@ -86,6 +87,23 @@ def test_saving_loading_generating(source, tmp_path):
     with pytest.raises(ValueError, match=r"cannot cast a GPTQ model"):
         model.to(torch.bfloat16)
     assert torch.equal(logits(model.to("cpu")), logits(model))
+
+
+@pytest.mark.parametrize("family", ["t5", "mixtral"])
+def test_other_kinds_of_model(family, tmp_path):
+    folder = save_tiny(tmp_path / "m", family) if family == "t5" else save_tiny_moe(tmp_path / "m", family)
+    kind = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
+    config = GPTQConfig(**USUAL, dataset=TEXTS, sym=False, format="gptq_v2")
+    model = kind.from_pretrained(folder, quantization_config=config)
+    model.save_pretrained(tmp_path / "v2")
+    kind.from_pretrained(tmp_path / "v2").save_pretrained(tmp_path / "v1")
+    inputs = {"input_ids": IDS, **({"decoder_input_ids": IDS[:, :4]} if family == "t5" else {})}
+    with torch.no_grad():
+        for name in ("v1", "v2"):
+            assert not verify(tmp_path / name).problems
+            again = kind.from_pretrained(tmp_path / name)
+            assert len(layers(again)) == len(layers(model)) > 30
+            assert torch.equal(again(**inputs).logits, model(**inputs).logits)
 
 
 def test_a_dict_works_too(source, reference, tmp_path):

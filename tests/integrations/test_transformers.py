@@ -47,14 +47,14 @@ def test_register_and_unregister_restore_exactly():
     assert (AUTO_QUANTIZER_MAPPING["gptq"], AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"]) == before
 
 
-def test_what_another_tool_puts_there_meanwhile_stays(registered, monkeypatch):
-    fewbit.unregister()
-    theirs = AUTO_QUANTIZER_MAPPING["gptq"]
+def test_what_another_tool_puts_there_meanwhile_stays(monkeypatch):
+    monkeypatch.setitem(
+        AUTO_QUANTIZER_MAPPING, "gptq", AUTO_QUANTIZER_MAPPING["gptq"]
+    )  # comes back in the end
     fewbit.register()
-    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "gptq", object)
+    AUTO_QUANTIZER_MAPPING["gptq"] = object
     fewbit.unregister()
     assert AUTO_QUANTIZER_MAPPING["gptq"] is object
-    AUTO_QUANTIZER_MAPPING["gptq"] = theirs
 
 
 @pytest.mark.parametrize("device_map", [None, "cpu", "auto", {"": "cpu"}])
@@ -108,6 +108,15 @@ def test_a_v2_checkpoint_is_saved_as_v1_unless_asked_otherwise(registered, tmp_p
     model.config.quantization_config.format = "gguf"
     with pytest.raises(ConfigError, match=r"format must be one of gptq, gptq_v2; got 'gguf'"):
         model.save_pretrained(tmp_path / "no")
+
+
+def test_a_model_of_which_parts_are_elsewhere_keeps_its_format(registered, tmp_path, caplog):
+    write_checkpoint(tmp_path, llama(), fmt="gptq_v2")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model.model.layers[0].mlp.up_proj.to("meta")  # as accelerate does with what it moves to and fro
+    assert model.hf_quantizer.get_state_dict_and_metadata(model) == (None, {})
+    assert model.config.quantization_config.to_dict()["checkpoint_format"] == "gptq_v2"
+    assert "the format stays gptq_v2; fewbit convert rewrites the folder as gptq" in caplog.text
 
 
 def test_rules_whose_order_decides_survive_the_sorting_of_json(registered, tmp_path):
