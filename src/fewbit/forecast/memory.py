@@ -35,9 +35,9 @@ KEPT_MATRICES = {1: 2, 2: 4}
 # and for every product of an output and a probe row.
 SWEEP_BYTES, CORRECTION_BYTES, PROBE_BYTES = 11, 22, 12
 
-# The heap's holes, as a share of what is in it: tensors of several sizes come and go for every batch, and what is free
-# is given back at the end of every block only. Measured with glibc: 0.1 in the first blocks, 0.3 to 0.8 after thirty.
-HOLES = 0.45
+# The heap's holes, as a share of what is in it: tensors below a megabyte come and go for every batch. Larger ones have
+# pages of their own while weights are streamed.
+HOLES = 0.15
 
 # Code and buffers that torch's libraries take when they first multiply, factor and convert.
 FIRST_USE = 30_000_000

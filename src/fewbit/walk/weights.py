@@ -30,6 +30,10 @@ from ..timers import Timers
 Restore = Callable[[str], None]
 Reading = Callable[[], AbstractContextManager[None]]
 
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_LARGE = 1 << 20
+_USUAL = 32 << 20  # to which glibc's own threshold climbs
+
 _CHUNK = 1 << 24  # bytes; a multiple of every dtype's size
 
 REST = ""  # the unit of what lies outside of blocks; it stays in memory
@@ -222,6 +226,7 @@ class StreamedWeights(Weights):
             return load
 
         with ExitStack() as stack:
+            stack.enter_context(large_tensors_apart())
             self._restore = restore
             stack.callback(self._forget_restore)
             for name, units in owners.items():
@@ -404,10 +409,33 @@ def _move_computed(model: nn.Module, device: torch.device) -> None:
 
 
 def give_freed_memory_back() -> None:
-    """Let the C library hand free memory to the system: by itself glibc keeps a growing, fragmented heap."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    """Let the C library hand free memory to the system."""
+    trim = _glibc("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+@contextmanager
+def large_tensors_apart() -> Iterator[None]:
+    """While entered, a large tensor has pages of its own, which go back to the system with it.
+
+    By itself glibc learns to put them on its heap, which is faster by a little and grows, because its holes never
+    fit: by a quarter over sixteen blocks where nothing but holes was added.
+    """
+    mallopt = _glibc("mallopt")
+    if mallopt is None:
+        yield
+        return
+    mallopt(_M_MMAP_THRESHOLD, _LARGE)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, _USUAL)
+        give_freed_memory_back()
+
+
+def _glibc(name: str) -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 @contextmanager
