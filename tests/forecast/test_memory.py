@@ -64,7 +64,7 @@ def test_the_parts_of_a_moment_add_up():
 
 def test_large_matrices_leave_no_holes():
     small, large = (predicted(work(layer("b.x", 64, n))) for n in (1024, 4096))
-    assert small.parts["allocator"] > 0.4 * small.parts["Hessians"]
+    assert small.parts["allocator"] > 0.9 * HOLES * small.parts["Hessians"]
     assert large.parts["allocator"] < 0.1 * large.parts["Hessians"]
 
 

@@ -15,8 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# What is smaller comes from the C library's heap, which grows and fragments; what is larger from the system, to
-# which it returns at once (glibc: M_MMAP_THRESHOLD, at its dynamic maximum).
+# What is smaller may stay with the C library for a while when it is freed; what is larger goes back to the system at
+# once, with any setting of glibc.
 HEAP_BYTES = 1 << 25
 
 
