@@ -37,7 +37,11 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("torchrun")
     (folder / "text.txt").write_text(TEXT * 6)
     (folder / "killed.py").write_text(KILLED)
-    return save_tiny(folder / "model", "llama", num_hidden_layers=4), folder / "text.txt", folder / "killed.py"
+    return (
+        save_tiny(folder / "model", "llama", num_hidden_layers=4),
+        folder / "text.txt",
+        folder / "killed.py",
+    )
 
 
 def torchrun(inputs, output, *more, start=("-m", "fewbit")):

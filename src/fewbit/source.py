@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checkpoint.file_tensor import FileTensor, scan
 from .checkpoint.header import TensorInfo
 from .checkpoint.reader import open_weights
 from .errors import CheckpointError, DependencyError, FewbitError, ModelError
-from .walk.weights import FileTensor, quietly, scan
+from .walk.weights import quietly
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _NOT_COPIED = ("README.md", ".gitattributes", "config.json", "quantize_config.json", "fewbit_manifest.json")

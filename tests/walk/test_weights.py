@@ -6,11 +6,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import models
+from fewbit.checkpoint.file_tensor import FileTensor
 from fewbit.errors import ModelError
 from fewbit.plan import block_of
 from fewbit.source import open_source
 from fewbit.timers import Timers
-from fewbit.walk.weights import REST, FileTensor, StreamedWeights
+from fewbit.walk.weights import REST, StreamedWeights
 
 CPU = torch.device("cpu")
 

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.file_tensor import check_finite
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.layout import pack
 from ..config import LayerSettings
 from ..durable import write_whole
 from ..errors import ModelError, OutputError
 from ..solver import Accuracy, FactorCache, Hessian, Probe, quantize_weight
-from ..walk.weights import check_finite
 from .trial import synchronize
 from .work import LayerWork
 

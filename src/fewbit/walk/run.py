@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import Calibration
+from ..checkpoint.file_tensor import check_finite
 from ..config import QuantConfig
 from ..errors import CalibrationError, FewbitError
 from ..plan import Plan, output_embedding_name
@@ -31,7 +32,7 @@ from .ranks import Ranks
 from .routing import Routing
 from .spill import activations
 from .tuning import BlockTuner
-from .weights import Weights, check_finite
+from .weights import Weights
 
 
 def check_weights(model: nn.Module) -> None:

@@ -32,11 +32,13 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from ..errors import OutputError
 from ..report.words import size
 from ..timers import Timers
-from .weights import give_freed_memory_back
+from .heap import give_freed_memory_back
 
 _SMALLEST = 1 << 16  # bytes of a storage: smaller ones are not worth the trouble
 _FREED = 1 << 25  # bytes after which freed memory is given back to the system
-KEPT_STORAGES = 8  # storages that stay when something outside of the jobs, such as a Hessian, goes through them all
+KEPT_STORAGES = (
+    8  # storages that stay when something outside of the jobs, such as a Hessian, goes through them all
+)
 
 
 class InMemory:

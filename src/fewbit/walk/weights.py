@@ -11,78 +11,23 @@ transformers' own conversion is given the unit's tensors alone.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.header import TensorInfo, read_header
-from ..errors import CheckpointError, ModelError
+from ..checkpoint.file_tensor import FileTensor, check_finite
 from ..plan import block_of, output_embedding_name
 from ..timers import Timers
+from .heap import give_freed_memory_back, large_tensors_apart
 
 Restore = Callable[[str], None]
 Reading = Callable[[], AbstractContextManager[None]]
 
-_M_MMAP_THRESHOLD = -3  # malloc.h
-_LARGE = 1 << 20
-_USUAL = 32 << 20  # to which glibc's own threshold climbs
-
-_CHUNK = 1 << 24  # bytes; a multiple of every dtype's size
 
 REST = ""  # the unit of what lies outside of blocks; it stays in memory
-
-
-@dataclass(frozen=True)
-class FileTensor:
-    """A tensor in a safetensors file. ``file_tensor[...]`` reads it; nothing is memory-mapped."""
-
-    path: Path
-    info: TensorInfo
-
-    def __getitem__(self, index: object) -> Tensor:
-        """The whole tensor, read anew. Raises ModelError if the file cannot be read any more."""
-        data = bytearray(self.info.nbytes)
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                file.seek(self.info.start)
-                view, done = memoryview(data), 0
-                while done < self.info.nbytes:
-                    count = file.readinto(view[done:])
-                    if not count:
-                        raise ModelError(f"{self.path} became shorter while it was in use")
-                    done += count
-        except OSError as error:
-            raise ModelError(f"cannot read {self.path}: {error.strerror or error}") from error
-        if not data:
-            return torch.empty(self.info.shape, dtype=self.info.dtype)
-        return torch.frombuffer(data, dtype=self.info.dtype).reshape(self.info.shape)
-
-
-def scan(path: Path, digest: Any) -> None:
-    """Add every byte of a safetensors file to `digest`, and look at its values on the way.
-
-    Raises:
-        ModelError: the file is damaged, or holds NaN or infinite values.
-    """
-    try:
-        infos, _ = read_header(path)
-    except CheckpointError as error:
-        raise ModelError(f"cannot read the weights: {error}") from error
-    in_order = sorted(infos.items(), key=lambda item: item[1].start)
-    with open(path, "rb") as file:
-        digest.update(file.read(min((info.start for info in infos.values()), default=-1)))
-        for name, info in in_order:
-            for start in range(info.start, info.end, _CHUNK):
-                data = bytearray(file.read(min(_CHUNK, info.end - start)))
-                digest.update(data)
-                check_finite(name, torch.frombuffer(data, dtype=info.dtype))
 
 
 class Weights:
@@ -329,22 +274,6 @@ class StreamedWeights(Weights):
             module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
 
 
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raises ModelError if a weight has NaN or infinite values."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return
-    values = tensor.detach()
-    if values.dtype.itemsize == 1:  # no reduction knows the 8-bit floats
-        values = values.float()
-    low, high = (float(value) for value in values.aminmax())
-    if not (abs(low) < float("inf") and abs(high) < float("inf")):
-        kind = "NaN" if low != low or high != high else "infinite"
-        raise ModelError(
-            f"the weight {name} holds {kind} values: the model is damaged, or does not fit the dtype it is read in; "
-            "download or save it again, or choose another --dtype"
-        )
-
-
 def _sources(
     model: nn.Module, files: Mapping[str, FileTensor]
 ) -> tuple[dict[str, FileTensor], dict[str, set[str]]]:
@@ -406,36 +335,6 @@ def _move_computed(model: nn.Module, device: torch.device) -> None:
             for tensor in tensors.values():
                 if tensor is not None and not tensor.is_meta:
                     tensor.data = tensor.data.to(device)
-
-
-def give_freed_memory_back() -> None:
-    """Let the C library hand free memory to the system."""
-    trim = _glibc("malloc_trim")
-    if trim is not None:
-        trim(0)
-
-
-@contextmanager
-def large_tensors_apart() -> Iterator[None]:
-    """While entered, a large tensor has pages of its own, which go back to the system with it.
-
-    By itself glibc learns to put them on its heap, which is faster by a little and grows, because its holes never
-    fit: by a quarter over sixteen blocks where nothing but holes was added.
-    """
-    mallopt = _glibc("mallopt")
-    if mallopt is None:
-        yield
-        return
-    mallopt(_M_MMAP_THRESHOLD, _LARGE)
-    try:
-        yield
-    finally:
-        mallopt(_M_MMAP_THRESHOLD, _USUAL)
-        give_freed_memory_back()
-
-
-def _glibc(name: str) -> Callable[..., int] | None:
-    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 @contextmanager

@@ -1,0 +1,80 @@
+"""Tensors read from safetensors files one by one, without mapping the files, and looked at.
+
+Contract: a header that `header.read_header` has checked is believed; what is read through it is whole or an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, ModelError
+from .header import TensorInfo, read_header
+
+_CHUNK = 1 << 24  # bytes; a multiple of every dtype's size
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor in a safetensors file. ``file_tensor[...]`` reads it; nothing is memory-mapped."""
+
+    path: Path
+    info: TensorInfo
+
+    def __getitem__(self, index: object) -> Tensor:
+        """The whole tensor, read anew. Raises ModelError if the file cannot be read any more."""
+        data = bytearray(self.info.nbytes)
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(self.info.start)
+                view, done = memoryview(data), 0
+                while done < self.info.nbytes:
+                    count = file.readinto(view[done:])
+                    if not count:
+                        raise ModelError(f"{self.path} became shorter while it was in use")
+                    done += count
+        except OSError as error:
+            raise ModelError(f"cannot read {self.path}: {error.strerror or error}") from error
+        if not data:
+            return torch.empty(self.info.shape, dtype=self.info.dtype)
+        return torch.frombuffer(data, dtype=self.info.dtype).reshape(self.info.shape)
+
+
+def scan(path: Path, digest: Any) -> None:
+    """Add every byte of a safetensors file to `digest`, and look at its values on the way.
+
+    Raises:
+        ModelError: the file is damaged, or holds NaN or infinite values.
+    """
+    try:
+        infos, _ = read_header(path)
+    except CheckpointError as error:
+        raise ModelError(f"cannot read the weights: {error}") from error
+    in_order = sorted(infos.items(), key=lambda item: item[1].start)
+    with open(path, "rb") as file:
+        digest.update(file.read(min((info.start for info in infos.values()), default=-1)))
+        for name, info in in_order:
+            for start in range(info.start, info.end, _CHUNK):
+                data = bytearray(file.read(min(_CHUNK, info.end - start)))
+                digest.update(data)
+                check_finite(name, torch.frombuffer(data, dtype=info.dtype))
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises ModelError if a weight has NaN or infinite values."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    values = tensor.detach()
+    if values.dtype.itemsize == 1:  # no reduction knows the 8-bit floats
+        values = values.float()
+    low, high = (float(value) for value in values.aminmax())
+    if not (abs(low) < float("inf") and abs(high) < float("inf")):
+        kind = "NaN" if low != low or high != high else "infinite"
+        raise ModelError(
+            f"the weight {name} holds {kind} values: the model is damaged, or does not fit the dtype it is read in; "
+            "download or save it again, or choose another --dtype"
+        )
