@@ -96,7 +96,7 @@ def quantize_layers(
         keep_open=blocks,
         ranks=ranks,
     )
-    notes = [] if native.available() else [f"the compiled solver is not in use ({native.why_not()}): slower"]
+    notes = _solver_notes()
     with torch.no_grad(), timers.time("walk"):
         if not calibration.batches:
             _meet_without_inputs(modules, quantizer, weights)
@@ -123,12 +123,9 @@ def quantize_layers(
         _meet_without_inputs(traffic.unreached, quantizer, weights)
         for block in blocks:  # those that no batch went through as a whole
             quantizer.close(block)
-    if paired and not any(batch.held_out for batch in all_rows):
-        notes.append(
-            "a single calibration sequence leaves none to hold out: no automatic correction, no refit, and true "
-            "errors were not measured. Give more text"
-        )
     unmaskable = sum(ranks.collect(hessians.unmaskable), Counter[str]())
+    if paired:
+        notes += _held_out_notes(all_rows)
     notes += [*_traffic_notes(traffic, unmaskable), *tuner.notes(sink.records), *spill.notes()]
     return notes + (_pairing_notes(traffic, sink.records) if paired else [])
 
@@ -211,6 +208,19 @@ def _leaving(
 def needs_full_precision(config: QuantConfig) -> bool:
     """Whether anything asks for the second stream."""
     return config.effective_correction != 0 or config.refit or config.tune
+
+
+def _solver_notes() -> list[str]:
+    return [] if native.available() else [f"the compiled solver is not in use ({native.why_not()}): slower"]
+
+
+def _held_out_notes(rows: Sequence[Rows]) -> list[str]:
+    if any(batch.held_out for batch in rows):
+        return []
+    return [
+        "a single calibration sequence leaves none to hold out: no automatic correction, no refit, and true errors "
+        "were not measured. Give more text"
+    ]
 
 
 def _traffic_notes(traffic: Traffic, unmaskable: Mapping[str, int]) -> list[str]:
