@@ -1,5 +1,4 @@
 import dataclasses
-import importlib.util
 
 import pytest
 import torch
@@ -45,32 +44,22 @@ def test_int4_refuses_other_devices():
     assert reasons(device=CUDA)["torch_int4"] == "device is cuda, not cpu"
 
 
-@pytest.mark.parametrize("name", ["marlin", "machete", "exllama", "exllamav2"])
-def test_providers_say_which_condition_fails_first(name, monkeypatch):
-    assert reasons()[name] == "device is cpu, not cuda"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
-    assert "is not installed" in reasons(device=CUDA)[name]
-    monkeypatch.setattr(importlib.util, "find_spec", lambda package: object())
-    assert reasons(device=CUDA)[name] == "fewbit does not wrap it yet"
-    with pytest.raises(KernelError, match=f"kernel '{name}' cannot run .*device is cpu, not cuda"):
-        registry.choose(SPEC, CPU, torch.bfloat16, name)
+def test_names_of_other_tools():
+    assert [kernel.name for kernel in registry.meant("gptq_marlin")] == ["marlin"]
+    assert [kernel.name for kernel in registry.meant("exllama_v2")] == ["exllamav2"]
+    assert registry.meant("AUTO_TRAINABLE") == registry.meant("auto") == registry.KERNELS
+    with pytest.raises(
+        KernelError, match=r"vllm is an engine, not a kernel: it serves the checkpoint's folder"
+    ):
+        registry.meant("vllm")
 
 
-@pytest.mark.parametrize(
-    ("name", "change", "words"),
-    [
-        ("marlin", {"bits": 3}, "bits 3 is not 4 or 8"),
-        ("marlin", {"group_size": 256}, "group_size 256 is not one of -1, 32, 64, 128"),
-        ("marlin", {"sym": False}, "asymmetric"),
-        ("marlin", {"out_features": 96}, "shape 96 x 256 (out x in) is not a multiple of 64 x 128"),
-        ("machete", {"group_size": 32}, "group_size 32"),
-        ("exllamav2", {"bits": 8}, "bits 8 is not 4"),
-        ("exllama", {"in_features": 80}, "shape 128 x 80"),
-        ("marlin", {"kind": "conv2d"}, "the layer is a conv2d"),
-    ],
-)
-def test_providers_conditions(name, change, words):
-    assert words in reasons(dataclasses.replace(SPEC, **change), CUDA)[name]
+def test_torch_is_the_better_of_the_two_that_fit():
+    assert registry.choose(SPEC, CPU, torch.bfloat16, "torch")[0].name == "torch_int4"
+    kernel, tried = registry.choose(SPEC, CPU, torch.float32, "gptq_torch")
+    assert (kernel.name, tried[0][0]) == ("reference", "torch_int4")
+    with pytest.raises(KernelError, match=r"no kernel can run this layer: torch_int4: .*; reference: "):
+        registry.choose(SPEC, CPU, torch.int8, "torch")
 
 
 def test_unknown_names():

@@ -20,14 +20,6 @@ from ..walk.layers import is_layer
 
 LOG = logging.getLogger("fewbit")
 
-# What the older tools call kernels, and their names here.
-_KERNELS = {
-    "auto_trainable": "auto",
-    "torch": "reference",
-    "exllama_v1": "exllama",
-    "exllama_v2": "exllamav2",
-}
-
 
 @dataclass(frozen=True)
 class PadToken:
@@ -90,7 +82,7 @@ def kernel_name(backend: Any) -> str:
         return "auto"
     if not isinstance(name, str):
         raise ConfigError(f"backend must be the name of a kernel, such as 'auto', not {backend!r}")
-    return _KERNELS.get(name.lower(), name.lower())
+    return name.lower()
 
 
 def needs_gradients(backend: Any) -> bool:

@@ -1,14 +1,14 @@
 """What a kernel is: a way to multiply with a quantized weight, and the conditions under which it can.
 
-A kernel holds no state. What it needs at run time lies in the layer's buffers: the canonical tensors of
-the checkpoint, or the kernel's own form of ``qweight``, from which ``qweight`` can be restored bit for bit.
+A kernel of fewbit's own holds no state. What it needs at run time lies in the layer's buffers: the canonical tensors
+of the checkpoint, or the kernel's own form of ``qweight``, from which ``qweight`` can be restored bit for bit.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -56,8 +56,8 @@ class QuantizedBuffers(Protocol):
 class Kernel(ABC):
     """One entry of the registry."""
 
-    name: ClassVar[str]
-    summary: ClassVar[str]
+    name: str
+    summary: str
 
     @abstractmethod
     def why_not(

@@ -46,7 +46,8 @@ def load(
         device: where the model goes.
         dtype: of the activations and of what is not quantized; None or "auto" keeps the checkpoint's. On CPU,
             bfloat16 is the fast one.
-        kernel: "auto", or the name of one that all layers must use (`fewbit.runtime.registry`).
+        kernel: "auto", "auto_trainable" (one that gives gradients to its inputs), or the name of one that all layers
+            must use (`fewbit.runtime.registry`).
         trust_remote_code: run the model's own code where the checkpoint has some.
         device_map: spreads the model over several devices, in place of `device`; what transformers takes, "auto"
             for example. Needs accelerate.
@@ -65,8 +66,7 @@ def load(
     """
     from ..integrations.transformers import offer
 
-    if kernel != "auto" and kernel not in registry.names():
-        registry.get(kernel)
+    registry.meant(kernel)
     folder = Path(path)
     folder = folder if folder.exists() else download(str(path), CheckpointError)
     checkpoint = open_checkpoint(folder, quantization_config)
