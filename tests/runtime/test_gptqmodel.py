@@ -99,26 +99,9 @@ def fake_gptq_marlin_repack(words, perm, size_k, size_n, bits):
 
 
 def fake_gptq_marlin_gemm_bf16(*args):
-    (
-        x,
-        c,
-        codes,
-        bias,
-        scales,
-        _,
-        zeros,
-        g_idx,
-        perm,
-        workspace,
-        kind,
-        m,
-        n,
-        k,
-        k_full,
-        atomic,
-        fp32,
-        zero_is_float,
-    ) = args
+    x, c, codes, bias, scales, _, zeros, g_idx, perm, workspace, kind, m, _, k, k_full, *_, zero_is_float = (
+        args
+    )
     assert (c, bias, zeros.numel(), zero_is_float, workspace.dtype) == (None, None, 0, False, torch.int32)
     assert (x.shape, x.dtype, k_full) == ((m, k), torch.bfloat16, True)
     from gptqmodel.utils.marlin import get_scale_perms
