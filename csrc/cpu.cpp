@@ -57,6 +57,7 @@ Cpu detect() {
     found.avx2 = ymm && bit(one.ecx, 12) && bit(seven.ebx, 5);
     found.avx512 = found.avx2 && zmm && bit(seven.ebx, 16) && bit(seven.ebx, 17) && bit(seven.ebx, 30) &&
                    bit(seven.ebx, 31);
+    found.avx512_vnni = found.avx512 && bit(seven.ecx, 11);
     found.avx512_bf16 = found.avx512 && seven.eax >= 1 && bit(cpuid(7, 1).eax, 5);
 #endif
     return found;

@@ -6,7 +6,8 @@ namespace fewbit {
 struct Cpu {
     bool avx2 = false;         // with FMA
     bool avx512 = false;       // F, BW, DQ and VL
-    bool avx512_bf16 = false;  // the above and dot products of bfloat16 pairs
+    bool avx512_vnni = false;  // F, BW, DQ, VL and dot products of int8 quadruples
+    bool avx512_bf16 = false;  // F, BW, DQ, VL and dot products of bfloat16 pairs
 };
 
 const Cpu& cpu();

@@ -12,6 +12,7 @@
 
 #include "cpu.h"
 #include "kernels.h"
+#include "matmul.h"
 #include "threads.h"
 
 namespace nb = nanobind;
@@ -30,16 +31,21 @@ struct Kernels {
     const char* isa;
     void (*grid_rows)(const GridProblem&, int64_t, float*);
     void (*ldlq_rows)(const LdlqProblem&, int64_t);
+    void (*matmul)(const PackedWeight&, const MatMul&, int);
 };
 
 // What this processor can run, best first.
 std::vector<Kernels> kernels() {
     std::vector<Kernels> found;
-#if defined(FEWBIT_HAVE_X86)
-    if (cpu().avx512) found.push_back({"avx512", avx512::grid_rows, avx512::ldlq_rows});
-    if (cpu().avx2) found.push_back({"avx2", avx2::grid_rows, avx2::ldlq_rows});
+#if defined(FEWBIT_HAVE_BF16)
+    if (cpu().avx512_bf16 && cpu().avx512_vnni)
+        found.push_back({"avx512_vnni", avx512::grid_rows, avx512::ldlq_rows, vnni::matmul});
 #endif
-    found.push_back({"generic", generic::grid_rows, generic::ldlq_rows});
+#if defined(FEWBIT_HAVE_X86)
+    if (cpu().avx512) found.push_back({"avx512", avx512::grid_rows, avx512::ldlq_rows, avx512::matmul});
+    if (cpu().avx2) found.push_back({"avx2", avx2::grid_rows, avx2::ldlq_rows, avx2::matmul});
+#endif
+    found.push_back({"generic", generic::grid_rows, generic::ldlq_rows, generic::matmul});
     return found;
 }
 
@@ -88,6 +94,30 @@ void product(Address A, Address B, Address C, int64_t tokens, int64_t n, bool up
 }
 #endif
 
+// What the three functions of a packed weight have in common; src/fewbit/runtime/packed.py makes it.
+struct Packed {
+    PackedWeight weight;
+
+    Packed(Address tiles, Address scales, int scale_type, Address zeros, int zero, Address order, Address starts,
+           int64_t outputs, int64_t inputs, int64_t groups, int bits)
+        : weight{at<const uint8_t>(tiles), at<const void>(scales), static_cast<Number>(scale_type), at<const uint8_t>(zeros), zero,
+                 at<const int32_t>(order), at<const int32_t>(starts), outputs, inputs, groups, bits} {}
+
+    void pack(Address qweight, Address tiles, int threads) const {
+        pack_tiles(weight, at<const uint32_t>(qweight), at<uint8_t>(tiles), threads);
+    }
+    void unpack(Address qweight, int threads) const { unpack_tiles(weight, at<uint32_t>(qweight), threads); }
+    void dequantize(Address out, int type, int threads) const {
+        dequantize_tiles(weight, at<void>(out), static_cast<Number>(type), threads);
+    }
+    void matmul(Address x, Address y, int type, int64_t tokens, Address bias, int bias_type, bool int8, int threads,
+                const char* isa) const {
+        const MatMul product{at<const void>(x), at<void>(y), static_cast<Number>(type), tokens,
+                             at<const void>(bias), static_cast<Number>(bias_type), int8};
+        choose(isa).matmul(weight, product, threads);
+    }
+};
+
 nb::list instruction_sets() {
     nb::list names;
     for (const Kernels& candidate : kernels()) names.append(candidate.isa);
@@ -105,6 +135,13 @@ NB_MODULE(_native, m) {
     m.def("instruction_sets", &fewbit::instruction_sets);
     m.def("fit_grid", &fewbit::fit_grid, release());
     m.def("ldlq_block", &fewbit::ldlq_block, release());
+    nb::class_<fewbit::Packed>(m, "Packed")
+        .def(nb::init<fewbit::Address, fewbit::Address, int, fewbit::Address, int, fewbit::Address, fewbit::Address, int64_t,
+                      int64_t, int64_t, int>())
+        .def("pack", &fewbit::Packed::pack, release())
+        .def("unpack", &fewbit::Packed::unpack, release())
+        .def("dequantize", &fewbit::Packed::dequantize, release())
+        .def("matmul", &fewbit::Packed::matmul, release());
 #if defined(FEWBIT_HAVE_BF16)
     m.def("product_bf16", &fewbit::product, release());
 #endif

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint import layout
 from ..codes import Codes
 from ..errors import KernelError
 from .kernel import Kernel, KernelSpec, QuantizedBuffers
@@ -218,8 +219,9 @@ class TorchInt4(Kernel):
             return "torch packs int4 weights on this machine in an order from which they cannot be restored"
         return None
 
-    def repack(self, codes: Codes) -> dict[str, Tensor]:
+    def repack(self, layer: QuantizedBuffers) -> dict[str, Tensor]:
         """Buffers: packed, scales_and_zeros, rest (empty: nothing lost), order (empty: as they are)."""
+        codes = layer.codes()
         in_features = codes.shape[1]
         group = _operator_group(codes.group_size, in_features)
         if group is None:
@@ -246,7 +248,8 @@ class TorchInt4(Kernel):
         width = spec.in_features * (2 if spec.bits == 8 else 1)
         digits = _unpack(layer.get_buffer("packed"), _known_block(), spec.out_features, width).t()
         codes = _undo_digits(digits, spec.bits)
-        return torch.empty_like(codes).index_copy_(1, order, codes) if order.numel() else codes
+        codes = torch.empty_like(codes).index_copy_(1, order, codes) if order.numel() else codes
+        return layout.pack_rows(codes, spec.bits).t()
 
     def linear(self, x: Tensor, layer: QuantizedBuffers) -> Tensor:
         """See `Kernel.linear`."""

@@ -52,6 +52,9 @@ class QuantizedBuffers(Protocol):
     def get_buffer(self, target: str) -> Tensor:
         """The buffer called `target`."""
 
+    def codes(self) -> Codes:
+        """The weight as numbers."""
+
 
 class Kernel(ABC):
     """One entry of the registry."""
@@ -72,12 +75,12 @@ class Kernel(ABC):
             trainable: whether gradients to the input are needed.
         """
 
-    def repack(self, codes: Codes) -> dict[str, Tensor]:
+    def repack(self, layer: QuantizedBuffers) -> dict[str, Tensor]:
         """Buffers that take the place of ``qweight``; empty where the kernel reads ``qweight`` itself."""
         return {}
 
     def restore(self, layer: QuantizedBuffers) -> Tensor:
-        """Inverse of `repack`: the codes, uint8 (out, in)."""
+        """Inverse of `repack`: ``qweight``, int32 (words, out), without what some writers pad it with."""
         raise TypeError(f"kernel {self.name!r} reads qweight itself: there is nothing to restore")
 
     @abstractmethod

@@ -208,7 +208,7 @@ class QuantizedLayer(nn.Module):
         self.spec = replace(self.spec, act_order=act_order, even_groups=even)
         chosen, reasons = registry.choose(self.spec, self.device, self.compute_dtype, kernel, trainable)
         self.kernel_asked, self.kernel_reasons = kernel, reasons
-        packed = chosen.repack(self.codes()) if chosen.name != "reference" else {}
+        packed = chosen.repack(self)
         self.kernel = chosen
         if packed:
             # Some writers pad with words that mean nothing; they are saved as they came.
@@ -232,9 +232,7 @@ class QuantizedLayer(nn.Module):
         return layout.QWEIGHT not in self._buffers
 
     def _restored_qweight(self) -> Tensor:
-        codes = self.kernel.restore(self)
-        words = layout.pack_rows(codes, self.spec.bits).t()
-        return torch.cat([words, self.get_buffer(_PADDING)]).contiguous()
+        return torch.cat([self.kernel.restore(self), self.get_buffer(_PADDING)]).contiguous()
 
     def _sequential(self) -> Tensor:
         return sequential_groups(self.spec.in_features, self.spec.group_size)

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import layout
-from ..codes import Codes
 from ..errors import KernelError
 from .kernel import Kernel, KernelSpec, QuantizedBuffers
 
@@ -179,12 +178,13 @@ class Wrapped(Kernel):
         """As its provider."""
         return self._provider.why_not(spec, device, dtype, trainable)
 
-    def repack(self, codes: Codes) -> dict[str, Tensor]:
-        """Build the other package's layer from `codes`, where they lie; the buffer only marks that it has them.
+    def repack(self, layer: QuantizedBuffers) -> dict[str, Tensor]:
+        """Build the other package's layer where `layer` lies; the buffer only marks that it has the codes.
 
         Raises:
             KernelError: the package would silently compute with another weight, or cannot prepare its layer.
         """
+        codes = layer.codes()
         if self._provider.needs_symmetry and not bool((codes.zeros == 1 << (codes.bits - 1)).all()):
             raise KernelError(
                 f"kernel {self.name!r} ignores zero points, and this layer has some that are not "
@@ -201,9 +201,7 @@ class Wrapped(Kernel):
 
     def restore(self, layer: QuantizedBuffers) -> Tensor:
         """See `Kernel.restore`."""
-        words = self._kept[layout.QWEIGHT].t().contiguous()
-        codes = layout.unpack_rows(words, self._spec.bits, self._spec.in_features)
-        return codes.to(layer.get_buffer(layout.SCALES).device)
+        return self._kept[layout.QWEIGHT].to(layer.get_buffer(layout.SCALES).device)
 
     def linear(self, x: Tensor, layer: QuantizedBuffers) -> Tensor:
         """See `Kernel.linear`. The gradient is that of the dequantized weight."""

@@ -1,0 +1,137 @@
+// y = x Ŵᵀ in float32 on any processor: sixteen outputs at a time, unpacked on the way, each packed word read once for up
+// to four tokens. Rounding x to 8 bits, where asked for, gives the numbers of the int8 kernel, not its speed.
+// Many tokens are better served by `dequantize_tiles` and a dense product; the caller decides.
+#include <algorithm>
+#include <cmath>
+
+#include "activations.h"
+#include "lanes.h"
+#include "threads.h"
+
+namespace fewbit {
+namespace FEWBIT_ISA {
+namespace {
+
+struct Words {
+    uint32_t v[BLOCK];
+};
+
+template <int BITS>
+inline Lanes codes_at(const uint8_t* tile, int position) {
+    constexpr uint32_t mask = (1u << BITS) - 1;
+    Words words;
+    float codes[BLOCK];
+    if constexpr (BITS == 3) {
+        const int quad = position / 4, byte = position % 4;
+        Words high;
+        std::memcpy(words.v, tile + 64 * (quad / 4), 64);
+        std::memcpy(high.v, tile + 128, 64);
+        const int low_shift = 8 * byte + 2 * (quad % 4), high_shift = 8 * byte + quad;
+        for (int n = 0; n < BLOCK; n++)
+            codes[n] = static_cast<float>(static_cast<int32_t>(((words.v[n] >> low_shift) & 3u) | (((high.v[n] >> high_shift) & 1u) << 2)));
+    } else {
+        std::memcpy(words.v, tile, 64);
+        for (int n = 0; n < BLOCK; n++) codes[n] = static_cast<float>(static_cast<int32_t>((words.v[n] >> (BITS * position)) & mask));
+    }
+    return load(codes);
+}
+
+// x rounded to 8 bits per group: values become integers, and `scales` [groups] what they are multiples of.
+void round_to_int8(const PackedWeight& w, float* values, float* scales) {
+    const int64_t inputs = tile_inputs(w.bits);
+    for (int64_t g = 0; g < w.groups; g++) {
+        const int64_t first = w.starts[g] * inputs, last = w.starts[g + 1] * inputs;
+        float most = 0.0f;
+        for (int64_t i = first; i < last; i++) most = std::abs(values[i]) > most || values[i] != values[i] ? std::abs(values[i]) : most;
+        const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
+        for (int64_t i = first; i < last; i++) values[i] = std::nearbyint(values[i] * inverse);
+        scales[g] = most / 127.0f;
+    }
+}
+
+// Four tokens at most: their rows, and per group the sum of each row and what to multiply with.
+struct Rows {
+    Buffer<float> values, sums, scales;
+};
+
+Rows read_rows(const PackedWeight& w, const MatMul& p, int64_t token, int64_t tokens) {
+    const int64_t positions = w.positions(), inputs = tile_inputs(w.bits);
+    Rows rows{Buffer<float>(positions * tokens), Buffer<float>(w.groups * tokens), Buffer<float>(w.groups * tokens)};
+    Row row(w);
+    Buffer<float> scales(w.groups);
+    for (int64_t t = 0; t < tokens; t++) {
+        float* values = row.read(p, token + t);
+        if (p.int8) round_to_int8(w, values, scales.data());
+        for (int64_t i = 0; i < positions; i++) rows.values[i * tokens + t] = values[i];
+        for (int64_t g = 0; g < w.groups; g++) {
+            float sum = 0.0f;
+            for (int64_t i = w.starts[g] * inputs; i < w.starts[g + 1] * inputs; i++) sum += values[i];
+            rows.sums[g * tokens + t] = sum;
+            rows.scales[g * tokens + t] = p.int8 ? scales[g] : 1.0f;
+        }
+    }
+    return rows;
+}
+
+template <int BITS, int TOKENS>
+void multiply(const PackedWeight& w, const MatMul& p, const Rows& rows, int64_t token, int64_t block) {
+    constexpr int INPUTS = static_cast<int>(tile_inputs(BITS)), CENTRE = 1 << (BITS - 1);
+    const int64_t first = block * BLOCK, count = std::min<int64_t>(BLOCK, w.outputs - first);
+    const uint8_t* tiles = w.tiles + block * w.block_bytes();
+    Lanes totals[TOKENS];
+    for (int t = 0; t < TOKENS; t++) totals[t] = all(0.0f);
+    for (int64_t g = 0; g < w.groups; g++) {
+        Lanes sum[TOKENS];
+        for (int t = 0; t < TOKENS; t++) sum[t] = all(0.0f);
+        for (int64_t i = w.starts[g]; i < w.starts[g + 1]; i++)
+            for (int k = 0; k < INPUTS; k++) {
+                const Lanes codes = codes_at<BITS>(tiles + i * tile_bytes(BITS), k) - all(static_cast<float>(CENTRE));
+                for (int t = 0; t < TOKENS; t++) sum[t] = sum[t] + codes * all(rows.values[(i * INPUTS + k) * TOKENS + t]);
+            }
+        float scale[BLOCK] = {}, zero[BLOCK];
+        read_numbers(w.scales, w.scale_type, g * w.outputs + first, count, scale);
+        for (int64_t n = 0; n < BLOCK; n++)
+            zero[n] = static_cast<float>((w.zeros && n < count ? w.zeros[g * w.outputs + first + n] : w.zero) - CENTRE);
+        for (int t = 0; t < TOKENS; t++)
+            totals[t] += (sum[t] - load(zero) * all(rows.sums[g * TOKENS + t])) * load(scale) * all(rows.scales[g * TOKENS + t]);
+    }
+    float bias[BLOCK] = {};
+    if (p.bias) read_numbers(p.bias, p.bias_type, first, count, bias);
+    for (int t = 0; t < TOKENS; t++) {
+        float y[BLOCK];
+        store(y, totals[t] + load(bias));
+        write_numbers(p.y, p.type, (token + t) * w.outputs + first, count, y);
+    }
+}
+
+template <int BITS>
+void run(const PackedWeight& w, const MatMul& p, int threads) {
+    for (int64_t token = 0; token < p.tokens;) {
+        const int64_t tokens = p.tokens - token >= 4 ? 4 : p.tokens - token >= 2 ? 2 : 1;
+        const Rows rows = read_rows(w, p, token, tokens);
+        parallel_for(w.blocks(), threads, [&](int64_t block) {
+            if (tokens == 4) {
+                multiply<BITS, 4>(w, p, rows, token, block);
+            } else if (tokens == 2) {
+                multiply<BITS, 2>(w, p, rows, token, block);
+            } else {
+                multiply<BITS, 1>(w, p, rows, token, block);
+            }
+        });
+        token += tokens;
+    }
+}
+
+}  // namespace
+
+void matmul(const PackedWeight& w, const MatMul& p, int threads) {
+    switch (w.bits) {
+        case 2: run<2>(w, p, threads); break;
+        case 3: run<3>(w, p, threads); break;
+        case 4: run<4>(w, p, threads); break;
+        default: run<8>(w, p, threads);
+    }
+}
+
+}  // namespace FEWBIT_ISA
+}  // namespace fewbit
