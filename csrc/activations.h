@@ -46,6 +46,7 @@ public:
         const int64_t inputs = weight_.inputs, positions = weight_.positions();
         if (!weight_.order) {
             read_numbers(product.x, product.type, token * inputs, inputs, values_.data());
+            for (int64_t p = inputs; p < positions; p++) values_[p] = 0.0f;
         } else {
             read_numbers(product.x, product.type, token * inputs, inputs, source_.data());
             for (int64_t p = 0; p < positions; p++) values_[p] = source_[weight_.order[p]];  // [inputs] is zero

@@ -24,7 +24,7 @@ struct PackedWeight {
     const uint8_t* tiles;
     const void* scales;  // (groups, outputs)
     Number scale_type;
-    const uint8_t* zeros;   // (groups, outputs), or null where every zero point is `zero`
+    const uint8_t* zeros;  // (groups, outputs), or null where every zero point is `zero`
     int zero;
     const int32_t* order;   // (positions) the input at each position of a row of tiles, `inputs` for padding;
                             // null where position i is input i

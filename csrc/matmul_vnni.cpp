@@ -11,7 +11,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "activations.h"
@@ -21,65 +21,59 @@ namespace fewbit {
 namespace FEWBIT_ISA {
 namespace {
 
-template <int N>
-using Constant = std::integral_constant<int, N>;
-
 // ---- Codes out of tiles ----
 
-// Calls f(Constant<i>, v) for each pair of inputs; the codes lie in the low bits of the 16-bit words of v. Above them is
-// anything.
-template <int BITS, class F>
-inline void each_pair(const uint8_t* tile, F f) {
-    if constexpr (BITS == 3) {
-        const __m512i low[2] = {_mm512_loadu_si512(tile), _mm512_loadu_si512(tile + 64)};
-        const __m512i high = _mm512_loadu_si512(tile + 128);
-        const __m512i low_bits = _mm512_set1_epi8(3);
-        const auto quad = [&](auto t) {
-            constexpr int q = decltype(t)::value;
-            const __m512i a = _mm512_srli_epi16(low[q / 4], 2 * (q % 4));
-            const __m512i b = q < 2 ? _mm512_slli_epi16(high, q < 2 ? 2 - q : 0) : _mm512_srli_epi16(high, q < 2 ? 0 : q - 2);
-            const __m512i v = _mm512_ternarylogic_epi32(low_bits, a, b, 0xca);  // low_bits ? a : b
-            f(Constant<2 * q>(), v);
-            f(Constant<2 * q + 1>(), _mm512_srli_epi16(v, 8));
-        };
-        quad(Constant<0>()), quad(Constant<1>()), quad(Constant<2>()), quad(Constant<3>());
-        quad(Constant<4>()), quad(Constant<5>()), quad(Constant<6>()), quad(Constant<7>());
-    } else {
-        const __m512i v = _mm512_loadu_si512(tile);
-        f(Constant<0>(), v);
-        f(Constant<1>(), _mm512_srli_epi16(v, BITS));
-        if constexpr (BITS <= 4) {
-            f(Constant<2>(), _mm512_srli_epi16(v, 2 * BITS));
-            f(Constant<3>(), _mm512_srli_epi16(v, 3 * BITS));
-        }
-        if constexpr (BITS == 2) {
-            f(Constant<4>(), _mm512_srli_epi16(v, 8)), f(Constant<5>(), _mm512_srli_epi16(v, 10));
-            f(Constant<6>(), _mm512_srli_epi16(v, 12)), f(Constant<7>(), _mm512_srli_epi16(v, 14));
+template <int BITS>
+struct Tile {
+    static constexpr int PAIRS = tile_inputs(BITS) / 2, QUADS = tile_inputs(BITS) / 4;
+    __m512i v[BITS == 3 ? 3 : 1];
+
+    Tile() = default;
+    explicit Tile(const uint8_t* p) {
+        for (int i = 0; i < (BITS == 3 ? 3 : 1); i++) v[i] = _mm512_loadu_si512(p + 64 * i);
+    }
+
+    // Pair I of the inputs: codes in the low bits of the 16-bit words. Above them is anything.
+    template <int I>
+    __m512i pair() const {
+        if constexpr (BITS == 3) {
+            return I % 2 ? _mm512_srli_epi16(joined<I / 2>(), 8) : joined<I / 2>();
+        } else {
+            return _mm512_srli_epi16(v[0], I * BITS);
         }
     }
+
+    // Four inputs: the bytes are their codes.
+    template <int I>
+    __m512i quad() const {
+        if constexpr (BITS == 8) {
+            return v[0];
+        } else if constexpr (BITS == 3) {
+            return _mm512_and_si512(joined<I>(), _mm512_set1_epi8(7));
+        } else {
+            return _mm512_and_si512(_mm512_srli_epi16(v[0], I * BITS), _mm512_set1_epi8((1 << BITS) - 1));
+        }
+    }
+
+private:
+    // 3 bits: quad I, with anything above the codes.
+    template <int I>
+    __m512i joined() const {
+        const __m512i low = _mm512_srli_epi16(v[I / 4], 2 * (I % 4));
+        const __m512i high = I < 2 ? _mm512_slli_epi16(v[2], I < 2 ? 2 - I : 0) : _mm512_srli_epi16(v[2], I < 2 ? 0 : I - 2);
+        return _mm512_ternarylogic_epi32(_mm512_set1_epi8(3), low, high, 0xca);  // where 3: low, elsewhere: high
+    }
+};
+
+template <int... I, class F>
+inline void each_index(std::integer_sequence<int, I...>, F f) {
+    (f(std::integral_constant<int, I>()), ...);
 }
 
-// Calls f(Constant<i>, v) for each four inputs; the bytes of v are the codes.
-template <int BITS, class F>
-inline void each_quad(const uint8_t* tile, F f) {
-    const __m512i mask = _mm512_set1_epi8((1 << BITS) - 1);
-    if constexpr (BITS == 3) {
-        each_pair<3>(tile, [&](auto i, __m512i v) {
-            if constexpr (decltype(i)::value % 2 == 0) f(Constant<decltype(i)::value / 2>(), _mm512_and_si512(v, mask));
-        });
-    } else {
-        const __m512i v = _mm512_loadu_si512(tile);
-        if constexpr (BITS == 8) {
-            f(Constant<0>(), v);
-        } else {
-            f(Constant<0>(), _mm512_and_si512(v, mask));
-            f(Constant<1>(), _mm512_and_si512(_mm512_srli_epi16(v, BITS), mask));
-            if constexpr (BITS == 2) {
-                f(Constant<2>(), _mm512_and_si512(_mm512_srli_epi16(v, 4), mask));
-                f(Constant<3>(), _mm512_and_si512(_mm512_srli_epi16(v, 6), mask));
-            }
-        }
-    }
+// f(integral_constant) for 0 … COUNT − 1.
+template <int COUNT, class F>
+inline void each(F f) {
+    each_index(std::make_integer_sequence<int, COUNT>(), f);
 }
 
 // The positions of 16 consecutive values in the order in which the dot products meet them.
@@ -124,12 +118,14 @@ struct Bfloat16 {
     static Sum add(Sum a, Sum b) { return _mm512_add_ps(a, b); }
     static __m512 value(Sum sum) { return sum; }
 
-    template <class F>
-    void each(const uint8_t* tile, F f) const {
-        each_pair<BITS>(tile, [&](auto i, __m512i v) {
-            f(i, _mm512_permutexvar_epi16(v, low));
-            if constexpr (BITS == 8) f(i, _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 4), high));
-        });
+    // Dot product I of a tile is with word I / DIGITS of x.
+    static constexpr int DIGITS = BITS == 8 ? 2 : 1, DOTS = Tile<BITS>::PAIRS * DIGITS;
+
+    template <int I>
+    __m512i word(const Tile<BITS>& tile) const {
+        const __m512i codes = tile.template pair<I / DIGITS>();
+        if constexpr (I % DIGITS == 1) return _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), high);
+        return _mm512_permutexvar_epi16(codes, low);
     }
 };
 
@@ -145,9 +141,11 @@ struct Int8 {
     static Sum add(Sum a, Sum b) { return _mm512_add_epi32(a, b); }
     static __m512 value(Sum sum) { return _mm512_cvtepi32_ps(sum); }
 
-    template <class F>
-    void each(const uint8_t* tile, F f) const {
-        each_quad<BITS>(tile, f);
+    static constexpr int DIGITS = 1, DOTS = Tile<BITS>::QUADS;
+
+    template <int I>
+    __m512i word(const Tile<BITS>& tile) const {
+        return tile.template quad<I>();
     }
 };
 
@@ -339,16 +337,23 @@ inline void add_group(const Grid (&grid)[BLOCKS], const RowTile& tile, int64_t a
     }
 }
 
-// A few tokens: BLOCKS blocks of outputs, tiles unpacked on the way.
+// The same as a function of its own. Where the sums fill the registers, the compiler would otherwise write them
+// to memory in every turn of the inner loop, for want of room after it.
+template <class Math, int ROWS, int BLOCKS, bool SPLIT>
+__attribute__((noinline)) void add_group_apart(const Grid (&grid)[BLOCKS], const RowTile& tile, int64_t at, bool last,
+                                               const typename Math::Sum (&sum)[ROWS][BLOCKS], float* totals) {
+    add_group<Math, ROWS, BLOCKS, SPLIT>(grid, tile, at, last, sum, totals);
+}
+
+// A few tokens: BLOCKS blocks of outputs, tiles unpacked on the way, for ROWS rows of x from `row` on.
 template <int BITS, class Math, int ROWS, int BLOCKS, bool SPLIT>
-void direct(const PackedWeight& w, const MatMul& p, const RowTile& tile, int64_t block) {
-    constexpr int TOKENS = ROWS / (SPLIT ? 2 : 1);
+void direct(const PackedWeight& w, const MatMul& p, const RowTile& tile, int64_t row, int64_t block) {
+    constexpr int PER_TOKEN = SPLIT ? 2 : 1, TOKENS = ROWS / PER_TOKEN;
     constexpr int CHAINS = ROWS == 1 ? 2 : 1;  // enough independent sums to hide the latency of a dot product
-    constexpr int64_t BYTES = tile_bytes(BITS), WORDS = tile_inputs(BITS) / Math::PER_WORD;
-    constexpr int64_t AHEAD = 1536;
+    constexpr int64_t BYTES = tile_bytes(BITS), WORDS = tile_inputs(BITS) / Math::PER_WORD, AHEAD = 1536;
     const Math math;
     const uint8_t* weights = w.tiles + block * w.block_bytes();
-    const int64_t block_bytes = w.block_bytes();
+    const int64_t block_bytes = w.block_bytes(), rows = tile.tokens * PER_TOKEN;
     alignas(64) float totals[TOKENS * BLOCKS * 16] = {};
     for (int64_t g = 0; g < w.groups; g++) {
         typename Math::Sum sum[ROWS * CHAINS][BLOCKS];
@@ -357,71 +362,87 @@ void direct(const PackedWeight& w, const MatMul& p, const RowTile& tile, int64_t
 #pragma GCC unroll 4
             for (int n = 0; n < BLOCKS; n++) sum[r][n] = Math::zero();
         for (int64_t i = w.starts[g]; i < w.starts[g + 1]; i++) {
-            const uint32_t* x = tile.words + i * WORDS * ROWS;
+            const uint32_t* x = tile.words + i * WORDS * rows + row;
+            Tile<BITS> codes[BLOCKS];
 #pragma GCC unroll 4
             for (int n = 0; n < BLOCKS; n++) {
-                const uint8_t* codes = weights + n * block_bytes + i * BYTES;
+                const uint8_t* from = weights + n * block_bytes + i * BYTES;
                 if constexpr (ROWS <= 4)
-                    for (int64_t line = 0; line < BYTES; line += 64) _mm_prefetch((const char*)(codes + AHEAD + line), _MM_HINT_T0);
-                math.each(codes, [&](auto word, __m512i v) {
-                    constexpr int k = decltype(word)::value;
-#pragma GCC unroll 16
-                    for (int r = 0; r < ROWS; r++) {
-                        auto& s = sum[CHAINS == 2 ? k % 2 : r][n];
-                        s = Math::dot(s, v, _mm512_set1_epi32(static_cast<int>(x[k * ROWS + r])));
-                    }
-                });
+                    for (int64_t line = 0; line < BYTES; line += 64) _mm_prefetch((const char*)(from + AHEAD + line), _MM_HINT_T0);
+                codes[n] = Tile<BITS>(from);
             }
+            each<Math::DOTS>([&](auto dot) {
+                constexpr int k = decltype(dot)::value;
+                __m512i v[BLOCKS];
+#pragma GCC unroll 4
+                for (int n = 0; n < BLOCKS; n++) v[n] = math.template word<k>(codes[n]);
+#pragma GCC unroll 16
+                for (int r = 0; r < ROWS; r++) {
+                    const __m512i broadcast = _mm512_set1_epi32(static_cast<int>(x[k / Math::DIGITS * rows + r]));
+#pragma GCC unroll 4
+                    for (int n = 0; n < BLOCKS; n++) {
+                        auto& s = sum[CHAINS == 2 ? k % 2 : r][n];
+                        s = Math::dot(s, v[n], broadcast);
+                    }
+                }
+            });
         }
         if constexpr (CHAINS == 2)
             for (int n = 0; n < BLOCKS; n++) sum[0][n] = Math::add(sum[0][n], sum[1][n]);
-        typename Math::Sum rows[ROWS][BLOCKS];
-        Grid grid[BLOCKS] = {};
+        typename Math::Sum finished[ROWS][BLOCKS];
+        Grid grid[BLOCKS];
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-            for (int n = 0; n < BLOCKS; n++) rows[r][n] = sum[r][n];
+            for (int n = 0; n < BLOCKS; n++) finished[r][n] = sum[r][n];
         for (int n = 0; n < BLOCKS; n++) grid[n] = Grid(w, g, block + n, Math::CENTRE);
-        add_group<Math, ROWS, BLOCKS, SPLIT>(grid, tile, g * TOKENS, true, rows, totals);
+        const int64_t at = g * tile.tokens + row / PER_TOKEN;
+        if constexpr (ROWS * BLOCKS >= 16) {
+            add_group_apart<Math, ROWS, BLOCKS, SPLIT>(grid, tile, at, true, finished, totals);
+        } else {
+            add_group<Math, ROWS, BLOCKS, SPLIT>(grid, tile, at, true, finished, totals);
+        }
     }
     for (int t = 0; t < TOKENS; t++)
         for (int n = 0; n < BLOCKS; n++)
-            write_result(w, p, tile.token + t, block + n, _mm512_load_ps(totals + (t * BLOCKS + n) * 16));
+            write_result(w, p, tile.token + row / PER_TOKEN + t, block + n, _mm512_load_ps(totals + (t * BLOCKS + n) * 16));
+}
+
+// Calls f(integral_constant rows, row) for the rows of a tile, at most eight at a time.
+template <bool SPLIT, class F>
+void each_rows(const RowTile& tile, F f) {
+    const int64_t rows = tile.tokens * (SPLIT ? 2 : 1);
+    for (int64_t row = 0; row < rows; row += 8) switch (std::min<int64_t>(8, rows)) {
+            case 8: f(std::integral_constant<int, 8>(), row); break;
+            case 4: f(std::integral_constant<int, 4>(), row); break;
+            case 2: f(std::integral_constant<int, 2>(), row); break;
+            default:
+                if constexpr (!SPLIT) f(std::integral_constant<int, 1>(), row);
+        }
 }
 
 template <int BITS, class Math, bool SPLIT, int BLOCKS>
-void direct_tile(const PackedWeight& w, const MatMul& p, const RowTile& tile, int64_t block) {
-    constexpr int PER_TOKEN = SPLIT ? 2 : 1;
-    switch (tile.tokens * PER_TOKEN) {
-        case 16: for (int n = 0; n < BLOCKS; n++) direct<BITS, Math, 16, 1, SPLIT>(w, p, tile, block + n); break;
-        case 8:
-            if constexpr (BLOCKS == 4) {
-                direct<BITS, Math, 8, 2, SPLIT>(w, p, tile, block);
-                direct<BITS, Math, 8, 2, SPLIT>(w, p, tile, block + 2);
+void direct_task(const PackedWeight& w, const MatMul& p, const Activations& x, int64_t task) {
+    const int64_t first = task * BLOCKS, last = std::min(w.blocks(), first + BLOCKS);
+    for (const RowTile& tile : x.tiles)
+        each_rows<SPLIT>(tile, [&](auto rows, int64_t row) {
+            constexpr int ROWS = decltype(rows)::value;
+            if (last - first == BLOCKS) {
+                direct<BITS, Math, ROWS, BLOCKS, SPLIT>(w, p, tile, row, first);
             } else {
-                direct<BITS, Math, 8, 1, SPLIT>(w, p, tile, block);
+                for (int64_t block = first; block < last; block++) direct<BITS, Math, ROWS, 1, SPLIT>(w, p, tile, row, block);
             }
-            break;
-        case 4: direct<BITS, Math, 4, BLOCKS, SPLIT>(w, p, tile, block); break;
-        case 2: direct<BITS, Math, 2, BLOCKS, SPLIT>(w, p, tile, block); break;
-        default:
-            if constexpr (!SPLIT) direct<BITS, Math, 1, BLOCKS, SPLIT>(w, p, tile, block);
-    }
+        });
 }
 
 template <int BITS, class Math, bool SPLIT>
 void few_tokens(const PackedWeight& w, const MatMul& p, const Activations& x, int threads) {
-    const int64_t blocks = w.blocks(), tasks = (blocks + 3) / 4;
-    parallel_for(tasks, threads, [&](int64_t task) {
-        const int64_t first = task * 4, last = std::min(blocks, first + 4);
-        for (const RowTile& tile : x.tiles) {
-            if (last - first == 4) {
-                direct_tile<BITS, Math, SPLIT, 4>(w, p, tile, first);
-            } else {
-                for (int64_t block = first; block < last; block++) direct_tile<BITS, Math, SPLIT, 1>(w, p, tile, block);
-            }
-        }
-    });
+    // Eight rows and three blocks of sums fill the registers; fewer rows leave room for four.
+    if (x.tiles.front().tokens * (SPLIT ? 2 : 1) >= 8) {
+        parallel_for((w.blocks() + 2) / 3, threads, [&](int64_t task) { direct_task<BITS, Math, SPLIT, 3>(w, p, x, task); });
+    } else {
+        parallel_for((w.blocks() + 3) / 4, threads, [&](int64_t task) { direct_task<BITS, Math, SPLIT, 4>(w, p, x, task); });
+    }
 }
 
 // ---- Many tokens: outputs unpacked once, then used for all of them ----
@@ -451,7 +472,7 @@ public:
             for (const Segment& segment : segments) {
                 const Grid grid(w_, segment.group, block_ + n, FOLDED<Math, SPLIT> ? 0 : Math::CENTRE);
                 for (int64_t i = segment.first_tile; i < segment.last_tile; i++)
-                    unpack_tile(w_.tiles + (block_ + n) * w_.block_bytes() + i * tile_bytes(BITS), grid,
+                    unpack_tile(Tile<BITS>(w_.tiles + (block_ + n) * w_.block_bytes() + i * tile_bytes(BITS)), grid,
                                 words_ + n * stride_ + (i - first_tile_) * WORDS * 16);
             }
     }
@@ -483,7 +504,12 @@ public:
                     for (int n = 0; n < PANEL_BLOCKS; n++) sum[r][n] = Math::dot(sum[r][n], v[n], broadcast);
                 }
             }
-            finish<ROWS>(tile, row / PER_TOKEN, segments[s], sum, totals);
+            typename Math::Sum finished[ROWS][PANEL_BLOCKS];  // sums that are never addressed stay in registers
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 3
+                for (int n = 0; n < PANEL_BLOCKS; n++) finished[r][n] = sum[r][n];
+            finish<ROWS>(tile, row / PER_TOKEN, segments[s], finished, totals);
             s = end;
         }
     }
@@ -491,15 +517,18 @@ public:
 private:
     static constexpr int64_t WORDS = tile_inputs(BITS) / Math::PER_WORD;  // of a lane in a tile
 
-    void unpack_tile(const uint8_t* codes, const Grid& grid, uint32_t* words) const {
+    void unpack_tile(const Tile<BITS>& tile, const Grid& grid, uint32_t* words) const {
         if constexpr (Math::INT8) {
-            each_quad<BITS>(codes, [&](auto k, __m512i v) { _mm512_storeu_si512(words + decltype(k)::value * 16, v); });
+            each<Tile<BITS>::QUADS>([&](auto k) {
+                _mm512_storeu_si512(words + decltype(k)::value * 16, tile.template quad<decltype(k)::value>());
+            });
         } else {
             const __m512 scale = FOLDED<Math, SPLIT> ? grid.scale : _mm512_set1_ps(1.0f);
             const __m512 zero = FOLDED<Math, SPLIT> ? grid.zero : _mm512_set1_ps(static_cast<float>(Math::CENTRE));
             const __m512 shift = _mm512_mul_ps(scale, zero);
             const __m512i mask = _mm512_set1_epi32((1 << BITS) - 1);
-            each_pair<BITS>(codes, [&](auto k, __m512i v) {
+            each<Tile<BITS>::PAIRS>([&](auto k) {
+                const __m512i v = tile.template pair<decltype(k)::value>();
                 const __m512 even = _mm512_cvtepi32_ps(_mm512_and_si512(v, mask));
                 const __m512 odd = _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(v, 16), mask));
                 const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_fmsub_ps(even, scale, shift)));
@@ -524,7 +553,7 @@ private:
             Grid grid[PANEL_BLOCKS];
             for (int64_t n = 0; n < PANEL_BLOCKS; n++)
                 if (n < blocks_) grid[n] = Grid(w_, segment.group, block_ + n, Math::CENTRE);
-            add_group<Math, ROWS, PANEL_BLOCKS, SPLIT>(grid, tile, segment.group * tile.tokens + token, segment.last, sum, totals);
+            add_group_apart<Math, ROWS, PANEL_BLOCKS, SPLIT>(grid, tile, segment.group * tile.tokens + token, segment.last, sum, totals);
         }
     }
 
@@ -564,18 +593,10 @@ void panel_tasks(const PackedWeight& w, const MatMul& p, const Activations& x, s
         for (const std::vector<Segment>& segments : panels) {
             panel.unpack(segments);
             for (const RowTile& tile : x.tiles) {
-                const int64_t rows = tile.tokens * PER_TOKEN;
-                for (int64_t row = 0; row < rows;) {
+                each_rows<SPLIT>(tile, [&](auto rows, int64_t row) {
                     float* at = totals.data() + (tile.token + row / PER_TOKEN) * total_size;
-                    switch (std::min<int64_t>(8, rows)) {
-                        case 8: panel.template multiply<8>(tile, row, segments, at); row += 8; break;
-                        case 4: panel.template multiply<4>(tile, row, segments, at); row += 4; break;
-                        case 2: panel.template multiply<2>(tile, row, segments, at); row += 2; break;
-                        default:
-                            if constexpr (!SPLIT) panel.template multiply<1>(tile, row, segments, at);
-                            row += 1;
-                    }
-                }
+                    panel.template multiply<decltype(rows)::value>(tile, row, segments, at);
+                });
             }
         }
         for (int64_t token = 0; token < p.tokens; token++)
@@ -593,7 +614,7 @@ void many_tokens(const PackedWeight& w, const MatMul& p, const Activations& x, i
 template <int BITS, class Math, bool SPLIT>
 void run(const PackedWeight& w, const MatMul& p, int threads) {
     // From here on unpacking once is faster than unpacking for every sixteen rows (benchmarks/kernels_cpu.py).
-    constexpr int64_t PANEL_FROM = SPLIT ? 16 : 32;
+    constexpr int64_t PANEL_FROM = SPLIT ? 32 : 64;
     const Activations x = Activations::make<BITS, Math, SPLIT>(w, p, threads);
     if (p.tokens >= PANEL_FROM) {
         many_tokens<BITS, Math, SPLIT>(w, p, x, threads);

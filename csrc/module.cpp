@@ -2,6 +2,10 @@
 // types and is its only caller. No torch headers, so that one build serves every version of torch.
 #include <nanobind/nanobind.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -98,10 +102,14 @@ void product(Address A, Address B, Address C, int64_t tokens, int64_t n, bool up
 struct Packed {
     PackedWeight weight;
 
-    Packed(Address tiles, Address scales, int scale_type, Address zeros, int zero, Address order, Address starts,
-           int64_t outputs, int64_t inputs, int64_t groups, int bits)
-        : weight{at<const uint8_t>(tiles), at<const void>(scales), static_cast<Number>(scale_type), at<const uint8_t>(zeros), zero,
-                 at<const int32_t>(order), at<const int32_t>(starts), outputs, inputs, groups, bits} {}
+    Packed(Address tiles, Address scales, int scale_type, Address zeros, bool one_per_group, Address order, Address starts,
+           int64_t outputs, int64_t inputs, int64_t groups, int bits, int64_t tiles_per_block)
+        : weight{at<const uint8_t>(tiles), at<const void>(scales), static_cast<Number>(scale_type), one_per_group ? at<const uint8_t>(zeros) : nullptr, *at<const uint8_t>(zeros),
+                 at<const int32_t>(order), at<const int32_t>(starts), outputs, inputs, groups, bits} {
+        bool sound = weight.starts[0] == 0 && weight.starts[groups] == tiles_per_block;
+        for (int64_t g = 0; g < groups; g++) sound = sound && weight.starts[g] <= weight.starts[g + 1];
+        if (!sound) throw std::invalid_argument("starts do not divide the tiles into groups");
+    }
 
     void pack(Address qweight, Address tiles, int threads) const {
         pack_tiles(weight, at<const uint32_t>(qweight), at<uint8_t>(tiles), threads);
@@ -117,6 +125,16 @@ struct Packed {
         choose(isa).matmul(weight, product, threads);
     }
 };
+
+void advise_huge_pages(Address address, size_t bytes) {
+#if defined(__linux__)
+    constexpr size_t HUGE_PAGE = size_t{1} << 21;
+    const size_t first = (address + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE, last = (address + bytes) / HUGE_PAGE * HUGE_PAGE;
+    if (last > first) madvise(at<void>(first), last - first, MADV_HUGEPAGE);  // advice: refusing it is no error
+#else
+    (void)address, (void)bytes;
+#endif
+}
 
 nb::list instruction_sets() {
     nb::list names;
@@ -135,9 +153,10 @@ NB_MODULE(_native, m) {
     m.def("instruction_sets", &fewbit::instruction_sets);
     m.def("fit_grid", &fewbit::fit_grid, release());
     m.def("ldlq_block", &fewbit::ldlq_block, release());
+    m.def("advise_huge_pages", &fewbit::advise_huge_pages);
     nb::class_<fewbit::Packed>(m, "Packed")
-        .def(nb::init<fewbit::Address, fewbit::Address, int, fewbit::Address, int, fewbit::Address, fewbit::Address, int64_t,
-                      int64_t, int64_t, int>())
+        .def(nb::init<fewbit::Address, fewbit::Address, int, fewbit::Address, bool, fewbit::Address, fewbit::Address, int64_t,
+                      int64_t, int64_t, int, int64_t>())
         .def("pack", &fewbit::Packed::pack, release())
         .def("unpack", &fewbit::Packed::unpack, release())
         .def("dequantize", &fewbit::Packed::dequantize, release())

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fewbit.runtime.cpu import DENSE_FROM
 from fewbit.runtime.linear import QuantLinear
+from fewbit.runtime.torch_int4 import DENSE_FROM
 from tiny_gptq import random_codes
 
 BITS = (2, 3, 4, 8)
@@ -87,13 +87,14 @@ def test_int4_gradient(bits, order):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("order", [False, True])
 @pytest.mark.parametrize("out_features", [16, 80, 192])
-def test_repacking_is_undone_bit_for_bit(bits, order, out_features):
+@pytest.mark.parametrize("kernel", ["cpu", "torch_int4"])
+def test_repacking_is_undone_bit_for_bit(bits, order, out_features, kernel):
     layer = QuantLinear.from_codes(
         random_codes(out_features, 128, bits, 64, order=order), compute_dtype=torch.bfloat16
     )
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    layer.prepare()
-    assert layer.kernel.name == "torch_int4"
+    layer.prepare(kernel)
+    assert layer.kernel.name == kernel
     assert "qweight" not in dict(layer.named_buffers())
     during = layer.state_dict()
     assert torch.equal(layer.qweight, before["qweight"])
@@ -103,20 +104,34 @@ def test_repacking_is_undone_bit_for_bit(bits, order, out_features):
         assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-@pytest.mark.parametrize("kernel", ["reference", "torch_int4"])
+@pytest.mark.parametrize("kernel", ["reference", "torch_int4", "cpu"])
 def test_operators_are_well_formed(kernel):
     layer = layer_of(random_codes(32, 64, 4, 32, order=True), torch.bfloat16, kernel)
     x = torch.randn(3, 64).bfloat16().requires_grad_()
     if kernel == "reference":
         op = torch.ops.fewbit.linear_reference.default
         args = (x, layer.qweight, layer.qzeros, layer.scales, layer.g_idx, 4, "gptq")
+    elif kernel == "cpu":
+        op = torch.ops.fewbit.linear_packed.default
+        args = (
+            x,
+            layer.tiles,
+            layer.scales,
+            layer.zeros,
+            layer.order,
+            layer.starts,
+            4,
+            64,
+            torch.randn(32),
+            False,
+        )
     else:
         op = torch.ops.fewbit.linear_int4pack.default
         args = (x, layer.packed, layer.scales_and_zeros, layer.rest, layer.order, 4)
     torch.library.opcheck(op, args)
 
 
-@pytest.mark.parametrize("kernel", ["reference", "torch_int4"])
+@pytest.mark.parametrize("kernel", ["reference", "torch_int4", "cpu", "cpu_a8"])
 def test_compiles_to_one_graph(kernel):
     layer = layer_of(random_codes(32, 64, 4, 32), torch.bfloat16, kernel, bias=torch.randn(32))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

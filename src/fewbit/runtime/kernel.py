@@ -7,6 +7,7 @@ of the checkpoint, or the kernel's own form of ``qweight``, from which ``qweight
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,6 +52,10 @@ class QuantizedBuffers(Protocol):
 
     def get_buffer(self, target: str) -> Tensor:
         """The buffer called `target`."""
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """All buffers by name; faster than `get_buffer`."""
 
     def codes(self) -> Codes:
         """The weight as numbers."""

@@ -156,6 +156,11 @@ class QuantizedLayer(nn.Module):
         """A stand-in that dequantizes when its numbers are used (`QuantizedWeight`)."""
         return QuantizedWeight(self, self._weight_shape())
 
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """All buffers by name."""
+        return self._buffers  # type: ignore[return-value]
+
     def _weight_shape(self) -> tuple[int, ...]:
         return self.spec.out_features, self.spec.in_features
 
@@ -225,7 +230,7 @@ class QuantizedLayer(nn.Module):
             for name in set(self._buffers) - set(layout.PARTS):
                 del self._buffers[name]
                 self._non_persistent_buffers_set.discard(name)
-            self.register_buffer(layout.QWEIGHT, qweight)
+            self._buffers[layout.QWEIGHT] = qweight
         self.kernel = registry.get("reference")
 
     def _repacked(self) -> bool:

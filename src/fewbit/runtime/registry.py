@@ -9,12 +9,13 @@ from __future__ import annotations
 import torch
 
 from ..errors import KernelError
-from .cpu import TorchInt4
+from .cpu import Cpu, CpuInt8
 from .kernel import Kernel, KernelSpec
 from .providers import PROVIDERS, Provider
 from .reference import Reference
+from .torch_int4 import TorchInt4
 
-KERNELS: tuple[Kernel, ...] = (TorchInt4(), Reference())
+KERNELS: tuple[Kernel, ...] = (Cpu(), TorchInt4(), Reference(), CpuInt8())
 
 _ENTRIES: tuple[Kernel | Provider, ...] = (*KERNELS, *PROVIDERS)
 

@@ -47,6 +47,23 @@ def instruction_sets() -> tuple[str, ...]:
     return tuple(module.instruction_sets()) if module is not None else ()
 
 
+def module() -> Any:
+    """The compiled module.
+
+    Raises:
+        KernelError: it is not there; the message says why.
+    """
+    found, reason = _load()
+    if found is None:
+        raise KernelError(reason)
+    return found
+
+
+def advise_huge_pages(tensor: Tensor) -> None:
+    """Ask the system to back a large, still unwritten tensor by huge pages: reading it then misses fewer translations."""
+    module().advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+
+
 def use(backend: Backend, tensor: Tensor, needs: str | None = None) -> bool:
     """Whether a computation on `tensor` runs in the compiled module.
 

@@ -1,0 +1,300 @@
+"""Weights in tiles, and products with them: the operators of the compiled module (csrc/matmul.h has the layout).
+
+A packed weight is five tensors and two numbers (`PackedWeight`). Codes lie in tiles; scales are the checkpoint's own
+tensor. Activations may be float32, float16 or bfloat16. In bfloat16, products are those of bfloat16 numbers with
+integer codes, summed in float32; float32 and float16 activations enter as the sum of two bfloat16 numbers, so that
+they keep 16 bits. With ``int8`` they are rounded to 8 bits per token and group.
+Threads follow `torch.get_num_threads()`; results depend on neither the threads nor the other tokens of the call.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..errors import KernelError
+from ..solver import native
+
+# Numbers of csrc/matmul.h.
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_BLOCK = 16
+_VNNI = "avx512_vnni"
+
+# Without instructions for these products, unpacking and a dense product is faster from so many tokens on.
+_DENSE_FROM = 24
+# In float32, the two bfloat16 products cost more than a dense float32 one from so many tokens on.
+_DENSE_FLOAT32_FROM = 256
+
+
+class PackedWeight(NamedTuple):
+    """The arguments of the operators, in their order.
+
+    Attributes:
+        tiles: uint8 (blocks, tiles per block, bytes); a block is 16 outputs.
+        scales: (groups, out), float16, bfloat16 or float32.
+        zeros: uint8 (groups, out), or (1, 1) where all zero points are the same.
+        order: int32 (positions), the input at each position, `in_features` for padding; empty where input i
+            is at position i.
+        starts: int32 (groups + 1), group g is tiles ``starts[g] … starts[g + 1]``.
+        bits: 2, 3, 4 or 8.
+        in_features: inputs.
+    """
+
+    tiles: Tensor
+    scales: Tensor
+    zeros: Tensor
+    order: Tensor
+    starts: Tensor
+    bits: int
+    in_features: int
+
+    @property
+    def out_features(self) -> int:
+        """Outputs."""
+        return self.scales.shape[1]
+
+
+def tile_inputs(bits: int) -> int:
+    """Inputs of a tile: those that fill whole words."""
+    return 32 if bits == 3 else 32 // bits
+
+
+def tile_bytes(bits: int) -> int:
+    """Bytes of a tile of 16 outputs."""
+    return 192 if bits == 3 else 64
+
+
+def positions(g_idx: Tensor, groups: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Where the inputs go: group by group, each group padded to whole tiles.
+
+    Args:
+        g_idx: (in,) the group of each input, all below `groups`.
+
+    Returns:
+        `order` and `starts` of `PackedWeight`.
+    """
+    in_features, width = g_idx.numel(), tile_inputs(bits)
+    g_idx = g_idx.long().cpu()
+    counts = torch.bincount(g_idx, minlength=groups)
+    starts = functional.pad(((counts + width - 1) // width).cumsum(0), (1, 0))
+    inputs = torch.argsort(g_idx, stable=True)
+    group = g_idx[inputs]
+    rank = torch.arange(in_features) - (counts.cumsum(0) - counts)[group]  # of an input in its group
+    position = starts[group] * width + rank
+    if torch.equal(position, torch.arange(in_features)) and torch.equal(inputs, position):
+        return torch.empty(0, dtype=torch.int32), starts.int()
+    order = torch.full((int(starts[-1]) * width,), in_features, dtype=torch.int32)
+    order[position] = inputs.int()
+    return order, starts.int()
+
+
+def pack(qweight: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor, bits: int) -> PackedWeight:
+    """A packed weight from the tensors of a checkpoint.
+
+    Args:
+        qweight: int32 (words, out). scales: (groups, out), kept as it is. zeros: (groups, out), 0 … 2^bits − 1.
+        g_idx: (in,).
+    """
+    groups, out_features = scales.shape
+    order, starts = positions(g_idx, groups, bits)
+    blocks, per_block = -(-out_features // _BLOCK), int(starts[-1])
+    if bool((zeros == zeros[:1, :1]).all()):
+        zeros = zeros[:1, :1]
+    weight = PackedWeight(
+        tiles=torch.empty((blocks, per_block, tile_bytes(bits)), dtype=torch.uint8),
+        scales=scales.contiguous(),
+        zeros=zeros.to(torch.uint8).contiguous(),
+        order=order,
+        starts=starts,
+        bits=bits,
+        in_features=g_idx.numel(),
+    )
+    native.advise_huge_pages(weight.tiles)
+    words = qweight.contiguous()
+    _handle(*weight).pack(words.data_ptr(), weight.tiles.data_ptr(), torch.get_num_threads())
+    return weight
+
+
+def unpack(weight: PackedWeight, words: int) -> Tensor:
+    """Inverse of `pack`: ``qweight`` int32 (words, out); bits that belong to no input are zero."""
+    qweight = torch.zeros((words, weight.out_features), dtype=torch.int32, device=weight.tiles.device)
+    if qweight.is_meta:
+        return qweight
+    _handle(*weight).unpack(qweight.data_ptr(), torch.get_num_threads())
+    return qweight
+
+
+def _handle(
+    tiles: Tensor, scales: Tensor, zeros: Tensor, order: Tensor, starts: Tensor, bits: int, in_features: int
+) -> Any:
+    """The compiled module's view of a packed weight. The caller keeps the tensors alive.
+
+    Raises:
+        KernelError: the tensors do not belong together, or do not lie in CPU memory.
+    """
+    groups, out_features = scales.shape
+    blocks, per_block, width = tiles.shape
+    sound = (
+        (blocks, width, starts.numel()) == (-(-out_features // _BLOCK), tile_bytes(bits), groups + 1)
+        and (not order.numel() or order.numel() == per_block * tile_inputs(bits))
+        and (zeros.shape == scales.shape or zeros.numel() == 1)
+        and tiles.dtype == zeros.dtype == torch.uint8
+        and order.dtype == starts.dtype == torch.int32
+        and tiles.is_cpu
+        and scales.is_cpu
+        and zeros.is_cpu
+        and order.is_cpu
+        and starts.is_cpu
+    )
+    if not sound:
+        raise KernelError(
+            f"these tensors are not a packed weight: tiles {tuple(tiles.shape)}, scales {tuple(scales.shape)}, "
+            f"zeros {tuple(zeros.shape)}, order {tuple(order.shape)}, starts {tuple(starts.shape)} on {tiles.device}; "
+            "load it again"
+        )
+    try:
+        return _module().Packed(
+            tiles.data_ptr(), scales.data_ptr(), _TYPES[scales.dtype], zeros.data_ptr(), zeros.shape == scales.shape,
+            order.data_ptr() if order.numel() else 0, starts.data_ptr(), out_features, in_features, groups, bits,
+            per_block,
+        )  # fmt: skip
+    except ValueError as error:
+        raise KernelError(f"these tensors are not a packed weight: {error}; load it again") from error
+
+
+@functools.cache
+def _module() -> Any:
+    return native.module()
+
+
+@functools.cache
+def fast_isa() -> str:
+    """The best instruction set for products here, "generic" at worst."""
+    return native.instruction_sets()[0]
+
+
+def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None, int8: bool, isa: str = "best") -> Tensor:
+    """``x @ weightᵀ + bias``: (…, in) → (…, out) in x's dtype. No gradient; see `linear_packed`.
+
+    Raises:
+        KernelError: x has another number of inputs or a dtype that is not floating point, or the weight is damaged.
+    """
+    if x.shape[-1] != weight.in_features or x.dtype not in _TYPES or x.device.type != "cpu":
+        raise KernelError(
+            f"x is {x.dtype} {tuple(x.shape)} on {x.device}; the layer takes float32, float16 or bfloat16 "
+            f"(…, {weight.in_features}) on the CPU"
+        )
+    if bias is not None and (bias.shape != (weight.out_features,) or bias.dtype not in _TYPES):
+        raise KernelError(
+            f"bias is {bias.dtype} {tuple(bias.shape)}; the layer has {weight.out_features} outputs"
+        )
+    tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    out_features = weight.scales.shape[1]
+    if tokens >= _dense_from(x.dtype, int8) and isa == "best":
+        return functional.linear(x, _dequantize(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
+    x = x.contiguous()
+    if tokens:
+        _handle(*weight).matmul(
+            x.data_ptr(), y.data_ptr(), _TYPES[x.dtype], tokens, 0 if bias is None else bias.data_ptr(),
+            0 if bias is None else _TYPES[bias.dtype], int8, torch.get_num_threads(), isa,
+        )  # fmt: skip
+    return y
+
+
+@functools.cache
+def _dense_from(dtype: torch.dtype, int8: bool) -> float:
+    if fast_isa() != _VNNI:
+        return _DENSE_FROM
+    return _DENSE_FLOAT32_FROM if dtype == torch.float32 and not int8 else float("inf")
+
+
+def _dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    out = torch.empty((weight.out_features, weight.in_features), dtype=dtype)
+    _handle(*weight).dequantize(out.data_ptr(), _TYPES[dtype], torch.get_num_threads())
+    return out
+
+
+@torch.library.custom_op("fewbit::dequantize_packed", mutates_args=())
+def dequantize_packed(
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    bits: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight (out, in), computed in float32 and rounded once to `dtype`."""
+    return _dequantize(PackedWeight(tiles, scales, zeros, order, starts, bits, in_features), dtype)
+
+
+@dequantize_packed.register_fake
+def _(
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    bits: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return scales.new_empty((scales.shape[1], in_features), dtype=dtype)
+
+
+@torch.library.custom_op("fewbit::linear_packed", mutates_args=())
+def linear_packed(
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    bits: int,
+    in_features: int,
+    bias: Tensor | None,
+    int8: bool,
+) -> Tensor:
+    """``x @ weightᵀ + bias``: (…, in) → (…, out) in x's dtype."""
+    weight = PackedWeight(tiles, scales, zeros, order, starts, bits, in_features)
+    return multiply(x, weight, bias, int8)
+
+
+@linear_packed.register_fake
+def _(
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    bits: int,
+    in_features: int,
+    bias: Tensor | None,
+    int8: bool,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], scales.shape[1]))
+
+
+def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *tensors, ctx.bits, ctx.in_features, bias, _ = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    weight = torch.ops.fewbit.dequantize_packed(*ctx.saved_tensors, ctx.bits, ctx.in_features, grad.dtype)
+    to_bias = None
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[8]:
+        to_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    to_x = grad @ weight if ctx.needs_input_grad[0] else None
+    return (to_x, *(None,) * 7, to_bias, None)
+
+
+linear_packed.register_autograd(_gradients, setup_context=_save_weight)

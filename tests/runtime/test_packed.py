@@ -1,0 +1,172 @@
+"""The compiled products against float64, on every instruction set that this machine has."""
+
+import itertools
+
+import pytest
+import torch
+
+from fewbit.checkpoint import layout
+from fewbit.codes import Codes, group_count, sequential_groups
+from fewbit.errors import KernelError
+from fewbit.runtime import packed
+from fewbit.runtime.linear import QuantLinear
+from fewbit.solver import native
+from tiny_gptq import random_codes
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not() or "compiled module")
+
+BITS = (2, 3, 4, 8)
+SHAPES = ((1, 1), (16, 32), (1, 7), (37, 100), (64, 256), (100, 200))
+GROUPS = (-1, 32, 24, 7)
+# Relative to the sum of the magnitudes of all terms: what rounding x, and y at the end, can cost.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+INT8 = 1.6e-2  # half a step of 127, for x at most three times its mean size in a group
+
+
+def isas():
+    return [isa for isa in native.instruction_sets() if isa != "avx512_bf16"]
+
+
+def weight_of(codes, g_idx=None):
+    words = layout.pack_rows(codes.codes, codes.bits).t().contiguous()
+    return words, packed.pack(words, codes.scales.t(), codes.zeros.t(), codes.g_idx, codes.bits)
+
+
+def make(out_features, in_features, bits, group_size, *, sym, order):
+    groups = group_count(in_features, group_size)
+    g_idx = sequential_groups(in_features, group_size)
+    zeros = torch.randint(0, 2**bits, (out_features, groups)).short()
+    return Codes(
+        codes=torch.randint(0, 2**bits, (out_features, in_features), dtype=torch.uint8),
+        scales=(torch.rand(out_features, groups) * 0.1 + 0.01).half(),
+        zeros=torch.full_like(zeros, 2 ** (bits - 1)) if sym else zeros,
+        g_idx=g_idx[torch.randperm(in_features)] if order else g_idx,
+        bits=bits,
+        group_size=group_size,
+    )
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("int8", [False, True])
+def test_products_against_float64(bits, group_size, dtype, int8):
+    torch.manual_seed(bits + group_size)
+    for (rows, columns), sym, order in itertools.product(SHAPES, (False, True), (False, True)):
+        codes = make(rows, columns, bits, group_size, sym=sym, order=order)
+        words, weight = weight_of(codes)
+        assert torch.equal(packed.unpack(weight, words.shape[0]), words)
+        dense = codes.dequantize(torch.float64)
+        bias = torch.randn(rows)
+        for tokens in (1, 2, 3, 7, 16, 21, 70):
+            x = torch.rand(tokens, columns).add(0.3).mul(torch.randn(tokens, columns).sign()).to(dtype)
+            truth = x.double() @ dense.t() + bias.double()
+            size = x.double().abs() @ dense.abs().t() + bias.double().abs()
+            for isa in isas():
+                found = packed.multiply(x, weight, bias, int8, isa).double()
+                error = ((found - truth).abs() / size).max().item()
+                assert error < TOLERANCE[dtype] + (INT8 if int8 else 0), (
+                    rows,
+                    columns,
+                    sym,
+                    order,
+                    tokens,
+                    isa,
+                )
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_dequantizing_tiles_is_exact(bits):
+    for order, group_size in itertools.product((False, True), GROUPS):
+        codes = make(37, 100, bits, group_size, sym=False, order=order)
+        _, weight = weight_of(codes)
+        parts = (*weight[:5], bits, 100)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            found = torch.ops.fewbit.dequantize_packed(*parts, dtype)
+            assert torch.equal(found, codes.dequantize(dtype))
+
+
+@pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16, torch.float32])
+def test_scales_of_every_dtype_and_subnormal_ones(scales):
+    codes = make(20, 64, 4, 32, sym=False, order=False)
+    _, weight = weight_of(codes)
+    tiny = weight._replace(scales=(weight.scales * 1e-5).to(scales).contiguous())
+    x = torch.randn(3, 64)
+    dense = torch.ops.fewbit.dequantize_packed(*tiny, torch.float32).double()
+    truth = x.double() @ dense.t()
+    for isa in isas():
+        assert (packed.multiply(x, tiny, None, False, isa).double() - truth).norm() < 1e-4 * truth.norm()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_token_does_not_depend_on_threads_or_the_others_in_its_tile(bits, int8, request):
+    codes = make(200, 96, bits, 32, sym=False, order=True)
+    _, weight = weight_of(codes)
+    x = torch.randn(130, 96).bfloat16()
+    threads = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
+    results = []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        results.append(packed.multiply(x, weight, None, int8))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    other = x.clone()
+    other[1:] = 7.0
+    assert torch.equal(packed.multiply(other, weight, None, int8)[0], results[0][0])
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_visible(int8, value):
+    _, weight = weight_of(make(20, 64, 4, 32, sym=True, order=False))
+    x = torch.randn(2, 64)
+    x[1, 5] = value
+    y = packed.multiply(x, weight, None, int8)
+    assert y[0].isfinite().all()
+    assert not y[1].isfinite().any()
+
+
+def test_gradients_are_those_of_a_dense_layer():
+    codes = random_codes(24, 70, 3, 32, order=True)
+    layer = QuantLinear.from_codes(codes, torch.randn(24))
+    layer.prepare("cpu", trainable=True)
+    x = torch.randn(2, 5, 70, requires_grad=True)
+    grad = torch.randn(2, 5, 24)
+    layer(x).backward(grad)
+    torch.testing.assert_close(x.grad, grad @ codes.dequantize(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.bias.grad, grad.sum((0, 1)))
+
+
+def test_wrong_inputs_are_refused_in_words():
+    _, weight = weight_of(make(20, 64, 4, 32, sym=True, order=False))
+    with pytest.raises(
+        KernelError, match=r"x is torch.float32 \(2, 63\).*takes float32, float16 or bfloat16"
+    ):
+        packed.multiply(torch.randn(2, 63), weight, None, False)
+    with pytest.raises(KernelError, match=r"x is torch.float64"):
+        packed.multiply(torch.randn(2, 64).double(), weight, None, False)
+    with pytest.raises(KernelError, match="not a packed weight"):
+        packed.multiply(torch.randn(2, 64), weight._replace(tiles=weight.tiles[1:]), None, False)
+    with pytest.raises(KernelError, match="not a packed weight"):
+        packed.multiply(torch.randn(2, 64), weight._replace(zeros=weight.zeros.int()), None, False)
+    with pytest.raises(KernelError, match="do not divide"):
+        packed.multiply(torch.randn(2, 64), weight._replace(starts=weight.starts + 1), None, False)
+    with pytest.raises(KernelError, match="bias"):
+        packed.multiply(torch.randn(2, 64), weight, torch.zeros(19), False)
+
+
+def test_no_tokens_and_many_dimensions():
+    _, weight = weight_of(make(20, 64, 4, 32, sym=True, order=False))
+    assert packed.multiply(torch.randn(0, 64), weight, None, False).shape == (0, 20)
+    x = torch.randn(2, 3, 64)
+    assert torch.equal(
+        packed.multiply(x, weight, None, False).view(6, 20),
+        packed.multiply(x.view(6, 64), weight, None, False),
+    )
+    column_major = torch.randn(64, 5).t()
+    assert torch.equal(
+        packed.multiply(column_major, weight, None, False),
+        packed.multiply(column_major.contiguous(), weight, None, False),
+    )
