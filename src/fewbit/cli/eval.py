@@ -1,22 +1,23 @@
-"""``fewbit eval``: perplexity of a model, and its distance from another one."""
+"""``fewbit eval``: perplexity of a model, its distance from another one, and its scores in benchmarks."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoint.untrusted import read_json
-from ..errors import CalibrationError
+from ..errors import CalibrationError, ConfigError
 from ..evaluate import Evaluation, evaluate, windows
+from ..integrations.lm_eval import Score, run_tasks
 from ..source import Source, open_source
-from .display import console, progress_bar, quiet_libraries
+from .display import console, plain, progress_bar, quiet_libraries
 from .options import Dtype
 
 _EXAMPLES = """
@@ -25,15 +26,17 @@ Examples:
   fewbit eval out --dataset wikitext2
 
   fewbit eval out --against org/model --dataset held-out.txt --num-samples 64 --json
+
+  fewbit eval out --tasks arc_easy,hellaswag --limit 100
 """
 
 
 def eval_(
     model: Annotated[str, typer.Argument(help="A quantized checkpoint, a transformers folder or a Hub id.")],
     dataset: Annotated[
-        str,
+        str | None,
         typer.Option(help="wikitext2, c4, c4-new, a .txt, .jsonl or .parquet file, or - for stdin."),
-    ],
+    ] = None,
     against: Annotated[
         str | None, typer.Option(help="Compare with this model, usually the original.")
     ] = None,
@@ -41,7 +44,18 @@ def eval_(
     num_samples: Annotated[
         int | None, typer.Option("--num-samples", "--nsamples", help="Use the first N windows; default: all.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows in a forward pass.")] = 1,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Benchmarks of lm-evaluation-harness, with commas: arc_easy,hellaswag."),
+    ] = None,
+    tasks_folder: Annotated[
+        Path | None, typer.Option(help="Folder with task files of your own; they may run code.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Answered questions before each; default: the task's.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="First N questions of each task only.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows or prompts in a forward pass.")] = 1,
     bos: Annotated[bool, typer.Option("--bos", help="Begin every window with the BOS token.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu or mps.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Of the forward pass; auto keeps the model's.")] = "auto",
@@ -54,9 +68,13 @@ def eval_(
     ] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bar.")] = False,
 ) -> None:
-    """Measure perplexity on a text, and with --against also KL divergence and top-1 agreement."""
+    """Measure perplexity on a text, with --against also KL divergence and top-1 agreement; or run benchmarks."""
     from ..preparation import resolve_device
 
+    if dataset is None and tasks is None:
+        raise ConfigError(
+            "nothing to measure on: give --dataset TEXT for perplexity, or --tasks for benchmarks"
+        )
     quiet_libraries()
     where = resolve_device(device)
     source = open_source(model, trust_remote_code=trust_remote_code)
@@ -66,22 +84,31 @@ def eval_(
         raise CalibrationError(
             f"{model} has no tokenizer, and evaluation starts from text: put its files there"
         )
-    text = windows(dataset, tokenizer, seq_len, num_samples, bos=bos)
-    with progress_bar("eval", hidden=quiet or as_json) as progress:
-        measured = _load(source, dtype, where)
-        result = evaluate(
-            measured,
-            text,
-            against=_load(base, dtype, where) if base else None,
+    text = None if dataset is None else windows(dataset, tokenizer, seq_len, num_samples, bos=bos)
+    models = [_load(one, dtype, where) for one in (source, base) if one]
+    result = None if text is None else _perplexity(models, text, batch_size, hidden=quiet or as_json)
+    scores = [
+        run_tasks(
+            one,
+            tokenizer,
+            [name.strip() for name in tasks.split(",") if name.strip()],
+            tasks_folder=tasks_folder,
+            num_fewshot=num_fewshot,
+            limit=limit,
             batch_size=batch_size,
-            progress=lambda done, total: progress("", done, total),
         )
+        for one in models
+        if tasks is not None
+    ]
     if verbose:
-        _show_setup(measured, where)
+        _show_setup(models[0], where)
     if as_json:
-        print(json.dumps(result.to_dict()))
-    else:
+        print(json.dumps(_facts(result, scores)))
+        return
+    if result is not None:
         Console().print(_table(result))
+    if scores:
+        Console().print(_score_table(scores))
 
 
 eval_.__doc__ = f"{eval_.__doc__}\n{_EXAMPLES}"
@@ -97,6 +124,18 @@ def _load(source: Source, dtype: str, device: torch.device) -> nn.Module:
     return model
 
 
+def _perplexity(models: list[nn.Module], text: Tensor, batch_size: int, *, hidden: bool) -> Evaluation:
+    """Of the first model, compared with the second if there is one."""
+    with progress_bar("eval", hidden=hidden) as progress:
+        return evaluate(
+            models[0],
+            text,
+            against=models[1] if models[1:] else None,
+            batch_size=batch_size,
+            progress=lambda done, total: progress("", done, total),
+        )
+
+
 def _show_setup(model: nn.Module, device: torch.device) -> None:
     from ..runtime.load import kernels
 
@@ -108,6 +147,28 @@ def _show_setup(model: nn.Module, device: torch.device) -> None:
 def _is_gptq(folder: Path) -> bool:
     config = read_json(folder / "config.json")
     return bool(config.get("quantization_config")) or (folder / "quantize_config.json").is_file()
+
+
+def _facts(result: Evaluation | None, scores: list[list[Score]]) -> dict[str, Any]:
+    facts: dict[str, Any] = {} if result is None else result.to_dict()
+    for name, found in zip(("tasks", "tasks_against"), scores, strict=False):
+        facts[name] = [score.to_dict() for score in found]
+    return facts
+
+
+def _score_table(scores: list[list[Score]]) -> Table:
+    originals = {(score.task, score.metric): score for found in scores[1:] for score in found}
+    table = Table("task", "metric", "score", *["original"] * len(scores[1:]), "questions", "shots", box=None)
+    for score in scores[0]:
+        beside = originals.get((score.task, score.metric))
+        table.add_row(
+            plain(score.task),
+            plain(score.metric),
+            _with_error(score.value, score.stderr, 4),
+            *([_with_error(beside.value, beside.stderr, 4)] if beside else []),
+            *("" if count is None else f"{count:,}" for count in (score.examples, score.num_fewshot)),
+        )
+    return table
 
 
 def _table(result: Evaluation) -> Table:
