@@ -23,7 +23,7 @@ test: torch
 	$(BIN)/python -m pytest
 
 test-slow: torch
-	$(PIP) install --quiet '.[test]'
+	$(PIP) install --quiet '.[test,lm-eval]'
 	$(BIN)/python -m pytest -m slow
 
 lint:
