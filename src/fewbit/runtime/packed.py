@@ -115,7 +115,7 @@ def pack(qweight: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor, bits: in
     )
     native.advise_huge_pages(weight.tiles)
     words = qweight.contiguous()
-    _handle(*weight).pack(words.data_ptr(), weight.tiles.data_ptr(), torch.get_num_threads())
+    _handle(weight).pack(words.data_ptr(), weight.tiles.data_ptr(), torch.get_num_threads())
     return weight
 
 
@@ -124,18 +124,17 @@ def unpack(weight: PackedWeight, words: int) -> Tensor:
     qweight = torch.zeros((words, weight.out_features), dtype=torch.int32, device=weight.tiles.device)
     if qweight.is_meta:
         return qweight
-    _handle(*weight).unpack(qweight.data_ptr(), torch.get_num_threads())
+    _handle(weight).unpack(qweight.data_ptr(), torch.get_num_threads())
     return qweight
 
 
-def _handle(
-    tiles: Tensor, scales: Tensor, zeros: Tensor, order: Tensor, starts: Tensor, bits: int, in_features: int
-) -> Any:
-    """The compiled module's view of a packed weight. The caller keeps the tensors alive.
+def _check(weight: PackedWeight) -> PackedWeight:
+    """The weight, if its tensors belong together.
 
     Raises:
-        KernelError: the tensors do not belong together, or do not lie in CPU memory.
+        KernelError: they do not, or do not lie in CPU memory.
     """
+    tiles, scales, zeros, order, starts, bits, _ = weight
     groups, out_features = scales.shape
     blocks, per_block, width = tiles.shape
     sound = (
@@ -144,23 +143,30 @@ def _handle(
         and (zeros.shape == scales.shape or zeros.numel() == 1)
         and tiles.dtype == zeros.dtype == torch.uint8
         and order.dtype == starts.dtype == torch.int32
-        and tiles.is_cpu
-        and scales.is_cpu
-        and zeros.is_cpu
-        and order.is_cpu
-        and starts.is_cpu
+        and all(tensor.is_cpu and tensor.is_contiguous() for tensor in weight[:5])
     )
-    if not sound:
-        raise KernelError(
-            f"these tensors are not a packed weight: tiles {tuple(tiles.shape)}, scales {tuple(scales.shape)}, "
-            f"zeros {tuple(zeros.shape)}, order {tuple(order.shape)}, starts {tuple(starts.shape)} on {tiles.device}; "
-            "load it again"
-        )
+    if sound:
+        return weight
+    raise KernelError(
+        f"these tensors are not a packed weight: tiles {tuple(tiles.shape)}, scales {tuple(scales.shape)}, "
+        f"zeros {tuple(zeros.shape)}, order {tuple(order.shape)}, starts {tuple(starts.shape)} on {tiles.device}; "
+        "load it again"
+    )
+
+
+def _handle(weight: PackedWeight) -> Any:
+    """The compiled module's view of a packed weight. The caller keeps the tensors alive.
+
+    Raises:
+        KernelError: `starts` does not fit the tiles.
+    """
+    tiles, scales, zeros, order, starts, bits, in_features = weight
+    groups, out_features = scales.shape
     try:
         return _module().Packed(
             tiles.data_ptr(), scales.data_ptr(), _TYPES[scales.dtype], zeros.data_ptr(), zeros.shape == scales.shape,
             order.data_ptr() if order.numel() else 0, starts.data_ptr(), out_features, in_features, groups, bits,
-            per_block,
+            tiles.shape[1],
         )  # fmt: skip
     except ValueError as error:
         raise KernelError(f"these tensors are not a packed weight: {error}; load it again") from error
@@ -180,27 +186,30 @@ def fast_isa() -> str:
 def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None, int8: bool, isa: str = "best") -> Tensor:
     """``x @ weightᵀ + bias``: (…, in) → (…, out) in x's dtype. No gradient; see `linear_packed`.
 
+    Args:
+        weight: from `pack`; its tensors are not checked again.
+        isa: one of `native.instruction_sets`, or "best".
+
     Raises:
-        KernelError: x has another number of inputs or a dtype that is not floating point, or the weight is damaged.
+        KernelError: x has another number of inputs or another dtype, or bias does not fit.
     """
-    if x.shape[-1] != weight.in_features or x.dtype not in _TYPES or x.device.type != "cpu":
+    shape, kind = x.shape, _TYPES.get(x.dtype)
+    if shape[-1] != weight.in_features or kind is None or not x.is_cpu:
         raise KernelError(
             f"x is {x.dtype} {tuple(x.shape)} on {x.device}; the layer takes float32, float16 or bfloat16 "
             f"(…, {weight.in_features}) on the CPU"
         )
-    if bias is not None and (bias.shape != (weight.out_features,) or bias.dtype not in _TYPES):
-        raise KernelError(
-            f"bias is {bias.dtype} {tuple(bias.shape)}; the layer has {weight.out_features} outputs"
-        )
-    tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    out_features = weight.scales.shape[1]
-    if tokens >= _dense_from(x.dtype, int8) and isa == "best":
+    out_features = weight.out_features
+    if bias is not None and (bias.shape != (out_features,) or bias.dtype not in _TYPES):
+        raise KernelError(f"bias is {bias.dtype} {tuple(bias.shape)}; the layer has {out_features} outputs")
+    tokens = x.numel() // shape[-1]
+    if isa == "best" and tokens >= _dense_from(x.dtype, int8):
         return functional.linear(x, _dequantize(weight, x.dtype), None if bias is None else bias.to(x.dtype))
-    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
-    x = x.contiguous()
+    y = torch.empty((*shape[:-1], out_features), dtype=x.dtype)
     if tokens:
-        _handle(*weight).matmul(
-            x.data_ptr(), y.data_ptr(), _TYPES[x.dtype], tokens, 0 if bias is None else bias.data_ptr(),
+        x = x.contiguous()
+        _handle(weight).matmul(
+            x.data_ptr(), y.data_ptr(), kind, tokens, 0 if bias is None else bias.data_ptr(),
             0 if bias is None else _TYPES[bias.dtype], int8, torch.get_num_threads(), isa,
         )  # fmt: skip
     return y
@@ -215,7 +224,7 @@ def _dense_from(dtype: torch.dtype, int8: bool) -> float:
 
 def _dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     out = torch.empty((weight.out_features, weight.in_features), dtype=dtype)
-    _handle(*weight).dequantize(out.data_ptr(), _TYPES[dtype], torch.get_num_threads())
+    _handle(weight).dequantize(out.data_ptr(), _TYPES[dtype], torch.get_num_threads())
     return out
 
 
@@ -231,7 +240,7 @@ def dequantize_packed(
     dtype: torch.dtype,
 ) -> Tensor:
     """The weight (out, in), computed in float32 and rounded once to `dtype`."""
-    return _dequantize(PackedWeight(tiles, scales, zeros, order, starts, bits, in_features), dtype)
+    return _dequantize(_check(PackedWeight(tiles, scales, zeros, order, starts, bits, in_features)), dtype)
 
 
 @dequantize_packed.register_fake
@@ -262,7 +271,7 @@ def linear_packed(
     int8: bool,
 ) -> Tensor:
     """``x @ weightᵀ + bias``: (…, in) → (…, out) in x's dtype."""
-    weight = PackedWeight(tiles, scales, zeros, order, starts, bits, in_features)
+    weight = _check(PackedWeight(tiles, scales, zeros, order, starts, bits, in_features))
     return multiply(x, weight, bias, int8)
 
 
