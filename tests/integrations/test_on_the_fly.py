@@ -1,5 +1,6 @@
 """`from_pretrained` quantizes with fewbit; every argument of `GPTQConfig` has its meaning, or the log says why not."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -145,6 +146,34 @@ def test_rules_per_layer(source, tmp_path):
         quantized(source, dynamic={".*": {"mse": 2.4}})
 
 
+@pytest.mark.parametrize("tie", [False, True])
+def test_the_output_embedding_too(tie, tmp_path):
+    source = save_tiny(tmp_path / "source", tie_word_embeddings=tie)
+    model = quantized(source, lm_head=True, dynamic={"lm_head": {"bits": 8}})
+    found = layers(model)
+    assert (found["lm_head"].bits, found["model.layers.0.mlp.up_proj"].bits) == (8, 4)
+    assert model.config.quantization_config.to_dict()["lm_head"] is True
+    model.save_pretrained(tmp_path / "out")
+    assert not verify(tmp_path / "out").problems
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(again), logits(model))
+    only = quantized(source, lm_head=True, modules_in_block_to_quantize=[["mlp.up_proj"]])
+    assert {name.rpartition(".")[2] for name in layers(only)} == {"up_proj", "lm_head"}
+
+
+def test_quantize_config_beside_the_weights(source, tmp_path):
+    model = quantized(source, sym=False, format="gptq_v2")
+    model.save_pretrained(tmp_path / "out")
+    second = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
+    assert second == json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert second["checkpoint_format"] == "gptq_v2"
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "plain")
+    assert not (tmp_path / "plain" / "quantize_config.json").exists()
+    fewbit.unregister()
+    model.save_pretrained(tmp_path / "after")
+    assert not (tmp_path / "after" / "quantize_config.json").exists()
+
+
 def test_how_layers_are_quantized(source, tmp_path):
     settings = {"sym": False, "desc_act": True, "damp_percent": 0.05, "bits": 3, "format": "gptq_v2"}
     model = quantized(source, **settings, meta={"made for": "a test"}, batch_size=2, pad_token_id=0)
@@ -199,11 +228,6 @@ def test_what_is_not_needed_is_said_once(source, reference, caplog):
             {"dataset": None},
             CalibrationError,
             r"this model is not quantized.*GPTQConfig\(bits=4, dataset=…\)",
-        ),
-        (
-            {"lm_head": True},
-            ConfigError,
-            r"lm_head: GPTQConfig quantizes blocks.*QuantConfig\(lm_head=True\)",
         ),
         ({"batch_size": 2}, CalibrationError, r"batch_size 2 needs a pad token"),
         ({"dataset": "no-such-set"}, ValueError, r"no-such-set"),

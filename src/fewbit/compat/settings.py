@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config import QuantConfig
 from ..errors import ConfigError, ModelError
-from ..plan import make_plan
+from ..plan import make_plan, output_embedding_name
 from ..preparation import resolve_device
 from ..walk.experts import unfuse
 from ..walk.layers import is_layer
@@ -161,6 +161,8 @@ def restrict(
             )
     ending = rf"(?:{'|'.join(map(re.escape, listed))})$" if listed else ""
     wanted = rf"{blocks}\.{ending}"
+    if config.lm_head and (head := output_embedding_name(model)):
+        wanted = rf"(?:{wanted}|{re.escape(head)}$)"
     if not all(re.match(wanted, layer.name) for layer in make_plan(model, config).layers):
         config = replace(config, ignore=(*config.ignore, f"^(?!{wanted})"))
     if listed:

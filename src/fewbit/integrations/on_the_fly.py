@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..compat.optimum.quantizer import GPTQQuantizer
 from ..compat.settings import say
 from ..config import SKIP, QuantConfig
-from ..errors import CalibrationError, ConfigError
+from ..errors import CalibrationError
 
 _NOT_NEEDED = {
     "use_exllama": "not needed: a kernel of another package runs only where backend asks for it",
@@ -34,7 +34,7 @@ class Job:
         asked: arguments of transformers' `GPTQConfig`, of its older versions, and GPTQModel's ``dynamic``.
 
     Raises:
-        ConfigError: a value is out of range, or is for `fewbit.quantize` only.
+        ConfigError: a value is out of range.
         CalibrationError: there is no data set.
     """
 
@@ -44,11 +44,6 @@ class Job:
                 "this model is not quantized, and quantizing it needs calibration text: pass "
                 "GPTQConfig(bits=4, dataset=…) with a list of texts, a .txt, .jsonl or .parquet file, or wikitext2"
             )
-        if asked.get("lm_head"):
-            raise ConfigError(
-                "lm_head: GPTQConfig quantizes blocks, and the output embedding is in none. Use "
-                "fewbit.quantize(MODEL, fewbit.QuantConfig(lm_head=True), dataset=…, output=OUT), then load OUT"
-            )
         known = set(inspect.signature(GPTQQuantizer).parameters) - {"kwargs"}
         unknown = set(asked) - known - {*_OWN, *_NOT_NEEDED}
         say({key: reason for key, reason in _NOT_NEEDED.items() if asked.get(key) is not None})
@@ -56,7 +51,9 @@ class Job:
             say({", ".join(sorted(unknown)): "unknown to fewbit and without effect"})
         self._tokenizer = asked.get("tokenizer")
         self._quantizer = _WithRules(
-            asked.get("dynamic") or {}, {key: value for key, value in asked.items() if key in known}
+            asked.get("dynamic") or {},
+            asked.get("lm_head") or False,
+            {key: value for key, value in asked.items() if key in known},
         )
 
     def run(self, model: PreTrainedModel) -> None:
@@ -71,9 +68,12 @@ class Job:
 
 
 class _WithRules(GPTQQuantizer):
-    """optimum's quantizer with settings per layer, in GPTQModel's words."""
+    """optimum's quantizer with settings per layer and for the output embedding, in GPTQModel's words."""
 
-    def __init__(self, dynamic: Mapping[str, Mapping[str, Any]], arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self, dynamic: Mapping[str, Mapping[str, Any]], lm_head: bool, arguments: Mapping[str, Any]
+    ) -> None:
+        self._lm_head = lm_head
         self._override = {
             f"^(?:{pattern.removeprefix('-:').removeprefix('+:')})": SKIP
             if pattern.startswith("-:")
@@ -83,7 +83,7 @@ class _WithRules(GPTQQuantizer):
         super().__init__(**arguments)
 
     def _config(self, **settings: Any) -> QuantConfig:
-        return replace(super()._config(**settings), override=self._override)
+        return replace(super()._config(**settings), override=self._override, lm_head=self._lm_head)
 
 
 def _settings(rule: Mapping[str, Any]) -> dict[str, Any]:

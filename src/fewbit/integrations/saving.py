@@ -1,7 +1,14 @@
-"""What `save_pretrained` writes: the tensors as they are, or the same weights in the other format."""
+"""What `save_pretrained` writes: the tensors as they are, or the same weights in the other format.
+
+And, between `register` and `unregister`, quantize_config.json beside them, for readers older than config.json's entry.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..checkpoint import layout
+from ..checkpoint.writer import QUANTIZE_CONFIG
 from ..runtime.linear import QuantizedLayer
+from .gptq_config import GPTQConfig
 from .layers import quantized_layers
 
 
@@ -32,6 +41,21 @@ def state_dict_in(model: PreTrainedModel, fmt: str) -> dict[str, Any] | None:
 def all_at_hand(model: PreTrainedModel) -> bool:
     """Whether all quantized tensors are at hand; accelerate may keep some elsewhere."""
     return not any(buffer.is_meta for _, layer in quantized_layers(model) for buffer in layer.buffers())
+
+
+def with_quantize_config(original: Callable[..., None]) -> Callable[..., None]:
+    """A `save_pretrained` for transformers' models: `original`, and the second place of the configuration."""
+
+    @functools.wraps(original)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, save_directory, *args, **kwargs)
+        config = getattr(self.config, "quantization_config", None)
+        saved = not getattr(self, "_hf_peft_config_loaded", False) and kwargs.get("is_main_process", True)
+        if isinstance(config, GPTQConfig) and saved:
+            text = json.dumps(config.to_dict(), indent=2, ensure_ascii=False) + "\n"
+            (Path(save_directory) / QUANTIZE_CONFIG).write_text(text, encoding="utf-8")
+
+    return save_pretrained
 
 
 def _in_format(layer: QuantizedLayer, parts: dict[str, Tensor], fmt: str) -> dict[str, Tensor]:

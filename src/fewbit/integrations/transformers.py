@@ -1,7 +1,8 @@
 """GPTQ in transformers, through its own interfaces: a quantizer that loads checkpoints and quantizes models.
 
 `register` puts it and its configuration in the place of transformers' GPTQ ones, which need optimum and gptqmodel,
-and makes transformers' `GPTQConfig` as lenient; `unregister` brings back what was there. `fewbit.load` needs neither:
+makes transformers' `GPTQConfig` as lenient, and has `save_pretrained` write quantize_config.json too; `unregister`
+brings back what was there. `fewbit.load` needs neither:
 its configurations name the method "fewbit", under which `offer` adds both without touching what is there.
 """
 
@@ -34,7 +35,7 @@ from ..walk.layers import LAYER_TYPES
 from .file_names import FileNames
 from .gptq_config import METHOD, OWN_METHOD, GPTQConfig, checking, keeping, request
 from .layers import dense, make_room, quantized_layers, untie_quantized
-from .saving import all_at_hand, state_dict_in
+from .saving import all_at_hand, state_dict_in, with_quantize_config
 
 _LOG = logging.getLogger("fewbit")
 
@@ -270,6 +271,7 @@ def register() -> None:
             _Replaced.by(AUTO_QUANTIZATION_CONFIG_MAPPING, METHOD, lambda _: GPTQConfig),
             _Replaced.by(TransformersGPTQConfig, "__init__", keeping),
             _Replaced.by(TransformersGPTQConfig, "post_init", checking),
+            _Replaced.by(PreTrainedModel, "save_pretrained", with_quantize_config),
         ]
     )
 
