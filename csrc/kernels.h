@@ -59,8 +59,19 @@ FEWBIT_KERNELS(avx512)
 #endif
 
 #if defined(FEWBIT_HAVE_BF16)
-// C += Aᵀ B, or only its upper triangle; A and B (tokens, n) bfloat16, C (n, n). Needs AVX512-BF16.
-void product_bf16(const uint16_t* A, const uint16_t* B, float* C, int64_t tokens, int64_t n, bool upper, int threads);
+// C += Aᵀ B, every batch of tokens on its own, times the factors of the row and the column of C, rounded.
+struct ProductBf16 {
+    const uint16_t *A, *B;         // bfloat16 (tokens, n)
+    int32_t* C;                    // (n, n); of it, where `upper`, at least the upper triangle
+    const int64_t* ends;           // (batches): tokens ends[b − 1] … ends[b] are batch b
+    const float* row_factors;      // (n)
+    const float* column_factors;   // (n)
+    int64_t batches, n;
+    bool upper;
+};
+
+// Needs AVX512-BF16.
+void product_bf16(const ProductBf16& problem, int threads);
 #endif
 
 }  // namespace fewbit

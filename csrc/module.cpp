@@ -93,8 +93,11 @@ void ldlq_block(Address W, Address T, Address F, Address d, Address scales, Addr
 }
 
 #if defined(FEWBIT_HAVE_BF16)
-void product(Address A, Address B, Address C, int64_t tokens, int64_t n, bool upper, int threads) {
-    product_bf16(at<const uint16_t>(A), at<const uint16_t>(B), at<float>(C), tokens, n, upper, threads);
+void product(Address A, Address B, Address C, Address ends, int64_t batches, int64_t n, Address row_factors,
+             Address column_factors, bool upper, int threads) {
+    product_bf16({at<const uint16_t>(A), at<const uint16_t>(B), at<int32_t>(C), at<const int64_t>(ends),
+                  at<const float>(row_factors), at<const float>(column_factors), batches, n, upper},
+                 threads);
 }
 #endif
 

@@ -1,11 +1,14 @@
 // C += Aᵀ B for bfloat16 A and B, with the dot products of AVX512-BF16: exact products of token pairs, summed
-// in float32. Where only the upper triangle is wanted (A = B, a Hessian) the work is halved. Every tile of C
-// belongs to one task and its tokens are added in order, so the result does not depend on the threads.
+// in float32. Where only the upper triangle is wanted (A = B, a Hessian) the work is halved.
+//
+// Tokens come in batches. Each batch is summed on its own (in pieces of 512 tokens) and its sum rounded to C's
+// integers, so C does not depend on the order of the batches, nor on who else adds to it, nor on the threads.
 #include <immintrin.h>
 
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #include "kernels.h"
 #include "threads.h"
@@ -15,10 +18,15 @@ namespace {
 
 constexpr int ROWS = 8, VECTORS = 3;   // the register tile: 24 accumulators of 16 floats
 constexpr int PANEL = VECTORS * 16;    // columns that are packed together
-constexpr int64_t DEPTH = 256;         // token pairs per pass: a panel is 48 KiB
+constexpr int64_t DEPTH = 256;         // token pairs per pass and, at most, per piece: a panel is 48 KiB
 constexpr int64_t PANELS_PER_TASK = 8;
 
-// Panel p of the packed tokens: DEPTH × PANEL words, each the values of one column in two tokens.
+// Tokens row … row + count of one batch; in a packed panel, pairs first … first + pairs.
+struct Piece {
+    int64_t row, count, first, pairs;
+};
+
+// One piece of a panel: rows of PANEL words, each the values of one column in two tokens.
 void pack_panel(const uint16_t* X, int64_t tokens, int64_t n, int64_t column, uint32_t* packed) {
     const int64_t width = n - column < PANEL ? n - column : PANEL;
     alignas(64) uint16_t edge[2][PANEL] = {};
@@ -43,9 +51,10 @@ void pack_panel(const uint16_t* X, int64_t tokens, int64_t n, int64_t column, ui
     }
 }
 
-// C[0 … ROWS, 0 … PANEL] += Σ over pairs, for columns `rows` of one panel and all of another.
-// Only the first `height` rows and `width` columns exist.
-void tile(const uint32_t* rows, const uint32_t* panel, int64_t pairs, float* C, int64_t n, int64_t height, int64_t width) {
+// C[0 … ROWS, 0 … PANEL] += the sum over pairs, times the factors of its row and its column, rounded: for columns
+// `rows` of one panel and all of another. Only the first `height` rows and `width` columns exist.
+void tile(const uint32_t* rows, const uint32_t* panel, int64_t pairs, const float* row_factors,
+          const float* column_factors, int32_t* C, int64_t n, int64_t height, int64_t width) {
     __m512 sum[ROWS][VECTORS];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
@@ -70,46 +79,73 @@ void tile(const uint32_t* rows, const uint32_t* panel, int64_t pairs, float* C, 
             const int64_t left = width - v * 16;
             if (left <= 0) continue;
             const __mmask16 mask = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
-            float* c = C + r * n + v * 16;
-            _mm512_mask_storeu_ps(c, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, c), sum[r][v]));
+            const __m512 factor = _mm512_maskz_loadu_ps(mask, column_factors + v * 16);
+            const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(sum[r][v], _mm512_set1_ps(row_factors[r])), factor);
+            int32_t* c = C + r * n + v * 16;
+            const __m512i before = _mm512_maskz_loadu_epi32(mask, c);
+            _mm512_mask_storeu_epi32(c, mask, _mm512_add_epi32(before, _mm512_cvtps_epi32(scaled)));
         }
     }
 }
 
 struct Pass {
     const uint32_t *A, *B;  // packed
-    float* C;
-    int64_t n, pairs;
+    const std::vector<Piece>& pieces;
+    const ProductBf16& problem;
 
     // Columns of panel j of B against those of panels first … last of A.
     void run(int64_t j, int64_t first, int64_t last) const {
-        const int64_t width = n - j * PANEL;
+        const int64_t n = problem.n, column = j * PANEL, width = n - column;
         for (int64_t i = first; i < last; i++)
             for (int64_t r = 0; r < PANEL && i * PANEL + r < n; r += ROWS) {
                 const int64_t row = i * PANEL + r;
-                tile(A + i * DEPTH * PANEL + r, B + j * DEPTH * PANEL, pairs, C + row * n + j * PANEL, n, n - row, width);
+                for (const Piece& piece : pieces)
+                    tile(A + (i * DEPTH + piece.first) * PANEL + r, B + (j * DEPTH + piece.first) * PANEL, piece.pairs,
+                         problem.row_factors + row, problem.column_factors + column, problem.C + row * n + column, n,
+                         n - row, width);
             }
     }
 };
 
+// The pieces of all batches, in passes.
+std::vector<std::vector<Piece>> passes(const int64_t* ends, int64_t batches) {
+    std::vector<std::vector<Piece>> result(1);
+    int64_t row = 0, depth = 0;
+    for (int64_t batch = 0; batch < batches; batch++)
+        while (row < ends[batch]) {
+            const int64_t left = ends[batch] - row, count = left < 2 * DEPTH ? left : 2 * DEPTH, pairs = (count + 1) / 2;
+            if (depth + pairs > DEPTH) {
+                result.emplace_back();
+                depth = 0;
+            }
+            result.back().push_back({row, count, depth, pairs});
+            row += count;
+            depth += pairs;
+        }
+    return result;
+}
+
 }  // namespace
 
-void product_bf16(const uint16_t* A, const uint16_t* B, float* C, int64_t tokens, int64_t n, bool upper, int threads) {
+void product_bf16(const ProductBf16& problem, int threads) {
+    const int64_t n = problem.n;
     const int64_t panels = (n + PANEL - 1) / PANEL;
-    const int64_t pieces = (panels + PANELS_PER_TASK - 1) / PANELS_PER_TASK;
-    const int64_t matrices = A == B ? 1 : 2;
+    const int64_t tasks_per_panel = (panels + PANELS_PER_TASK - 1) / PANELS_PER_TASK;
+    const int64_t matrices = problem.A == problem.B ? 1 : 2;
     std::unique_ptr<uint32_t[]> packed(new uint32_t[static_cast<size_t>(matrices * panels * DEPTH * PANEL)]);
     uint32_t* const packed_a = packed.get() + (matrices - 1) * panels * DEPTH * PANEL;
-    for (int64_t t = 0; t < tokens; t += 2 * DEPTH) {
-        const int64_t count = tokens - t < 2 * DEPTH ? tokens - t : 2 * DEPTH;
+    for (const std::vector<Piece>& pieces : passes(problem.ends, problem.batches)) {
         parallel_for(matrices * panels, threads, [&](int64_t task) {
             const int64_t p = task % panels;
-            const uint16_t* source = task < panels ? B : A;
-            pack_panel(source + t * n, count, n, p * PANEL, packed.get() + task * DEPTH * PANEL);
+            const uint16_t* source = task < panels ? problem.B : problem.A;
+            for (const Piece& piece : pieces)
+                pack_panel(source + piece.row * n, piece.count, n, p * PANEL,
+                           packed.get() + (task * DEPTH + piece.first) * PANEL);
         });
-        const Pass pass{packed_a, packed.get(), C, n, (count + 1) / 2};
-        parallel_for(panels * pieces, threads, [&](int64_t task) {
-            const int64_t j = task / pieces, first = task % pieces * PANELS_PER_TASK, end = upper ? j + 1 : panels;
+        const Pass pass{packed_a, packed.get(), pieces, problem};
+        parallel_for(panels * tasks_per_panel, threads, [&](int64_t task) {
+            const int64_t j = task / tasks_per_panel, first = task % tasks_per_panel * PANELS_PER_TASK;
+            const int64_t end = problem.upper ? j + 1 : panels;
             pass.run(j, first, first + PANELS_PER_TASK < end ? first + PANELS_PER_TASK : end);
         });
     }

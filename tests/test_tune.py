@@ -16,11 +16,12 @@ from fewbit.codes import Codes
 from fewbit.config import LayerSettings
 from fewbit.errors import CalibrationError, ModelError
 from fewbit.evaluate import windows
-from fewbit.solver import Hessian, quantize_weight
+from fewbit.solver import quantize_weight
 from fewbit.solver.grid import LARGEST_SCALE, SMALLEST_SCALE
 from fewbit.tune import BlockCall, tune_block
 from fewbit.walk.layers import is_layer, set_weight_matrix, weight_matrix
 from models import random_sequences, tiny_model
+from summing import hessian_of
 
 WIDTH = 24
 
@@ -68,9 +69,9 @@ def solve_block(
 ) -> tuple[dict[str, Codes], dict[str, Tensor], list[BlockCall]]:
     """Quantize each layer from the inputs it sees in the original block, and record the calls."""
     layers = {name: module for name, module in block.named_modules() if is_layer(module)}
-    hessians = {name: Hessian(weight_matrix(module).shape[1]) for name, module in layers.items()}
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
     hooks = [
-        module.register_forward_hook(lambda _, args, __, name=name: hessians[name].add(args[0]))
+        module.register_forward_hook(lambda _, args, __, name=name: seen[name].append(args[0]))
         for name, module in layers.items()
         if not isinstance(module, nn.Conv2d)
     ]
@@ -79,7 +80,7 @@ def solve_block(
         hook.remove()
     weights = {name: weight_matrix(module).clone() for name, module in layers.items()}
     codes = {
-        name: quantize_weight(W, None if isinstance(layers[name], nn.Conv2d) else hessians[name], how).codes
+        name: quantize_weight(W, hessian_of(seen[name]) if seen[name] else None, how).codes
         for name, W in weights.items()
     }
     return codes, weights, calls

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import summing
 from fewbit.config import LayerSettings
 from fewbit.errors import SolverError
 from fewbit.solver import Accuracy, FactorCache, Hessian, Probe, fallback, quantize_weight
@@ -25,10 +26,7 @@ def problem(n=40, m=24, tokens=600, drift=0.4, seed=0):
 
 
 def hessian_of(X, X_full):
-    H = Hessian(X.shape[1])
-    for x, full in zip(X.split(250), X_full.split(250), strict=True):
-        H.add(x, full=full)
-    return H
+    return summing.hessian_of(X.split(250), X_full.split(250))
 
 
 def test_the_step_is_the_damped_least_squares_solution():

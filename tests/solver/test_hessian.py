@@ -4,6 +4,7 @@ import torch
 import oracle
 from fewbit.errors import KernelError, SolverError
 from fewbit.solver import Hessian, native
+from summing import hessian_of
 
 BACKENDS = [
     "torch",
@@ -24,9 +25,7 @@ def relative(H, truth):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sum_of_odd_batches_matches_float64(backend, n):
     X = torch.randn(1203, n).bfloat16()
-    H = Hessian(n, backend=backend)
-    for batch in X.split([1, 1100, 102]):
-        H.add(batch)
+    H = hessian_of(X.split([1, 1100, 102]), backend=backend)
     assert H.tokens == 1203
     assert relative(H.matrix(), oracle.hessian(X)) < 3e-6
     assert torch.equal(H.matrix(), H.matrix().T)
@@ -39,11 +38,9 @@ def test_sum_of_odd_batches_matches_float64(backend, n):
 def test_drift_matches_float64(backend, dtype, n):
     full = torch.randn(703, n).to(dtype)
     X = (full + 0.1 * torch.randn(703, n)).to(dtype)
-    H = Hessian(n, backend=backend)
-    assert not H.has_full
-    assert H.drift() is None
-    for x, y in zip(X.split([1, 600, 102]), full.split([1, 600, 102]), strict=True):
-        H.add(x, full=y)
+    assert not hessian_of([X]).has_full
+    assert hessian_of([X]).drift() is None
+    H = hessian_of(X.split([1, 600, 102]), full.split([1, 600, 102]), backend=backend)
     truth = (full.double() - X.double()).T @ X.double()
     assert float((H.drift() - truth).norm() / oracle.hessian(X).norm()) < 3e-6
     assert relative(H.matrix(), oracle.hessian(X)) < 3e-6
@@ -76,14 +73,75 @@ def test_other_dtypes(dtype):
     assert relative(H.matrix(), oracle.hessian(X)) < 3e-6
 
 
+def exact_sums(X, full, owners, order, backend):
+    """The bytes of H and C where batch b is added by owners[b], the batches taken in this order."""
+    mine = [Hessian(X[0].shape[1], backend=backend) for _ in set(owners)]
+    for b in order:
+        mine[owners[b]].foresee(X[b], full=full[b])
+    everyones = torch.cat([H.squares for H in mine])
+    for H in mine:
+        H.fix(everyones)
+    for b in order:
+        mine[owners[b]].add(X[b], full=full[b])
+    for others in mine[1:]:
+        for total, part in zip(mine[0].sums(full=True), others.sums(full=True), strict=True):
+            total.add_(part)
+    mine[0].tokens = sum(H.tokens for H in mine)
+    return mine[0].matrix(), mine[0].drift()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_looking_at_the_matrix_does_not_disturb_the_sum(backend):
-    X = torch.randn(64, 100).bfloat16()
-    H = Hessian(100, backend=backend)
-    H.add(X)
+def test_the_sums_do_not_depend_on_the_order_of_batches_nor_on_who_adds_them(backend, dtype):
+    sizes = [1, 3, 40, 600, 255, 256, 17, 5, 5, 2]
+    X = [torch.randn(size, 130).mul(10 ** torch.randn(130)).to(dtype) for size in sizes]
+    full = [(x + 0.1 * torch.randn_like(x)).to(dtype) for x in X]
+    first = exact_sums(X, full, [0] * 10, range(10), backend)
+    for seed in range(5):
+        g = torch.Generator().manual_seed(seed)
+        owners = torch.randint(seed + 1, (10,), generator=g).tolist()
+        owners = [sorted(set(owners)).index(owner) for owner in owners]
+        order = torch.randperm(10, generator=g).tolist()
+        assert all(map(torch.equal, exact_sums(X, full, owners, order, backend), first))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_outliers_and_late_channels_are_as_exact_as_others(backend):
+    X = torch.randn(8, 500, 96)
+    X[..., 3] *= 1000  # always large
+    X[5, 17, 4] = 30000  # one massive activation
+    X[..., 7] *= 1e-4
+    X[..., 9] = 0  # dead
+    X[:7, :, 10] = 0  # alive in the last batch only
+    X[1:, :, 11] *= 1e-3  # large in the first batch only
+    X = X.bfloat16()
+    H, truth = hessian_of(list(X), backend=backend), oracle.hessian(X.reshape(-1, 96))
+    norms = truth.diagonal().sqrt().clamp(min=1e-30)
+    error = (H.matrix() - truth).abs() / norms / norms[:, None]
+    assert float(error.max()) < 2e-6
+    assert not H.matrix()[9].any()
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e12])
+def test_tiny_and_huge_inputs_stay_in_range(scale):
+    X = torch.randn(300, 64) * scale
+    assert relative(hessian_of(X.split(100)).matrix(), oracle.hessian(X)) < 1e-6
+
+
+def test_tokens_that_were_not_foreseen_are_refused():
+    H = hessian_of([torch.randn(5, 8)])
+    with pytest.raises(SolverError, match="made for the 5 tokens that it has: foresee all batches first"):
+        H.add(torch.randn(1, 8))
+    with pytest.raises(SolverError, match="has its units already"):
+        H.foresee(torch.randn(1, 8))
+
+
+def test_no_tokens_after_the_matrix_was_taken():
+    H = Hessian(8)
+    H.foresee(torch.randn(5, 8))
     H.matrix()
-    H.add(X)
-    assert relative(H.matrix(), 2 * oracle.hessian(X)) < 3e-6
+    with pytest.raises(SolverError, match="before the matrix is taken"):
+        H.add(torch.randn(5, 8))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -134,11 +192,16 @@ def test_a_masked_bad_row_is_not_counted_as_dropped():
 
 
 def test_batches_without_any_token():
-    H = Hessian(8)
-    H.add(torch.zeros(0, 8))
-    H.add(torch.full((2, 8), float("nan")))
-    H.add(torch.ones(2, 8), torch.zeros(2, dtype=torch.bool))
+    H = hessian_of([torch.zeros(0, 8), torch.full((2, 8), float("nan"))])
     assert (H.tokens, H.dropped) == (0, 2)
+    assert not H.matrix().any()
+    H = Hessian(8)
+    H.add(torch.full((2, 8), float("nan")))
+    assert (H.tokens, H.dropped) == (0, 2)
+    assert not H.matrix().any()
+    H = Hessian(8)
+    H.add(torch.ones(2, 8), torch.zeros(2, dtype=torch.bool))
+    assert (H.tokens, H.dropped) == (0, 0)
     assert not H.matrix().any()
 
 

@@ -8,10 +8,11 @@ from torch import nn
 
 from fewbit.config import QuantConfig
 from fewbit.plan import make_plan
-from fewbit.solver import Hessian, quantize_weight
+from fewbit.solver import quantize_weight
 from fewbit.walk.layers import input_rows, set_weight_matrix, weight_matrix
 from fewbit.walk.lockstep import walk
 from models import FAMILIES, random_sequences, tiny_model
+from summing import hessian_of
 
 CONFIG = QuantConfig(bits=3, group_size=16, seq_len=24)
 
@@ -44,9 +45,7 @@ def replay(model, batches):
             for batch in batches:
                 model(**batch, use_cache=False)
         hook.remove()
-        hessian = Hessian(input_rows(module, seen[0]).shape[1])
-        for x in seen:
-            hessian.add(input_rows(module, x))
+        hessian = hessian_of([input_rows(module, x) for x in seen])
         W = weight_matrix(module)
         codes[name] = quantize_weight(W, hessian, CONFIG.defaults).codes
         set_weight_matrix(module, codes[name].dequantize(W.dtype))
@@ -60,9 +59,7 @@ def lockstep(model, batches):
 
     def meet(name, arrivals):
         module = layers[name]
-        hessian = Hessian(input_rows(module, arrivals[0].x).shape[1])
-        for arrival in arrivals:
-            hessian.add(input_rows(module, arrival.x))
+        hessian = hessian_of([input_rows(module, arrival.x) for arrival in arrivals])
         W = weight_matrix(module)
         codes[name] = quantize_weight(W, hessian, CONFIG.defaults).codes
         set_weight_matrix(module, codes[name].dequantize(W.dtype))
@@ -191,9 +188,7 @@ def two_streams(model, batches, **options):
     def meet(name, arrivals):
         seen[name] = {arrival.job: arrival.x.clone() for arrival in arrivals}
         module = layers[name]
-        hessian = Hessian(input_rows(module, arrivals[0].x).shape[1])
-        for arrival in arrivals[:n]:
-            hessian.add(input_rows(module, arrival.x))
+        hessian = hessian_of([input_rows(module, arrival.x) for arrival in arrivals[:n]])
         W = weight_matrix(module)
         set_weight_matrix(module, quantize_weight(W, hessian, CONFIG.defaults).codes.dequantize(W.dtype))
 

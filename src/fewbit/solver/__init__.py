@@ -133,8 +133,8 @@ def quantize_weight(
         cache: shared by the layers that share H.
         accuracy: correction and refit; by default neither.
         probe: held-out tokens, on which both are judged.
-        total: sums a small tensor over all parts of the layer, where W is one of them. What is decided or measured
-            of all rows (α, refit, loss, true error) then is the same in every part.
+        total: sums figures of every row over all rows of the layer, where W is a part of it. What is decided or
+            measured of all rows (α, refit, loss, true error) then is the same in every part.
         backend: "auto", "torch" or "native".
 
     Raises:
@@ -143,7 +143,7 @@ def quantize_weight(
     _check(W, H)
     W = W.detach().float()
     if H is None or settings.method == "rtn":
-        return _judged(_round_to_nearest(W, settings, backend), W, probe, total)
+        return _judged(_round_to_nearest(W, settings, backend, total), W, probe, total)
     cache = cache if cache is not None else FactorCache()
     shared = cache.get(H, settings)
     accuracy = accuracy if accuracy is not None else Accuracy()
@@ -152,12 +152,12 @@ def quantize_weight(
         T, shared.D.to(T.device), shared.g_idx.to(T.device), settings.bits, sym=settings.sym, backend=backend
     )
     if shared.factor is None:
-        swept, loss, damp = _codes(nearest(T, grid, settings.bits), grid, settings), None, None
+        swept, losses, damp = _codes(nearest(T, grid, settings.bits), grid, settings), None, None
     else:
-        swept, loss = _sweep(T, shared.factor, grid, settings, backend)
+        swept, losses = _sweep(T, shared.factor, grid, settings, backend)
         damp = shared.damp
     codes = _refit(W, T, swept, H, probe, total) if accuracy.refit and probe is not None else swept
-    loss = loss if codes is swept and loss is not None else _loss(T, codes, H)
+    loss = float(total(losses if codes is swept and losses is not None else _losses(T, codes, H)))
     fallbacks = (*shared.fallbacks, *rungs)
     solution = Solution(
         codes, loss, fallbacks, damp, H.tokens, H.dropped, shared.dead, alpha, refit=codes is not swept
@@ -189,8 +189,8 @@ def _target(
 
 def _sweep(
     T: Tensor, factor: Factor, grid: Grid, settings: LayerSettings, backend: Backend
-) -> tuple[Codes, float]:
-    """The codes of the best of some stretched grids, row by row, and their loss.
+) -> tuple[Codes, Tensor]:
+    """The codes of the best of some stretched grids, row by row, and the loss of every row.
 
     The grid that fits the weights best clips the largest of them. In the sweep a column takes errors of
     others on top of its own weight, and a clipped one cannot: where inputs are strongly correlated a wider
@@ -205,7 +205,7 @@ def _sweep(
         better = sweep.losses < losses
         codes[better], scales[better] = sweep.codes[better], stretched[better]
         losses[better] = sweep.losses[better]
-    return _codes(codes, Grid(scales, grid.zeros, grid.g_idx), settings), float(losses.sum())
+    return _codes(codes, Grid(scales, grid.zeros, grid.g_idx), settings), losses
 
 
 def _refit(W: Tensor, T: Tensor, swept: Codes, H: Hessian, probe: Probe, total: Total) -> Codes:
@@ -220,30 +220,27 @@ def _refit(W: Tensor, T: Tensor, swept: Codes, H: Hessian, probe: Probe, total: 
     return fitted if after < before else swept
 
 
-def _loss(T: Tensor, codes: Codes, H: Hessian) -> float:
-    """tr((T − Ŵ) H (T − Ŵ)ᵀ)."""
+def _losses(T: Tensor, codes: Codes, H: Hessian) -> Tensor:
+    """(t − ŵ) H (t − ŵ)ᵀ of every row, float64."""
     E = T - codes.dequantize()
-    return float((E @ H.matrix()).mul_(E).sum(dtype=torch.float64))
+    return (E @ H.matrix()).mul_(E).sum(dim=1, dtype=torch.float64)
 
 
 def _judged(solution: Solution, W: Tensor, probe: Probe | None, total: Total) -> Solution:
-    """The solution with its loss, and its error on the probe, those of all parts of the layer."""
-    loss = float(total(torch.tensor(solution.loss, dtype=torch.float64)))
+    """The solution with its error on the probe."""
     if probe is None or probe.tokens == 0:
-        return replace(solution, loss=loss)
-    return replace(
-        solution, loss=loss, true_error=relative_error(W, solution.codes.dequantize(), probe, total)
-    )
+        return solution
+    return replace(solution, true_error=relative_error(W, solution.codes.dequantize(), probe, total))
 
 
-def _round_to_nearest(W: Tensor, settings: LayerSettings, backend: Backend) -> Solution:
+def _round_to_nearest(W: Tensor, settings: LayerSettings, backend: Backend, total: Total) -> Solution:
     n = W.shape[1]
     g_idx = sequential_groups(n, settings.group_size).to(W.device)
     grid = fit_grid(
         W, torch.ones(n, device=W.device), g_idx, settings.bits, sym=settings.sym, backend=backend
     )
     codes = _codes(nearest(W, grid, settings.bits), grid, settings)
-    return Solution(codes, float((W - codes.dequantize()).square().sum(dtype=torch.float64)))
+    return Solution(codes, float(total((W - codes.dequantize()).square().sum(dim=1, dtype=torch.float64))))
 
 
 def _codes(q: Tensor, grid: Grid, settings: LayerSettings) -> Codes:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .hessian import Hessian
 
-# Sums a small tensor over all parts of W, where W is only some of a layer's rows.
+# Sums figures of the rows of W, float64 (rows, …), over all rows of the layer, of which W may be a part: always in
+# the same order, so that the sum does not depend on the parts.
 Total = Callable[[Tensor], Tensor]
 
 # λ of the correction, as a fraction of mean(diag H). Chosen by measurement: docs/accuracy.md.
@@ -72,9 +73,9 @@ class Drift:
         return torch.cholesky_solve((W @ self.C).T, self.L).T.contiguous()
 
 
-def whole(part: Tensor) -> Tensor:
+def whole(figures: Tensor) -> Tensor:
     """The `Total` of a W that has all rows."""
-    return part
+    return figures.sum(0)
 
 
 def best_alpha(W: Tensor, step: Tensor, probe: Probe, total: Total = whole) -> float:
@@ -82,27 +83,27 @@ def best_alpha(W: Tensor, step: Tensor, probe: Probe, total: Total = whole) -> f
 
     In closed form: with A = W (X̃ − X) and B = step X the minimum of ‖A − αB‖² is at ⟨A, B⟩ / ‖B‖².
     """
-    A = (probe.X_full - probe.X) @ W.T
-    B = probe.X @ step.T
-    product, norm = (
-        float(value)
-        for value in total(
-            torch.stack([(A * B).sum(dtype=torch.float64), B.square().sum(dtype=torch.float64)])
-        )
-    )
+    A = W @ (probe.X_full - probe.X).T
+    B = step @ probe.X.T
+    product, norm = total(torch.stack([_sums(A * B), _sums(B.square())], dim=1)).tolist()
     return min(1.0, max(0.0, product / norm)) if norm > 0 else 0.0
 
 
 def output_error(W: Tensor, W_hat: Tensor, probe: Probe, total: Total = whole) -> float:
     """‖W X̃ − Ŵ X‖² on the probe."""
-    E = (probe.X_full @ W.T).sub_(probe.X @ W_hat.T)
-    return float(total(E.square().sum(dtype=torch.float64)))
+    E = (W @ probe.X_full.T).sub_(W_hat @ probe.X.T)
+    return float(total(_sums(E.square_())))
 
 
 def relative_error(W: Tensor, W_hat: Tensor, probe: Probe, total: Total = whole) -> float | None:
     """‖W X̃ − Ŵ X‖ / ‖W X̃‖ on the probe; None where W X̃ carries no signal."""
-    Y = probe.X_full @ W.T
-    norm = Y.square().sum(dtype=torch.float64)
-    error = Y.sub_(probe.X @ W_hat.T).square().sum(dtype=torch.float64)
-    error, norm = total(torch.stack([error, norm]))
-    return math.sqrt(float(error) / float(norm)) if norm > 0 else None
+    Y = W @ probe.X_full.T
+    norms = _sums(Y.square())
+    errors = _sums(Y.sub_(W_hat @ probe.X.T).square_())
+    error, norm = total(torch.stack([errors, norms], dim=1)).tolist()
+    return math.sqrt(error / norm) if norm > 0 else None
+
+
+def _sums(Y: Tensor) -> Tensor:
+    """The sum of every row, float64."""
+    return Y.sum(dim=1, dtype=torch.float64)

@@ -1,11 +1,18 @@
 """The Hessian of a linear layer, H = X Xᵀ, and the drift of its inputs, C = (X̃ − X) Xᵀ.
 
 X are the inputs that the layer gets in the quantized model, X̃ those it gets in the original one. Contract:
-sums over calibration tokens, never averages, in float32; tokens are added in any number of batches and the
-sums do not depend on anything else. Knows nothing of models, layers or weights.
+sums over calibration tokens, never averages. Tokens come in batches; the sum over batches is exact, so the same
+batches give the same bytes in any order, and wherever each of them is added. Knows nothing of models, layers or
+weights.
+
+H_ij is kept as an integer in units of 2⁻³⁰ s_i s_j, where s_i is the smallest power of two with H_ii ≤ s_i². As
+|H_ij| ≤ √(H_ii H_jj), nothing overflows, and a unit is less than 2⁻²⁸ √(H_ii H_jj): finer than the rounding of a
+float32 sum. It takes two passes over the tokens: the first, `foresee`, finds Σ x_i².
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,19 +25,31 @@ from .native import Backend
 # calibration set, could leave float32.
 LARGEST_ACTIVATION = 2.0**50
 
-# Blocks of columns whose upper triangle is computed: 60% of the full product. More blocks save
-# arithmetic but make the matrix products too narrow to run at full speed.
-_BLOCKS = 5
+_ONE = 2.0**30  # units in s_i s_j
 
 # Float32 copies of a batch are made in pieces of this many bytes.
 _PIECE_BYTES = 1 << 26
+
+# Rows of H whose products are computed together. On the CPU few enough that they are still in its cache when they
+# are rounded; elsewhere as many as a piece has bytes for.
+_ROWS_TOGETHER = 192
+
+# In the compiled module batches smaller than this wait for others, until together they have so many tokens: one
+# by one they would go through the whole matrix every time.
+_SMALL_BATCH = 256
+_JOINED_TOKENS = 4096
+
+_FINISHED_ROWS = 64  # that are turned into float32 at a time
 
 
 class Hessian:
     """Accumulates H = Σ x xᵀ over tokens, and P = Σ x̃ xᵀ where the full-precision inputs are given.
 
-    Of H only the upper triangle is accumulated; `matrix` mirrors it. The same batches in the same order
-    give the same bytes, for one backend and thread count.
+    First `foresee` every batch, then `add` every batch; for a single one `add` alone will do. A product inside a
+    batch is a float32 sum, which is the same every time for one backend and thread count. Where others add further
+    batches, all give `fix` the `squares` of all, and sum what `sums` returns.
+
+    Of H only the upper triangle is accumulated; `matrix` mirrors it.
 
     Args:
         n: input features of the layer.
@@ -43,12 +62,56 @@ class Hessian:
         self.tokens = 0
         self.dropped = 0
         self._backend: Backend = backend
-        self._H = torch.zeros(n, n, dtype=torch.float32, device=device)
-        self._P: Tensor | None = None  # C once the drift was asked for
-        self._has_drift = False
+        self._H = torch.zeros(n, n, dtype=torch.int32, device=device)  # float32 once finished
+        self._P: Tensor | None = None  # C once finished
+        self._squares: list[Tensor] = []
+        self._foreseen = 0
+        self._clean = True
+        self._s: Tensor | None = None
+        self._waiting: list[list[Tensor]] = []
+        self._finished = False
+
+    def foresee(self, X: Tensor, mask: Tensor | None = None, full: Tensor | None = None) -> None:
+        """Announce tokens that will be added; the arguments are those of `add`.
+
+        Raises:
+            SolverError: as in `add`; or the units are fixed already.
+        """
+        if self._s is not None:
+            raise SolverError(
+                "this Hessian has its units already: foresee all batches before the first is added"
+            )
+        both = self._both(X, mask, full)
+        squares = _squares(both)
+        if not _in_range(squares):
+            self._clean = False
+            both = [part[_good_rows(both)] for part in both]
+            squares = _squares(both)
+        self._foreseen += both[0].shape[0]
+        self._squares.append(squares if full is not None else torch.cat([squares, torch.zeros_like(squares)]))
+
+    @property
+    def squares(self) -> Tensor:
+        """Σ x_i² and Σ x̃_i² of each batch that was foreseen, float32 (batches, 2n)."""
+        return (
+            torch.stack(self._squares)
+            if self._squares
+            else self._H.new_empty(0, 2 * self.n, dtype=torch.float32)
+        )
+
+    def fix(self, squares: Tensor) -> None:
+        """Fix the units of H and P.
+
+        Args:
+            squares: of all batches that all will add, in an order on which all agree, float32 (batches, 2n).
+        """
+        # Σ x² < 2^exponent.
+        exponents = torch.frexp(squares.double().sum(0)).exponent
+        self._s = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), (exponents + 1) // 2)
+        self._squares.clear()
 
     def add(self, X: Tensor, mask: Tensor | None = None, full: Tensor | None = None) -> None:
-        """Add tokens.
+        """Add the tokens of one batch.
 
         Args:
             X: (tokens, n) or (..., n), float32, bfloat16 or float16. One row per token.
@@ -57,57 +120,35 @@ class Hessian:
 
         Raises:
             SolverError: the last dimension of X is not n, the mask has another number of rows, `full` another
-                shape, or the drift was taken already.
+                shape; more tokens than were foreseen, or the matrix was taken already.
         """
-        if X.shape[-1] != self.n:
-            raise SolverError(f"this Hessian has {self.n} input features, but the batch has {X.shape[-1]}")
-        if full is not None and full.shape != X.shape:
-            raise SolverError(
-                f"the full-precision inputs have shape {tuple(full.shape)}, but the batch has {tuple(X.shape)}"
-            )
-        if self._has_drift:
-            raise SolverError("the drift of this Hessian was taken already: make a new one to add tokens")
-        X = X.detach().reshape(-1, self.n).to(self._H.device)
-        # Both streams side by side, so that a token is left out of both or of neither.
-        both = [X] if full is None else [X, full.detach().reshape(-1, self.n).to(self._H.device)]
-        if mask is not None:
-            both = _masked(both, mask)
-        both = self._without_bad_rows(both)
-        if both[0].shape[0] == 0:
-            return
+        if self._s is None:
+            if not self._squares:
+                self.foresee(X, mask, full)
+            self.fix(self.squares)
+        both = self._both(X, mask, full)
+        if not self._clean:
+            good = _good_rows(both)
+            self.dropped += int((~good).sum())
+            both = [part[good] for part in both]
         self.tokens += both[0].shape[0]
-        self._accumulate(both[0], both[0], self._H, upper=True)
-        if full is not None:
-            if self._P is None:
-                self._P = torch.zeros_like(self._H)
-            self._accumulate(both[1], both[0], self._P, upper=False)
-
-    def _accumulate(self, A: Tensor, B: Tensor, C: Tensor, *, upper: bool) -> None:
-        """C += Aᵀ B, or at least its upper triangle."""
-        if A.dtype == B.dtype == torch.bfloat16 and native.use(self._backend, A, needs="avx512_bf16"):
-            A = A.contiguous()
-            native.product_bf16(A, A if upper else B.contiguous(), C, upper=upper)
-            return
-        step = max(1, _PIECE_BYTES // (4 * self.n))
-        for a in range(0, A.shape[0], step):
-            _add_product(C, A[a : a + step].float(), B[a : a + step].float(), upper=upper)
-
-    def matrix(self) -> Tensor:
-        """H, float32 (n, n), symmetric. A view of the state: do not write to it, and do not keep it
-        while more tokens are added.
-        """
-        for a in range(0, self.n, 256):
-            b = min(a + 256, self.n)
-            self._H[b:, a:b] = self._H[a:b, b:].T
-            square = self._H[a:b, a:b]
-            self._H[a:b, a:b] = square.triu() + square.triu(1).T
-        return self._H
+        if self.tokens > self._foreseen or self._finished:
+            raise SolverError(
+                f"this Hessian was made for the {self._foreseen} tokens that it has: foresee all batches first, and "
+                "add them before the matrix is taken"
+            )
+        if full is not None and self._P is None:
+            self._P = torch.zeros_like(self._H)
+        self._waiting.append(both)
+        if not self._joins(both) or sum(len(part[0]) for part in self._waiting) >= _JOINED_TOKENS:
+            self._flush()
 
     def sums(self, full: bool) -> list[Tensor]:
-        """H (its upper triangle) and, if `full`, P: to be summed, in place, over all who added some of the tokens.
+        """H (its upper triangle) and, if `full`, P, as integers: to be summed in place over all who added batches.
 
         `tokens` and `dropped` are to be set to their sums, too.
         """
+        self._flush()
         if full and self._P is None:
             self._P = torch.zeros_like(self._H)
         return [self._H, self._P] if full and self._P is not None else [self._H]
@@ -117,28 +158,99 @@ class Hessian:
         """Whether full-precision inputs were given."""
         return self._P is not None
 
+    def matrix(self) -> Tensor:
+        """H, float32 (n, n), symmetric. The state itself: do not write to it."""
+        self._finish()
+        return self._H
+
     def drift(self) -> Tensor | None:
         """C = (X̃ − X) Xᵀ, float32 (n, n), C_ij = Σ (x̃_i − x_i) x_j; None where no X̃ was given.
 
-        The difference of two sums: both hold exact products, so what cancels is their rounding only. Takes the
-        place of P, so no token can be added afterwards.
+        The difference of two sums: both hold exact products, so what cancels is their rounding only.
         """
-        if self._P is not None and not self._has_drift:
-            self._P.sub_(self.matrix())
-            self._has_drift = True
+        self._finish()
         return self._P
 
     def diagonal(self) -> Tensor:
         """diag(H), float32 (n,), a copy."""
-        return self._H.diagonal().clone()
+        return self.matrix().diagonal().clone()
 
-    def _without_bad_rows(self, both: list[Tensor]) -> list[Tensor]:
-        """Without the rows that are not finite in one of them. One reduction each in the normal case."""
-        if both[0].numel() == 0 or all(_in_range(torch.stack(torch.aminmax(X))) for X in both):
-            return both
-        good = torch.stack([usable_rows(X) for X in both]).all(0)
-        self.dropped += int((~good).sum())
-        return [X[good] for X in both]
+    def _both(self, X: Tensor, mask: Tensor | None, full: Tensor | None) -> list[Tensor]:
+        """The rows of X that count and, if given, of X̃: a token is left out of both or of neither."""
+        if X.shape[-1] != self.n:
+            raise SolverError(f"this Hessian has {self.n} input features, but the batch has {X.shape[-1]}")
+        if full is not None and full.shape != X.shape:
+            raise SolverError(
+                f"the full-precision inputs have shape {tuple(full.shape)}, but the batch has {tuple(X.shape)}"
+            )
+        streams = [X] if full is None else [X, full]
+        both = [part.detach().reshape(-1, self.n).to(self._H.device) for part in streams]
+        return both if mask is None else _masked(both, mask)
+
+    def _is_native(self, both: list[Tensor]) -> bool:
+        return all(part.dtype == torch.bfloat16 for part in both) and native.use(
+            self._backend, both[0], needs="avx512_bf16"
+        )
+
+    def _joins(self, both: list[Tensor]) -> bool:
+        return len(both[0]) < _SMALL_BATCH and self._is_native(both)
+
+    def _flush(self) -> None:
+        """Add the batches that wait."""
+        batches = [both for both in self._waiting if len(both[0])]
+        self._waiting.clear()
+        if not batches or self._s is None:
+            return
+        if all(map(self._is_native, batches)):
+            self._add_native(batches)
+        else:
+            for both in batches:
+                self._add_torch(both)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """1/s of x and of x̃: multiplied by it, all products sum to 1 at most."""
+        assert self._s is not None
+        return 1 / self._s[: self.n], 1 / self._s[self.n :]
+
+    def _add_native(self, batches: list[list[Tensor]]) -> None:
+        ends = torch.tensor([len(both[0]) for both in batches]).cumsum(0)
+        X, *full = (
+            torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+            for parts in zip(*batches, strict=True)
+        )
+        of_x, of_full = self._factors()
+        native.product_bf16(X, X, self._H, ends, of_x * _ONE, of_x, upper=True)
+        if full and self._P is not None:
+            native.product_bf16(full[0], X, self._P, ends, of_full * _ONE, of_x, upper=False)
+
+    def _add_torch(self, both: list[Tensor]) -> None:
+        of_x, of_full = self._factors()
+        for X, *full in zip(*(_pieces(part) for part in both), strict=True):
+            # Powers of two: the products are the same but for their exponents.
+            X = X * of_x
+            _add_rounded(self._H, X * _ONE, X, upper=True)
+            if full and self._P is not None:
+                _add_rounded(self._P, full[0] * (of_full * _ONE), X, upper=False)
+
+    def _finish(self) -> None:
+        """Turn the integers into float32, in place: H symmetric, and C = P − H instead of P."""
+        if self._finished:
+            return
+        self._flush()
+        self._finished = True
+        H, P = self._H, self._P
+        self._H = H.view(torch.float32)
+        self._P = None if P is None else P.view(torch.float32)
+        if self._s is None:  # nothing was added: zeros
+            return
+        _mirror(H)
+        of_x, of_full = self._s[: self.n].double(), self._s[self.n :].double()
+        for a in range(0, self.n, _FINISHED_ROWS):
+            b = min(a + _FINISHED_ROWS, self.n)
+            values = H[a:b] * (of_x[a:b, None] / _ONE * of_x)
+            if P is not None and self._P is not None:
+                self._P[a:b] = P[a:b] * (of_full[a:b, None] / _ONE * of_x) - values
+            self._H[a:b] = values
 
 
 def usable_rows(X: Tensor) -> Tensor:
@@ -146,9 +258,33 @@ def usable_rows(X: Tensor) -> Tensor:
     return ((X.abs() <= LARGEST_ACTIVATION) & torch.isfinite(X)).all(dim=1)
 
 
-def _in_range(extremes: Tensor) -> bool:
-    # NaN compares false, so it is out of range too.
-    return bool((extremes.float().abs() <= LARGEST_ACTIVATION).all())
+def _good_rows(both: list[Tensor]) -> Tensor:
+    """Which rows are usable in all streams."""
+    return torch.stack([usable_rows(X) for X in both]).all(0)
+
+
+def _in_range(squares: Tensor) -> bool:
+    """Whether sums of squares leave no doubt that every row was usable. NaN compares false."""
+    return bool((squares <= LARGEST_ACTIVATION**2).all())
+
+
+def _pieces(X: Tensor) -> Iterator[Tensor]:
+    """X (tokens, n) as float32, some rows at a time."""
+    step = max(1, _PIECE_BYTES // (4 * X.shape[1]))
+    return (X[a : a + step].float() for a in range(0, X.shape[0], step))
+
+
+def _squares(both: list[Tensor]) -> Tensor:
+    """Σ x_i² over the rows of each stream, one after the other: float32 (n,) or (2n,)."""
+    # As a product with ones: a sum over rows is several times slower.
+    sums = [
+        sum(
+            (X.new_ones(1, len(X)) @ X.square() for X in _pieces(part)),
+            part.new_zeros(1, part.shape[1]).float(),
+        )
+        for part in both
+    ]
+    return torch.cat(sums, dim=1)[0]
 
 
 def _masked(both: list[Tensor], mask: Tensor) -> list[Tensor]:
@@ -158,13 +294,21 @@ def _masked(both: list[Tensor], mask: Tensor) -> list[Tensor]:
     return both if bool(mask.all()) else [X[mask] for X in both]
 
 
-def _add_product(C: Tensor, A: Tensor, B: Tensor, *, upper: bool) -> None:
-    """C += Aᵀ B, or no more than is needed of its upper triangle; A, B are (tokens, n) float32."""
+def _add_rounded(C: Tensor, A: Tensor, B: Tensor, *, upper: bool) -> None:
+    """C += Aᵀ B rounded, or no more than is needed of its upper triangle; C int32 (n, n), A, B float32 (tokens, n)."""
     n = C.shape[0]
-    if not upper:
-        C.addmm_(A.T, B)
-        return
-    step = max(64, -(-n // _BLOCKS))
+    step = _ROWS_TOGETHER if C.device.type == "cpu" else max(_ROWS_TOGETHER, _PIECE_BYTES // (4 * n))
     for a in range(0, n, step):
-        b = min(a + step, n)
-        C[a:b, a:].addmm_(A[:, a:b].T, B[:, a:])
+        first = a if upper else 0
+        product = A[:, a : a + step].T @ B[:, first:]
+        C[a : a + step, first:].add_(product.round_().to(torch.int32))
+
+
+def _mirror(H: Tensor) -> None:
+    """Make H (n, n) symmetric, from its upper triangle."""
+    n = H.shape[0]
+    for a in range(0, n, 256):
+        b = min(a + 256, n)
+        H[b:, a:b] = H[a:b, b:].T
+        square = H[a:b, a:b]
+        H[a:b, a:b] = square.triu() + square.triu(1).T

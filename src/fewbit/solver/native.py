@@ -93,12 +93,27 @@ def _why_not_here(tensor: Tensor, needs: str | None) -> str:
     return ""
 
 
-def product_bf16(A: Tensor, B: Tensor, C: Tensor, *, upper: bool) -> None:
-    """C += Aᵀ B, or only its upper triangle. A, B: bfloat16 (tokens, n); C: float32 (n, n); all contiguous."""
-    tokens, n = A.shape
+def product_bf16(
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    ends: Tensor,
+    row_factors: Tensor,
+    column_factors: Tensor,
+    *,
+    upper: bool,
+) -> None:
+    """C += Aᵀ B, or only its upper triangle, in integers: every batch's sum is scaled and rounded on its own.
+
+    Args:
+        A, B: bfloat16 (tokens, n). C: int32 (n, n). All contiguous.
+        ends: int64 (batches,), where each batch ends: rows ``ends[b − 1] … ends[b]`` are batch b.
+        row_factors, column_factors: float32 (n,), what the sums are multiplied by.
+    """
     _load()[0].product_bf16(
-        A.data_ptr(), B.data_ptr(), C.data_ptr(), tokens, n, upper, torch.get_num_threads()
-    )
+        A.data_ptr(), B.data_ptr(), C.data_ptr(), ends.data_ptr(), ends.numel(), A.shape[1],
+        row_factors.data_ptr(), column_factors.data_ptr(), upper, torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def fit_grid(

@@ -7,9 +7,10 @@ Two layers share when every job brought the very same tensor object to both. Ten
 weak reference and compared with `is`: addresses are reused by the allocator and would match falsely,
 and a strong reference would keep a whole layer's activations alive.
 
-With several processes each has some of the batches. Sums are taken over all of them, held-out rows are
-gathered, and what is decided of a layer (does it share, do its rows belong together) is decided of all of its
-inputs: so every process gets the same Hessian, those to which no input came too.
+With several processes each has some of the batches. Sums over batches are exact and taken over all processes,
+held-out rows are gathered in the order of batches, and what is decided of a layer (does it share, do its rows
+belong together) is decided of all of its inputs: so every process gets the same Hessian, bit for bit the one that
+a single process would get, and those to which no input came get it too.
 """
 
 from __future__ import annotations
@@ -31,9 +32,6 @@ from .ranks import Ranks
 # Parallel attention and feed-forward alternate between two inputs; encoder-decoder cross-attention
 # comes back to the encoder's output in every block.
 KEPT = 2
-
-# Rows of an expert that are added to its Hessian at a time.
-_JOINED_ROWS = 4096
 
 _HELD_OUT_SHARE = 16
 _MOST_HELD_OUT = 8
@@ -226,30 +224,46 @@ class HessianPool:
             [(a.job, weakref.ref(a.x), a.x._version) for a in arrivals],
             Hessian(matrix_shape(module)[1], device=device),
         )
+        H, probe = entry.hessian, _ProbeRows(PROBE_TOKENS // max(1, self._probed))
         quantized = [arrival for arrival in arrivals if arrival.job < len(self._batches)]
-        probe = _ProbeRows(PROBE_TOKENS // max(1, self._probed))
-        rows = _JoinedRows(entry.hessian)
-        for arrival in quantized:
+
+        def streams(arrival: Arrival) -> tuple[Tensor, Tensor | None]:
             X = input_rows(module, arrival.x)
-            X_full = input_rows(module, full[arrival.job])[: X.shape[0]] if full else None
-            mask = self._mask(name, arrival, X)
-            entry.masked += 0 if mask is None else int(mask.numel() - torch.count_nonzero(mask))
-            held = self._held_out(name, arrival, X) if holding_out else None
-            routed = self._routed(name, arrival.job)
-            entry.added += 0 if routed is None else X.shape[0] - routed.sent
+            return X, input_rows(module, full[arrival.job])[: X.shape[0]] if full else None
+
+        counted = []
+        for arrival in quantized:
+            X, X_full = streams(arrival)
+            mask, held = self._counted(name, entry, arrival, X, holding_out)
+            H.foresee(X, mask, X_full)
+            counted.append((mask, held))
+        H.fix(self._ranks.gather(H.squares))
+        for arrival, (mask, held) in zip(quantized, counted, strict=True):
+            X, X_full = streams(arrival)
+            H.add(X, mask, X_full)
             if held is not None and X_full is not None:
-                held = held.to(X.device)
-                probe.add(X, X_full, held if mask is None else held & mask)
-                mask = ~held if mask is None else mask & ~held
-            if routed is None:
-                entry.hessian.add(X, mask, X_full)
-            else:
-                rows.add(X, mask, X_full)
-        rows.flush()
-        entry.hessian.dropped += probe.dropped
+                probe.add(X, X_full, held)
+        H.dropped += probe.dropped
         self._sum_up(entry)
-        entry.probe = self._gathered(probe, entry.hessian.n, device) if holding_out else None
+        entry.probe = self._gathered(probe, H.n, device) if holding_out else None
         return entry
+
+    def _counted(
+        self, name: str, entry: SharedHessian, arrival: Arrival, X: Tensor, holding_out: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Which rows of an input enter the Hessian, None: all of them; and which are held out, None: none.
+
+        Padding, and tokens that the router did not send, are counted.
+        """
+        mask = self._mask(name, arrival, X)
+        entry.masked += 0 if mask is None else int(mask.numel() - torch.count_nonzero(mask))
+        routed = self._routed(name, arrival.job)
+        entry.added += 0 if routed is None else X.shape[0] - routed.sent
+        held = self._held_out(name, arrival, X) if holding_out else None
+        if held is None:
+            return mask, None
+        held = held.to(X.device)
+        return (~held, held) if mask is None else (mask & ~held, held & mask)
 
     def _sum_up(self, entry: SharedHessian) -> None:
         """Replace every sum by that over all processes."""
@@ -309,32 +323,6 @@ class HessianPool:
 def _unrelated(probe: Probe) -> bool:
     """Whether the rows of the two streams differ like rows of different tokens, however alike their shapes."""
     return bool((probe.X_full - probe.X).square().sum() > probe.X_full.square().sum())
-
-
-class _JoinedRows:
-    """Adds the rows of many batches to a Hessian a few thousand at a time.
-
-    An expert gets a few rows of each batch: one by one they would go through the whole matrix every time.
-    """
-
-    def __init__(self, hessian: Hessian) -> None:
-        self._hessian = hessian
-        self._parts: list[tuple[Tensor, Tensor | None]] = []
-
-    def add(self, X: Tensor, mask: Tensor | None, X_full: Tensor | None) -> None:
-        if mask is not None:
-            X, X_full = X[mask], None if X_full is None else X_full[mask]
-        self._parts.append((X, X_full))
-        if sum(len(rows) for rows, _ in self._parts) >= _JOINED_ROWS:
-            self.flush()
-
-    def flush(self) -> None:
-        if not self._parts:
-            return
-        full = [rows for _, rows in self._parts if rows is not None]
-        X = torch.cat([rows for rows, _ in self._parts])
-        self._hessian.add(X, None, torch.cat(full) if full else None)
-        self._parts.clear()
 
 
 class _ProbeRows:

@@ -2,8 +2,8 @@
 
 Contract: the only file that imports torch.distributed. Everything else sees a `Ranks`: of one process, where
 every method is trivial, or of several, where all of them call the same methods in the same order. What they
-exchange are sums, rows of codes and small values, so the result does not depend on how batches are shared
-beyond the rounding of sums.
+exchange are sums of integers, rows and small values, in the order of batches and of rows, so the result does not
+depend on how these are shared.
 
     batches    consecutive shares, in rank order             share
     Hessians   sums over the shares                          add_, total, gather
@@ -38,6 +38,10 @@ from ..solver import native
 
 T = TypeVar("T")
 
+# Rows of W are divided in multiples of this. With a few rows a matrix product takes other ways, and rounds in
+# another order, than with many; from here on a row comes out the same, whatever rows are beside it.
+ROWS_TOGETHER = 32
+
 # How long a rank waits for the others, who may have long work of their own (writing, measuring). A process that
 # ends is noticed at once; only a machine that falls silent is waited for so long.
 _TIMEOUT = timedelta(hours=2)
@@ -52,8 +56,8 @@ class Part:
     """This rank's rows of a matrix.
 
     Attributes:
-        rows: which ones. total: sums a small tensor over all parts, and returns the sum. gather: puts tensors
-            with these rows of every part together, (all rows, …).
+        rows: which ones. total: sums figures of these rows, (rows, …), over all rows of the matrix, in their order.
+            gather: puts tensors with these rows of every part together, (all rows, …).
     """
 
     rows: slice
@@ -101,8 +105,11 @@ class Ranks:
         return rows
 
     def part(self, rows: int) -> Part:
-        """How a matrix with so many rows is divided. One with fewer rows than ranks is everybody's."""
-        return Part(slice(0, rows), _same, _same)
+        """How a matrix with so many rows is divided. One that is too small for it is everybody's.
+
+        Everybody has at least `ROWS_TOGETHER` rows.
+        """
+        return Part(slice(0, rows), _summed, _same)
 
     def collect(self, value: T) -> list[T]:
         """The values of all ranks, in rank order; any picklable ones."""
@@ -166,17 +173,17 @@ class _Group(Ranks):
         return self._gather(rows, self.total(*(rows.shape[0] * (r == self.rank) for r in range(self.world))))
 
     def part(self, rows: int) -> Part:
-        if rows < self.world:
+        if rows < self.world * ROWS_TOGETHER:
             return super().part(rows)
-        bounds = _bounds(rows, self.world)
+        bounds = [ROWS_TOGETHER * bound for bound in _bounds(rows // ROWS_TOGETHER, self.world)]
+        bounds[-1] = rows
         sizes = [b - a for a, b in pairwise(bounds)]
 
-        def total(tensor: Tensor) -> Tensor:
-            self.add_(tensor)
-            return tensor
+        def gather(part: Tensor) -> Tensor:
+            return self._gather(part, sizes)
 
         return Part(
-            slice(bounds[self.rank], bounds[self.rank + 1]), total, lambda rows: self._gather(rows, sizes)
+            slice(bounds[self.rank], bounds[self.rank + 1]), lambda part: _summed(gather(part)), gather
         )
 
     def collect(self, value: T) -> list[T]:
@@ -445,3 +452,7 @@ def _numbered(ranks: Sequence[int]) -> str:
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _summed(rows: Tensor) -> Tensor:
+    return rows.sum(0)
