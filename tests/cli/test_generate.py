@@ -26,7 +26,7 @@ def test_writes_text_and_speed(folder):
     result = run(folder, "-p", "the", "--max-new-tokens", "5", "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert "tokens/s, prompt included" in result.stderr
-    assert "14 layers: torch_int4" in result.stderr
+    assert "14 layers: cpu" in result.stderr
     assert "tokens/s" not in result.stdout
     assert run(folder, "-p", "the", "--max-new-tokens", "5", "--device", "cpu", "-q").stderr == ""
 
@@ -41,7 +41,9 @@ def test_seed_decides_what_is_sampled(folder):
 
 
 def test_dtype_decides_the_kernel(folder):
-    result = run(folder, "-p", "the", "--max-new-tokens", "2", "--device", "cpu", "--dtype", "float32")
+    command = (folder, "-p", "the", "--max-new-tokens", "2", "--device", "cpu", "--dtype", "float32")
+    assert "14 layers: cpu\n" in run(*command).stderr
+    result = run(*command, "--kernel", "torch")
     assert "14 layers: reference (torch_int4: activations are float32" in result.stderr
 
 

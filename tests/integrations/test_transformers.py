@@ -12,7 +12,7 @@ from fewbit.checkpoint.quantization import parse
 from fewbit.checkpoint.verify import verify
 from fewbit.errors import CheckpointError, ConfigError, KernelError
 from fewbit.runtime.linear import QuantizedLayer, QuantLinear
-from tiny_gptq import llama, logits, write_checkpoint
+from tiny_gptq import alike, llama, logits, write_checkpoint
 
 
 @pytest.fixture
@@ -62,13 +62,13 @@ def test_from_pretrained_save_and_reload(registered, truth_and_folder, tmp_path,
     truth, folder = truth_and_folder
     model = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map)
     assert isinstance(model.model.layers[0].mlp.up_proj, QuantLinear)
-    assert torch.equal(logits(model), logits(truth))
+    assert alike(model, truth)
     assert model.hf_quantizer.is_serializable()
     assert model.is_quantized
     model.save_pretrained(tmp_path / "again", max_shard_size="50KB")
     assert (tmp_path / "again" / "model.safetensors.index.json").exists()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", device_map=device_map)
-    assert torch.equal(logits(again), logits(truth))
+    assert alike(again, truth)
 
 
 def test_settings_survive(registered, tmp_path):
@@ -94,15 +94,14 @@ def test_a_v2_checkpoint_is_saved_as_v1_unless_asked_otherwise(registered, tmp_p
         tensors["model.layers.0.mlp.up_proj.qzeros"] &= ~15
         save_file(tensors, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
-    expected = logits(model)
-    assert torch.equal(expected, logits(truth)) is not zero
+    assert alike(model, truth) is not zero
     model.save_pretrained(tmp_path / "v1")
     model.config.quantization_config.format = "gptq_v2"
     model.save_pretrained(tmp_path / "v2")
     for fmt, folder in (("gptq", tmp_path / "v1"), ("gptq_v2", tmp_path / "v2")):
         assert quantization_config(folder)["checkpoint_format"] == fmt
         assert not verify(folder).problems
-        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), expected)
+        assert alike(AutoModelForCausalLM.from_pretrained(folder), model)
     saved = load_file(tmp_path / "v2" / "model.safetensors")
     assert all(torch.equal(saved[name], tensors[name]) for name in saved if name.endswith("qzeros"))
     model.config.quantization_config.format = "gguf"
@@ -134,7 +133,7 @@ def test_modules_in_block_needs_no_optimum(registered, tmp_path):
     names.append(["mlp.up_proj", "mlp.gate_proj", "mlp.down_proj"])
     truth = llama()
     write_checkpoint(tmp_path, truth, quantization={"modules_in_block_to_quantize": names})
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(truth))
+    assert alike(AutoModelForCausalLM.from_pretrained(tmp_path), truth)
 
 
 def test_kernel_chosen_through_gptq_config(registered, truth_and_folder):
@@ -158,8 +157,8 @@ def test_auto_trainable_asks_for_gradients(registered, truth_and_folder):
             folder, dtype=torch.bfloat16, quantization_config=GPTQConfig(bits=4, backend="auto_trainable")
         )
     layer = model.model.layers[0].mlp.up_proj
-    assert (layer.trainable, layer.kernel.name, layer.QUANT_TYPE) == (True, "torch_int4", "fewbit")
-    model.model.to(torch.float32)  # another kernel, chosen under the same condition
+    assert (layer.trainable, layer.kernel.name, layer.QUANT_TYPE) == (True, "cpu", "fewbit")
+    model.model.to(torch.float64)  # another kernel, chosen under the same condition
     assert (layer.trainable, layer.kernel.name) == (True, "reference")
     assert not AutoModelForCausalLM.from_pretrained(folder).model.layers[0].mlp.up_proj.trainable
 
@@ -183,7 +182,8 @@ def test_a_bare_model_leaves_the_head_alone(registered, tmp_path):
     model = AutoModel.from_pretrained(tmp_path)
     ids = torch.arange(10).view(2, 5)
     with torch.no_grad():
-        assert torch.equal(model(ids).last_hidden_state, truth.model(ids).last_hidden_state)
+        expected = truth.model(ids).last_hidden_state
+        assert (model(ids).last_hidden_state - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_pickles_are_refused(registered, truth_and_folder):
@@ -244,7 +244,7 @@ def test_dequantize_gives_the_ordinary_model(registered, tmp_path, family):
     write_checkpoint(tmp_path / "a", truth)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a").dequantize()
     assert not any(isinstance(module, QuantizedLayer) for module in model.modules())
-    assert torch.allclose(logits(model), logits(truth), atol=1e-5)
+    assert alike(model, truth)
     model.save_pretrained(tmp_path / "b")
     fewbit.unregister()
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "b")), logits(model))
@@ -260,7 +260,7 @@ def test_rules_of_casting(registered, truth_and_folder):
     model.to("cpu")
     model.model.to(torch.bfloat16)
     model.lm_head.to(torch.bfloat16)
-    assert model.model.layers[0].mlp.up_proj.kernel.name == "torch_int4"
+    assert model.model.layers[0].mlp.up_proj.kernel.name == "cpu"
     assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False).shape == (1, 6)
 
 
@@ -298,4 +298,4 @@ def test_gradients_are_those_of_the_dequantized_model(registered, truth_and_fold
     for each in (model, truth):
         each(input_ids=ids, labels=ids).loss.backward()
         grads.append(each.model.embed_tokens.weight.grad)
-    assert torch.allclose(*grads, atol=1e-7)
+    assert (grads[0] - grads[1]).norm() < 1e-4 * grads[1].norm()

@@ -6,6 +6,7 @@ import torch
 from fewbit.errors import KernelError
 from fewbit.runtime import registry
 from fewbit.runtime.kernel import KernelSpec
+from fewbit.solver import native
 
 SPEC = KernelSpec(bits=4, group_size=64, sym=True, act_order=False, in_features=256, out_features=128)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -17,11 +18,17 @@ def reasons(spec=SPEC, device=CPU, dtype=torch.bfloat16):
 
 def test_auto_takes_the_first_that_fits_and_keeps_why_others_do_not():
     kernel, tried = registry.choose(SPEC, CPU, torch.bfloat16)
-    assert (kernel.name, tried) == ("torch_int4", (("torch_int4", None),))
-    kernel, tried = registry.choose(SPEC, CPU, torch.float32)
+    assert (kernel.name, tried) == ("cpu", (("cpu", None),))
+    kernel, tried = registry.choose(SPEC, CPU, torch.float64)
     assert kernel.name == "reference"
-    assert "float32" in tried[0][1]
-    assert "dtype=torch.bfloat16" in tried[0][1]
+    assert "activations are float64, not float32, float16 or bfloat16" in tried[0][1]
+    assert "dtype=torch.bfloat16" in tried[1][1]
+
+
+def test_without_the_compiled_module_torch_has_a_kernel(monkeypatch):
+    monkeypatch.setattr(native, "_load", lambda: (None, "the compiled module cannot be imported"))
+    kernel, tried = registry.choose(SPEC, CPU, torch.bfloat16)
+    assert (kernel.name, tried[0]) == ("torch_int4", ("cpu", "the compiled module cannot be imported"))
 
 
 @pytest.mark.parametrize(
@@ -36,7 +43,7 @@ def test_auto_takes_the_first_that_fits_and_keeps_why_others_do_not():
 )
 def test_int4_refuses(change, words):
     assert words in reasons(dataclasses.replace(SPEC, **change))["torch_int4"]
-    with pytest.raises(KernelError, match=r"kernel 'torch_int4' cannot run .*Kernels that can: reference"):
+    with pytest.raises(KernelError, match=r"kernel 'torch_int4' cannot run .*Kernels that can: .*reference"):
         registry.choose(dataclasses.replace(SPEC, **change), CPU, torch.bfloat16, "torch_int4")
 
 
@@ -64,7 +71,7 @@ def test_torch_is_the_better_of_the_two_that_fit():
 
 def test_unknown_names():
     with pytest.raises(
-        KernelError, match=r"there is no kernel 'fast'; use auto or one of torch_int4, reference"
+        KernelError, match=r"there is no kernel 'fast'; use auto or one of cpu, torch_int4, reference"
     ):
         registry.choose(SPEC, CPU, torch.bfloat16, "fast")
     with pytest.raises(KernelError, match=r"there is no kernel 'marlins'"):
@@ -72,5 +79,7 @@ def test_unknown_names():
 
 
 def test_nothing_fits():
-    with pytest.raises(KernelError, match=r"no kernel can run this layer: torch_int4: .*reference: .*int8"):
+    with pytest.raises(
+        KernelError, match=r"no kernel can run this layer: cpu: .*torch_int4: .*reference: .*int8"
+    ):
         registry.choose(SPEC, CPU, torch.int8)
