@@ -31,6 +31,7 @@ from ..errors import CheckpointError, ConfigError, OutputError
 from . import manifest
 from .header import DTYPE_NAMES, encode_header
 from .manifest import FileHash
+from .model_config import for_older_readers
 
 CONFIG = "config.json"
 QUANTIZE_CONFIG = "quantize_config.json"
@@ -130,7 +131,8 @@ class CheckpointWriter:
         """Complete the checkpoint. Nothing may be added afterwards.
 
         Args:
-            config: the model's configuration; ``quantization_config`` in it is replaced.
+            config: the model's configuration; ``quantization_config`` in it is replaced, and keys that older readers
+                look for are added (`model_config`).
             quantization: from `quantization.build`; also written as quantize_config.json.
             extra_files: tokenizer and so on: name in the folder → content, or the file to copy.
 
@@ -144,7 +146,7 @@ class CheckpointWriter:
         for name, content in (extra_files or {}).items():
             hashes[name] = self._write_extra(name, content)
         quantization_json = _json(dict(quantization))
-        config_json = _json({**config, "quantization_config": dict(quantization)})
+        config_json = _json({**for_older_readers(config), "quantization_config": dict(quantization)})
         hashes[QUANTIZE_CONFIG] = manifest.hash_bytes(quantization_json)
         hashes[CONFIG] = manifest.hash_bytes(config_json)
         self._write(manifest.NAME, manifest.encode(hashes))
