@@ -29,6 +29,7 @@ from .plan import Plan, make_plan
 from .preparation import (
     Evaluation,
     calibrate,
+    check_processes,
     evaluation_windows,
     fingerprint_of,
     open_model,
@@ -170,7 +171,7 @@ class _PathJob:
         evaluation: Evaluation | None,
         ranks: Ranks,
     ) -> Report:
-        _check_ranks(self.config, dataset, ranks)
+        check_processes(self.config, dataset, ranks.world)
         start, timers = time.perf_counter(), Timers(device)
         with timers.time("calibration"):
             model_config = self.source.load_config()
@@ -305,7 +306,7 @@ def _quantize_module(
     """Quantize a model in memory, in place. An error midway leaves it partly changed."""
     from .runtime.replace import replace_layers
 
-    _check_ranks(config, dataset, ranks)
+    check_processes(config, dataset, ranks.world)
     choice: list[str] = []
     start, sink = time.perf_counter(), MemorySink()
     timers = Timers(next((parameter.device for parameter in model.parameters()), None))
@@ -348,21 +349,6 @@ def _quantize_module(
         _log(report)
     model.fewbit_report = report  # type: ignore[assignment]
     return model.train() if was_training else model
-
-
-def _check_ranks(config: QuantConfig, dataset: Any, ranks: Ranks) -> None:
-    """Raises ConfigError for what one process alone can do."""
-    if ranks.world == 1:
-        return
-    if config.tune:
-        raise ConfigError(
-            f"tuning learns from all batches in one process, but there are {ranks.world}: leave out --tune, or start "
-            "without torchrun"
-        )
-    if dataset == "-":
-        raise ConfigError(
-            f"standard input cannot be read by all {ranks.world} processes: save the calibration text to a file"
-        )
 
 
 def _peak(ranks: Ranks) -> int | None:

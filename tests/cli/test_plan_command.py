@@ -35,6 +35,21 @@ def test_what_a_person_sees(inputs, tmp_path, monkeypatch):
         assert row in said
 
 
+def test_several_processes_are_named(inputs, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    said = " ".join(invoke("plan", inputs[0], *SMALL, "--processes", "2").stdout.split())
+    assert said.count("in each of 2 processes") == 2
+
+
+def test_a_dry_run_under_torchrun_plans_for_its_processes_and_rank_0_speaks(inputs, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank, times in ((0, 2), (1, 0)):
+        monkeypatch.setenv("RANK", str(rank))
+        said = " ".join(invoke("quantize", inputs[0], *SMALL, "--dry-run").stdout.split())
+        assert said.count("in each of 3 processes") == times
+
+
 def test_every_module_on_request(inputs, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     said = invoke("plan", inputs[0], *SMALL, "-v").stdout

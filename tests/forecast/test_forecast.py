@@ -75,3 +75,22 @@ def test_weights_that_are_read_at_once_count_once(tmp_path):
     assert found.works
     assert found.memory.parts["weights"] == pytest.approx(size, rel=0.1)
     assert found.seconds["checking the source"] > 0
+
+
+def test_each_of_several_processes_takes_less_memory(tmp_path):
+    model = save_tiny(tmp_path / "model", hidden_size=96)
+    config = QuantConfig(group_size=16, num_samples=400, seq_len=100)
+    alone, divided = (forecast(model, config, processes=processes) for processes in (1, 4))
+    assert divided.memory.parts["activations"] == pytest.approx(
+        alone.memory.parts["activations"] / 4, rel=0.01
+    )
+    assert divided.details()["processes"] == 4
+
+
+def test_what_several_processes_cannot_do_is_a_problem(tmp_path):
+    model = save_tiny(tmp_path / "model")
+    config = QuantConfig(group_size=16, tune=True)
+    [problem] = forecast(model, config, dataset=random_sequences(), processes=2).problems
+    assert "but there are 2: leave out --tune" in problem
+    [problem] = forecast(model, QuantConfig(group_size=16), dataset=random_sequences(), processes=0).problems
+    assert problem == "there cannot be 0 processes: give 1 or more"

@@ -196,6 +196,20 @@ def test_what_quantize_would_say_is_what_plan_says(model, tmp_path):
     assert only_problem(model, output=tmp_path) == str(refused.value)
 
 
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr(limits, "memory_left", lambda: Limit(2500, "free"))
+    memory = Memory("solving b", {"libraries": 1000})
+    for processes, works in ((3, True), (4, False)):
+        found = problems.of_memory(
+            memory, 500, CONFIG, torch.device("cpu"), offloaded=False, processes=processes
+        )
+        assert (not found) == works
+    assert (
+        "each of 4 processes takes 1.00 kB while solving b, 3.50 kB more than now, and 2.50 kB are"
+        in found[0]
+    )
+
+
 def test_too_little_memory_on_the_gpu(monkeypatch):
     monkeypatch.setattr(limits, "device_left", lambda device: Limit(1000, f"free on {device}"))
     memory = Memory("reading weights", {"libraries": 10}, device_peak=5000)

@@ -12,7 +12,7 @@ from fewbit.forecast.rates import DiskRate, LayerRate, measure_disk, measure_lay
 from fewbit.forecast.sizes import Sizes
 from fewbit.forecast.timing import predict_seconds
 from fewbit.forecast.trial import Trial
-from fewbit.forecast.work import LayerWork, Work
+from fewbit.forecast.work import LayerWork, Work, of_one_process
 from fewbit.plan import LayerPlan, Plan
 from fewbit.solver import Accuracy
 
@@ -97,5 +97,29 @@ def test_seconds_are_rates_times_counts():
     assert found["Hessians"] == pytest.approx(2 * 100 * 0.1)
     assert found["solving"] == pytest.approx(2 * 7.0 + 25 * 0.2)
     assert found["packing"] == pytest.approx(25 * 0.3)
-    assert found["offloading"] == pytest.approx(2 * 50 * 0.001)
+    assert found["offloading"] == pytest.approx(4 * 50 * 0.001)
+    assert found["exchanging"] == 0
     assert found["journal"] == pytest.approx(2 * 2 * 0.5 + 110 * 0.003)
+
+
+def test_of_two_processes_each_has_half_of_the_batches_and_of_the_rows():
+    def seconds(processes):
+        works = [layer_work("b.0.q", 96, 48), layer_work("b.0.k", 10, 48, shares=True)]
+        plan = Plan(tuple(one.layer for one in works), (), ())
+        work = Work(works, tokens=1000, batches=3.0, streams=2, probe=0, held_out=0.0, transient=0)
+        trial = Trial({"b.0": ["b.0"]}, 100, seconds={"b.0": 0.5}, load_rate=0.01)
+        sizes = Sizes(quantized=100, plain=10, output=200, journal=110, spool=110, layers={})
+        return predict_seconds(
+            plan, of_one_process(work, processes, 3) if processes > 1 else work, trial,
+            {(48, SETTINGS): LayerRate(0.1, 7.0, 0.2, 0.3)}, DiskRate(0.001, 0.5, 0.002), sizes,
+            calibration=3.0, load=1.0, source_bytes=1000, weight_bytes=400,
+        )  # fmt: skip
+
+    alone, divided = seconds(1), seconds(2)
+    assert divided["forward passes"] == pytest.approx(alone["forward passes"] * 2 / 3)
+    assert divided["Hessians"] == pytest.approx(alone["Hessians"] * 0.67, rel=0.01)
+    # 64 of 96 rows, as they are divided in pieces of 32; all of 10.
+    assert divided["solving"] == pytest.approx(7.0 + (64 + 10) * 0.2)
+    assert divided["exchanging"] == pytest.approx((2 * 8 * 48**2 + 106 * 48) / 2 / 1e9)
+    unchanged = set(alone) - {"forward passes", "Hessians", "solving", "exchanging"}
+    assert all(divided[phase] == alone[phase] for phase in unchanged)

@@ -37,6 +37,9 @@ Examples:
 @with_options
 def plan(
     job: Job,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Plan for so many processes of torchrun, on this machine.")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="List every module.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only say what cannot work.")] = False,
@@ -45,13 +48,13 @@ def plan(
 
     Takes a few seconds, for a measurement on this machine; nothing is written.
     """
-    show_forecast(job, as_json=as_json, verbose=verbose, quiet=quiet)
+    show_forecast(job, processes, as_json=as_json, verbose=verbose, quiet=quiet)
 
 
 plan.__doc__ = f"{plan.__doc__}\n{_EXAMPLES}"
 
 
-def show_forecast(job: Job, *, as_json: bool, verbose: bool, quiet: bool) -> None:
+def show_forecast(job: Job, processes: int, *, as_json: bool, verbose: bool, quiet: bool) -> None:
     """Forecast the job and print the answer.
 
     Raises:
@@ -60,7 +63,7 @@ def show_forecast(job: Job, *, as_json: bool, verbose: bool, quiet: bool) -> Non
     from ..forecast import forecast
 
     quiet_libraries()
-    found = forecast(job.model, job.config, **job.arguments)
+    found = forecast(job.model, job.config, **job.arguments, processes=processes)
     if as_json:
         print(json.dumps(found.summary() | (found.details() if verbose else {})))
     elif not quiet:
@@ -134,6 +137,7 @@ def _kept_table(found: Forecast, plan: Plan) -> Table:
 
 def _summary(found: Forecast) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    each = f" in each of {found.processes} processes" if found.processes > 1 else ""
     if found.plan is not None:
         stored = f", {found.bits_per_weight:.3f} bits per weight" if found.bits_per_weight else ""
         table.add_row("layers", f"{words.plural(len(found.plan.layers), 'layer')}{stored}")
@@ -147,14 +151,14 @@ def _summary(found: Forecast) -> Table:
     if found.memory is not None:
         memory = found.memory
         parts = ", ".join(f"{name} {words.size(size)}" for name, size in memory.parts.items() if size)
-        table.add_row("peak memory", f"{words.size(memory.peak)}, while {memory.moment}")
+        table.add_row("peak memory", f"{words.size(memory.peak)}{each}, while {memory.moment}")
         table.add_row("", parts)
         if memory.device_peak is not None:
-            table.add_row("GPU memory", words.size(memory.device_peak))
+            table.add_row("GPU memory", f"{words.size(memory.device_peak)}{each}")
     if found.seconds is not None:
         phases = sorted(found.seconds.items(), key=lambda item: -item[1])
         shown = ", ".join(f"{name} {words.duration(seconds)}" for name, seconds in phases if seconds >= 0.1)
-        table.add_row("time", f"about {words.duration(found.total_seconds)}")
+        table.add_row("time", f"about {words.duration(found.total_seconds)}{each}")
         table.add_row("", shown)
     return table
 

@@ -39,13 +39,15 @@ def quantize(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only errors.")] = False,
 ) -> None:
     """Quantize a model with GPTQ into a checkpoint that transformers, vLLM, SGLang and GPTQModel read."""
+    from ..walk.ranks import joined, launched_processes, launched_rank
+
     if dry_run:
-        show_forecast(job, as_json=as_json, verbose=verbose, quiet=quiet)
+        if launched_rank() in (None, 0):
+            show_forecast(job, launched_processes(), as_json=as_json, verbose=verbose, quiet=quiet)
         return
     if job.output is None:
         raise typer.BadParameter("the folder to write is missing", param_hint="'-o' / '--output'")
     from .. import api
-    from ..walk.ranks import joined
 
     quiet_libraries()
     with joined(job.arguments["device"]) as speaks:  # of several processes, one

@@ -9,7 +9,8 @@ problem of the forecast, and what does not depend on it goes on.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -26,6 +27,7 @@ from ..solver import Accuracy
 from ..source import Source, load_tokenizer, open_source
 from ..timers import Timers, memory_in_use_bytes
 from ..walk.journal import Journal, check_output
+from ..walk.ranks import threads_of_each
 from ..walk.run import arguments_for
 from ..walk.spill import check_folder
 from ..walk.weights import StreamedWeights, Weights
@@ -37,7 +39,7 @@ from .result import Forecast
 from .sizes import Sizes, largest_tensor, sizes_of, untie_head
 from .timing import predict_seconds
 from .trial import Trial, run_trial, tokens_of
-from .work import Work, offloaded, work_of
+from .work import Work, of_one_process, offloaded, work_of
 
 __all__ = ["Forecast", "forecast"]
 
@@ -60,14 +62,19 @@ def forecast(
     allow_pickle: bool = False,
     evaluate_on: Any = None,
     offload_dir: str | Path | None = None,
+    processes: int = 1,
 ) -> Forecast:
     """Foresee what `fewbit.quantize` would do with the same arguments. Writes nothing that stays.
+
+    With several `processes` memory and time are those of each. They are taken to be on this machine: without GPUs they
+    share its cores and its memory.
 
     Takes a few seconds: one calibration batch runs through the first blocks, and a layer of every width is solved.
     Without a dataset it plans with as many tokens as the configuration asks for.
     """
-    job = _Job(config or QuantConfig(), None if output is None else Path(output), resume)
+    job = _Job(config or QuantConfig(), None if output is None else Path(output), resume, processes)
     attempt = job.attempt
+    attempt(preparation.check_processes, job.config, dataset, processes)
     if job.output is not None:
         attempt(check_output, job.output)
     if offload_dir is not None:
@@ -98,15 +105,16 @@ def forecast(
     attempt(budget.check, plan, job.config)
     if calibration is not None:
         attempt(job.check_resume, source, calibration, dataset is not None)
-        job.predict(source, calibration, opened, timers, calibrated if dataset is not None else 0.0)
+        with _threads(processes if where.type == "cpu" else 1):
+            job.predict(source, calibration, opened, timers, calibrated if dataset is not None else 0.0)
     return job.forecast()
 
 
 class _Job:
     """What is known so far; a step that is refused leaves a problem."""
 
-    def __init__(self, config: QuantConfig, output: Path | None, resume: bool) -> None:
-        self.config, self.output, self.resume = config, output, resume
+    def __init__(self, config: QuantConfig, output: Path | None, resume: bool, processes: int) -> None:
+        self.config, self.output, self.resume, self.processes = config, output, resume, processes
         self.shard_bytes = 0
         self.offload: Path | None = None
         self.evaluation: preparation.Evaluation | None = None
@@ -129,7 +137,8 @@ class _Job:
     def forecast(self) -> Forecast:
         """What was found."""
         notes = tuple(dict.fromkeys(self.notes))
-        return Forecast(self.plan, self.memory, self.sizes, self.seconds, notes, tuple(self.problems))
+        problems = tuple(self.problems)
+        return Forecast(self.plan, self.memory, self.sizes, self.seconds, notes, problems, self.processes)
 
     def calibrate(self, source: Source, dataset: Any, tokenizer: Any) -> Calibration:
         """The batches of a run; without a dataset as many tokens as it would use at most."""
@@ -181,9 +190,11 @@ class _Job:
             return
         trial = run_trial(model, weights, self.plan, batch, timers)
         work = work_of(model, self.plan, self.config, calibration, trial)
+        if self.processes > 1:
+            work = of_one_process(work, self.processes, len(calibration.batches))
         if self.offload is not None:
             work = offloaded(work, trial, next(model.parameters()).dtype)
-            self.problems += problems.of_scratch(self.offload, work.scratch)
+            self.problems += problems.of_scratch(self.offload, work.scratch * self.processes)
         extras = self.extras(model, calibration, trial, work, units)
         file, tensor = largest_tensor(source)
         self.memory = predict_memory(
@@ -202,6 +213,7 @@ class _Job:
             self.config,
             weights.device,
             offloaded=self.offload is not None,
+            processes=self.processes,
         )
         disk = self.attempt(measure_disk, limits.existing(self.output or Path()), file, tensor)
         if disk is None:
@@ -247,3 +259,14 @@ class _Job:
             windows = self.evaluation.windows
             found["evaluation"] = of_evaluation(model, self.plan, trial, windows.numel(), windows.shape[1])
         return found
+
+
+@contextmanager
+def _threads(processes: int) -> Iterator[None]:
+    """While entered, torch has as many threads as one of so many processes on this machine would."""
+    before, threads = torch.get_num_threads(), threads_of_each(processes) if processes > 1 else None
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

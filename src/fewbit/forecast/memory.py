@@ -1,8 +1,8 @@
 """How much memory a run will take at its worst moment, part by part.
 
-Contract: arithmetic only. What the batches hold was counted in the trial, the sizes of the weights' units are
-known; the matrices of the solver are counted here (tests compare them with what it really holds). All parts are
-those of one moment and add up to the peak.
+Contract: arithmetic only, for each process where there are several. What the batches hold was counted in the trial,
+the sizes of the weights' units are known; the matrices of the solver are counted here (tests compare them with what
+it really holds). All parts are those of one moment and add up to the peak.
 
     libraries       this process before the work, with what libraries page in at their first use
     weights         what stays, and one or two blocks of the model
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from ..plan import Plan
+from ..walk.ranks import most_rows
 from ..walk.weights import REST
 from .live import HEAP_BYTES
 from .work import LayerWork, Work
@@ -141,7 +142,7 @@ def _walk_moments(
 
 
 def _solver_bytes(one: LayerWork, work: Work, dtype: torch.dtype) -> int:
-    m, n = one.layer.out_features, one.layer.in_features
+    m, n = most_rows(one.layer.out_features, work.processes), one.layer.in_features
     converted = 0 if dtype == torch.float32 else 4 * m * n
     sweep = SWEEP_BYTES * m * n + PROBE_BYTES * m * work.probe
     return converted + max(sweep, CORRECTION_BYTES * m * n if work.streams == 2 else 0)

@@ -53,20 +53,28 @@ def of_units(units: Mapping[str, int], device: torch.device) -> list[str]:
 
 
 def of_memory(
-    memory: Memory, used: int, config: QuantConfig, device: torch.device, *, offloaded: bool
+    memory: Memory,
+    used: int,
+    config: QuantConfig,
+    device: torch.device,
+    *,
+    offloaded: bool,
+    processes: int = 1,
 ) -> list[str]:
     """Whether the worst moment fits into what is left, of the machine and of a GPU.
 
     Args:
-        used: by this process now.
+        used: by this process now. processes: on this machine, each of which takes as much.
     """
     found = []
     left = limits.memory_left()
-    if left is not None and memory.peak - used > left.bytes:
+    more = processes * memory.peak - used
+    if left is not None and more > left.bytes:
+        each = f"each of {processes} processes" if processes > 1 else "the run"
         found.append(
-            f"memory is too small: the run takes {words.size(memory.peak)} while {memory.moment}, "
-            f"{words.size(memory.peak - used)} more than now, and {words.size(left.bytes)} are {left.name}. "
-            + _advice(memory, left.bytes - (memory.peak - used), config, offloaded)
+            f"memory is too small: {each} takes {words.size(memory.peak)} while {memory.moment}, "
+            f"{words.size(more)} more than now, and {words.size(left.bytes)} are {left.name}. "
+            + _advice(memory, (left.bytes - more) // processes, config, offloaded)
         )
     on_device = limits.device_left(device)
     if on_device is not None and (memory.device_peak or 0) > on_device.bytes:

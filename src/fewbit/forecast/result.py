@@ -17,6 +17,7 @@ class Forecast:
     Attributes:
         plan: every weight matrix with its settings, or why it stays; None where the model cannot be opened.
         memory, sizes: bytes. seconds: by phase. None where a problem keeps them from being known.
+        processes: that share the run; memory and seconds are those of each.
         notes: what a user should know. problems: why it cannot work, each with what to do; empty if it can.
     """
 
@@ -26,6 +27,7 @@ class Forecast:
     seconds: dict[str, float] | None
     notes: tuple[str, ...]
     problems: tuple[str, ...]
+    processes: int = 1
 
     @property
     def works(self) -> bool:
@@ -82,6 +84,7 @@ class Forecast:
         """What `summary` leaves out: parts, phases and notes."""
         memory, sizes = self.memory, self.sizes
         return {
+            "processes": self.processes,
             "memory": {"moment": memory.moment, **memory.parts} if memory else None,
             "device_memory_bytes": memory.device_peak if memory else None,
             "disk_bytes": sizes.disk if sizes else None,

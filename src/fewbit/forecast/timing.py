@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..plan import Plan
+from ..walk.ranks import most_rows
 from .rates import DiskRate, Kind, LayerRate, kind_of
 from .sizes import Sizes
 from .trial import Trial
@@ -17,8 +18,11 @@ from .work import Work
 # like a check of the source.
 _SHARD_COPIES = 2
 
-# What is put away is written once, and read for the Hessian and for the forward.
-_PASSES_OVER_SCRATCH = 2
+# What is put away is written once, and read twice for the Hessian and once for the forward.
+_PASSES_OVER_SCRATCH = 4
+
+# Bytes per second that each process exchanges with the others, by gloo on one machine. Measured with idle cores.
+_EXCHANGED = 1e9
 
 
 def predict_seconds(
@@ -53,12 +57,24 @@ def predict_seconds(
         "forward passes": forward_seconds(trial) * work.batches * work.streams,
         "Hessians": sum(one.rows * rate.accumulate for one, rate in own),
         "solving": sum(rate.factor for _, rate in own)
-        + sum(one.layer.out_features * rate.solve for one, rate in rates),
+        + sum(most_rows(one.layer.out_features, work.processes) * rate.solve for one, rate in rates),
+        "exchanging": _exchanged(work) / _EXCHANGED,
         "offloading": _PASSES_OVER_SCRATCH * work.spilled * disk.write,
         "packing": sum(one.layer.out_features * rate.pack for one, rate in rates),
         "journal": 2 * blocks * disk.file + sizes.journal * (disk.write + disk.check),
         "writing": writing + sizes.plain * per_byte + 8 * disk.file,
     }
+
+
+def _exchanged(work: Work) -> float:
+    """Bytes that each process sends: its share of the sums H and C, and of the codes."""
+    sums = sum(
+        4 * work.streams * one.layer.in_features**2
+        for one in work.layers
+        if one.layer.settings.method != "rtn" and not one.shares
+    )
+    codes = sum(one.layer.weights for one in work.layers)
+    return (2 * sums + codes) * (work.processes - 1) / work.processes
 
 
 def forward_seconds(trial: Trial) -> float:

@@ -47,6 +47,7 @@ class Work:
         transient: most bytes in use inside the forward of one batch, beyond those held.
         scratch: bytes of activations that lie on disk at most, and `spilled`, that are written there in all; 0 where
             they stay in memory.
+        processes: that share the run. Rows, batches and bytes are those of the one that has most.
     """
 
     layers: list[LayerWork]
@@ -58,6 +59,7 @@ class Work:
     transient: int
     scratch: int = 0
     spilled: int = 0
+    processes: int = 1
 
 
 def work_of(
@@ -91,6 +93,16 @@ def work_of(
         layers.append(LayerWork(layer, rows, shares, *of_all))
     probe = min(PROBE_TOKENS, round(tokens * share))
     return Work(layers, tokens, batches, streams, probe, share, trial.transient)
+
+
+def of_one_process(work: Work, processes: int, batches: int) -> Work:
+    """What one of so many processes will have to do, the one with most of the `batches` of calibration text."""
+    share = -(-batches // processes) / batches if batches else 0.0
+    layers = [
+        replace(one, rows=round(share * one.rows), held=round(share * one.held), heap=round(share * one.heap))
+        for one in work.layers
+    ]
+    return replace(work, layers=layers, batches=share * work.batches, processes=processes)
 
 
 def offloaded(work: Work, trial: Trial, dtype: torch.dtype) -> Work:

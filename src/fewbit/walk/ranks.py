@@ -175,8 +175,7 @@ class _Group(Ranks):
     def part(self, rows: int) -> Part:
         if rows < self.world * ROWS_TOGETHER:
             return super().part(rows)
-        bounds = [ROWS_TOGETHER * bound for bound in _bounds(rows // ROWS_TOGETHER, self.world)]
-        bounds[-1] = rows
+        bounds = row_bounds(rows, self.world)
         sizes = [b - a for a, b in pairwise(bounds)]
 
         def gather(part: Tensor) -> Tensor:
@@ -349,9 +348,35 @@ class _Closing:
 
 def launched_rank() -> int | None:
     """The rank that torchrun gave to this process; None where it was not started by torchrun, or alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+    if launched_processes() == 1 or "RANK" not in os.environ:
         return None
     return int(os.environ["RANK"])
+
+
+def row_bounds(rows: int, world: int) -> list[int]:
+    """Where the parts of a matrix begin and end: world + 1 numbers, multiples of `ROWS_TOGETHER` but for the last."""
+    return [ROWS_TOGETHER * bound for bound in _bounds(rows // ROWS_TOGETHER, world)[:-1]] + [rows]
+
+
+def most_rows(rows: int, world: int) -> int:
+    """How many rows the rank that has most of them solves."""
+    if rows < world * ROWS_TOGETHER:
+        return rows
+    return max(b - a for a, b in pairwise(row_bounds(rows, world)))
+
+
+def launched_processes() -> int:
+    """How many processes torchrun started; 1 where it did not."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def threads_of_each(processes: int) -> int | None:
+    """How many threads each of so many processes on this machine uses; None: as many as the user said."""
+    # torchrun sets 1 where the user set nothing, so that processes do not fight for cores.
+    if os.environ.get("OMP_NUM_THREADS", "1") != "1":
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // processes)
 
 
 @contextmanager
@@ -420,10 +445,9 @@ def _take_device(device: str) -> None:
             )
         torch.cuda.set_device(local)
         return
-    # torchrun sets 1 where the user set nothing, so that processes do not fight for cores.
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    threads = threads_of_each(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def _machine() -> dict[str, str]:
