@@ -1,0 +1,134 @@
+"""The documentation: it builds without a network, its code runs, its links lead somewhere, its messages exist.
+
+Pages with tests of their own, which also look at what they leave: `RUN_ELSEWHERE`.
+"""
+
+import ast
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import fewbit
+from docs_runner import DOCS, blocks, pages, prepare, run
+
+ROOT = DOCS.parent
+RUN_ELSEWHERE = {
+    "loading.md": "integrations/test_loading_docs.py",
+    "fine-tuning.md": "integrations/test_fine_tuning.py",
+    "migrating.md": "compat/test_migrating.py",
+}
+# Commands for several machines, and for benchmarks that take hours. Whole pages, because others are made by scripts.
+NOT_RUN = {"scale.md", "accuracy.md", "performance.md", "compatibility.md"}
+RUN = [page for page in pages() if page.name not in {*RUN_ELSEWHERE, *NOT_RUN} and blocks(page)]
+# How many blocks of the other pages are only shown. They cannot be kept true by a test: let them stay few.
+SHOWN_ONLY = 10
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("given")
+    prepare(folder)
+    return folder
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(page, prepared, tmp_path, monkeypatch):
+    shutil.copytree(prepared, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    state = torch.random.get_rng_state()
+    run(page)
+    torch.random.set_rng_state(state)
+
+
+def test_every_block_is_of_a_kind_that_is_looked_at():
+    for page in pages():
+        kinds = {block.kind for block in blocks(page)}
+        allowed = {"python", "bash", "text", "yaml", "diff"} | ({""} if page.name in NOT_RUN else set())
+        assert kinds <= allowed, f"{page.name}: {kinds - allowed}"
+    for name, test in RUN_ELSEWHERE.items():
+        assert (ROOT / "tests" / test).exists(), name
+
+
+def test_blocks_that_are_only_shown_are_few_and_say_why():
+    shown = [block for page in pages() for block in blocks(page) if block.reason is not None]
+    assert len(shown) == SHOWN_ONLY, "\n".join(
+        f"{block.page}:{block.line}: {block.reason}" for block in shown
+    )
+    for block in shown:
+        for test in re.findall(r"tests/\S+\.py", block.reason):
+            assert (ROOT / test).exists(), block
+
+
+def test_the_site_builds_and_fetches_nothing(tmp_path):
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True))
+    built = list(tmp_path.rglob("*.html"))
+    assert len(built) >= len(pages())
+    for file in built:
+        for tag in re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", file.read_text(encoding="utf-8")):
+            assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", tag), f"{file.name}: {tag}"
+
+
+def test_every_page_is_in_the_table_of_contents():
+    def files(entry):
+        if isinstance(entry, str):
+            return [entry]
+        return [
+            file for value in (entry.values() if isinstance(entry, dict) else entry) for file in files(value)
+        ]
+
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    assert sorted(files(nav)) == sorted(str(page.relative_to(DOCS)) for page in pages())
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *pages()], ids=lambda page: page.name
+)
+def test_links_lead_somewhere_on_github_too(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith(("http://", "https://", "#")):
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def templates():
+    """Every string in fewbit's source, with … where a value is put in."""
+    found = []
+    for file in Path(fewbit.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+OTHERS = {
+    "Cannot merge LORA layers when the model is gptq quantized": "peft.tuners.lora.model",
+    "Loading a GPTQ quantized model requires": "transformers.quantizers.quantizer_gptq",
+}
+
+
+def test_every_message_in_troubleshooting_exists():
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\*\*`(.+)`\*\*$", page, re.M)
+    assert len(messages) == page.count("\n**`") > 50
+    known = templates()
+    missing = [
+        message
+        for message in messages
+        if message not in OTHERS and not re.search(".{0,60}?".join(map(re.escape, message.split("…"))), known)
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize(("message", "module"), OTHERS.items())
+def test_messages_of_others_exist(message, module):
+    import importlib.util
+
+    assert message in Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
