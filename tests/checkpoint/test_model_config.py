@@ -37,7 +37,10 @@ def test_keys_that_are_there_are_not_overwritten() -> None:
 
 
 def test_settings_for_each_type_of_layer_have_no_older_keys() -> None:
-    nested = {"full_attention": {"rope_theta": 1e6, "rope_type": "default"}, "sliding_attention": {"rope_theta": 1e4}}
+    nested = {
+        "full_attention": {"rope_theta": 1e6, "rope_type": "default"},
+        "sliding_attention": {"rope_theta": 1e4},
+    }
     assert for_older_readers({"rope_parameters": nested}) == {"rope_parameters": nested}
 
 

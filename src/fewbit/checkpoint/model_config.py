@@ -19,7 +19,9 @@ def for_older_readers(config: Mapping[str, Any]) -> dict[str, Any]:
     Keys that are there already stay. Where every type of layer has settings of its own, ``rope_parameters`` is nested
     and no older key could say so: nothing is added.
     """
-    result = {key: for_older_readers(value) if _is_part(key, value) else value for key, value in config.items()}
+    result = {
+        key: for_older_readers(value) if _is_part(key, value) else value for key, value in config.items()
+    }
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
         return result
