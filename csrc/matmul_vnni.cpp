@@ -97,6 +97,7 @@ struct Bfloat16 {
     using Sum = __m512;
     static constexpr bool INT8 = false;
     static constexpr int PER_WORD = 2;
+    static constexpr int64_t MOST_ROWS = 8;  // with three blocks of outputs, the sums fill the registers
     static constexpr int CENTRE = 1 << (BITS - 1);
 
     // Codes − CENTRE by the low five bits of a word; at 8 bits those of the low and of the high digit.
@@ -134,6 +135,7 @@ struct Int8 {
     using Sum = __m512i;
     static constexpr bool INT8 = true;
     static constexpr int PER_WORD = 4;
+    static constexpr int64_t MOST_ROWS = 4;  // leaves registers for the totals: every group ends in scaling
     static constexpr int CENTRE = 0;
 
     static Sum zero() { return _mm512_setzero_si512(); }
@@ -198,7 +200,6 @@ struct RowTile {
     float* scales;     // [groups][tokens], int8 only
 };
 
-constexpr int64_t MOST_ROWS = 16;
 
 float sum16(const float* p, int64_t count) {
     __m512 sum = _mm512_setzero_ps();
@@ -236,6 +237,10 @@ void bfloat16_row(const PackedWeight& w, float* values, uint32_t* words, uint32_
             used = _mm512_add_ps(used, (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(l), 16));
         }
         _mm512_storeu_ps(values + i, used);
+        if (stride == 1 && !rest) {  // the buffer has room for whole vectors
+            _mm256_storeu_si256((__m256i*)(words + i / 2), h);
+            continue;
+        }
         const int64_t count = std::min<int64_t>(8, (positions - i) / 2);
         for (int64_t j = 0; j < count; j++) {
             words[(i / 2 + j) * stride] = parts[0][j];
@@ -285,7 +290,7 @@ void prepare(const PackedWeight& w, const MatMul& p, const RowTile& tile) {
     }
 }
 
-// All rows of x, in tiles of at most MOST_ROWS.
+// All rows of x, in tiles.
 class Activations {
 public:
     template <int BITS, class Math, bool SPLIT>
@@ -294,7 +299,7 @@ public:
         const int64_t row_words = w.positions() / Math::PER_WORD;
         Activations all(p.tokens * rows_per_token * row_words, 2 * p.tokens * w.groups);
         for (int64_t token = 0; token < p.tokens;) {
-            int64_t count = MOST_ROWS / rows_per_token;
+            int64_t count = Math::MOST_ROWS / rows_per_token;
             while (count > p.tokens - token) count /= 2;
             all.tiles.push_back({token, count, all.words_.data() + token * rows_per_token * row_words,
                                  all.numbers_.data() + token * w.groups, all.numbers_.data() + (p.tokens + token) * w.groups});
@@ -314,61 +319,77 @@ private:
     Buffer<float> numbers_;
 };
 
-// ---- The inner loops ----
+// ---- Groups ----
 
-// Adds the scaled sums of one group (or, without `last`, of a part of it) to the totals [tokens][blocks][16].
-// `at` is where the tile holds the group's sum of x for the first of these rows.
-template <class Math, int ROWS, int BLOCKS, bool SPLIT>
-inline void add_group(const Grid (&grid)[BLOCKS], const RowTile& tile, int64_t at, bool last,
-                      const typename Math::Sum (&sum)[ROWS][BLOCKS], float* totals) {
-    constexpr int TOKENS = ROWS / (SPLIT ? 2 : 1);
-#pragma GCC unroll 16
+// What the sums of a group start from. Where the zero point is the same everywhere, int8 products have it from the
+// start (CENTRED).
+template <class Math, bool CENTRED>
+inline typename Math::Sum start(const PackedWeight& w, const RowTile& tile, int64_t at, bool last) {
+    if constexpr (CENTRED) return _mm512_set1_epi32(last ? -w.zero * static_cast<int>(tile.sums[at]) : 0);
+    return Math::zero();
+}
+
+// Scales the sums of a group (or, without `last`, of a part of it) and adds them to the totals.
+template <class Math, int ROWS, int BLOCKS, bool SPLIT, bool CENTRED, int TOKENS = ROWS / (SPLIT ? 2 : 1)>
+inline void add_group(const Grid* grid, const RowTile& tile, int64_t group, bool last,
+                      const typename Math::Sum (&sum)[ROWS][BLOCKS], __m512 (&total)[TOKENS][BLOCKS]) {
+#pragma GCC unroll 8
     for (int t = 0; t < TOKENS; t++) {
-        const __m512 x_sum = _mm512_set1_ps(last ? tile.sums[at + t] : 0.0f);
+        const int64_t at = group * TOKENS + t;
+        const __m512 x_sum = _mm512_set1_ps(last ? tile.sums[at] : 0.0f);
 #pragma GCC unroll 4
         for (int n = 0; n < BLOCKS; n++) {
             const auto both = SPLIT ? Math::add(sum[SPLIT ? 2 * t : t][n], sum[SPLIT ? 2 * t + 1 : t][n]) : sum[t][n];
-            const __m512 centred = _mm512_fnmadd_ps(grid[n].zero, x_sum, Math::value(both));
-            __m512 scale = grid[n].scale;
-            if constexpr (Math::INT8) scale = _mm512_mul_ps(scale, _mm512_set1_ps(tile.scales[at + t]));
-            float* total = totals + (t * BLOCKS + n) * 16;
-            _mm512_storeu_ps(total, _mm512_fmadd_ps(centred, scale, _mm512_loadu_ps(total)));
+            __m512 value = Math::value(both), scale = grid[n].scale;
+            if constexpr (!CENTRED) value = _mm512_fnmadd_ps(grid[n].zero, x_sum, value);
+            if constexpr (Math::INT8) scale = _mm512_mul_ps(scale, _mm512_set1_ps(tile.scales[at]));
+            total[t][n] = _mm512_fmadd_ps(value, scale, total[t][n]);
         }
     }
 }
 
 // The same as a function of its own. Where the sums fill the registers, the compiler would otherwise write them
 // to memory in every turn of the inner loop, for want of room after it.
-template <class Math, int ROWS, int BLOCKS, bool SPLIT>
-__attribute__((noinline)) void add_group_apart(const Grid (&grid)[BLOCKS], const RowTile& tile, int64_t at, bool last,
-                                               const typename Math::Sum (&sum)[ROWS][BLOCKS], float* totals) {
-    add_group<Math, ROWS, BLOCKS, SPLIT>(grid, tile, at, last, sum, totals);
+template <class Math, int ROWS, int BLOCKS, bool SPLIT, bool CENTRED, int TOKENS = ROWS / (SPLIT ? 2 : 1)>
+__attribute__((noinline)) void add_group_apart(const Grid* grid, const RowTile& tile, int64_t group, bool last,
+                                               const typename Math::Sum (&sum)[ROWS][BLOCKS], __m512 (&total)[TOKENS][BLOCKS]) {
+    add_group<Math, ROWS, BLOCKS, SPLIT, CENTRED>(grid, tile, group, last, sum, total);
 }
 
-// A few tokens: BLOCKS blocks of outputs, tiles unpacked on the way, for ROWS rows of x from `row` on.
-template <int BITS, class Math, int ROWS, int BLOCKS, bool SPLIT>
-void direct(const PackedWeight& w, const MatMul& p, const RowTile& tile, int64_t row, int64_t block) {
-    constexpr int PER_TOKEN = SPLIT ? 2 : 1, TOKENS = ROWS / PER_TOKEN;
+// ---- Few tokens: tiles unpacked on the way ----
+
+template <int BITS, class Math, int ROWS, int BLOCKS, bool SPLIT, bool CENTRED>
+void direct(const PackedWeight& w, const MatMul& p, const RowTile& tile, int64_t block) {
+    constexpr int TOKENS = ROWS / (SPLIT ? 2 : 1);
     constexpr int CHAINS = ROWS == 1 ? 2 : 1;  // enough independent sums to hide the latency of a dot product
     constexpr int64_t BYTES = tile_bytes(BITS), WORDS = tile_inputs(BITS) / Math::PER_WORD, AHEAD = 1536;
     const Math math;
     const uint8_t* weights = w.tiles + block * w.block_bytes();
-    const int64_t block_bytes = w.block_bytes(), rows = tile.tokens * PER_TOKEN;
-    alignas(64) float totals[TOKENS * BLOCKS * 16] = {};
+    const int64_t block_bytes = w.block_bytes();
+    const int64_t next = (BLOCKS - 1) * block_bytes;  // what follows the end of a block is, in the next call, its successor
+    __m512 total[TOKENS][BLOCKS];
+#pragma GCC unroll 8
+    for (int t = 0; t < TOKENS; t++)
+#pragma GCC unroll 4
+        for (int n = 0; n < BLOCKS; n++) total[t][n] = _mm512_setzero_ps();
     for (int64_t g = 0; g < w.groups; g++) {
         typename Math::Sum sum[ROWS * CHAINS][BLOCKS];
-#pragma GCC unroll 16
-        for (int r = 0; r < ROWS * CHAINS; r++)
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS * CHAINS; r++) {
+            const auto first = r < ROWS ? start<Math, CENTRED>(w, tile, g * TOKENS + r, true) : Math::zero();
 #pragma GCC unroll 4
-            for (int n = 0; n < BLOCKS; n++) sum[r][n] = Math::zero();
+            for (int n = 0; n < BLOCKS; n++) sum[r][n] = first;
+        }
         for (int64_t i = w.starts[g]; i < w.starts[g + 1]; i++) {
-            const uint32_t* x = tile.words + i * WORDS * rows + row;
+            const uint32_t* x = tile.words + i * WORDS * ROWS;
             Tile<BITS> codes[BLOCKS];
 #pragma GCC unroll 4
             for (int n = 0; n < BLOCKS; n++) {
                 const uint8_t* from = weights + n * block_bytes + i * BYTES;
-                if constexpr (ROWS <= 4)
-                    for (int64_t line = 0; line < BYTES; line += 64) _mm_prefetch((const char*)(from + AHEAD + line), _MM_HINT_T0);
+                if constexpr (ROWS <= 4) {
+                    const uint8_t* ahead = from + AHEAD + (i * BYTES + AHEAD < block_bytes ? 0 : next);
+                    for (int64_t line = 0; line < BYTES; line += 64) _mm_prefetch((const char*)(ahead + line), _MM_HINT_T0);
+                }
                 codes[n] = Tile<BITS>(from);
             }
             each<Math::DOTS>([&](auto dot) {
@@ -376,9 +397,9 @@ void direct(const PackedWeight& w, const MatMul& p, const RowTile& tile, int64_t
                 __m512i v[BLOCKS];
 #pragma GCC unroll 4
                 for (int n = 0; n < BLOCKS; n++) v[n] = math.template word<k>(codes[n]);
-#pragma GCC unroll 16
+#pragma GCC unroll 8
                 for (int r = 0; r < ROWS; r++) {
-                    const __m512i broadcast = _mm512_set1_epi32(static_cast<int>(x[k / Math::DIGITS * rows + r]));
+                    const __m512i broadcast = _mm512_set1_epi32(static_cast<int>(x[k / Math::DIGITS * ROWS + r]));
 #pragma GCC unroll 4
                     for (int n = 0; n < BLOCKS; n++) {
                         auto& s = sum[CHAINS == 2 ? k % 2 : r][n];
@@ -391,58 +412,67 @@ void direct(const PackedWeight& w, const MatMul& p, const RowTile& tile, int64_t
             for (int n = 0; n < BLOCKS; n++) sum[0][n] = Math::add(sum[0][n], sum[1][n]);
         typename Math::Sum finished[ROWS][BLOCKS];
         Grid grid[BLOCKS];
-#pragma GCC unroll 16
+#pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
             for (int n = 0; n < BLOCKS; n++) finished[r][n] = sum[r][n];
+#pragma GCC unroll 4
         for (int n = 0; n < BLOCKS; n++) grid[n] = Grid(w, g, block + n, Math::CENTRE);
-        const int64_t at = g * tile.tokens + row / PER_TOKEN;
-        if constexpr (ROWS * BLOCKS >= 16) {
-            add_group_apart<Math, ROWS, BLOCKS, SPLIT>(grid, tile, at, true, finished, totals);
+        if constexpr (ROWS * BLOCKS > 12) {
+            add_group_apart<Math, ROWS, BLOCKS, SPLIT, CENTRED>(grid, tile, g, true, finished, total);
         } else {
-            add_group<Math, ROWS, BLOCKS, SPLIT>(grid, tile, at, true, finished, totals);
+            add_group<Math, ROWS, BLOCKS, SPLIT, CENTRED>(grid, tile, g, true, finished, total);
         }
     }
+#pragma GCC unroll 8
     for (int t = 0; t < TOKENS; t++)
-        for (int n = 0; n < BLOCKS; n++)
-            write_result(w, p, tile.token + row / PER_TOKEN + t, block + n, _mm512_load_ps(totals + (t * BLOCKS + n) * 16));
+#pragma GCC unroll 4
+        for (int n = 0; n < BLOCKS; n++) write_result(w, p, tile.token + t, block + n, total[t][n]);
 }
 
-// Calls f(integral_constant rows, row) for the rows of a tile, at most eight at a time.
+// Calls f(integral_constant) with the rows of a tile.
 template <bool SPLIT, class F>
-void each_rows(const RowTile& tile, F f) {
-    const int64_t rows = tile.tokens * (SPLIT ? 2 : 1);
-    for (int64_t row = 0; row < rows; row += 8) switch (std::min<int64_t>(8, rows)) {
-            case 8: f(std::integral_constant<int, 8>(), row); break;
-            case 4: f(std::integral_constant<int, 4>(), row); break;
-            case 2: f(std::integral_constant<int, 2>(), row); break;
-            default:
-                if constexpr (!SPLIT) f(std::integral_constant<int, 1>(), row);
-        }
-}
-
-template <int BITS, class Math, bool SPLIT, int BLOCKS>
-void direct_task(const PackedWeight& w, const MatMul& p, const Activations& x, int64_t task) {
-    const int64_t first = task * BLOCKS, last = std::min(w.blocks(), first + BLOCKS);
-    for (const RowTile& tile : x.tiles)
-        each_rows<SPLIT>(tile, [&](auto rows, int64_t row) {
-            constexpr int ROWS = decltype(rows)::value;
-            if (last - first == BLOCKS) {
-                direct<BITS, Math, ROWS, BLOCKS, SPLIT>(w, p, tile, row, first);
-            } else {
-                for (int64_t block = first; block < last; block++) direct<BITS, Math, ROWS, 1, SPLIT>(w, p, tile, row, block);
-            }
-        });
-}
-
-template <int BITS, class Math, bool SPLIT>
-void few_tokens(const PackedWeight& w, const MatMul& p, const Activations& x, int threads) {
-    // Eight rows and three blocks of sums fill the registers; fewer rows leave room for four.
-    if (x.tiles.front().tokens * (SPLIT ? 2 : 1) >= 8) {
-        parallel_for((w.blocks() + 2) / 3, threads, [&](int64_t task) { direct_task<BITS, Math, SPLIT, 3>(w, p, x, task); });
-    } else {
-        parallel_for((w.blocks() + 3) / 4, threads, [&](int64_t task) { direct_task<BITS, Math, SPLIT, 4>(w, p, x, task); });
+void with_rows(const RowTile& tile, F f) {
+    switch (tile.tokens * (SPLIT ? 2 : 1)) {
+        case 8: f(std::integral_constant<int, 8>()); break;
+        case 4: f(std::integral_constant<int, 4>()); break;
+        case 2: f(std::integral_constant<int, 2>()); break;
+        default:
+            if constexpr (!SPLIT) f(std::integral_constant<int, 1>());
     }
+}
+
+// Blocks first … last of the outputs, BLOCKS at a time.
+template <int BITS, class Math, bool SPLIT, bool CENTRED, int BLOCKS>
+void direct_blocks(const PackedWeight& w, const MatMul& p, const Activations& x, int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; block += BLOCKS)
+        for (const RowTile& tile : x.tiles)
+            with_rows<SPLIT>(tile, [&](auto rows) {
+                constexpr int ROWS = decltype(rows)::value;
+                if (last - block >= BLOCKS) {
+                    direct<BITS, Math, ROWS, BLOCKS, SPLIT, CENTRED>(w, p, tile, block);
+                } else {
+                    for (int64_t one = block; one < last; one++) direct<BITS, Math, ROWS, 1, SPLIT, CENTRED>(w, p, tile, one);
+                }
+            });
+}
+
+template <int BITS, class Math, bool SPLIT, bool CENTRED>
+void few_tokens(const PackedWeight& w, const MatMul& p, const Activations& x, int threads) {
+    // Eight rows and three blocks fill the registers, and so do four rows with their totals; fewer leave room for four blocks.
+    const bool wide = x.tiles.front().tokens * (SPLIT ? 2 : 1) < 4;
+    const int64_t together = wide ? 4 : 3, units = (w.blocks() + together - 1) / together;
+    // A few long pieces per thread: neighbours are read by the same thread, and a late thread leaves work to the others.
+    const int64_t pieces = threads == 1 ? 1 : std::min<int64_t>(units, 4 * threads);
+    parallel_for(pieces, threads, [&](int64_t piece) {
+        const int64_t first = units * piece / pieces * together;
+        const int64_t last = std::min(w.blocks(), units * (piece + 1) / pieces * together);
+        if (wide) {
+            direct_blocks<BITS, Math, SPLIT, CENTRED, 4>(w, p, x, first, last);
+        } else {
+            direct_blocks<BITS, Math, SPLIT, CENTRED, 3>(w, p, x, first, last);
+        }
+    });
 }
 
 // ---- Many tokens: outputs unpacked once, then used for all of them ----
@@ -463,37 +493,45 @@ constexpr bool FOLDED = !Math::INT8 && !SPLIT;
 template <int BITS, class Math, bool SPLIT>
 class Panel {
 public:
-    Panel(const PackedWeight& w, int64_t block, int64_t blocks, uint32_t* words) : w_(w), block_(block), blocks_(blocks), words_(words) {}
+    Panel(const PackedWeight& w, int64_t block, int64_t blocks, uint32_t* words, Grid* grids)
+        : w_(w), block_(block), blocks_(blocks), words_(words), grids_(grids) {}
 
     void unpack(const std::vector<Segment>& segments) {
         first_tile_ = segments.front().first_tile;
         stride_ = (segments.back().last_tile - first_tile_) * WORDS * 16;
         for (int64_t n = 0; n < blocks_; n++)
-            for (const Segment& segment : segments) {
+            for (size_t s = 0; s < segments.size(); s++) {
+                const Segment& segment = segments[s];
                 const Grid grid(w_, segment.group, block_ + n, FOLDED<Math, SPLIT> ? 0 : Math::CENTRE);
+                grids_[s * PANEL_BLOCKS + static_cast<size_t>(n)] = grid;
                 for (int64_t i = segment.first_tile; i < segment.last_tile; i++)
                     unpack_tile(Tile<BITS>(w_.tiles + (block_ + n) * w_.block_bytes() + i * tile_bytes(BITS)), grid,
                                 words_ + n * stride_ + (i - first_tile_) * WORDS * 16);
             }
     }
 
-    // Adds the products with ROWS rows from `row` on to the totals [tokens][PANEL_BLOCKS][16].
-    template <int ROWS>
-    void multiply(const RowTile& tile, int64_t row, const std::vector<Segment>& segments, float* totals) const {
-        constexpr int PER_TOKEN = SPLIT ? 2 : 1;
-        const int64_t rows = tile.tokens * PER_TOKEN;
+    // Adds the products with the ROWS rows of a tile to the totals [tokens][PANEL_BLOCKS][16].
+    template <int ROWS, bool CENTRED>
+    void multiply(const RowTile& tile, const std::vector<Segment>& segments, float* totals) const {
+        constexpr int TOKENS = ROWS / (SPLIT ? 2 : 1);
+        __m512 total[TOKENS][PANEL_BLOCKS];
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; t++)
+#pragma GCC unroll 3
+            for (int n = 0; n < PANEL_BLOCKS; n++) total[t][n] = _mm512_loadu_ps(totals + (t * PANEL_BLOCKS + n) * 16);
         for (size_t s = 0; s < segments.size();) {
-            // Folded segments are one.
-            const size_t end = FOLDED<Math, SPLIT> ? segments.size() : s + 1;
+            const size_t end = FOLDED<Math, SPLIT> ? segments.size() : s + 1;  // folded segments are one
             typename Math::Sum sum[ROWS][PANEL_BLOCKS];
 #pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++)
+            for (int r = 0; r < ROWS; r++) {
+                const auto first = start<Math, CENTRED>(w_, tile, segments[s].group * TOKENS + r, segments[s].last);
 #pragma GCC unroll 3
-                for (int n = 0; n < PANEL_BLOCKS; n++) sum[r][n] = Math::zero();
+                for (int n = 0; n < PANEL_BLOCKS; n++) sum[r][n] = first;
+            }
             const int64_t first = segments[s].first_tile * WORDS, count = segments[end - 1].last_tile * WORDS - first;
-            const uint32_t* x = tile.words + first * rows + row;
+            const uint32_t* x = tile.words + first * ROWS;
             const uint32_t* weights = words_ + (first - first_tile_ * WORDS) * 16;
-            for (int64_t k = 0; k < count; k++, x += rows, weights += 16) {
+            for (int64_t k = 0; k < count; k++, x += ROWS, weights += 16) {
                 __m512i v[PANEL_BLOCKS];
 #pragma GCC unroll 3
                 for (int n = 0; n < PANEL_BLOCKS; n++) v[n] = _mm512_loadu_si512(weights + n * stride_);
@@ -504,14 +542,20 @@ public:
                     for (int n = 0; n < PANEL_BLOCKS; n++) sum[r][n] = Math::dot(sum[r][n], v[n], broadcast);
                 }
             }
-            typename Math::Sum finished[ROWS][PANEL_BLOCKS];  // sums that are never addressed stay in registers
+            if constexpr (FOLDED<Math, SPLIT>) {
 #pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++)
+                for (int t = 0; t < TOKENS; t++)
 #pragma GCC unroll 3
-                for (int n = 0; n < PANEL_BLOCKS; n++) finished[r][n] = sum[r][n];
-            finish<ROWS>(tile, row / PER_TOKEN, segments[s], finished, totals);
+                    for (int n = 0; n < PANEL_BLOCKS; n++) total[t][n] = _mm512_add_ps(total[t][n], sum[t][n]);
+            } else {
+                add_group<Math, ROWS, PANEL_BLOCKS, SPLIT, CENTRED>(grids_ + s * PANEL_BLOCKS, tile, segments[s].group, segments[s].last, sum, total);
+            }
             s = end;
         }
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; t++)
+#pragma GCC unroll 3
+            for (int n = 0; n < PANEL_BLOCKS; n++) _mm512_storeu_ps(totals + (t * PANEL_BLOCKS + n) * 16, total[t][n]);
     }
 
 private:
@@ -538,28 +582,10 @@ private:
         }
     }
 
-    template <int ROWS>
-    void finish(const RowTile& tile, int64_t token, const Segment& segment, const typename Math::Sum (&sum)[ROWS][PANEL_BLOCKS],
-                float* totals) const {
-        if constexpr (FOLDED<Math, SPLIT>) {
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 3
-                for (int n = 0; n < PANEL_BLOCKS; n++) {
-                    float* total = totals + (r * PANEL_BLOCKS + n) * 16;
-                    _mm512_storeu_ps(total, _mm512_add_ps(_mm512_loadu_ps(total), sum[r][n]));
-                }
-        } else {
-            Grid grid[PANEL_BLOCKS];
-            for (int64_t n = 0; n < PANEL_BLOCKS; n++)
-                if (n < blocks_) grid[n] = Grid(w_, segment.group, block_ + n, Math::CENTRE);
-            add_group_apart<Math, ROWS, PANEL_BLOCKS, SPLIT>(grid, tile, segment.group * tile.tokens + token, segment.last, sum, totals);
-        }
-    }
-
     const PackedWeight& w_;
     int64_t block_, blocks_, first_tile_ = 0, stride_ = 0;
     uint32_t* words_;
+    Grid* grids_;  // [segments][PANEL_BLOCKS]
 };
 
 // The groups, cut where a panel is full.
@@ -578,24 +604,27 @@ std::vector<std::vector<Segment>> panel_segments(const PackedWeight& w) {
     return panels;
 }
 
-template <int BITS, class Math, bool SPLIT>
+template <int BITS, class Math, bool SPLIT, bool CENTRED>
 void panel_tasks(const PackedWeight& w, const MatMul& p, const Activations& x, std::atomic<int64_t>& next) {
-    constexpr int PER_TOKEN = SPLIT ? 2 : 1;
     const auto panels = panel_segments(w);
     const int64_t positions = std::min(PANEL_POSITIONS, w.positions()), total_size = PANEL_BLOCKS * 16;
     Buffer<uint32_t> words(positions / Math::PER_WORD * total_size);
     Buffer<float> totals(p.tokens * total_size);
+    size_t most = 0;
+    for (const auto& segments : panels) most = std::max(most, segments.size());
+    Buffer<Grid> grids(static_cast<int64_t>(most) * PANEL_BLOCKS);
     const int64_t tasks = (w.blocks() + PANEL_BLOCKS - 1) / PANEL_BLOCKS;
     for (int64_t task = next++; task < tasks; task = next++) {
         const int64_t block = task * PANEL_BLOCKS, blocks = std::min<int64_t>(PANEL_BLOCKS, w.blocks() - block);
         std::memset(totals.data(), 0, static_cast<size_t>(p.tokens * total_size) * sizeof(float));
-        Panel<BITS, Math, SPLIT> panel(w, block, blocks, words.data());
+        Panel<BITS, Math, SPLIT> panel(w, block, blocks, words.data(), grids.data());
         for (const std::vector<Segment>& segments : panels) {
             panel.unpack(segments);
             for (const RowTile& tile : x.tiles) {
-                each_rows<SPLIT>(tile, [&](auto rows, int64_t row) {
-                    float* at = totals.data() + (tile.token + row / PER_TOKEN) * total_size;
-                    panel.template multiply<decltype(rows)::value>(tile, row, segments, at);
+                with_rows<SPLIT>(tile, [&](auto rows) {
+                    float* at = totals.data() + tile.token * total_size;
+                    constexpr int ROWS = decltype(rows)::value;
+                    panel.template multiply<ROWS, CENTRED>(tile, segments, at);
                 });
             }
         }
@@ -605,27 +634,29 @@ void panel_tasks(const PackedWeight& w, const MatMul& p, const Activations& x, s
     }
 }
 
-template <int BITS, class Math, bool SPLIT>
+template <int BITS, class Math, bool SPLIT, bool CENTRED>
 void many_tokens(const PackedWeight& w, const MatMul& p, const Activations& x, int threads) {
     std::atomic<int64_t> next{0};
-    parallel_for(threads, threads, [&](int64_t) { panel_tasks<BITS, Math, SPLIT>(w, p, x, next); });
+    parallel_for(threads, threads, [&](int64_t) { panel_tasks<BITS, Math, SPLIT, CENTRED>(w, p, x, next); });
 }
 
-template <int BITS, class Math, bool SPLIT>
+template <int BITS, class Math, bool SPLIT, bool CENTRED = false>
 void run(const PackedWeight& w, const MatMul& p, int threads) {
-    // From here on unpacking once is faster than unpacking for every sixteen rows (benchmarks/kernels_cpu.py).
-    constexpr int64_t PANEL_FROM = SPLIT ? 32 : 64;
+    // From here on unpacking once is faster than unpacking for every few rows (benchmarks/kernels_cpu.py).
+    constexpr int64_t PANEL_FROM = Math::INT8 ? 40 : SPLIT ? 32 : 64;
     const Activations x = Activations::make<BITS, Math, SPLIT>(w, p, threads);
     if (p.tokens >= PANEL_FROM) {
-        many_tokens<BITS, Math, SPLIT>(w, p, x, threads);
+        many_tokens<BITS, Math, SPLIT, CENTRED>(w, p, x, threads);
     } else {
-        few_tokens<BITS, Math, SPLIT>(w, p, x, threads);
+        few_tokens<BITS, Math, SPLIT, CENTRED>(w, p, x, threads);
     }
 }
 
 template <int BITS>
 void run_bits(const PackedWeight& w, const MatMul& p, int threads) {
-    if (p.int8) {
+    if (p.int8 && !w.zeros) {
+        run<BITS, Int8<BITS>, false, true>(w, p, threads);
+    } else if (p.int8) {
         run<BITS, Int8<BITS>, false>(w, p, threads);
     } else if (p.type == Number::bfloat16) {
         run<BITS, Bfloat16<BITS>, false>(w, p, threads);

@@ -26,8 +26,6 @@ _VNNI = "avx512_vnni"
 
 # Without instructions for these products, unpacking and a dense product is faster from so many tokens on.
 _DENSE_FROM = 24
-# In float32, the two bfloat16 products cost more than a dense float32 one from so many tokens on.
-_DENSE_FLOAT32_FROM = 256
 
 
 class PackedWeight(NamedTuple):
@@ -203,7 +201,7 @@ def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None, int8: bool, i
     if bias is not None and (bias.shape != (out_features,) or bias.dtype not in _TYPES):
         raise KernelError(f"bias is {bias.dtype} {tuple(bias.shape)}; the layer has {out_features} outputs")
     tokens = x.numel() // shape[-1]
-    if isa == "best" and tokens >= _dense_from(x.dtype, int8):
+    if isa == "best" and tokens >= _dense_from():
         return functional.linear(x, _dequantize(weight, x.dtype), None if bias is None else bias.to(x.dtype))
     y = torch.empty((*shape[:-1], out_features), dtype=x.dtype)
     if tokens:
@@ -216,10 +214,8 @@ def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None, int8: bool, i
 
 
 @functools.cache
-def _dense_from(dtype: torch.dtype, int8: bool) -> float:
-    if fast_isa() != _VNNI:
-        return _DENSE_FROM
-    return _DENSE_FLOAT32_FROM if dtype == torch.float32 and not int8 else float("inf")
+def _dense_from() -> float:
+    return float("inf") if fast_isa() == _VNNI else _DENSE_FROM
 
 
 def _dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:

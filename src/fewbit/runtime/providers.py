@@ -69,7 +69,7 @@ class Provider:
         if device.type != self.device:
             return f"device is {device.type}, not {self.device}"
         if dtype not in self.dtypes:
-            return f"activations are {dtype}, not {_any_of(self.dtypes)}"
+            return f"activations are {_name(dtype)}, not {_any_of(tuple(map(_name, self.dtypes)))}"
         if spec.bits not in self.bits:
             return f"bits {spec.bits} is not {_any_of(self.bits)}"
         if spec.group_size not in self.group_sizes:
@@ -298,6 +298,10 @@ def _tensors(layer: Any) -> Any:
 
 def _any_of(values: tuple[object, ...]) -> str:
     return " or ".join(map(str, values)) if len(values) < 3 else "one of " + ", ".join(map(str, values))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _first_line(error: object) -> str:
