@@ -9,14 +9,17 @@ import types
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, GPTQConfig
 
+import fewbit
 from fewbit.checkpoint import layout
 from fewbit.errors import KernelError
+from fewbit.integrations.layers import quantized_layers
 from fewbit.runtime import registry
 from fewbit.runtime.kernel import KernelSpec
 from fewbit.runtime.linear import QuantLinear
 from fewbit.runtime.providers import PROVIDERS
-from tiny_gptq import random_codes
+from tiny_gptq import llama, random_codes, write_checkpoint
 
 SPEC = KernelSpec(bits=4, group_size=64, sym=True, act_order=False, in_features=256, out_features=128)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -54,9 +57,7 @@ def test_device_dtype_and_package_are_conditions(provider, monkeypatch):
     other = CPU if provider.device == "cuda" else CUDA
     right = torch.device(provider.device)
     assert why_not(provider.name, device=other) == f"device is {other}, not {right}"
-    assert "activations are torch.float32, not torch" in why_not(
-        provider.name, device=right, dtype=torch.float32
-    )
+    assert "activations are float32, not " in why_not(provider.name, device=right, dtype=torch.float32)
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
     missing = "the package gptqmodel is not installed (pip install gptqmodel)"
     assert why_not(provider.name, device=right) == missing
@@ -189,7 +190,7 @@ def test_layers_of_one_size_share_scratch_memory(package, monkeypatch):
 
 def test_a_layer_moves_back_to_a_kernel_of_fewbits_own(package, monkeypatch):
     layer, before = opened("torch_aten", random_codes(128, 128, 4, 64), monkeypatch)
-    with pytest.raises(KernelError, match=r"activations are torch\.float32"):
+    with pytest.raises(KernelError, match=r"activations are float32, not float16 or bfloat16"):
         layer.float()
     layer.prepare("auto")
     assert layer.kernel in registry.KERNELS
@@ -244,3 +245,53 @@ def test_another_version_or_a_broken_install(package, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(KernelError, match=r"gptqmodel is installed but does not import: import of .* halted"):
         BY_NAME["torch_aten"].open(SPEC, CPU, torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(folder, llama(hidden_size=128))
+    return folder
+
+
+def test_loading_takes_every_name(checkpoint):
+    layers = dict(quantized_layers(fewbit.load(checkpoint, dtype=torch.bfloat16, kernel="torch")))
+    assert {layer.kernel.name for layer in layers.values()} == {"torch_int4"}
+    layers = dict(quantized_layers(fewbit.load(checkpoint, kernel="auto_trainable")))
+    assert all(layer.trainable for layer in layers.values())
+    for name, words in (
+        ("exllama_v2", "kernel 'exllamav2' cannot run .*: device is cpu, not cuda"),
+        ("GPTQ_TRITON", "kernel 'triton' cannot run .*: device is cpu, not cuda"),
+        ("exllama", "no current package has it"),
+        ("sglang", "sglang is an engine, not a kernel"),
+    ):
+        with pytest.raises(KernelError, match=words):
+            fewbit.load(checkpoint, kernel=name)
+
+
+def test_transformers_takes_every_name(checkpoint):
+    fewbit.register()
+    try:
+        config = GPTQConfig(bits=4, backend="torch")
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint, quantization_config=config, dtype=torch.bfloat16
+        )
+        assert {layer.kernel.name for _, layer in quantized_layers(model)} == {"torch_int4"}
+        with pytest.raises(KernelError, match=r"'machete' cannot run .*: device is cpu, not cuda"):
+            AutoModelForCausalLM.from_pretrained(
+                checkpoint, quantization_config=GPTQConfig(bits=4, backend="machete")
+            )
+    finally:
+        fewbit.unregister()
+
+
+def test_a_whole_model_on_another_packages_kernel(checkpoint, package):
+    truth = fewbit.load(checkpoint, dtype=torch.bfloat16, kernel="reference")
+    model = fewbit.load(checkpoint, dtype=torch.bfloat16, kernel="torch_aten")
+    assert {layer.kernel.name for _, layer in quantized_layers(model)} == {"torch_aten"}
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        found, wanted = model(ids).logits.float(), truth(ids).logits.float()
+    assert (found - wanted).norm() / wanted.norm() < 0.05
+    saved, original = model.state_dict(), truth.state_dict()
+    assert all(torch.equal(saved[name], original[name]) for name in original)
