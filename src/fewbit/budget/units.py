@@ -59,7 +59,7 @@ def make_units(plan: Plan, config: QuantConfig) -> list[Unit]:
         explicit = config.overridden(layer.name)
         bits = layer.settings.bits if "bits" in explicit else None
         group_size = layer.settings.group_size if "group_size" in explicit else None
-        members.setdefault((_family(layer.name), bits, group_size), []).append(layer)
+        members.setdefault((family(layer.name), bits, group_size), []).append(layer)
     return [
         Unit(tuple(layers), _choices(layers, bits, group_size, config.group_size))
         for (_, bits, group_size), layers in members.items()
@@ -75,8 +75,8 @@ def stored_bytes(out_features: int, in_features: int, choice: Choice) -> int:
     return 4 * words + 2 * groups * out_features + 4 * in_features
 
 
-def _family(name: str) -> str:
-    """A name that a layer shares with those it is merged with."""
+def family(name: str) -> str:
+    """A name that a layer shares with those that engines merge it with: its own where there are none."""
     experts = _EXPERTS.match(name)
     if experts:
         return experts[1]

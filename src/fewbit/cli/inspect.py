@@ -1,11 +1,11 @@
-"""``fewbit inspect``: what a checkpoint is, and what can run it here."""
+"""``fewbit inspect``: what a checkpoint is, what can run it here, and which engines load it."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -16,8 +16,11 @@ from ..checkpoint.reader import Checkpoint, LayerSpec, open_checkpoint
 from ..errors import CheckpointError
 from ..report import words
 from ..runtime import registry
-from ..runtime.kernel import KernelSpec
 from .display import plain, quiet_libraries
+from .verdicts import NO, ForReaders, verdict_table, verdicts
+
+if TYPE_CHECKING:  # transformers takes seconds to import: not for --help
+    from ..readers.rules import Contents
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -26,12 +29,15 @@ Examples:
 
   fewbit inspect out
 
+  fewbit inspect out --for vllm --for onnxruntime
+
   fewbit inspect out --json
 """
 
 
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a GPTQ checkpoint, from any tool.")],
+    for_: ForReaders = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="List every layer.")] = False,
     quiet: Annotated[
@@ -40,22 +46,31 @@ def inspect(
 ) -> None:
     """Show bits, groups, format, sizes and origin of a checkpoint, and which kernels here can run it.
 
-    Only headers are read; `fewbit verify` looks at the contents.
+    Only headers are read; `fewbit verify` looks at the contents. Exit code 1 if one that is named by --for cannot load
+    it.
     """
+    from ..readers.rules import of_checkpoint
+
     opened = open_checkpoint(checkpoint)
-    if quiet and not as_json:
+    if quiet and not as_json and not for_:
         return
     quiet_libraries()
     kinds = _kinds(opened)
+    contents = of_checkpoint(opened, kinds)
+    answers = verdicts(contents)
     if as_json:
         counts = Counter(kinds.get(name, "unknown") for name in opened.layers)
-        print(json.dumps(_facts(opened) | {"kinds": dict(counts), "kernels": _kernels(opened, kinds)}))
-        return
-    console = Console()
-    console.print(_summary(opened))
-    if verbose:
-        console.print(_layers(opened))
-    console.print(_kernel_table(opened, kinds))
+        found = {"kinds": dict(counts), "kernels": _kernels(opened, contents), "readers": answers}
+        print(json.dumps(_facts(opened) | found))
+    elif not quiet:
+        console = Console()
+        console.print(_summary(opened))
+        if verbose:
+            console.print(_layers(opened))
+        console.print(_kernel_table(opened, contents, kinds))
+        console.print(verdict_table(answers, for_, verbose))
+    if any(answers[name] for name in for_ or ()):
+        raise typer.Exit(NO)
 
 
 inspect.__doc__ = f"{inspect.__doc__}\n{_EXAMPLES}"
@@ -122,16 +137,15 @@ def _layers(checkpoint: Checkpoint) -> Table:
     return table
 
 
-def _kernels(checkpoint: Checkpoint, kinds: dict[str, str]) -> list[dict[str, Any]]:
+def _kernels(checkpoint: Checkpoint, contents: Contents) -> list[dict[str, Any]]:
     """For every kernel: how many layers it can run here, and the first reason where it cannot."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float16"
     dtype = _DTYPES.get(str(stated), torch.float16)
     able: Counter[str] = Counter()
     reasons: dict[str, str] = {}
-    for spec in checkpoint.layers.values():
-        kernel_spec = _kernel_spec(spec, kinds.get(spec.name, "linear"))
-        for name, reason in registry.explain(kernel_spec, device, dtype):
+    for _, spec in contents.layers:
+        for name, reason in registry.explain(spec, device, dtype):
             able[name] += reason is None
             if reason is not None:
                 reasons.setdefault(name, reason)
@@ -152,21 +166,8 @@ def _kinds(checkpoint: Checkpoint) -> dict[str, str]:
     return model.kinds if model else {}
 
 
-def _kernel_spec(spec: LayerSpec, kind: str) -> KernelSpec:
-    return KernelSpec(
-        bits=spec.bits,
-        group_size=spec.group_size,
-        sym=spec.sym,
-        act_order=spec.desc_act,
-        in_features=spec.in_features,
-        out_features=spec.out_features,
-        format=spec.format,
-        kind=kind,
-    )
-
-
-def _kernel_table(checkpoint: Checkpoint, kinds: dict[str, str]) -> Table:
-    found = _kernels(checkpoint, kinds)
+def _kernel_table(checkpoint: Checkpoint, contents: Contents, kinds: dict[str, str]) -> Table:
+    found = _kernels(checkpoint, contents)
     table = Table("kernel", "layers", "why not", box=None, padding=(0, 2, 0, 0))
     unknown = "" if kinds.keys() >= checkpoint.layers.keys() else ", if all layers are linear"
     table.title, table.title_justify = f"kernels on {found[0]['device']}{unknown}", "left"

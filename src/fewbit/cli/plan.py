@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,15 +14,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from ..readers.table import reader
 from ..report import words
 from .display import console, quiet_libraries
 from .options import Job, with_options
+from .verdicts import NO, ForReaders, verdicts
 
 if TYPE_CHECKING:  # transformers takes seconds to import: not for --help
     from ..forecast import Forecast
     from ..plan import LayerPlan, Plan
-
-NO = 1  # exit code where it cannot work
 
 _EXAMPLES = """
 Examples:
@@ -29,6 +30,8 @@ Examples:
   fewbit plan ./SmolLM2-135M -o ./SmolLM2-135M-4bit --dataset notes.txt
 
   fewbit plan org/model --bits 3 --group-size 64 -v
+
+  fewbit plan org/model --bits 8 --asym --for vllm --for onnxruntime
 
   fewbit plan org/model --num-samples 64 --json | jq .problems
 """
@@ -40,37 +43,49 @@ def plan(
     processes: Annotated[
         int, typer.Option(min=1, help="Plan for so many processes of torchrun, on this machine.")
     ] = 1,
+    for_: ForReaders = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="List every module.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only say what cannot work.")] = False,
 ) -> None:
-    """Say what `fewbit quantize` with the same options would do, need and take. Exit code 1 if it cannot work.
+    """Say what `fewbit quantize` with the same options would do, need and take. Exit code 1 if it cannot work, or if an
+    engine named by --for could not load the result.
 
     Takes a few seconds, for a measurement on this machine; nothing is written.
     """
-    show_forecast(job, processes, as_json=as_json, verbose=verbose, quiet=quiet)
+    show_forecast(job, processes, for_ or (), as_json=as_json, verbose=verbose, quiet=quiet)
 
 
 plan.__doc__ = f"{plan.__doc__}\n{_EXAMPLES}"
 
 
-def show_forecast(job: Job, processes: int, *, as_json: bool, verbose: bool, quiet: bool) -> None:
-    """Forecast the job and print the answer.
+def show_forecast(
+    job: Job, processes: int, engines: Sequence[str] = (), *, as_json: bool, verbose: bool, quiet: bool
+) -> None:
+    """Forecast the job and print the answer, also to whether `engines` could load its result.
 
     Raises:
-        typer.Exit: it cannot work.
+        typer.Exit: it cannot work, or one of them could not.
     """
     from ..forecast import forecast
+    from ..readers.rules import of_plan
 
     quiet_libraries()
     found = forecast(job.model, job.config, **job.arguments, processes=processes)
+    answers = {} if found.plan is None else verdicts(of_plan(found.plan, job.config))
+    refused = [name for name in engines if answers.get(name)]
     if as_json:
-        print(json.dumps(found.summary() | (found.details() if verbose else {})))
+        print(json.dumps(found.summary() | {"readers": answers} | (found.details() if verbose else {})))
     elif not quiet:
         _show(found, verbose)
-    if not found.works:
-        for problem in found.problems:
-            console.print(f"[bold red]problem[/]: {escape(problem)}", highlight=False)
+        for name in sorted(answers.keys() & set(engines) - set(refused)):
+            console.print(f"{reader(name).title} can load the result", markup=False, highlight=False)
+    problems = [
+        f"{reader(name).title} could not load the result: {'; '.join(answers[name])}" for name in refused
+    ]
+    for problem in (*found.problems, *problems):
+        console.print(f"[bold red]problem[/]: {escape(problem)}", highlight=False)
+    if problems or not found.works:
         raise typer.Exit(NO)
 
 

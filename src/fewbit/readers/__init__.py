@@ -1,0 +1,1 @@
+"""Other engines: what they take of what fewbit writes."""
