@@ -55,12 +55,7 @@ class Cpu(Kernel):
 
     def linear(self, x: Tensor, layer: QuantizedBuffers) -> Tensor:
         """See `Kernel.linear`."""
-        weight, bias = _weight(layer), layer.bias
-        if _plain(x, bias):
-            # Dispatching a custom operator takes longer than multiplying with a small weight.
-            return packed.multiply(x, weight, bias, self.int8)
-        y: Tensor = torch.ops.fewbit.linear_packed(x, *weight, bias, self.int8)
-        return y
+        return product(x, _weight(layer), layer.bias, int8=self.int8)
 
 
 class CpuInt8(Cpu):
@@ -71,6 +66,15 @@ class CpuInt8(Cpu):
         "fewbit's own with activations rounded to 8 bits per token and group: faster from a few tokens on"
     )
     int8 = True
+
+
+def product(x: Tensor, weight: PackedWeight, bias: Tensor | None, *, int8: bool) -> Tensor:
+    """``x @ weightᵀ + bias``, with gradients where they are wanted."""
+    if _plain(x, bias):
+        # Dispatching a custom operator takes longer than multiplying with a small weight.
+        return packed.multiply(x, weight, bias, int8)
+    y: Tensor = torch.ops.fewbit.linear_packed(x, *weight, bias, int8)
+    return y
 
 
 def _weight(layer: QuantizedBuffers) -> PackedWeight:

@@ -38,6 +38,8 @@ def load(
     device_map: Any = None,
     max_memory: Mapping[Any, Any] | None = None,
     quantization_config: Mapping[str, Any] | None = None,
+    fuse: bool = False,
+    lm_head_runtime: int | None = None,
 ) -> PreTrainedModel:
     """Load a GPTQ checkpoint, whoever wrote it.
 
@@ -53,6 +55,10 @@ def load(
             for example. Needs accelerate.
         max_memory: device → bytes, for a `device_map` by name.
         quantization_config: of an old checkpoint that has none of its own.
+        fuse: multiply layers with the same input (q, k, v; gate, up) in one call where there are few tokens. Names and
+            what is saved stay the same.
+        lm_head_runtime: 8 multiplies with the output layer in 8 bits, which is what a token waits for in small models.
+            Its own weight stays in the model and is what is saved.
 
     Returns:
         A model of the class that config.json names, in eval mode. `kernels` says what its layers run on.
@@ -61,10 +67,12 @@ def load(
         CheckpointError: not a quantized checkpoint, damaged, incomplete, or of another model than its config.json
             says.
         KernelError: the kernel asked for does not exist or cannot run here.
-        ConfigError: an unknown dtype, or a `device_map` with disk entries.
+        ConfigError: an unknown dtype, a `device_map` with disk entries, or an output layer that cannot have 8 bits.
         DependencyError: a `device_map`, and accelerate is missing.
     """
     from ..integrations.transformers import offer
+    from .fused import fuse as join_layers
+    from .head import shrink_head
 
     registry.meant(kernel)
     folder = Path(path)
@@ -84,7 +92,13 @@ def load(
     model = _build(checkpoint, model_class, options)
     if hasattr(model.config, "transformers_weights"):
         del model.config.transformers_weights
-    return model.to(device) if device_map is None else model
+    if device_map is None:
+        model = model.to(device)
+    if fuse:
+        join_layers(model)
+    if lm_head_runtime is not None:
+        shrink_head(model, lm_head_runtime)
+    return model
 
 
 def _check_accelerate() -> None:

@@ -1,0 +1,142 @@
+"""Layers that read the same input (q, k, v; gate, up), multiplied in one call.
+
+The layers stay where they are, with their names and their own tensors: the tiles of all of them lie one after the
+other in one tensor, of which each has its part. The first layer that sees an input computes for all; the others find
+their part of the result. Whoever calls them in another order, or one alone, gets the same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import layout
+from ..solver import native
+from .cpu import Cpu, product
+from .kernel import QuantizedBuffers
+from .linear import QuantLinear
+from .packed import PackedWeight
+
+# Names of siblings that transformers' models call with the same input, in the order of the calls.
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
+
+# From here on the products take so long that a call more does not matter, and their parts would have to be copied.
+MOST_TOKENS = 8
+
+
+@dataclass
+class Together:
+    """Several layers as one weight, and the result that some of them have not fetched yet."""
+
+    weight: PackedWeight
+    int8: bool
+    pending: tuple[Tensor, int, Tensor] | None = field(default=None, repr=False)
+
+    def part(self, x: Tensor, first: int, last: int) -> Tensor:
+        """Outputs first … last for x (…, in)."""
+        version = 0 if x.is_inference() else x._version
+        found = self.pending
+        if found is None or found[0] is not x or found[1] != version:
+            found = (x, version, product(x, self.weight, None, int8=self.int8))
+        self.pending = None if last == self.weight.out_features else found
+        return found[2][..., first:last]
+
+
+class FusedCpu(Cpu):
+    """The kernel of one layer of several."""
+
+    summary = "fewbit's own, one call for layers with the same input"
+
+    def __init__(self, together: Together, alone: Cpu, first: int, last: int) -> None:
+        self.name, self.int8 = alone.name, alone.int8
+        self._together, self._first, self._last = together, first, last
+
+    def linear(self, x: Tensor, layer: QuantizedBuffers) -> Tensor:
+        """See `Kernel.linear`."""
+        watched = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+        if watched or x.numel() > MOST_TOKENS * x.shape[-1]:
+            return super().linear(x, layer)
+        y = self._together.part(x, self._first, self._last)
+        return y if layer.bias is None else y + layer.bias.to(y.dtype)
+
+
+def fuse(model: nn.Module) -> int:
+    """Join what can be joined in a model on the CPU.
+
+    Layers are joined where their bits, groups, order of inputs and kernel are the same. Casting or moving a layer, or
+    choosing another kernel for it, undoes it for that layer.
+
+    Returns:
+        How many calls per token that saves.
+    """
+    saved = 0
+    for module in model.modules():
+        children = dict(module.named_children())
+        for names in SIBLINGS:
+            layers = [layer for name in names if isinstance(layer := children.get(name), QuantLinear)]
+            for _, alike in groupby(layers, _what_must_be_alike):
+                saved += _join(list(alike))
+    return saved
+
+
+def _what_must_be_alike(layer: QuantLinear) -> object:
+    if not isinstance(layer.kernel, Cpu) or isinstance(layer.kernel, FusedCpu):
+        return id(layer)
+    tensors, spec = layer.tensors, layer.spec
+    return (
+        type(layer.kernel),
+        spec.bits,
+        spec.in_features,
+        tensors[layout.SCALES].dtype,
+        tuple(tensors["starts"].tolist()),
+        tuple(tensors["order"].tolist()),
+    )
+
+
+def _join(layers: list[QuantLinear]) -> int:
+    # Blocks of 16 outputs cannot be shared.
+    if len(layers) < 2 or any(layer.out_features % 16 for layer in layers[:-1]):
+        return 0
+    first = layers[0]
+    scales = torch.cat([layer.tensors[layout.SCALES] for layer in layers], dim=1)
+    parts = [layer.tensors["zeros"] for layer in layers]
+    if all(torch.equal(part, parts[0]) for part in parts) and parts[0].numel() == 1:
+        zeros = parts[0]
+    else:
+        zeros = torch.cat(
+            [part.expand_as(layer.tensors[layout.SCALES]) for part, layer in zip(parts, layers, strict=True)],
+            dim=1,
+        ).contiguous()
+    own = [layer.tensors["tiles"] for layer in layers]
+    tiles = own[0].new_empty((sum(len(part) for part in own), *own[0].shape[1:]))
+    native.advise_huge_pages(tiles)
+    torch.cat(own, out=tiles)
+    weight = PackedWeight(
+        tiles,
+        scales,
+        zeros,
+        first.tensors["order"],
+        first.tensors["starts"],
+        first.spec.bits,
+        first.in_features,
+    )
+    kernel = first.kernel
+    assert isinstance(kernel, Cpu)
+    together = Together(weight, kernel.int8)
+    start = block = 0
+    for layer in layers:
+        blocks = layer.tensors["tiles"].shape[0]
+        layer._buffers["tiles"] = tiles[block : block + blocks]
+        layer.kernel = FusedCpu(together, kernel, start, start + layer.out_features)
+        start, block = start + layer.out_features, block + blocks
+    return len(layers) - 1

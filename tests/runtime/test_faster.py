@@ -1,0 +1,134 @@
+"""Options of `fewbit.load` that cost nothing but memory: joined layers, an 8-bit copy of the output layer."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import fewbit
+from fewbit.errors import ConfigError
+from fewbit.runtime.fused import FusedCpu
+from fewbit.runtime.head import RuntimeHead, round_to_8_bits
+from fewbit.runtime.packed import dequantize_packed
+from fewbit.solver import native
+from tiny_gptq import FAMILIES, llama, logits, write_checkpoint
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not() or "compiled module")
+
+
+def decode(model, steps=4):
+    """Logits of single tokens, which is where layers are joined."""
+    with torch.inference_mode():
+        out = model(torch.tensor([[5, 9, 2]]), use_cache=True)
+        found = [out.logits]
+        for step in range(steps):
+            out = model(torch.tensor([[7 + step]]), past_key_values=out.past_key_values, use_cache=True)
+            found.append(out.logits)
+    return torch.cat(found, dim=1)
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "cpu_a8"])
+@pytest.mark.parametrize("order", [False, True])
+def test_joined_layers_give_the_same_numbers(tmp_path, kernel, order):
+    write_checkpoint(tmp_path, llama(), order=order)
+    apart = fewbit.load(tmp_path, dtype="bfloat16", kernel=kernel)
+    joined = fewbit.load(tmp_path, dtype="bfloat16", kernel=kernel, fuse=True)
+    fused = [m for m in joined.modules() if isinstance(getattr(m, "kernel", None), FusedCpu)]
+    assert len(fused) == (0 if order else 10)  # with act-order every layer has an order of its own
+    assert {m.kernel.name for m in fused} <= {kernel}
+    assert torch.equal(decode(joined), decode(apart))
+    assert torch.equal(decode(copy.deepcopy(joined)), decode(apart))
+
+
+def test_joined_layers_are_saved_and_cast_as_before(tmp_path):
+    written = write_checkpoint(tmp_path / "a", llama())
+    joined = fewbit.load(tmp_path / "a", dtype="bfloat16", fuse=True)
+    joined.save_pretrained(tmp_path / "b")
+    saved = load_file(tmp_path / "b" / "model.safetensors")
+    assert saved.keys() == written.keys()
+    assert all(torch.equal(saved[name], written[name]) for name in saved if name.endswith("qweight"))
+    joined.model.to(torch.float32)
+    assert not any(isinstance(getattr(m, "kernel", None), FusedCpu) for m in joined.modules())
+
+
+def test_joined_layers_called_in_any_order(tmp_path):
+    write_checkpoint(tmp_path, llama())
+    joined = fewbit.load(tmp_path, dtype="float32", fuse=True).model.layers[0].self_attn
+    apart = fewbit.load(tmp_path, dtype="float32").model.layers[0].self_attn
+    x = torch.randn(1, 1, joined.q_proj.in_features)
+    for names in (
+        ["v_proj", "q_proj", "k_proj"],
+        ["k_proj"],
+        ["q_proj", "q_proj"],
+        ["q_proj", "v_proj", "k_proj"],
+    ):
+        for name in names:
+            with torch.no_grad():
+                assert torch.equal(getattr(joined, name)(x), getattr(apart, name)(x))
+                x += 0.5  # in place: what was computed before is of no use
+    assert joined.q_proj.kernel._together.pending is None or len(joined.q_proj.kernel._together.pending) == 3
+
+
+def test_joined_layers_with_biases_of_their_own(tmp_path):
+    truth = FAMILIES["qwen2"]() if "qwen2" in FAMILIES else llama(attention_bias=True)
+    write_checkpoint(tmp_path, truth)
+    apart, joined = fewbit.load(tmp_path), fewbit.load(tmp_path, fuse=True)
+    for model in (apart, joined):
+        for name, parameter in model.named_parameters():
+            if name.endswith("q_proj.bias"):
+                parameter.data += 1.0
+    assert torch.allclose(decode(joined), decode(apart), atol=1e-6)
+
+
+def test_the_head_in_8_bits(tmp_path):
+    for tie in (False, True):
+        folder = tmp_path / str(tie)
+        write_checkpoint(folder, llama(tie=tie))
+        model, small = fewbit.load(folder), fewbit.load(folder, lm_head_runtime=8)
+        assert isinstance(small.lm_head, RuntimeHead)
+        a, b = logits(model), logits(small)
+        assert 0 < (a - b).norm() < 6e-3 * a.norm()
+        assert (small.lm_head.weight is small.get_input_embeddings().weight) == tie
+        assert small.state_dict().keys() == model.state_dict().keys()
+        small.save_pretrained(folder / "again")
+        assert torch.equal(logits(fewbit.load(folder / "again")), a)
+
+
+def test_a_head_that_changes_is_used_as_it_is(tmp_path):
+    write_checkpoint(tmp_path, llama())
+    small = fewbit.load(tmp_path, lm_head_runtime=8)
+    with torch.no_grad():
+        small.lm_head.weight.mul_(2.0)
+    exact = fewbit.load(tmp_path)
+    exact.lm_head.weight.data.mul_(2.0)
+    assert torch.equal(logits(small), logits(exact))
+    x = torch.randn(2, small.lm_head.in_features, requires_grad=True)
+    small.lm_head(x).sum().backward()
+    assert small.lm_head.weight.grad is not None
+
+
+@pytest.mark.parametrize("shape", [(7, 100), (5000, 64), (33, 1)])
+def test_rounding_to_8_bits(shape):
+    weight = torch.randn(shape)
+    weight[0] = 0
+    found = dequantize_packed(*round_to_8_bits(weight), torch.float32)
+    groups = weight.abs().split(64, dim=1)
+    step = torch.cat([g.amax(1, keepdim=True).expand_as(g) / 127 for g in groups], dim=1)
+    assert (
+        (found - weight).abs() <= step * 0.76
+    ).all()  # half a step, and a bfloat16 scale at the largest code
+
+
+def test_heads_that_cannot(tmp_path):
+    write_checkpoint(tmp_path / "a", llama())
+    with pytest.raises(ConfigError, match=r"lm_head_runtime must be 8, got 4"):
+        fewbit.load(tmp_path / "a", lm_head_runtime=4)
+    write_checkpoint(tmp_path / "b", llama(), lm_head=True)
+    with pytest.raises(ConfigError, match=r"quantized in the checkpoint"):
+        fewbit.load(tmp_path / "b", lm_head_runtime=8)
+    from fewbit.runtime.head import shrink_head
+
+    with pytest.raises(ConfigError, match=r"Linear has no output layer"):
+        shrink_head(nn.Linear(3, 3), 8)
