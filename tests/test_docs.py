@@ -96,6 +96,23 @@ def test_links_lead_somewhere_on_github_too(page):
             assert (page.parent / target.partition("#")[0]).exists(), target
 
 
+def test_figures_in_the_advice_are_those_of_the_tables():
+    measured = {
+        round(float(n), 3)
+        for n in re.findall(r"\d+\.\d+", (DOCS / "accuracy.md").read_text(encoding="utf-8"))
+    }
+    table = (
+        (DOCS / "choosing.md")
+        .read_text(encoding="utf-8")
+        .partition("| setting | KL |")[2]
+        .partition("\n\n")[0]
+    )
+    rows = re.findall(r"\| ([\d.]+) \| ([\d.]+) \|$", table, re.M)
+    assert len(rows) == 8
+    for kl, perplexity in rows:
+        assert {float(kl), float(perplexity)} <= measured, (kl, perplexity)
+
+
 def templates():
     """Every string in fewbit's source, with … where a value is put in."""
     found = []

@@ -68,7 +68,15 @@ def test_verbose_names_device_and_kernels(tmp_path):
     result = run(str(tmp_path), *EVAL, "-q", "-v")
     assert result.exit_code == 0, result.output
     assert "LlamaForCausalLM on cpu" in result.stderr
-    assert "14 layers: reference" in result.stderr
+    assert "14 layers: " in result.stderr
+
+
+def test_a_kernel_may_be_asked_for(tmp_path):
+    write_checkpoint(tmp_path, llama())
+    tiny_tokenizer().save_pretrained(tmp_path)
+    result = run(str(tmp_path), *EVAL, "-q", "-v", "--kernel", "reference")
+    assert "14 layers: reference\n" in result.stderr
+    assert "device is cpu, not cuda" in str(run(str(tmp_path), *EVAL, "--kernel", "marlin").exception)
 
 
 def test_trust_in_a_checkpoints_code_reaches_the_loader(tmp_path, monkeypatch):
@@ -76,7 +84,7 @@ def test_trust_in_a_checkpoints_code_reaches_the_loader(tmp_path, monkeypatch):
     tiny_tokenizer().save_pretrained(tmp_path)
     trusted = []
 
-    def load(*args, trust_remote_code=False, **kwargs):
+    def load(path, device, dtype, kernel, trust_remote_code):
         trusted.append(trust_remote_code)
         return llama()
 

@@ -123,6 +123,7 @@ def test_the_extra_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DependencyError, match=r"need lm-evaluation-harness: pip install 'fewbit\[lm-eval\]'"):
         run_tasks(llama(), None, ["arc_easy"])
+    assert isinstance(run("no-such-model", "--tasks", "arc_easy").exception, DependencyError)
 
 
 TASK = """\

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..checkpoint.untrusted import read_json
 from ..errors import CalibrationError, ConfigError
 from ..evaluate import Evaluation, evaluate, windows
-from ..integrations.lm_eval import Score, run_tasks
+from ..integrations.lm_eval import Score, require_harness, run_tasks
 from ..source import Source, open_source
 from .display import console, plain, progress_bar, quiet_libraries
 from .options import Dtype
@@ -59,6 +59,7 @@ def eval_(
     bos: Annotated[bool, typer.Option("--bos", help="Begin every window with the BOS token.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu or mps.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Of the forward pass; auto keeps the model's.")] = "auto",
+    kernel: Annotated[str, typer.Option(help="auto, or one that `fewbit inspect` lists.")] = "auto",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the model's own code.")
     ] = False,
@@ -75,6 +76,8 @@ def eval_(
         raise ConfigError(
             "nothing to measure on: give --dataset TEXT for perplexity, or --tasks for benchmarks"
         )
+    if tasks is not None:
+        require_harness()
     quiet_libraries()
     where = resolve_device(device)
     source = open_source(model, trust_remote_code=trust_remote_code)
@@ -85,7 +88,7 @@ def eval_(
             f"{model} has no tokenizer, and evaluation starts from text: put its files there"
         )
     text = None if dataset is None else windows(dataset, tokenizer, seq_len, num_samples, bos=bos)
-    models = [_load(one, dtype, where) for one in (source, base) if one]
+    models = [_load(one, dtype, where, kernel) for one in (source, base) if one]
     result = None if text is None else _perplexity(models, text, batch_size, hidden=quiet or as_json)
     scores = [
         run_tasks(
@@ -114,13 +117,13 @@ def eval_(
 eval_.__doc__ = f"{eval_.__doc__}\n{_EXAMPLES}"
 
 
-def _load(source: Source, dtype: str, device: torch.device) -> nn.Module:
+def _load(source: Source, dtype: str, device: torch.device, kernel: str) -> nn.Module:
     """Through fewbit's runtime if the folder is a GPTQ checkpoint, else through transformers."""
     if source.gguf is not None or not _is_gptq(source.folder):
         return source.load_model(dtype, device)
     from ..runtime.load import load
 
-    model: nn.Module = load(source.folder, device, dtype, trust_remote_code=source.trust_remote_code)
+    model: nn.Module = load(source.folder, device, dtype, kernel, source.trust_remote_code)
     return model
 
 

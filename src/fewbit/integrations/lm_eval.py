@@ -69,10 +69,7 @@ def run_tasks(
         ConfigError: a task is not known, or the folder does not exist.
         CalibrationError: a task's questions cannot be read.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise DependencyError(
-            "benchmark tasks need lm-evaluation-harness: pip install 'fewbit[lm-eval]' (or pip install lm_eval)"
-        )
+    require_harness()
     folder = None if tasks_folder is None else _existing(tasks_folder)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # what it warns of is what is wanted here
     from lm_eval import simple_evaluate
@@ -98,6 +95,18 @@ def run_tasks(
             "without a network use tasks of your own (--tasks-folder)"
         ) from error
     return _scores(found)
+
+
+def require_harness() -> None:
+    """Refuse before anything is loaded.
+
+    Raises:
+        DependencyError: lm-evaluation-harness is not installed.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise DependencyError(
+            "benchmark tasks need lm-evaluation-harness: pip install 'fewbit[lm-eval]' (or pip install lm_eval)"
+        )
 
 
 def _existing(folder: str | Path) -> Path:
