@@ -47,7 +47,7 @@ def test_the_code_of_a_page_runs(page, prepared, tmp_path, monkeypatch):
 def test_every_block_is_of_a_kind_that_is_looked_at():
     for page in pages():
         kinds = {block.kind for block in blocks(page)}
-        allowed = {"python", "bash", "text", "yaml", "diff"} | ({""} if page.name in NOT_RUN else set())
+        allowed = {"python", "bash", "text", "yaml", "diff"} | ({"", "sh"} if page.name in NOT_RUN else set())
         assert kinds <= allowed, f"{page.name}: {kinds - allowed}"
     for name, test in RUN_ELSEWHERE.items():
         assert (ROOT / "tests" / test).exists(), name

@@ -6,17 +6,15 @@ import torch
 from transformers import GPTQConfig
 
 import fewbit
-from docs_runner import DOCS, run
+from docs_runner import DOCS, prepare, run
 from fewbit.checkpoint.verify import verify
 from fewbit.runtime import registry
-from models import TEXT, save_tiny
 
 PAGE = (DOCS / "loading.md").read_text()
 
 
 def test_the_page_runs(tmp_path, monkeypatch):
-    save_tiny(tmp_path / "my-model")
-    (tmp_path / "notes.txt").write_text("\n\n".join(TEXT[start : start + 100] for start in range(0, 240, 60)))
+    prepare(tmp_path)
     fewbit.quantize(str(tmp_path / "my-model"), fewbit.QuantConfig(method="rtn"), output=tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     run(DOCS / "loading.md")
