@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 import yaml
 
 import fewbit
-from docs_runner import DOCS, blocks, pages, prepare, run
+from docs_runner import DOCS, blocks, commands, pages, prepare, run
+from fewbit.cli.main import app
 
 ROOT = DOCS.parent
 RUN_ELSEWHERE = {
@@ -24,6 +26,7 @@ RUN_ELSEWHERE = {
 # Commands for several machines, and for benchmarks that take hours. Whole pages, because others are made by scripts.
 NOT_RUN = {"scale.md", "accuracy.md", "performance.md", "compatibility.md"}
 RUN = [page for page in pages() if page.name not in {*RUN_ELSEWHERE, *NOT_RUN} and blocks(page)]
+COMMANDS = typer.main.get_command(app).commands
 # How many blocks of the other pages are only shown. They cannot be kept true by a test: let them stay few.
 SHOWN_ONLY = 10
 
@@ -61,6 +64,27 @@ def test_blocks_that_are_only_shown_are_few_and_say_why():
     for block in shown:
         for test in re.findall(r"tests/\S+\.py", block.reason):
             assert (ROOT / test).exists(), block
+
+
+def test_commands_that_are_only_shown_exist():
+    """Options of fewbit's commands, and scripts of this repository."""
+    known = {
+        name: {o for p in command.params for o in p.opts + p.secondary_opts}
+        for name, command in COMMANDS.items()
+    }
+    seen = 0
+    for block in (
+        block for page in pages() for block in blocks(page) if block.reason or page.name in NOT_RUN
+    ):
+        for line in commands(block) if block.kind in ("bash", "sh", "") else ():
+            if "fewbit" in line and (rest := line[line.index("fewbit") + 1 :]):
+                options = {word.partition("=")[0] for word in rest[1:] if word.startswith("--")}
+                assert options <= known[rest[0]], f"docs/{block.page}: {' '.join(line)}"
+                seen += 1
+            for word in line:
+                if word.startswith(("benchmarks/", "tests/")) and word.endswith(".py"):
+                    assert (ROOT / word).exists(), f"docs/{block.page}: {word}"
+    assert seen > 5
 
 
 def test_the_site_builds_and_fetches_nothing(tmp_path):
