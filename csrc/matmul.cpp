@@ -5,35 +5,83 @@
 #include <cmath>
 
 #include "activations.h"
-#include "lanes.h"
 #include "threads.h"
 
 namespace fewbit {
 namespace FEWBIT_ISA {
 namespace {
 
-struct Words {
-    uint32_t v[BLOCK];
+// Sixteen lanes as vectors of the size that the instruction set has: the compiler splits larger ones badly. The vector
+// types are an extension of gcc and clang; other compilers get arrays and vectorise the loops over them.
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+constexpr int PARTS = static_cast<int>(BLOCK) / WIDTH;
+
+#if defined(__GNUC__) || defined(__clang__)
+typedef float Floats __attribute__((vector_size(WIDTH * 4)));
+typedef int32_t Ints __attribute__((vector_size(WIDTH * 4)));
+
+inline Ints field(Ints words, int shift, int mask) { return (words >> shift) & mask; }
+inline Floats to_float(Ints codes) { return __builtin_convertvector(codes, Floats); }
+inline Floats times(Floats v, float x) { return v * x; }
+#else
+struct Floats {
+    float v[WIDTH];
+};
+struct Ints {
+    int32_t v[WIDTH];
 };
 
+inline Ints field(Ints words, int shift, int mask) {
+    for (int i = 0; i < WIDTH; i++) words.v[i] = (words.v[i] >> shift) & mask;
+    return words;
+}
+inline Ints operator|(Ints a, Ints b) {
+    for (int i = 0; i < WIDTH; i++) a.v[i] |= b.v[i];
+    return a;
+}
+inline Ints operator<<(Ints a, int shift) {
+    for (int i = 0; i < WIDTH; i++) a.v[i] <<= shift;
+    return a;
+}
+inline Floats to_float(Ints codes) {
+    Floats f;
+    for (int i = 0; i < WIDTH; i++) f.v[i] = static_cast<float>(codes.v[i]);
+    return f;
+}
+inline Floats times(Floats v, float x) {
+    for (int i = 0; i < WIDTH; i++) v.v[i] *= x;
+    return v;
+}
+inline Floats operator+(Floats a, Floats b) {
+    for (int i = 0; i < WIDTH; i++) a.v[i] += b.v[i];
+    return a;
+}
+#endif
+
+inline Ints ints_at(const uint8_t* p) {
+    Ints v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+// The codes of one input of a tile, for part `part` of the outputs.
 template <int BITS>
-inline Lanes codes_at(const uint8_t* tile, int position) {
-    constexpr uint32_t mask = (1u << BITS) - 1;
-    Words words;
-    float codes[BLOCK];
+inline Floats codes_at(const uint8_t* tile, int position, int part) {
+    const uint8_t* words = tile + part * WIDTH * 4;
     if constexpr (BITS == 3) {
         const int quad = position / 4, byte = position % 4;
-        Words high;
-        std::memcpy(words.v, tile + 64 * (quad / 4), 64);
-        std::memcpy(high.v, tile + 128, 64);
-        const int low_shift = 8 * byte + 2 * (quad % 4), high_shift = 8 * byte + quad;
-        for (int n = 0; n < BLOCK; n++)
-            codes[n] = static_cast<float>(static_cast<int32_t>(((words.v[n] >> low_shift) & 3u) | (((high.v[n] >> high_shift) & 1u) << 2)));
+        const Ints low = field(ints_at(words + 64 * (quad / 4)), 8 * byte + 2 * (quad % 4), 3);
+        const Ints high = field(ints_at(words + 128), 8 * byte + quad, 1);
+        return to_float(low | (high << 2));
     } else {
-        std::memcpy(words.v, tile, 64);
-        for (int n = 0; n < BLOCK; n++) codes[n] = static_cast<float>(static_cast<int32_t>((words.v[n] >> (BITS * position)) & mask));
+        return to_float(field(ints_at(words), BITS * position, (1 << BITS) - 1));
     }
-    return load(codes);
 }
 
 // x rounded to 8 bits per group: values become integers, and `scales` [groups] what they are multiples of.
@@ -75,32 +123,36 @@ Rows read_rows(const PackedWeight& w, const MatMul& p, int64_t token, int64_t to
 
 template <int BITS, int TOKENS>
 void multiply(const PackedWeight& w, const MatMul& p, const Rows& rows, int64_t token, int64_t block) {
-    constexpr int INPUTS = static_cast<int>(tile_inputs(BITS)), CENTRE = 1 << (BITS - 1);
+    constexpr int INPUTS = static_cast<int>(tile_inputs(BITS));
     const int64_t first = block * BLOCK, count = std::min<int64_t>(BLOCK, w.outputs - first);
     const uint8_t* tiles = w.tiles + block * w.block_bytes();
-    Lanes totals[TOKENS];
-    for (int t = 0; t < TOKENS; t++) totals[t] = all(0.0f);
+    float totals[TOKENS][BLOCK] = {};
     for (int64_t g = 0; g < w.groups; g++) {
-        Lanes sum[TOKENS];
-        for (int t = 0; t < TOKENS; t++) sum[t] = all(0.0f);
-        for (int64_t i = w.starts[g]; i < w.starts[g + 1]; i++)
-            for (int k = 0; k < INPUTS; k++) {
-                const Lanes codes = codes_at<BITS>(tiles + i * tile_bytes(BITS), k) - all(static_cast<float>(CENTRE));
-                for (int t = 0; t < TOKENS; t++) sum[t] = sum[t] + codes * all(rows.values[(i * INPUTS + k) * TOKENS + t]);
-            }
-        float scale[BLOCK] = {}, zero[BLOCK];
+        Floats sum[TOKENS][PARTS] = {};
+        for (int64_t i = w.starts[g]; i < w.starts[g + 1]; i++) {
+            const uint8_t* tile = tiles + i * tile_bytes(BITS);
+            const float* x = rows.values.data() + i * INPUTS * TOKENS;
+            for (int k = 0; k < INPUTS; k++, x += TOKENS)
+                for (int part = 0; part < PARTS; part++) {
+                    const Floats codes = codes_at<BITS>(tile, k, part);
+                    for (int t = 0; t < TOKENS; t++) sum[t][part] = sum[t][part] + times(codes, x[t]);
+                }
+        }
+        float scale[BLOCK] = {}, zero[BLOCK], sums[TOKENS][BLOCK];
+        std::memcpy(sums, sum, sizeof sums);
         read_numbers(w.scales, w.scale_type, g * w.outputs + first, count, scale);
         for (int64_t n = 0; n < BLOCK; n++)
-            zero[n] = static_cast<float>((w.zeros && n < count ? w.zeros[g * w.outputs + first + n] : w.zero) - CENTRE);
-        for (int t = 0; t < TOKENS; t++)
-            totals[t] += (sum[t] - load(zero) * all(rows.sums[g * TOKENS + t])) * load(scale) * all(rows.scales[g * TOKENS + t]);
+            zero[n] = static_cast<float>(w.zeros && n < count ? w.zeros[g * w.outputs + first + n] : w.zero);
+        for (int t = 0; t < TOKENS; t++) {
+            const float x_sum = rows.sums[g * TOKENS + t], x_scale = rows.scales[g * TOKENS + t];
+            for (int64_t n = 0; n < BLOCK; n++) totals[t][n] += (sums[t][n] - zero[n] * x_sum) * scale[n] * x_scale;
+        }
     }
     float bias[BLOCK] = {};
     if (p.bias) read_numbers(p.bias, p.bias_type, first, count, bias);
     for (int t = 0; t < TOKENS; t++) {
-        float y[BLOCK];
-        store(y, totals[t] + load(bias));
-        write_numbers(p.y, p.type, (token + t) * w.outputs + first, count, y);
+        for (int64_t n = 0; n < BLOCK; n++) totals[t][n] += bias[n];
+        write_numbers(p.y, p.type, (token + t) * w.outputs + first, count, totals[t]);
     }
 }
 

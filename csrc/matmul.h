@@ -51,6 +51,11 @@ struct MatMul {
 #define FEWBIT_MATMUL(ISA) \
     namespace ISA {        \
     void matmul(const PackedWeight& weight, const MatMul& product, int threads); \
+    /* qweight int32 (words, outputs) of a checkpoint -> weight.tiles, and back: only bits of inputs that exist are set. */ \
+    void pack_tiles(const PackedWeight& weight, const uint32_t* qweight, uint8_t* tiles, int threads); \
+    void unpack_tiles(const PackedWeight& weight, uint32_t* qweight, int threads); \
+    /* The weight (outputs, inputs), computed in float32 and rounded once. */ \
+    void dequantize_tiles(const PackedWeight& weight, void* out, Number type, int threads); \
     }
 
 FEWBIT_MATMUL(generic)
@@ -59,14 +64,9 @@ FEWBIT_MATMUL(avx2)
 FEWBIT_MATMUL(avx512)
 #endif
 #if defined(FEWBIT_HAVE_BF16)
-FEWBIT_MATMUL(vnni)  // AVX-512 with VNNI and BF16
+namespace vnni {  // AVX-512 with VNNI and BF16
+void matmul(const PackedWeight& weight, const MatMul& product, int threads);
+}
 #endif
-
-// qweight int32 (words, outputs) of a checkpoint → weight.tiles, and back: only the bits of inputs that exist are set.
-void pack_tiles(const PackedWeight& weight, const uint32_t* qweight, uint8_t* tiles, int threads);
-void unpack_tiles(const PackedWeight& weight, uint32_t* qweight, int threads);
-
-// The weight (outputs, inputs), computed in float32 and rounded once.
-void dequantize_tiles(const PackedWeight& weight, void* out, Number type, int threads);
 
 }  // namespace fewbit

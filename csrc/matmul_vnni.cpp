@@ -643,7 +643,7 @@ void many_tokens(const PackedWeight& w, const MatMul& p, const Activations& x, i
 template <int BITS, class Math, bool SPLIT, bool CENTRED = false>
 void run(const PackedWeight& w, const MatMul& p, int threads) {
     // From here on unpacking once is faster than unpacking for every few rows (benchmarks/kernels_cpu.py).
-    constexpr int64_t PANEL_FROM = Math::INT8 ? 40 : SPLIT ? 32 : 64;
+    constexpr int64_t PANEL_FROM = Math::INT8 ? 40 : SPLIT ? 32 : BITS == 8 ? 16 : 64;
     const Activations x = Activations::make<BITS, Math, SPLIT>(w, p, threads);
     if (p.tokens >= PANEL_FROM) {
         many_tokens<BITS, Math, SPLIT, CENTRED>(w, p, x, threads);

@@ -36,20 +36,26 @@ struct Kernels {
     void (*grid_rows)(const GridProblem&, int64_t, float*);
     void (*ldlq_rows)(const LdlqProblem&, int64_t);
     void (*matmul)(const PackedWeight&, const MatMul&, int);
+    void (*pack_tiles)(const PackedWeight&, const uint32_t*, uint8_t*, int);
+    void (*unpack_tiles)(const PackedWeight&, uint32_t*, int);
+    void (*dequantize_tiles)(const PackedWeight&, void*, Number, int);
 };
+
+#define FEWBIT_ENTRY(NAME, ISA, PRODUCT) \
+    {NAME, ISA::grid_rows, ISA::ldlq_rows, PRODUCT::matmul, ISA::pack_tiles, ISA::unpack_tiles, ISA::dequantize_tiles}
 
 // What this processor can run, best first.
 std::vector<Kernels> kernels() {
     std::vector<Kernels> found;
 #if defined(FEWBIT_HAVE_BF16)
     if (cpu().avx512_bf16 && cpu().avx512_vnni)
-        found.push_back({"avx512_vnni", avx512::grid_rows, avx512::ldlq_rows, vnni::matmul});
+        found.push_back(FEWBIT_ENTRY("avx512_vnni", avx512, vnni));
 #endif
 #if defined(FEWBIT_HAVE_X86)
-    if (cpu().avx512) found.push_back({"avx512", avx512::grid_rows, avx512::ldlq_rows, avx512::matmul});
-    if (cpu().avx2) found.push_back({"avx2", avx2::grid_rows, avx2::ldlq_rows, avx2::matmul});
+    if (cpu().avx512) found.push_back(FEWBIT_ENTRY("avx512", avx512, avx512));
+    if (cpu().avx2) found.push_back(FEWBIT_ENTRY("avx2", avx2, avx2));
 #endif
-    found.push_back({"generic", generic::grid_rows, generic::ldlq_rows, generic::matmul});
+    found.push_back(FEWBIT_ENTRY("generic", generic, generic));
     return found;
 }
 
@@ -115,11 +121,11 @@ struct Packed {
     }
 
     void pack(Address qweight, Address tiles, int threads) const {
-        pack_tiles(weight, at<const uint32_t>(qweight), at<uint8_t>(tiles), threads);
+        choose("best").pack_tiles(weight, at<const uint32_t>(qweight), at<uint8_t>(tiles), threads);
     }
-    void unpack(Address qweight, int threads) const { unpack_tiles(weight, at<uint32_t>(qweight), threads); }
+    void unpack(Address qweight, int threads) const { choose("best").unpack_tiles(weight, at<uint32_t>(qweight), threads); }
     void dequantize(Address out, int type, int threads) const {
-        dequantize_tiles(weight, at<void>(out), static_cast<Number>(type), threads);
+        choose("best").dequantize_tiles(weight, at<void>(out), static_cast<Number>(type), threads);
     }
     void matmul(Address x, Address y, int type, int64_t tokens, Address bias, int bias_type, bool int8, int threads,
                 const char* isa) const {

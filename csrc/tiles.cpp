@@ -1,12 +1,11 @@
 // Checkpoint words ↔ tiles, and tiles → numbers. Sixteen outputs at a time; every loop over them vectorises.
 #include <cstring>
-#include <vector>
 
-#include "matmul.h"
-#include "numbers.h"
+#include "activations.h"
 #include "threads.h"
 
 namespace fewbit {
+namespace FEWBIT_ISA {
 namespace {
 
 // Where a code lies in the column of a checkpoint, or in the lane of a tile: `low` bits at `shift` of `word`,
@@ -75,14 +74,20 @@ int64_t input_at(const PackedWeight& w, int64_t position) { return w.order ? w.o
 void pack_tiles(const PackedWeight& w, const uint32_t* qweight, uint8_t* tiles, int threads) {
     const int64_t inputs = tile_inputs(w.bits), bytes = tile_bytes(w.bits);
     parallel_for(w.blocks(), threads, [&](int64_t block) {
-        uint32_t* tile = reinterpret_cast<uint32_t*>(tiles + block * w.block_bytes());
+        uint32_t* const first = reinterpret_cast<uint32_t*>(tiles + block * w.block_bytes());
         const uint32_t* column = qweight + block * BLOCK;
         const int64_t count = w.outputs - block * BLOCK;
-        std::memset(tile, 0, static_cast<size_t>(w.block_bytes()));
-        for (int64_t position = 0; position < w.positions(); position++) {
+        // Tiles that are words of the checkpoint as they are.
+        const int64_t whole = w.order || w.bits == 3 ? 0 : w.inputs / inputs;
+        for (int64_t i = 0; i < whole; i++) {
+            const Lanes16 words = load(column + i * w.outputs, count);
+            std::memcpy(first + i * BLOCK, words.v, sizeof words.v);
+        }
+        std::memset(first + whole * BLOCK, 0, static_cast<size_t>(w.block_bytes() - whole * bytes));
+        for (int64_t position = whole * inputs; position < w.positions(); position++) {
             const int64_t input = input_at(w, position);
-            if (position && position % inputs == 0) tile += bytes / 4;
             if (input >= w.inputs) continue;
+            uint32_t* tile = first + position / inputs * bytes / 4;
             put(tile, BLOCK, BLOCK, in_tile(position % inputs, w.bits), w.bits,
                 take(column, w.outputs, count, in_checkpoint(input, w.bits), w.bits));
         }
@@ -109,7 +114,9 @@ void dequantize_tiles(const PackedWeight& w, void* out, Number type, int threads
     const int64_t inputs = tile_inputs(w.bits), bytes = tile_bytes(w.bits);
     parallel_for(w.blocks(), threads, [&](int64_t block) {
         const int64_t first = block * BLOCK, count = w.outputs - first < BLOCK ? w.outputs - first : BLOCK;
-        std::vector<float> rows(static_cast<size_t>(BLOCK * (w.inputs + 1)));  // one place for padding
+        // A place for padding at the end, and rows so far apart that a column does not fall into one set of the cache.
+        const int64_t stride = (w.inputs + 16) / 16 * 16 + (w.inputs / 16 % 2 ? 0 : 16);
+        const Buffer<float> rows(BLOCK * stride);
         for (int64_t g = 0; g < w.groups; g++) {
             float scale[BLOCK] = {}, zero[BLOCK];
             read_numbers(w.scales, w.scale_type, g * w.outputs + first, count, scale);
@@ -121,12 +128,13 @@ void dequantize_tiles(const PackedWeight& w, void* out, Number type, int threads
                                            in_tile(position % inputs, w.bits), w.bits);
                 float* column = rows.data() + (input_at(w, position) < w.inputs ? input_at(w, position) : w.inputs);
                 for (int64_t n = 0; n < BLOCK; n++)
-                    column[n * (w.inputs + 1)] = scale[n] * (static_cast<float>(codes.v[n]) - zero[n]);
+                    column[n * stride] = scale[n] * (static_cast<float>(codes.v[n]) - zero[n]);
             }
         }
         for (int64_t n = 0; n < count; n++)
-            write_numbers(out, type, (first + n) * w.inputs, w.inputs, rows.data() + n * (w.inputs + 1));
+            write_numbers(out, type, (first + n) * w.inputs, w.inputs, rows.data() + n * stride);
     });
 }
 
+}  // namespace FEWBIT_ISA
 }  // namespace fewbit
