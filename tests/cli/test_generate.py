@@ -1,4 +1,5 @@
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -25,10 +26,35 @@ def run(*args):
 def test_writes_text_and_speed(folder):
     result = run(folder, "-p", "the", "--max-new-tokens", "5", "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert "tokens/s, prompt included" in result.stderr
+    assert "prompt: 3 tokens in " in result.stderr
+    assert "then 5 tokens: " in result.stderr
     assert "14 layers: cpu" in result.stderr
+    assert "not compiled: it would pay from about 14,000 tokens on" in result.stderr
     assert "tokens/s" not in result.stdout
     assert run(folder, "-p", "the", "--max-new-tokens", "5", "--device", "cpu", "-q").stderr == ""
+
+
+def test_text_is_that_of_transformers(folder):
+    from transformers import AutoTokenizer
+
+    import fewbit
+
+    model, tokenizer = fewbit.load(folder, dtype="bfloat16"), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("the", return_tensors="pt")
+    tokens = model.generate(**ids, max_new_tokens=20, do_sample=False)[0, 3:]
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    assert run(folder, "-p", "the", "--max-new-tokens", "20", "--device", "cpu", "-q").stdout == text + "\n"
+
+
+def test_several_prompts_in_their_order(folder):
+    def text(*prompts, options=()):
+        named = [word for prompt in prompts for word in ("-p", prompt)]
+        return run(folder, *named, "--max-new-tokens", "6", "--dtype", "float32", "--device", "cpu", *options)
+
+    alone = [text(prompt, options=["-q"]).stdout.removesuffix("\n") for prompt in ("the", "hello")]
+    together = text("the", "hello")
+    assert together.stdout == "\n\n".join(alone) + "\n"
+    assert "12 tokens in 2 texts" in together.stderr
 
 
 def test_seed_decides_what_is_sampled(folder):
@@ -40,18 +66,32 @@ def test_seed_decides_what_is_sampled(folder):
     assert text("1") != text("2")
 
 
-def test_dtype_decides_the_kernel(folder):
-    command = (folder, "-p", "the", "--max-new-tokens", "2", "--device", "cpu", "--dtype", "float32")
-    assert "14 layers: cpu\n" in run(*command).stderr
-    result = run(*command, "--kernel", "torch")
-    assert "14 layers: reference (torch_int4: activations are float32" in result.stderr
+def test_dtype_and_kernel_are_taken(folder):
+    options = ("-p", "the", "--max-new-tokens", "2", "--device", "cpu")
+    result = run(folder, *options, "--dtype", "float32", "--kernel", "reference", "-v")
+    assert "14 layers: reference" in result.stderr
+    assert "on cpu in float32" in result.stderr
+
+
+def test_faster_loading_is_passed_on(folder, monkeypatch):
+    given = {}
+
+    def load(*args, **options):
+        given.update(options)
+        return llama()
+
+    monkeypatch.setattr("fewbit.runtime.load.load", load)
+    options = ("-p", "the", "--max-new-tokens", "2", "--device", "cpu")
+    run(folder, *options, "--fuse", "--lm-head-runtime", "8")
+    assert given == {"fuse": True, "lm_head_runtime": 8}
 
 
 def test_encoder_decoder(tmp_path):
     write_checkpoint(tmp_path, t5())
     tiny_tokenizer().save_pretrained(tmp_path)
-    result = run(str(tmp_path), "-p", "the", "--max-new-tokens", "3", "--device", "cpu")
+    result = run(str(tmp_path), "-p", "the", "--max-new-tokens", "3", "--device", "cpu", "--compile")
     assert result.exit_code == 0, result.output
+    assert "not compiled: the model is an encoder and a decoder" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -78,20 +118,15 @@ def test_no_tokenizer(tmp_path):
 
 
 def test_a_prompt_without_tokens(folder, monkeypatch):
-    import torch
     from transformers import PreTrainedTokenizerFast
 
-    nothing = {"input_ids": torch.zeros((1, 0), dtype=torch.long)}
-    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", lambda *_, **__: nothing)
+    empty = torch.zeros((1, 0), dtype=torch.long)
+    monkeypatch.setattr(
+        PreTrainedTokenizerFast, "__call__", lambda *_, **__: {"input_ids": empty, "attention_mask": empty}
+    )
     result = run(folder, "-p", " ", "--device", "cpu")
     assert isinstance(result.exception, ConfigError)
     assert "makes no token of the prompt ' '" in str(result.exception)
-
-
-def test_verbose_adds_device_and_dtype(folder):
-    result = run(folder, "-p", "the", "--max-new-tokens", "2", "--device", "cpu", "-v")
-    assert "on cpu in bfloat16" in result.stderr
-    assert "prompt: 3 tokens" in result.stderr
 
 
 def test_not_a_checkpoint(tmp_path):

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from enum import Enum
-from typing import Annotated, Any
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import ConfigError, ModelError
 from .display import console, quiet_libraries
+from .options import Dtype
 
-
-class Dtype(str, Enum):
-    """See `fewbit.config.DTYPES`."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
+if TYPE_CHECKING:
+    from ..generation import Generation
 
 _EXAMPLES = """
 Examples:
@@ -27,12 +21,17 @@ Examples:
   fewbit generate ./SmolLM2-135M-4bit -p "The capital of France is"
 
   fewbit generate ./SmolLM2-135M-4bit --chat -p "Name three rivers." --max-new-tokens 60 --temperature 0.7
+
+  fewbit generate ./SmolLM2-135M-4bit -p "One" -p "Two, three" --fuse --lm-head-runtime 8
 """
 
 
 def generate(
     checkpoint: Annotated[str, typer.Argument(help="A quantized checkpoint: a folder or a Hub id.")],
-    prompt: Annotated[str, typer.Option("-p", "--prompt", help="The text to go on from.")],
+    prompt: Annotated[
+        list[str],
+        typer.Option("-p", "--prompt", help="The text to go on from. Repeatable: all in one batch."),
+    ],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     chat: Annotated[
@@ -41,8 +40,16 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu or mps.")] = "auto",
     dtype: Annotated[
         Dtype, typer.Option(help="Of the activations; auto: bfloat16 on CPU, else the checkpoint's.")
-    ] = Dtype.auto,
+    ] = "auto",
     kernel: Annotated[str, typer.Option(help="auto, or one that `fewbit inspect` lists.")] = "auto",
+    fuse: Annotated[bool, typer.Option("--fuse", help="Layers with the same input in one call.")] = False,
+    lm_head_runtime: Annotated[
+        int | None, typer.Option(help="8: the output layer in 8 bits while running.")
+    ] = None,
+    compile_: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="torch.compile; default: where it wins its time back."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the model's own code.")
@@ -52,46 +59,62 @@ def generate(
     ] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only the text and errors.")] = False,
 ) -> None:
-    """Write text with a quantized checkpoint; tokens per second go to stderr."""
-    import torch
-    from transformers import TextStreamer
+    """Write text with a quantized checkpoint, token by token; its speed goes to stderr.
 
+    The texts of several prompts follow each other in their order, with an empty line between.
+    """
+    import torch
+
+    from ..generation import end_tokens
+    from ..generation import generate as write
+    from ..generation.text_stream import OrderedStream
     from ..preparation import resolve_device
     from ..runtime.load import kernels, load
 
     quiet_libraries()
-    if not prompt:
+    if not all(prompt):
         raise ConfigError("the prompt is empty; give some text to go on from: -p TEXT")
     place = resolve_device(device)
-    wanted = "bfloat16" if dtype is Dtype.auto and place.type == "cpu" else dtype.value
-    model = load(checkpoint, place, wanted, kernel, trust_remote_code)
+    wanted = "bfloat16" if dtype == "auto" and place.type == "cpu" else dtype
+    faster: dict[str, Any] = {"fuse": fuse, "lm_head_runtime": lm_head_runtime}
+    model = load(checkpoint, place, wanted, kernel, trust_remote_code, **faster)
     if not model.can_generate():
         raise ModelError(f"{checkpoint} is a {type(model).__name__}, which cannot generate text")
     tokenizer = _tokenizer(checkpoint, trust_remote_code)
     inputs = _encode(tokenizer, prompt, chat, checkpoint).to(place)
     torch.manual_seed(seed)
-    is_encoder_decoder = bool(model.config.is_encoder_decoder)
+    skip = not model.config.is_encoder_decoder
+    stream = OrderedStream(tokenizer, _show, end_tokens(model, {}), skip_prompt=skip)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    start = time.perf_counter()
-    tokens = model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        streamer=TextStreamer(tokenizer, skip_prompt=not is_encoder_decoder, skip_special_tokens=True),
-        **sampling,
-    )
-    seconds = time.perf_counter() - start
+    sampling["pad_token_id"] = tokenizer.pad_token_id
+    result = write(model, inputs, max_new_tokens, compile=compile_, streamer=stream, **sampling)
+    sys.stdout.write("\n")
     if quiet:
         return
-    count = tokens.shape[1] - (1 if is_encoder_decoder else inputs["input_ids"].shape[1])
-    console.print(f"{count} tokens in {seconds:.1f} s: {count / seconds:.1f} tokens/s, prompt included")
-    for line in kernels(model):
+    for line in (*_speed(result), *kernels(model)):
         console.print(line, markup=False, highlight=False)
     if verbose:
         console.print(f"on {place} in {str(model.dtype).removeprefix('torch.')}")
-        console.print(f"prompt: {inputs['input_ids'].shape[1]} tokens")
 
 
 generate.__doc__ = f"{generate.__doc__}\n{_EXAMPLES}"
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _speed(result: Generation) -> list[str]:
+    count, texts = sum(map(len, result.tokens)), len(result.tokens)
+    lines = [
+        f"prompt: {result.prompt_tokens} tokens in {result.prefill_seconds:.2f} s; "
+        f"then {count} tokens{f' in {texts} texts' if texts > 1 else ''}"
+        + (f": {result.decode_rate:.1f} tokens/s" if result.steps > 1 else "")
+    ]
+    if result.compile_seconds:
+        lines.append(f"compiling took {result.compile_seconds:.1f} s, which the speed leaves out")
+    return [*lines, result.method]
 
 
 def _tokenizer(checkpoint: str, trust_remote_code: bool) -> Any:
@@ -107,15 +130,21 @@ def _tokenizer(checkpoint: str, trust_remote_code: bool) -> Any:
         ) from error
 
 
-def _encode(tokenizer: Any, prompt: str, chat: bool, checkpoint: str) -> Any:
-    if not chat:
-        inputs = tokenizer(prompt, return_tensors="pt")
-        if not inputs["input_ids"].numel():
-            raise ConfigError(f"the tokenizer of {checkpoint} makes no token of the prompt {prompt!r}")
-        return inputs
-    if not tokenizer.chat_template:
+def _encode(tokenizer: Any, prompts: Sequence[str], chat: bool, checkpoint: str) -> Any:
+    """All prompts in one batch, the shorter ones padded on the left."""
+    if chat and not tokenizer.chat_template:
         raise ModelError(f"{checkpoint} has no chat template; leave out --chat")
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masked: any token will do
+    padding = {"padding": len(prompts) > 1, "return_tensors": "pt"}
+    tokenizer.padding_side = "left"
+    if chat:
+        messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, **padding
+        )
+    inputs = tokenizer(list(prompts), **padding)
+    for prompt, mask in zip(prompts, inputs["attention_mask"], strict=True):
+        if not mask.any():
+            raise ConfigError(f"the tokenizer of {checkpoint} makes no token of the prompt {prompt!r}")
+    return inputs
