@@ -184,3 +184,9 @@ def test_cuda_classes_get_what_they_need(name, bits, group_size, order, sym, cud
     codes = random_codes(*SHAPE, bits, group_size, order=order, sym=sym)
     layer, before = layer_on(name, codes, sym)
     check(layer, codes, before)
+
+
+def test_zero_points_are_read_where_the_checkpoint_wrongly_says_symmetric(cuda_classes_on_the_cpu):
+    codes = random_codes(*SHAPE, 4, 64, sym=False)
+    layer, before = layer_on("machete", codes, sym=True)
+    check(layer, codes, before)

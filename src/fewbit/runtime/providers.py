@@ -169,6 +169,7 @@ class Wrapped(Kernel):
     def __init__(self, provider: Provider, layer_class: Any, spec: KernelSpec, dtype: torch.dtype) -> None:
         self.name, self.summary = provider.name, provider.summary
         self._provider, self._class, self._spec, self._dtype = provider, layer_class, spec, dtype
+        self._sym = spec.sym
         self._kept: dict[str, Tensor] = {}
         self._layer: Any = None
 
@@ -185,7 +186,9 @@ class Wrapped(Kernel):
             KernelError: the package would silently compute with another weight, or cannot prepare its layer.
         """
         codes = layer.codes()
-        if self._provider.needs_symmetry and not bool((codes.zeros == 1 << (codes.bits - 1)).all()):
+        # What the checkpoint calls symmetric may not be, and some classes then read no zero points.
+        self._sym = bool((codes.zeros == 1 << (codes.bits - 1)).all())
+        if self._provider.needs_symmetry and not self._sym:
             raise KernelError(
                 f"kernel {self.name!r} ignores zero points, and this layer has some that are not "
                 f"{1 << (codes.bits - 1)} although the checkpoint says sym: true; use kernel='auto'"
@@ -219,7 +222,7 @@ class Wrapped(Kernel):
     def __deepcopy__(self, memo: dict[int, Any]) -> Wrapped:
         # A layer may hold addresses of its own tensors: a copy is built anew.
         copy = Wrapped(self._provider, self._class, self._spec, self._dtype)
-        copy._kept = self._kept
+        copy._sym, copy._kept = self._sym, self._kept
         if self._layer is not None:
             copy._layer = copy._built(next(_tensors(self._layer)).device)
         return copy
@@ -232,7 +235,7 @@ class Wrapped(Kernel):
                     bits=spec.bits,
                     group_size=spec.group_size,
                     desc_act=spec.act_order,
-                    sym=spec.sym,
+                    sym=self._sym,
                     in_features=spec.in_features,
                     out_features=spec.out_features,
                     bias=False,
