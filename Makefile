@@ -1,6 +1,7 @@
-# Two commands do everything on a fresh machine with Python 3.10 or newer:
+# These do everything on a fresh machine with Python 3.10 or newer:
 #   make demo   installs fewbit and runs `fewbit demo`
 #   make test   installs the test extras and runs the tests
+#   make docs   builds the documentation into site/
 # Inside an active virtual environment they use it; otherwise they make .venv.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := torch==2.13.0
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-slow lint clean torch
+.PHONY: demo test test-slow lint docs clean torch
 
 demo: torch
 	$(PIP) install --quiet .
@@ -30,6 +31,10 @@ lint:
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
+
+docs: $(BIN)/python
+	$(PIP) install --quiet 'mkdocs-material>=9.5'
+	$(BIN)/python -m mkdocs build --strict
 
 torch: $(BIN)/python
 	@$(BIN)/python -c "import torch" 2>/dev/null \
