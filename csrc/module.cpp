@@ -4,6 +4,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include <algorithm>
@@ -145,6 +146,17 @@ void advise_huge_pages(Address address, size_t bytes) {
 #endif
 }
 
+// The caller knows that the pages are those of a file: what was read of them can be read again.
+void forget_pages(Address address, size_t bytes) {
+#if defined(__linux__)
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    const size_t first = (address + page - 1) / page * page, last = (address + bytes) / page * page;
+    if (last > first) madvise(at<void>(first), last - first, MADV_DONTNEED);
+#else
+    (void)address, (void)bytes;
+#endif
+}
+
 nb::list instruction_sets() {
     nb::list names;
     for (const Kernels& candidate : kernels()) names.append(candidate.isa);
@@ -163,6 +175,7 @@ NB_MODULE(_native, m) {
     m.def("fit_grid", &fewbit::fit_grid, release());
     m.def("ldlq_block", &fewbit::ldlq_block, release());
     m.def("advise_huge_pages", &fewbit::advise_huge_pages);
+    m.def("forget_pages", &fewbit::forget_pages);
     nb::class_<fewbit::Packed>(m, "Packed")
         .def(nb::init<fewbit::Address, fewbit::Address, int, fewbit::Address, bool, fewbit::Address, fewbit::Address, int64_t,
                       int64_t, int64_t, int, int64_t>())

@@ -13,6 +13,7 @@ from ..checkpoint import layout
 from ..solver import native
 from . import packed
 from .kernel import Kernel, KernelSpec, QuantizedBuffers
+from .mapped import forget
 from .packed import PackedWeight
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -46,6 +47,7 @@ class Cpu(Kernel):
         weight = packed.pack(
             tensors[layout.QWEIGHT], tensors[layout.SCALES], zeros, tensors[layout.G_IDX], spec.bits
         )
+        forget(tensors[layout.QWEIGHT])
         return {"tiles": weight.tiles, "zeros": weight.zeros, "order": weight.order, "starts": weight.starts}
 
     def restore(self, layer: QuantizedBuffers) -> Tensor:
