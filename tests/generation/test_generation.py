@@ -22,7 +22,7 @@ def prompts(*lengths, vocabulary=120):
     ids = torch.zeros(len(lengths), longest, dtype=torch.long)
     for row, length in enumerate(lengths):
         ids[row, longest - length :] = torch.randint(
-            3, 200, (length,), generator=torch.Generator().manual_seed(row)
+            3, vocabulary, (length,), generator=torch.Generator().manual_seed(row)
         )
     mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
     return {"input_ids": ids, "attention_mask": mask.long()}
