@@ -68,10 +68,10 @@ def test_rank_0_alone_writes_and_speaks(inputs, tmp_path):
 
 @pytest.mark.slow
 def test_a_refusal_is_said_once(inputs, tmp_path):
-    refused = torchrun(inputs, tmp_path / "out", "--tune")
+    refused = torchrun(inputs, tmp_path / "out", "--dataset", "-")
     assert refused.returncode != 0
     assert refused.stderr.count("error (ConfigError)") == 1
-    assert "leave out --tune, or start without torchrun" in words(refused.stderr)
+    assert "standard input cannot be read by all 2 processes" in words(refused.stderr)
 
 
 @pytest.mark.slow

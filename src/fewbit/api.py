@@ -171,7 +171,7 @@ class _PathJob:
         evaluation: Evaluation | None,
         ranks: Ranks,
     ) -> Report:
-        check_processes(self.config, dataset, ranks.world)
+        check_processes(dataset, ranks.world)
         start, timers = time.perf_counter(), Timers(device)
         with timers.time("calibration"):
             model_config = self.source.load_config()
@@ -306,7 +306,7 @@ def _quantize_module(
     """Quantize a model in memory, in place. An error midway leaves it partly changed."""
     from .runtime.replace import replace_layers
 
-    check_processes(config, dataset, ranks.world)
+    check_processes(dataset, ranks.world)
     choice: list[str] = []
     start, sink = time.perf_counter(), MemorySink()
     timers = Timers(next((parameter.device for parameter in model.parameters()), None))

@@ -33,18 +33,11 @@ EVALUATION_WINDOWS = 64
 _PLACEHOLDER = re.compile(r"(image|video|audio|speech)\w*_token_(id|index)$")
 
 
-def check_processes(config: QuantConfig, dataset: Any, processes: int) -> None:
+def check_processes(dataset: Any, processes: int) -> None:
     """Raises ConfigError for what so many processes cannot do together."""
     if processes < 1:
         raise ConfigError(f"there cannot be {processes} processes: give 1 or more")
-    if processes == 1:
-        return
-    if config.tune:
-        raise ConfigError(
-            f"tuning learns from all batches in one process, but there are {processes}: leave out --tune, or start "
-            "without torchrun"
-        )
-    if dataset == "-":
+    if processes > 1 and dataset == "-":
         raise ConfigError(
             f"standard input cannot be read by all {processes} processes: save the calibration text to a file"
         )

@@ -5,6 +5,9 @@ through the quantized model, each with the full-precision model's output, in; co
 out: zero points and g_idx unchanged, codes 0 … 2^bits − 1, scales normal float16. The block is left as
 it was found. Nothing here knows calibration, files or the walk.
 
+Several processes, each with some of the calls, take the steps that one would take: each runs its own of the calls
+that are drawn, and gradients are summed. With one or two calls to a step that is the same to the last bit.
+
 The solver makes each layer good on its own; this makes the block good as a whole. The idea is that of
 SignRound (arXiv:2309.05516) and Block-AP (arXiv:2407.11062). With v the code before rounding and r a
 factor on the solver's scale s₀, one v per weight and one r per row and group,
@@ -19,7 +22,7 @@ because the next block normalises each token, and a few tokens are hundreds of t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +35,7 @@ from .codes import Codes
 from .errors import CalibrationError, ModelError
 from .solver.grid import LARGEST_SCALE, SMALLEST_SCALE
 from .walk.layers import weight_matrix
+from .walk.ranks import Ranks
 
 TOKENS_PER_STEP = 1024  # at least so many, in whole calls
 RATE_CODES = 0.01  # of Adam: about how far v moves in one of the first steps
@@ -94,6 +98,7 @@ def tune_block(
     *,
     steps: int,
     seed: int = 0,
+    ranks: Ranks | None = None,
 ) -> TuneResult:
     """Optimise the codes and scales of the layers of one block.
 
@@ -105,25 +110,28 @@ def tune_block(
         codes: name of a layer inside the block → its codes from the solver.
         weights: the same names → original weight matrix (out, in), which says on which side of its code each
             weight lies, and so which codes are next to change.
-        train, held_out: at least one call each.
+        train, held_out: at least one call each, in any of the processes.
         steps: of about `TOKENS_PER_STEP` tokens each, with a rate that falls linearly to 0.
         seed: of the order in which calls are used.
+        ranks: the processes, each with its calls; all get the same result.
 
     Raises:
         CalibrationError: no call to train on, or none to judge by.
         ModelError: the block's output does not have the target's shape.
     """
-    if not train or not held_out:
+    ranks = ranks or Ranks()
+    shared, judges = _Shared(train, ranks), _Shared(held_out, ranks)
+    if not shared.count or not judges.count:
         raise CalibrationError(
-            f"tuning needs calibration batches to learn from and others to judge by, but there are {len(train)} and "
-            f"{len(held_out)}: give more text or a smaller batch_size"
+            f"tuning needs calibration batches to learn from and others to judge by, but there are {shared.count} and "
+            f"{judges.count}: give more text or a smaller batch_size"
         )
-    trial = _Trial(block, {name: _Layer(codes[name], weights[name]) for name in codes})
-    first = best = trial.state(train, held_out)
+    trial = _Trial(block, {name: _Layer(codes[name], weights[name]) for name in codes}, ranks)
+    first = best = trial.state(shared, judges)
     checks = {steps * i // _CHECKS for i in range(1, _CHECKS + 1)}
-    for step in _descend(trial, train, steps, seed):
+    for step in _descend(trial, shared, steps, seed):
         if step in checks:
-            state = trial.state(train, held_out)
+            state = trial.state(shared, judges)
             best = state if state.held_out < best.held_out else best
     changed = sum(int((best.codes[name].codes != codes[name].codes).sum()) for name in codes)
     return TuneResult(
@@ -144,6 +152,24 @@ class _State:
     codes: dict[str, Codes]
     train: float
     held_out: float
+
+
+class _Shared:
+    """The calls of all processes, in rank order.
+
+    Attributes:
+        count: how many there are. tokens: of all of them.
+    """
+
+    def __init__(self, calls: Sequence[BlockCall], ranks: Ranks) -> None:
+        everyones = ranks.collect([call.tokens for call in calls])
+        self._calls, self._first = calls, sum(map(len, everyones[: ranks.rank]))
+        self.count, self.tokens = sum(map(len, everyones)), sum(map(sum, everyones))
+
+    def mine(self, numbers: Iterable[int]) -> list[BlockCall]:
+        """Those of the calls with these numbers that this process has."""
+        own = range(len(self._calls))
+        return [self._calls[number - self._first] for number in numbers if number - self._first in own]
 
 
 class _Groups:
@@ -220,8 +246,8 @@ class _Layer:
 class _Trial:
     """The block with the matrices being tuned in place of its own."""
 
-    def __init__(self, block: nn.Module, layers: dict[str, _Layer]) -> None:
-        self.block, self.layers = block, layers
+    def __init__(self, block: nn.Module, layers: dict[str, _Layer], ranks: Ranks) -> None:
+        self.block, self.layers, self.ranks = block, layers, ranks
         self.modules = {name: block.get_submodule(name) for name in layers}
         self.others = {name: parameter.detach() for name, parameter in block.named_parameters()}
 
@@ -232,16 +258,21 @@ class _Trial:
             for name, layer in self.layers.items()
         }
 
-    def state(self, train: Sequence[BlockCall], held_out: Sequence[BlockCall]) -> _State:
+    def state(self, train: _Shared, held_out: _Shared) -> _State:
         matrices = self.matrices()
+        none = next(iter(matrices.values())).new_empty(0, dtype=torch.float32)
         means = []
-        for calls in (train[: len(held_out)], held_out):
+        for calls in (train, held_out):
             with torch.no_grad():
-                means.append(float(torch.cat([self.errors(matrices, call) for call in calls]).mean()))
+                errors = [self.errors(matrices, call) for call in calls.mine(range(held_out.count))]
+            means.append(float(self.ranks.gather(torch.cat([none, *errors])).mean()))
         return _State({name: layer.codes() for name, layer in self.layers.items()}, *means)
 
     def set_gradients(self, calls: Sequence[BlockCall]) -> None:
-        """Give every v and r the gradient of the errors summed over these calls, one call in memory at a time."""
+        """Give every v and r the gradient of the errors summed over these calls and those of the other processes.
+
+        One call is in memory at a time.
+        """
         matrices = {name: W.requires_grad_() for name, W in self.matrices().items()}
         total = {name: torch.zeros_like(W, dtype=torch.float32) for name, W in matrices.items()}
         for call in calls:
@@ -254,6 +285,7 @@ class _Trial:
                 strict=True,
             ):
                 total[name] += gradient
+        self.ranks.add_(*total.values())
         for name, layer in self.layers.items():
             layer.set_gradient(total[name])
 
@@ -280,7 +312,7 @@ def _as_weight(module: nn.Module, W: Tensor) -> Tensor:
     return W.T if isinstance(module, Conv1D) else W.reshape(module.get_parameter("weight").shape)
 
 
-def _descend(trial: _Trial, train: Sequence[BlockCall], steps: int, seed: int) -> Iterator[int]:
+def _descend(trial: _Trial, train: _Shared, steps: int, seed: int) -> Iterator[int]:
     """Take all steps; yields the number of steps taken after each."""
     layers = list(trial.layers.values())
     optimizer = torch.optim.Adam(
@@ -292,18 +324,17 @@ def _descend(trial: _Trial, train: Sequence[BlockCall], steps: int, seed: int) -
         eps=_TINY,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    drawn = _draw(train, seed)
-    calls_per_step = math.ceil(TOKENS_PER_STEP * len(train) / sum(call.tokens for call in train))
+    drawn = _draw(train.count, seed)
+    calls_per_step = math.ceil(TOKENS_PER_STEP * train.count / train.tokens)
     for step in range(1, steps + 1):
-        trial.set_gradients([next(drawn) for _ in range(calls_per_step)])
+        trial.set_gradients(train.mine([next(drawn) for _ in range(calls_per_step)]))
         optimizer.step()
         schedule.step()
         yield step
 
 
-def _draw(calls: Sequence[BlockCall], seed: int) -> Iterator[BlockCall]:
-    """All calls in a random order, again and again."""
+def _draw(count: int, seed: int) -> Iterator[int]:
+    """The numbers of all calls in a random order, again and again."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        for i in torch.randperm(len(calls), generator=generator).tolist():
-            yield calls[i]
+        yield from torch.randperm(count, generator=generator).tolist()

@@ -113,7 +113,6 @@ def refused(ranks, model, output, options):
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"tune": True}, ConfigError, "leave out --tune, or start without torchrun"),
         ({"dataset": "-"}, ConfigError, "standard input cannot be read by all 2 processes"),
         ({"strict": True, "damp": 1e-9, "num_samples": 2}, SolverError, "needed a fallback"),
     ],

@@ -74,7 +74,9 @@ def forecast(
     """
     job = _Job(config or QuantConfig(), None if output is None else Path(output), resume, processes)
     attempt = job.attempt
-    attempt(preparation.check_processes, job.config, dataset, processes)
+    attempt(preparation.check_processes, dataset, processes)
+    if job.problems:
+        dataset = None  # planned without it
     if job.output is not None:
         attempt(check_output, job.output)
     if offload_dir is not None:

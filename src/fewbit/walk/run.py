@@ -76,7 +76,7 @@ def quantize_layers(
     weights, ranks = weights or Weights(model), ranks or Ranks()
     _untie(model, modules, weights)
     batches = [arguments_for(model, batch, weights.device) for batch in ranks.share(calibration.batches)]
-    blocks = _blocks_to_tune(model, plan) if config.tune and batches else {}
+    blocks = _blocks_to_tune(model, plan) if config.tune and calibration.batches else {}
     encoder_outputs = _EncoderOutputs(model)
     paired = needs_full_precision(config)
     all_rows = _rows(calibration.batches, config)
@@ -106,7 +106,7 @@ def quantize_layers(
             jobs = [_job(model, batch) for batch in batches]
             references = range(len(batches), 2 * len(batches) if paired else len(batches))
             jobs += [jobs[reference - len(batches)] for reference in references]
-            tuner = BlockTuner(rows, steps=config.tune_steps, seed=config.seed)
+            tuner = BlockTuner(rows, steps=config.tune_steps, seed=config.seed, ranks=ranks)
             leave = _leaving(blocks, quantizer, tuner, timers) if blocks else None
             traffic = walk(
                 routing.meeting_points(modules),

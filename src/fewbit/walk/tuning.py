@@ -18,6 +18,7 @@ from ..tune import BlockCall, TuneResult, tune_block
 from .hessians import Rows
 from .layers import row_mask
 from .lockstep import Passage
+from .ranks import Ranks
 
 
 @dataclass
@@ -30,12 +31,14 @@ class BlockTuner:
         batches: what is known of the rows of every batch; jobs N … 2N−1 are their full-precision runs.
         steps: per block.
         seed: of the order in which batches are used.
+        ranks: the processes; each has its batches, and all tune the same blocks.
         skipped: block → why it was not tuned. dropped: batches that had values that are not finite.
     """
 
     batches: Sequence[Rows]
     steps: int
     seed: int
+    ranks: Ranks = field(default_factory=Ranks)
     skipped: dict[str, str] = field(default_factory=dict)
     dropped: set[int] = field(default_factory=set)
 
@@ -52,14 +55,16 @@ class BlockTuner:
         Args:
             codes, weights: name of a layer inside the block → its codes, its original weight matrix.
         """
-        reason = _why_not(block, passages)
+        reason = next(filter(None, self.ranks.collect(_why_not(block, passages))), None)
         train, held_out = ([], []) if reason else self._calls(name, passages)
-        if not reason and not (train and held_out):
+        if not reason and not all(self.ranks.total(len(train), len(held_out))):
             reason = "too few sequences went through it in both streams, or their outputs are not finite"
         if reason:
             self.skipped[name] = reason
             return None
-        return tune_block(block, codes, weights, train, held_out, steps=self.steps, seed=self.seed)
+        return tune_block(
+            block, codes, weights, train, held_out, steps=self.steps, seed=self.seed, ranks=self.ranks
+        )
 
     def notes(self, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
         """Sentences about what was gained, in this run and in one that it resumed, and what was left out.
@@ -77,10 +82,9 @@ class BlockTuner:
                 else ""
             )
             notes.append(f"tuning lowered the held-out error of {len(kept)} of {len(blocks)} blocks{left}")
-        if self.dropped:
-            notes.append(
-                f"{len(self.dropped)} batches with values that are not finite had no part in the tuning"
-            )
+        [dropped] = self.ranks.total(len(self.dropped))
+        if dropped:
+            notes.append(f"{dropped} batches with values that are not finite had no part in the tuning")
         for reason in dict.fromkeys(self.skipped.values()):
             names = [name for name, why in self.skipped.items() if why == reason]
             notes.append(f"{len(names)} blocks were not tuned, for example {names[0]}: {reason}")
