@@ -3,10 +3,10 @@
     python benchmarks/ranks.py [--fast] [--dtype float32] [--threads]
 
 SmolLM2-135M, 32 × 512 tokens of Wikipedia, 4 bits g64; each process with one thread. Seconds are the reports' (the
-whole run but starting Python), CPU seconds those of all processes, less what it takes to start them. Codes depend on
-rounding: a sum taken in another order turns one code, and all that the sweep decides after it in that row. With
-`--threads`, one process with two threads stands beside two processes: its sums are taken in another order too.
-Perplexity: 16 × 512 tokens of other articles. `--demo`: the model that ships with fewbit, in seconds.
+whole run but starting Python), CPU seconds those of all processes, less what it takes to start them. The weight files
+of both are compared byte by byte, and so are their codes. With `--threads`, one process with two threads stands beside
+two processes: inside a batch it sums in another order, one code turns, and all that the sweep decides after it in that
+row. Perplexity: 16 × 512 tokens of other articles. `--demo`: the model that ships with fewbit, in seconds.
 
 Needs two cores with nothing else on them; the load at the start of each run is printed. On a busy machine (or pinned
 to one core: `taskset -c 0`) seconds say nothing, but CPU seconds do: with two cores the second run would take half of
@@ -92,6 +92,14 @@ def same_codes(one: Path, other: Path) -> float:
     return equal / total
 
 
+def same_files(one: Path, other: Path) -> bool:
+    """Whether both checkpoints have the same weight files, byte by byte."""
+    first, second = (
+        {path.name: path.read_bytes() for path in folder.glob("*.safetensors")} for folder in (one, other)
+    )
+    return first == second
+
+
 def perplexity(folder: Path, job: Job) -> float:
     """On the test text."""
     from transformers import AutoTokenizer
@@ -135,12 +143,14 @@ def main() -> None:
 def print_runs(reports: dict[str, Any], outputs: dict[str, Path], job: Job) -> None:
     """A line for each run, and where the time of the first went."""
     first, alone = next(iter(reports.items()))
-    print(f"{'':20s} seconds faster  walk  CPU s  peak MB  same codes  perplexity  load")
+    print(f"{'':20s} seconds faster  walk  CPU s  peak MB  same files  same codes  perplexity  load")
     for name, report in reports.items():
         print(
             f"{name:20s} {report['seconds']:7.1f} {alone['seconds'] / report['seconds']:5.2f}×"
             f" {report['seconds_by_phase']['walk']:5.1f} {report['cpu']:6.1f}"
-            f" {report['peak_memory_bytes'] / 1e6:8.0f} {same_codes(outputs[first], outputs[name]):11.1%}"
+            f" {report['peak_memory_bytes'] / 1e6:8.0f}"
+            f" {'yes' if same_files(outputs[first], outputs[name]) else 'no':>11s}"
+            f" {same_codes(outputs[first], outputs[name]):11.1%}"
             f" {perplexity(outputs[name], job):11.4f}  {report['load']:4.1f}"
         )
     expected = two_processes(alone, FACTOR_FLOPS)
