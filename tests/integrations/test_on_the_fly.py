@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPTQConfig, pipeline
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPTQConfig, PreTrainedModel, pipeline
 
 import fewbit
 from fewbit.checkpoint.verify import verify
@@ -170,6 +170,8 @@ def test_quantize_config_beside_the_weights(source, tmp_path):
     AutoModelForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "plain")
     assert not (tmp_path / "plain" / "quantize_config.json").exists()
     fewbit.unregister()
+    assert PreTrainedModel.save_pretrained.__module__ == "transformers.modeling_utils"
+    assert not hasattr(PreTrainedModel.save_pretrained, "__wrapped__")
     model.save_pretrained(tmp_path / "after")
     assert not (tmp_path / "after" / "quantize_config.json").exists()
 
