@@ -17,7 +17,8 @@ from typing import Any
 GRIDS = 3  # sweeps of a layer
 PROBE = 2048  # held-out rows of a layer
 GRID_BYTES = 147 * 6 * 8  # per weight, to fit a 4-bit grid: candidates × passes × (read and write)
-SMALL_PER_LAYER, SMALL_PER_INPUT = 11, 6  # exchanges of a few bytes
+ROUNDING_BYTES = 28  # per product of two inputs and batch, to round it to integers and add it, in torch
+SMALL_PER_LAYER, SMALL_PER_INPUT = 11, 8  # exchanges of a few bytes
 STARVED = 2  # tokens for each input feature that an expert gets at least
 
 
@@ -145,6 +146,8 @@ def seconds(model: Model, machine: Machine, ranks: int, sequences: int, seq_len:
         seen = active if one.expert_share == 1 else max(active, min(STARVED * n, tokens))
         part["forward, both streams"] += count * 2 * 2 * m * n * active / machine.forward
         part["Hessians and drifts"] += count * (1.2 + 2) * seen * n * n / machine.product
+        # The upper triangle of H, in blocks, and all of C.
+        part["Hessians and drifts"] += count * 1.6 * n * n * sequences * ROUNDING_BYTES / machine.memory
         part["factorizations"] += count * 2 / 3 * n**3 / machine.factor
         sweep = (4 + GRIDS) * m * n * n + 8 * PROBE * m * n
         part["grid, correction, sweeps"] += count * (
