@@ -12,10 +12,11 @@ import sys
 import pytest
 import torch
 
+import fewbit
 from fewbit.checkpoint import layout
 from fewbit.runtime import registry
 from fewbit.runtime.linear import QuantLinear
-from tiny_gptq import random_codes
+from tiny_gptq import llama, random_codes, write_checkpoint
 
 pytestmark = pytest.mark.slow
 SHAPE = (128, 256)
@@ -49,6 +50,24 @@ def test_cpu_classes_run(name, order):
     codes = random_codes(*SHAPE, 4, 64, order=order)
     layer, before = layer_on(name, codes)
     check(layer, codes, before)
+
+
+def test_a_whole_model_runs_writes_and_trains(tmp_path):
+    write_checkpoint(tmp_path / "in", llama(hidden_size=128))
+    truth = fewbit.load(tmp_path / "in", dtype=torch.bfloat16, kernel="reference")
+    model = fewbit.load(tmp_path / "in", dtype=torch.bfloat16, kernel="torch_aten")
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        found, wanted = model(ids).logits.float(), truth(ids).logits.float()
+    assert (found - wanted).norm() / wanted.norm() < 0.05
+    assert model.generate(ids, min_new_tokens=3, max_new_tokens=3).shape == (1, 23)
+    model.train()(ids, labels=ids).loss.backward()
+    assert model.get_input_embeddings().weight.grad.abs().sum() > 0
+    model.save_pretrained(tmp_path / "out")
+    saved, original = (fewbit.load(tmp_path / name).state_dict() for name in ("out", "in"))
+    packed = [name for name in original if name.rpartition(".")[2] in layout.PARTS]
+    assert len(packed) == 14 * 4
+    assert all(torch.equal(saved[name], original[name]) for name in packed)
 
 
 @pytest.fixture
