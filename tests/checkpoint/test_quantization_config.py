@@ -70,7 +70,7 @@ def test_one_projection_in_every_block_takes_one_pattern() -> None:
     wide = dataclasses.replace(CONFIG.defaults, bits=8, group_size=32)
     layers = with_settings({name: wide for name in names() if name.endswith("down_proj")})
     dynamic = build(CONFIG, layers, [], {})["dynamic"]
-    assert dynamic == {r"model\.layers\.\d+\.mlp\.down_proj$": {"bits": 8, "group_size": 32}}
+    assert dynamic == {r"model\.layers\.\d+\.mlp\.down_proj(?:\.|$)": {"bits": 8, "group_size": 32}}
 
 
 def test_one_block_takes_few_patterns_and_names_what_engines_merge() -> None:
@@ -88,6 +88,8 @@ def test_skipped_experts_also_cover_their_merged_name() -> None:
     assert len(dynamic) == 1
     assert engine_lookup(dynamic, "model.layers.3.mlp.experts") is None
     assert engine_lookup(dynamic, "model.layers.3.mlp.experts.7.up_proj") is None
+    assert engine_lookup(dynamic, "model.layers.3.mlp.experts.7.up_proj.qweight") is None
+    assert engine_lookup(dynamic, "model.layers.3.mlp.experts.7.router") == {}
     assert engine_lookup(dynamic, "model.layers.3.mlp.experts_gate") == {}
 
 
@@ -97,7 +99,7 @@ def test_lm_head_has_its_own_key_and_a_rule_only_if_it_differs() -> None:
         "lm_head": True,
     }
     wide = build(CONFIG, {"lm_head": dataclasses.replace(CONFIG.defaults, bits=8)}, [], {})
-    assert wide["dynamic"] == {"lm_head$": {"bits": 8}}
+    assert wide["dynamic"] == {r"lm_head(?:\.|$)": {"bits": 8}}
     settings = parse(wide)
     assert settings.layer("lm_head").bits == 8
     assert parse(build(CONFIG, {}, ["lm_head"], {})).layer("lm_head") is None
@@ -126,7 +128,8 @@ def test_any_mixture_reads_back_as_it_was_and_as_engines_read_it() -> None:
                 continue
             full = settings.act_order == "full"
             assert parsed.layer(name) == (settings.bits, settings.group_size, settings.sym, full)
-            assert engine_lookup(written["dynamic"], name).get("bits", 4) == settings.bits
+            for asked in (name, f"{name}.qweight"):
+                assert engine_lookup(written["dynamic"], asked).get("bits", 4) == settings.bits
 
 
 def test_autogptq_without_method_sym_or_format() -> None:

@@ -26,6 +26,9 @@ OUTPUT_EMBEDDINGS = ("lm_head", "embed_out")
 # vLLM and SGLang merge these layers and look the merged one up under its own name.
 _MERGED = {"qkv_proj": {"q_proj", "k_proj", "v_proj"}, "gate_up_proj": {"gate_proj", "up_proj"}}
 
+# Where a pattern ends: after a module's name, be it alone or with the name of a tensor.
+_END = r"(?:\.|$)"
+
 _KNOWN_KEYS = {
     "quant_method",
     "bits",
@@ -249,13 +252,16 @@ def _fill(family: tuple[str | None, ...], numbers: tuple[str, ...]) -> list[str]
 
 
 def _pattern(stem: str, names: list[str], whole: bool) -> str:
-    """Join a stem and its endings; add the names under which serving engines merge them."""
+    """Join a stem and its endings; add the names under which serving engines merge them.
+
+    It matches names of modules, and of their tensors: ONNX Runtime GenAI asks with those.
+    """
     merged = [name for name, shards in _MERGED.items() if shards <= set(names)]
     ending = _alternation([*names, *merged])
     experts = stem.removesuffix(r"\.\d+")
     if whole and experts != stem and experts.endswith("experts"):
-        return rf"{experts}(?:\.\d+\.{ending})?$"
-    return rf"{stem}\.{ending}$" if stem else f"{ending}$"
+        return rf"{experts}(?:\.\d+\.{ending}|$){_END}"
+    return rf"{stem}\.{ending}{_END}" if stem else f"{ending}{_END}"
 
 
 def _alternation(choices: list[str]) -> str:
