@@ -1,6 +1,7 @@
 # These do everything on a fresh machine with Python 3.10 or newer:
 #   make demo   installs fewbit and runs `fewbit demo`
 #   make test   installs the test extras and runs the tests
+#   make test-memory   runs the compiled kernels' tests under AddressSanitizer (needs gcc or clang)
 #   make docs   builds the documentation into site/
 # Inside an active virtual environment they use it; otherwise they make .venv.
 
@@ -13,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := torch==2.13.0
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-slow lint docs clean torch
+.PHONY: demo test test-slow test-memory lint docs clean torch
 
 demo: torch
 	$(PIP) install --quiet .
@@ -26,6 +27,18 @@ test: torch
 test-slow: torch
 	$(PIP) install --quiet '.[test,lm-eval]'
 	$(BIN)/python -m pytest -m slow
+
+# The module is built apart and found first on the path; leaks are Python's own.
+SANITIZED := build/sanitized
+test-memory: torch
+	$(PIP) install --quiet '.[test]' cmake ninja 'nanobind>=2.4'
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DFEWBIT_SANITIZE=ON \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	$(BIN)/cmake --build $(SANITIZED)
+	rm -rf $(SANITIZED)/path && mkdir -p $(SANITIZED)/path && cp -r src/fewbit $(SANITIZED)/path/
+	rm -f $(SANITIZED)/path/fewbit/_native*.so && cp $(SANITIZED)/_native*.so $(SANITIZED)/path/fewbit/
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/path \
+	  $(BIN)/python -m pytest -p no:cacheprovider tests/runtime/test_packed.py tests/runtime/test_kernels.py tests/solver
 
 lint:
 	$(BIN)/ruff check src tests benchmarks

@@ -32,7 +32,7 @@ def forget(tensor: Tensor) -> bool:
 
 
 def _is_file(first: int, last: int) -> bool:
-    """Whether these addresses lie in one read-only or private mapping of a safetensors file, as the kernel sees it now."""
+    """Whether these addresses lie in one mapping of a safetensors file, as the kernel sees it now."""
     for line in _MAPS.read_text().splitlines():
         addresses, _, _, _, _, *path = line.split(maxsplit=5)
         start, end = (int(address, 16) for address in addresses.split("-"))
