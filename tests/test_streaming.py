@@ -42,7 +42,7 @@ def run_limited(
 ) -> subprocess.CompletedProcess:
     arguments = [folder, output, headroom, "whole" if whole else "-", settings]
     return subprocess.run(
-        [sys.executable, "-c", LIMITED, *map(str, arguments)], capture_output=True, text=True, timeout=1500
+        [sys.executable, "-c", LIMITED, *map(str, arguments)], capture_output=True, text=True, timeout=6000
     )
 
 
