@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import FewbitError
+from .bench import bench
 from .convert import convert
 from .demo import demo
 from .display import console, plain
@@ -54,6 +55,7 @@ app.command("eval")(eval_)
 app.command()(inspect)
 app.command()(verify)
 app.command()(generate)
+app.command()(bench)
 app.command()(convert)
 app.command()(demo)
 app.command()(env)

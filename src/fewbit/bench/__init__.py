@@ -1,0 +1,9 @@
+"""How fast quantized models and layers are on this machine, next to others measured in the same run.
+
+- `rounds`: candidates take turns, so that what slows the machine for a while slows all of them;
+- `machine`: what it could reach: read bandwidth and arithmetic;
+- `layers`: one layer shape at a time;
+- `worker`, `models`: whole models, one process each.
+
+Nothing here prints; `fewbit bench` and the scripts in benchmarks/ do.
+"""

@@ -1,0 +1,118 @@
+"""One model in a process of its own, timed on request: ``python -m fewbit.bench.worker``.
+
+A request is a line of JSON on stdin, its answer a line of JSON on stdout (the process's other output goes to stderr).
+Memory and load time are then those of this model alone, and several such processes can take turns.
+
+    {"do": "load", "model": PATH, "dtype": "bfloat16", "kernel": NAME or null, "threads": N, "options": {}}
+        → {"seconds", "kernels": [lines], "memory_bytes"}       kernel null: not quantized, through transformers;
+                                                                options: of `fewbit.load` or `open_source`
+    {"do": "prefill", "tokens": N} → {"seconds"}                one pass over N tokens
+    {"do": "decode", "tokens": N} → {"seconds", "tokens"}       tokens after the first, after a prompt of 16
+    {"do": "memory"} → {"peak_bytes"}
+
+A request that fails with a `FewbitError` is answered with ``{"error": words}``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..errors import FewbitError
+from ..timers import memory_in_use_bytes, peak_memory_bytes
+
+_PROMPT = 16
+
+
+class Worker:
+    """Holds the model between requests."""
+
+    def __init__(self) -> None:
+        self._model: Any = None
+        self._quantized = False
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Do what the request says."""
+        actions: dict[str, Callable[..., dict[str, Any]]] = {
+            "load": self._load,
+            "prefill": self._prefill,
+            "decode": self._decode,
+            "memory": self._memory,
+        }
+        return actions[request.pop("do")](**request)
+
+    def _load(
+        self, model: str, dtype: str, kernel: str | None, threads: int, options: dict[str, Any]
+    ) -> dict[str, Any]:
+        from ..runtime.load import kernels, load
+        from ..source import open_source
+
+        torch.set_num_threads(threads)
+        start = time.perf_counter()
+        if kernel is None:
+            source = open_source(model, **options)
+            self._model = source.load_model(dtype, torch.device("cpu"))
+        else:
+            self._model = load(model, "cpu", dtype, kernel, **options)
+            self._quantized = True
+        seconds = time.perf_counter() - start
+        lines = kernels(self._model) if self._quantized else ["transformers"]
+        return {"seconds": seconds, "kernels": lines, "memory_bytes": memory_in_use_bytes()}
+
+    def _prefill(self, tokens: int) -> dict[str, Any]:
+        ids = self._tokens(tokens)
+        with torch.inference_mode():
+            start = time.perf_counter()
+            self._model(input_ids=ids, use_cache=True, logits_to_keep=1)
+            return {"seconds": time.perf_counter() - start}
+
+    def _decode(self, tokens: int) -> dict[str, Any]:
+        """The original as its users run it, with transformers' generate; the quantized with fewbit's."""
+        from ..generation import Clock, generate
+
+        # An end token that the model cannot choose: every run writes as many.
+        options: dict[str, Any] = {"do_sample": False, "eos_token_id": self._vocabulary(), "pad_token_id": 0}
+        ids = self._tokens(_PROMPT)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if self._quantized:
+            generation = generate(self._model, inputs, tokens + 1, **options)
+            return {"seconds": generation.decode_seconds, "tokens": generation.steps - 1}
+        clock = Clock()
+        self._model.generate(**inputs, max_new_tokens=tokens + 1, stopping_criteria=[clock], **options)
+        return {"seconds": clock.times[-1] - clock.times[0], "tokens": len(clock.times) - 1}
+
+    def _memory(self) -> dict[str, Any]:
+        return {"peak_bytes": peak_memory_bytes()}
+
+    def _vocabulary(self) -> int:
+        return int(self._model.get_input_embeddings().weight.shape[0])
+
+    def _tokens(self, count: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(count)
+        return torch.randint(self._vocabulary(), (1, count), generator=generator)
+
+
+def main() -> None:
+    """Answer requests until stdin ends."""
+    from ..cli.display import quiet_libraries
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else writes to stdout must not be taken for an answer
+    quiet_libraries()
+    worker = Worker()
+    for line in sys.stdin:
+        try:
+            answer = worker.answer(json.loads(line))
+        except FewbitError as error:
+            answer = {"error": str(error)}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
