@@ -1,0 +1,191 @@
+"""Products with quantized weights on this CPU: fewbit's kernels next to every other one, in one run.
+
+    python benchmarks/kernels_cpu.py --results kernels.json [--threads 2] [--only cpu,cpu_a8,Linear] [--shapes main]
+    python benchmarks/kernels_cpu.py --results kernels.json --table > tables.md
+    python benchmarks/kernels_cpu.py --results kernels.json --plot docs/kernels.svg
+
+Candidates take turns and weights come from memory (`fewbit.bench`). A later run with --only or other shapes adds to the
+results; what it measures again replaces what was there. GPTQModel's kernels run in its own environment
+(--gptqmodel-python), as a process in between that measures the bfloat16 Linear too: its ratios refer to that one.
+Rivals that are not installed are left out with a message.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import kernel_rivals
+import performance_tables
+import torch
+
+from fewbit.bench import layers
+from fewbit.bench.layers import Candidate, Shape
+from fewbit.bench.machine import measure_machine
+
+# (out, in): Llama-2-7B and -3-8B, then SmolLM2-135M.
+MAIN = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096))
+SMALL = ((576, 576), (192, 576), (1536, 576), (576, 1536))
+SWEEP = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+GPTQMODEL = ("torch_cpu_avx512", "torch_aten")
+
+
+def shapes_called(name: str) -> list[tuple[Shape, tuple[int, ...]]]:
+    """Shapes with the numbers of tokens to measure: main (4 bits), bits, small, sweep."""
+    tokens = (1, 4, 16, 512)
+    if name == "main":
+        return [(Shape(n, k, 4, g), tokens) for n, k in MAIN for g in (128, 32)]
+    if name == "bits":
+        return [(Shape(4096, 4096, bits, g), tokens) for bits in (2, 3, 8) for g in (128, 32)]
+    if name == "small":
+        return [(Shape(n, k, bits, 64), tokens) for n, k in SMALL for bits in (2, 3, 4, 8)]
+    return [(Shape(4096, 4096, 4, 128), SWEEP)]
+
+
+def candidates(arguments: argparse.Namespace) -> dict[str, Candidate]:
+    """Everything that could be measured, by name."""
+    folder = arguments.ggml_folder
+    everything: dict[str, Candidate] = {
+        "cpu": layers.registered("cpu"),
+        "cpu_a8": layers.registered("cpu_a8"),
+        "torch_int4": layers.registered("torch_int4"),
+        "float32 Linear": layers.dense(torch.float32),
+        "Linear": layers.dense(torch.bfloat16),
+        "torch operator": layers.torch_operator,
+        "dequantize": dequantize_every_time,
+        "onnxruntime": kernel_rivals.onnxruntime,
+        **{f"ggml {kind}": kernel_rivals.ggml(kind, folder) for kind in ("q4_0", "q4_k", "q8_0")},
+        **{name: layers.registered(name) for name in GPTQMODEL},
+    }
+    if arguments.only is None:
+        return {name: found for name, found in everything.items() if name not in GPTQMODEL}
+    unknown = set(arguments.only) - everything.keys()
+    if unknown:
+        raise SystemExit(f"no candidate {', '.join(unknown)}; there are {', '.join(everything)}")
+    return {name: everything[name] for name in everything if name in arguments.only or name == "Linear"}
+
+
+def dequantize_every_time(codes: Any, dtype: torch.dtype) -> layers.Run:
+    """The plain way: the whole weight in bfloat16 at every call, then oneDNN's product."""
+    layer = layers.registered("reference")(codes, dtype)
+    return _Dequantizing(layer)
+
+
+class _Dequantizing(torch.nn.Module):
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.layer.dequantize(x.dtype))
+
+
+def measure(shape: Shape, tokens: tuple[int, ...], arguments: argparse.Namespace) -> dict[str, Any]:
+    """One shape, in plain JSON types: tokens → name → seconds (minimum, median, rounds) and error."""
+    found, refused = layers.measure_shape(
+        shape, tokens, candidates(arguments), rounds=arguments.rounds, budget=arguments.budget
+    )
+    rows = {
+        str(count): {
+            name: {
+                "minimum": one.times.minimum,
+                "median": one.times.median,
+                "rounds": len(one.times.seconds),
+                "error": one.error,
+            }
+            for name, one in row.items()
+        }
+        for count, row in found.items()
+    }
+    return {"shape": asdict(shape), "nbytes": shape.nbytes, "tokens": rows, "refused": refused}
+
+
+def measure_gptqmodel(
+    shape: Shape, tokens: tuple[int, ...], arguments: argparse.Namespace
+) -> dict[str, Any] | None:
+    """The same from GPTQModel's environment, its names and its own ``Linear`` with a mark."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            arguments.gptqmodel_python, __file__, "--results", f"{folder}/found.json", "--only", ",".join(GPTQMODEL),
+            "--threads", str(arguments.threads), "--rounds", str(arguments.rounds), "--budget", str(arguments.budget),
+            "--one", json.dumps([asdict(shape), tokens]),
+        ]  # fmt: skip
+        source = str(Path(__file__).parents[1] / "src")
+        environment = dict(os.environ, PYTHONPATH=source, GPTQMODEL_CPU_WORKERS="2")
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            print(f"  GPTQModel: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+            return None
+        found = json.loads(Path(folder, "found.json").read_text())["shapes"]
+    one: dict[str, Any] = next(iter(found.values()))
+    for row in one["tokens"].values():
+        row["Linear (GPTQModel's torch)"] = row.pop("Linear")
+    return one
+
+
+def key(shape: Shape) -> str:
+    """A name for a shape in the results."""
+    return f"{shape.out_features}x{shape.in_features} {shape.bits} bits g{shape.group_size}"
+
+
+def merge(results: dict[str, Any], name: str, found: dict[str, Any] | None) -> None:
+    """Add one shape's measurements to the results."""
+    if found is None:
+        return
+    kept = results["shapes"].setdefault(name, found | {"tokens": {}, "refused": {}})
+    for tokens, row in found["tokens"].items():
+        kept["tokens"].setdefault(tokens, {}).update(row)
+    kept["refused"].update(found["refused"])
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, required=True, help="JSON to add to, or to read")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="these candidates (and Linear)")
+    parser.add_argument("--shapes", default="main,bits,small,sweep", help="of main, bits, small, sweep")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--budget", type=float, default=10.0, help="seconds per shape and number of tokens")
+    parser.add_argument("--ggml-folder", type=Path, help="folder of libggml-base.so and libggml-cpu.so")
+    parser.add_argument("--gptqmodel-python", help="python of an environment with GPTQModel")
+    parser.add_argument("--table", action="store_true", help="print the tables of docs/performance.md")
+    parser.add_argument("--plot", type=Path, help="write the sweep as SVG")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = options()
+    results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {"shapes": {}}
+    if arguments.table or arguments.plot:
+        if arguments.table:
+            print(performance_tables.kernels(results))
+        if arguments.plot:
+            arguments.plot.write_text(performance_tables.sweep_svg(results))
+        return
+    torch.set_num_threads(arguments.threads)
+    results["machine"] = asdict(measure_machine())
+    jobs = [job for name in arguments.shapes.split(",") for job in shapes_called(name)]
+    if arguments.one:
+        fields, tokens = json.loads(arguments.one)
+        jobs = [(Shape(**fields), tuple(tokens))]
+    for shape, tokens in jobs:
+        found = measure(shape, tokens, arguments)
+        merge(results, key(shape), found)
+        if arguments.gptqmodel_python and arguments.only is None:
+            merge(results, key(shape), measure_gptqmodel(shape, tokens, arguments))
+        arguments.results.write_text(json.dumps(results, indent=1))
+        print(performance_tables.shape_lines(key(shape), results), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
