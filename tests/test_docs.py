@@ -4,6 +4,7 @@ Pages with tests of their own, which also look at what they leave: `RUN_ELSEWHER
 """
 
 import ast
+import dataclasses
 import re
 import shutil
 from pathlib import Path
@@ -119,6 +120,13 @@ def test_links_lead_somewhere_on_github_too(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith(("http://", "https://", "#")):
             assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def test_every_setting_is_somewhere_in_the_docs():
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages())
+    for field in dataclasses.fields(fewbit.QuantConfig):
+        option = field.name.replace("_", "-")
+        assert re.search(rf"`[^`\n]*(--{option}|\b{field.name}\b)", text), field.name
 
 
 def test_figures_in_the_advice_are_those_of_the_tables():
