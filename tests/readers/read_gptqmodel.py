@@ -1,0 +1,25 @@
+"""GPTQModel reads checkpoints: see protocol.py.
+
+Environment: ``python -m venv V && V/bin/pip install torch==2.13.0 gptqmodel==7.7.0``.
+Its plain torch kernel in float16: it takes every layout, and the others compile C++ at first use.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # GPTQModel's kernels would be compiled, for a minute per layout
+
+import torch
+from gptqmodel import BACKEND, GPTQModel
+from protocol import answer
+
+
+def read(checkpoint: str, tokens: list[int]) -> list[list[float]]:
+    model = GPTQModel.load(checkpoint, device="cpu", dtype=torch.float16, backend=BACKEND.GPTQ_TORCH)
+    with torch.no_grad():
+        return model.model(input_ids=torch.tensor([tokens])).logits[0].float().tolist()
+
+
+if __name__ == "__main__":
+    answer(read, "gptqmodel", "transformers", "torch")
