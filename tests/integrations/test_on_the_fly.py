@@ -165,8 +165,10 @@ def test_quantize_config_beside_the_weights(source, tmp_path):
     model = quantized(source, sym=False, format="gptq_v2")
     model.save_pretrained(tmp_path / "out")
     second = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
-    assert second == json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert second == config["quantization_config"]
     assert second["checkpoint_format"] == "gptq_v2"
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]  # where transformers 4 looks
     AutoModelForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "plain")
     assert not (tmp_path / "plain" / "quantize_config.json").exists()
     fewbit.unregister()

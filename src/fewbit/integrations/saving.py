@@ -1,6 +1,7 @@
 """What `save_pretrained` writes: the tensors as they are, or the same weights in the other format.
 
-And, between `register` and `unregister`, quantize_config.json beside them, for readers older than config.json's entry.
+And, between `register` and `unregister`, what older readers need beside them: quantize_config.json, and config.json's
+former keys.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..checkpoint import layout
-from ..checkpoint.writer import QUANTIZE_CONFIG
+from ..checkpoint.model_config import for_older_readers
+from ..checkpoint.writer import CONFIG, QUANTIZE_CONFIG
 from ..runtime.linear import QuantizedLayer
 from .gptq_config import GPTQConfig
 from .layers import quantized_layers
@@ -44,7 +46,7 @@ def all_at_hand(model: PreTrainedModel) -> bool:
 
 
 def with_quantize_config(original: Callable[..., None]) -> Callable[..., None]:
-    """A `save_pretrained` for transformers' models: `original`, and the second place of the configuration."""
+    """A `save_pretrained` for transformers' models: `original`, and what older readers look for."""
 
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -52,10 +54,15 @@ def with_quantize_config(original: Callable[..., None]) -> Callable[..., None]:
         config = getattr(self.config, "quantization_config", None)
         saved = not getattr(self, "_hf_peft_config_loaded", False) and kwargs.get("is_main_process", True)
         if isinstance(config, GPTQConfig) and saved:
-            text = json.dumps(config.to_dict(), indent=2, ensure_ascii=False) + "\n"
-            (Path(save_directory) / QUANTIZE_CONFIG).write_text(text, encoding="utf-8")
+            _write(Path(save_directory) / QUANTIZE_CONFIG, config.to_dict())
+            saved_config = json.loads((Path(save_directory) / CONFIG).read_text(encoding="utf-8"))
+            _write(Path(save_directory) / CONFIG, for_older_readers(saved_config))
 
     return save_pretrained
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _in_format(layer: QuantizedLayer, parts: dict[str, Tensor], fmt: str) -> dict[str, Tensor]:
