@@ -1,8 +1,8 @@
 """Products with quantized weights on this CPU: fewbit's kernels next to every other one, in one run.
 
     python benchmarks/kernels_cpu.py --results kernels.json [--threads 2] [--only cpu,cpu_a8,Linear] [--shapes main]
-    python benchmarks/kernels_cpu.py --results kernels.json --table > tables.md
-    python benchmarks/kernels_cpu.py --results kernels.json --plot docs/kernels.svg
+    python benchmarks/kernels_cpu.py --results kernels.json --table
+    python benchmarks/kernels_cpu.py --results kernels.json --into docs/performance.md --plot docs/kernels.svg
 
 Candidates take turns and weights come from memory (`fewbit.bench`). A later run with --only or other shapes adds to the
 results; what it measures again replaces what was there. GPTQModel's kernels run in its own environment
@@ -159,18 +159,28 @@ def options() -> argparse.Namespace:
     parser.add_argument("--ggml-folder", type=Path, help="folder of libggml-base.so and libggml-cpu.so")
     parser.add_argument("--gptqmodel-python", help="python of an environment with GPTQModel")
     parser.add_argument("--table", action="store_true", help="print the tables of docs/performance.md")
+    parser.add_argument("--into", type=Path, help="write the tables into this document")
     parser.add_argument("--plot", type=Path, help="write the sweep as SVG")
     return parser.parse_args()
+
+
+def show(results: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """The tables on the screen or in a document, and the plot, which the document then shows."""
+    tables = performance_tables.kernels(results)
+    if arguments.plot:
+        arguments.plot.write_text(performance_tables.sweep_svg(results))
+        tables += f"\n\n![speed by number of tokens]({arguments.plot.name})"
+    if arguments.into:
+        performance_tables.put(arguments.into, "kernels", tables)
+    if arguments.table:
+        print(tables)
 
 
 def main() -> None:
     arguments = options()
     results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {"shapes": {}}
-    if arguments.table or arguments.plot:
-        if arguments.table:
-            print(performance_tables.kernels(results))
-        if arguments.plot:
-            arguments.plot.write_text(performance_tables.sweep_svg(results))
+    if arguments.table or arguments.into or arguments.plot:
+        show(results, arguments)
         return
     torch.set_num_threads(arguments.threads)
     results["machine"] = asdict(measure_machine())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 BASE = "Linear"
@@ -69,9 +71,7 @@ def _shape_table(name: str, found: dict[str, Any], bandwidth: float) -> str:
         first = found["tokens"].get("1", {}).get(candidate)
         quantized = not candidate.endswith("Linear") and candidate != "dequantize"
         share = f"{found['nbytes'] / first['minimum'] / bandwidth:.0%}" if first and quantized else ""
-        error = max(
-            found["tokens"][c][candidate]["error"] for c in counts if candidate in found["tokens"][c]
-        )
+        error = max(found["tokens"][c][candidate]["error"] for c in counts if candidate in found["tokens"][c])
         lines.append(f"| {_LABELS.get(candidate, candidate)} | {' | '.join(cells)} | {share} | {error:.1e} |")
     return "\n".join(lines)
 
@@ -107,6 +107,15 @@ def decode(results: dict[str, Any]) -> str:
             lines.append(f"| {name} | {cells[0]} | {cells[1]} | {one['load_seconds']:.1f} s | {memory} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def put(document: Path, mark: str, text: str) -> None:
+    """Replace what is between ``<!-- mark -->`` and ``<!-- /mark -->``."""
+    whole = document.read_text()
+    pattern = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
+    if not pattern.search(whole):
+        raise SystemExit(f"{document} has no place for it: <!-- {mark} --> and <!-- /{mark} -->")
+    document.write_text(pattern.sub(lambda found: f"{found[1]}{text}\n{found[2]}", whole))
 
 
 _COLOURS = ("#1b6ca8", "#c8552b", "#2a8f5b", "#8456a8", "#a08a1f", "#b03a6b", "#4a4a4a", "#1fa0a0")
