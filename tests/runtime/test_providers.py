@@ -45,7 +45,7 @@ def why_not(name, change=None, device=CUDA, dtype=torch.bfloat16):
         ("machete", {"out_features": 64}, "shape 64 x 256"),
         ("exllamav2", {"bits": 8}, "bits 8 is not 4"),
         ("exllama", {}, "no current package has it (superseded by exllama_v2)"),
-        ("triton", {"bits": 3}, "bits 3 is not one of 2, 4, 8"),
+        ("tritonv2", {"bits": 3}, "bits 3 is not one of 2, 4, 8"),
     ],
 )
 def test_the_first_condition_that_fails(name, change, words):
@@ -185,7 +185,7 @@ def test_layers_of_one_size_share_scratch_memory(package, monkeypatch):
     codes = random_codes(128, 128, 4, 64)
     first, second = (opened("exllamav2", codes, monkeypatch)[0] for _ in range(2))
     assert first.kernel._layer.scratch is second.kernel._layer.scratch
-    assert opened("triton", codes, monkeypatch)[0].kernel._layer.scratch is None
+    assert opened("tritonv2", codes, monkeypatch)[0].kernel._layer.scratch is None
 
 
 def test_a_layer_moves_back_to_a_kernel_of_fewbits_own(package, monkeypatch):

@@ -1,3 +1,5 @@
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -9,6 +11,9 @@ from fewbit.solver.ldlq import factor, order, solve, solve_each
 BACKENDS = [
     "torch",
     pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason=native.why_not())),
+    pytest.param(
+        "triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason="pip install triton")
+    ),
 ]
 
 

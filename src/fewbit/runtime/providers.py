@@ -145,7 +145,7 @@ PROVIDERS: tuple[Provider, ...] = (
     ),
     Provider("exllama", "superseded by exllama_v2", "", "cuda", _HALF, (4,), (-1, 32, 64, 128)),
     Provider(
-        "triton", "GPTQModel's Triton kernel; fewbit has none of its own yet", f"{_LAYERS}.tritonv2:TritonV2Linear",
+        "tritonv2", "GPTQModel's Triton kernel", f"{_LAYERS}.tritonv2:TritonV2Linear",
         "cuda", _HALF, (2, 4, 8), (-1, 32, 64, 128, 256, 512, 1024),
     ),
     Provider(

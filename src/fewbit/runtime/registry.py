@@ -14,8 +14,11 @@ from .kernel import Kernel, KernelSpec
 from .providers import PROVIDERS, Provider
 from .reference import Reference
 from .torch_int4 import TorchInt4
+from .triton import TritonKernel
 
-KERNELS: tuple[Kernel, ...] = (Cpu(), TorchInt4(), Reference(), CpuInt8())
+# The reference kernel can always run. Those after it are taken only where they are asked for by name: one that rounds
+# more, and one that nobody has run on a GPU yet.
+KERNELS: tuple[Kernel, ...] = (Cpu(), TorchInt4(), Reference(), CpuInt8(), TritonKernel())
 
 _ENTRIES: tuple[Kernel | Provider, ...] = (*KERNELS, *PROVIDERS)
 

@@ -13,7 +13,7 @@ tr((W − Ŵ) H_λ (W − Ŵ)ᵀ) = Σ_i R_ii² ‖r_i‖², so the loss costs n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -125,7 +125,7 @@ def solve(W: Tensor, factor: Factor, grid: Grid, bits: int, *, backend: Backend 
     """
     # Transposed throughout: a column of the weight is then contiguous, and so are its scales.
     n, m = W.shape[1], W.shape[0]
-    block = native.ldlq_block if native.use(backend, W) else _block
+    block = _block_for(backend, W)
     scales, zeros = grid.scales.float().T.contiguous(), grid.zeros.float().T.contiguous()
     groups = grid.g_idx[factor.perm].contiguous()
     codes = torch.empty(n, m, dtype=torch.uint8, device=W.device)
@@ -159,6 +159,17 @@ def solve_each(
     sweep = solve(W.repeat(count, 1), factor, together, bits, backend=backend)
     parts = zip(sweep.codes.chunk(count), sweep.losses.chunk(count), strict=True)
     return [Sweep(codes, losses) for codes, losses in parts]
+
+
+def _block_for(backend: Backend, W: Tensor) -> Callable[..., Tensor]:
+    """What finishes one block of columns of W. Triton only where it is asked for: nobody has run it on a GPU yet."""
+    if native.use(backend, W):
+        return native.ldlq_block
+    if backend == "triton":
+        from . import triton
+
+        return triton.ldlq_block
+    return _block
 
 
 def _block(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import KernelError
 
-Backend = Literal["auto", "torch", "native"]
+Backend = Literal["auto", "torch", "native", "triton"]
 
 
 @functools.cache
@@ -60,7 +60,7 @@ def module() -> Any:
 
 
 def advise_huge_pages(tensor: Tensor) -> None:
-    """Ask the system to back a large, still unwritten tensor by huge pages: reading it then misses fewer translations."""
+    """Ask the system for huge pages behind a large, still unwritten tensor: fewer address translations are missed."""
     module().advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
 
 
@@ -68,14 +68,14 @@ def use(backend: Backend, tensor: Tensor, needs: str | None = None) -> bool:
     """Whether a computation on `tensor` runs in the compiled module.
 
     Args:
-        backend: "auto" takes the module where it can run; "native" insists; "torch" refuses it.
+        backend: "auto" takes the module where it can run; "native" insists; "torch" and "triton" refuse it.
         tensor: the main operand; the module works in CPU memory only.
         needs: an instruction set without which there is no compiled version.
 
     Raises:
         KernelError: "native" was asked for and cannot run; the message says which condition fails.
     """
-    if backend == "torch":
+    if backend in ("torch", "triton"):
         return False
     reason = _why_not_here(tensor, needs)
     if reason and backend == "native":
