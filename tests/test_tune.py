@@ -20,6 +20,7 @@ from fewbit.solver import quantize_weight
 from fewbit.solver.grid import LARGEST_SCALE, SMALLEST_SCALE
 from fewbit.tune import BlockCall, tune_block
 from fewbit.walk.layers import is_layer, set_weight_matrix, weight_matrix
+from fewbit.walk.ranks import Ranks
 from models import random_sequences, tiny_model
 from summing import hessian_of
 
@@ -175,8 +176,8 @@ def test_same_seed_same_numbers(trained: Any) -> None:
     codes, weights, calls = solve_block(block, inputs[:6], settings(group_size=64), **kwargs)
 
     def tuned(seed: int) -> list[Tensor]:
-        trial = tune._Trial(block, {name: tune._Layer(codes[name], weights[name]) for name in codes})
-        assert list(tune._descend(trial, calls, 2, seed)) == [1, 2]
+        trial = tune._Trial(block, {name: tune._Layer(codes[name], weights[name]) for name in codes}, Ranks())
+        assert list(tune._descend(trial, tune._Shared(calls, Ranks()), 2, seed)) == [1, 2]
         return [x.detach() for layer in trial.layers.values() for x in (layer.v, layer.r)]
 
     first, again, other = tuned(5), tuned(5), tuned(6)
@@ -242,7 +243,7 @@ def test_codes_given_are_returned_where_tuning_does_not_help() -> None:
 
 
 def _output(block: nn.Module, codes: dict[str, Codes], call: BlockCall) -> Tensor:
-    trial = tune._Trial(block, {name: tune._Layer(c, c.dequantize()) for name, c in codes.items()})
+    trial = tune._Trial(block, {name: tune._Layer(c, c.dequantize()) for name, c in codes.items()}, Ranks())
     weights = {f"{n}.weight": tune._as_weight(trial.modules[n], W) for n, W in trial.matrices().items()}
     with torch.no_grad():
         return torch.func.functional_call(block, weights, call.args)

@@ -228,9 +228,9 @@ class Hessian:
         for X, *full in zip(*(_pieces(part) for part in both), strict=True):
             # Powers of two: the products are the same but for their exponents.
             X = X * of_x
-            _add_rounded(self._H, X * _ONE, X, upper=True)
+            _add_rounded(self._H, X, X, upper=True)
             if full and self._P is not None:
-                _add_rounded(self._P, full[0] * (of_full * _ONE), X, upper=False)
+                _add_rounded(self._P, full[0] * of_full, X, upper=False)
 
     def _finish(self) -> None:
         """Turn the integers into float32, in place: H symmetric, and C = P − H instead of P."""
@@ -295,13 +295,20 @@ def _masked(both: list[Tensor], mask: Tensor) -> list[Tensor]:
 
 
 def _add_rounded(C: Tensor, A: Tensor, B: Tensor, *, upper: bool) -> None:
-    """C += Aᵀ B rounded, or no more than is needed of its upper triangle; C int32 (n, n), A, B float32 (tokens, n)."""
+    """C += 2³⁰ Aᵀ B rounded, or no more than is needed of its upper triangle.
+
+    Args:
+        C: int32 (n, n). A, B: float32 (tokens, n).
+    """
     n = C.shape[0]
     step = _ROWS_TOGETHER if C.device.type == "cpu" else max(_ROWS_TOGETHER, _PIECE_BYTES // (4 * n))
+    products = torch.empty(min(step, n) * n, dtype=torch.float32, device=C.device)
+    rounded = torch.empty_like(products, dtype=torch.int32)
     for a in range(0, n, step):
-        first = a if upper else 0
-        product = A[:, a : a + step].T @ B[:, first:]
-        C[a : a + step, first:].add_(product.round_().to(torch.int32))
+        part = C[a : a + step, a if upper else 0 :]
+        product, integers = (flat[: part.numel()].view(part.shape) for flat in (products, rounded))
+        torch.addmm(product, A[:, a : a + step].T, B[:, n - part.shape[1] :], beta=0, alpha=_ONE, out=product)
+        part.add_(integers.copy_(product.round_()))
 
 
 def _mirror(H: Tensor) -> None:
