@@ -137,7 +137,7 @@ def main() -> None:
         print(performance_tables.decode(results))
     if arguments.table or arguments.into:
         return
-    results["threads"] = arguments.threads
+    results |= {"threads": arguments.threads, "prefill": arguments.prefill, "decode": arguments.decode}
     for model in arguments.models.split(","):
         results["models"].setdefault(model, {}).update(measure(model, arguments))
         arguments.results.write_text(json.dumps(results, indent=1))

@@ -91,9 +91,9 @@ def decode(results: dict[str, Any]) -> str:
     for model, found in results["models"].items():
         base = found.get("transformers bfloat16")
         lines = [
-            f"**{model}**, {results['threads']} threads",
+            f"**{model}**, {results['threads']} threads, {results['prefill']} and {results['decode']} tokens",
             "",
-            "| | prefill (512) tokens/s | decode tokens/s | load | memory after loading |",
+            "| | prefill tokens/s | decode tokens/s | load | memory after loading |",
             "|---|---|---|---|---|",
         ]
         for name, one in found.items():
