@@ -358,6 +358,15 @@ __attribute__((noinline)) void add_group_apart(const Grid* grid, const RowTile& 
 
 // ---- Few tokens: tiles unpacked on the way ----
 
+// Scales and zero points of a few blocks are far from those of the next group: no hardware foresees them.
+void expect_group(const PackedWeight& w, int64_t group, int64_t block, int64_t blocks) {
+    if (group >= w.groups) return;
+    const int64_t at = group * w.outputs + block * BLOCK, size = w.scale_type == Number::float32 ? 4 : 2;
+    const char* scales = static_cast<const char*>(w.scales) + at * size;
+    for (int64_t byte = 0; byte < blocks * BLOCK * size; byte += 64) _mm_prefetch(scales + byte, _MM_HINT_T0);
+    if (w.zeros) _mm_prefetch(reinterpret_cast<const char*>(w.zeros + at), _MM_HINT_T0);
+}
+
 template <int BITS, class Math, int ROWS, int BLOCKS, bool SPLIT, bool CENTRED>
 void direct(const PackedWeight& w, const MatMul& p, const RowTile& tile, int64_t block) {
     constexpr int TOKENS = ROWS / (SPLIT ? 2 : 1);
@@ -372,7 +381,9 @@ void direct(const PackedWeight& w, const MatMul& p, const RowTile& tile, int64_t
     for (int t = 0; t < TOKENS; t++)
 #pragma GCC unroll 4
         for (int n = 0; n < BLOCKS; n++) total[t][n] = _mm512_setzero_ps();
+    const int64_t groups_ahead = 1 + AHEAD * w.groups / block_bytes;
     for (int64_t g = 0; g < w.groups; g++) {
+        if constexpr (ROWS <= 4) expect_group(w, g + groups_ahead, block, BLOCKS);
         typename Math::Sum sum[ROWS * CHAINS][BLOCKS];
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS * CHAINS; r++) {
