@@ -23,6 +23,7 @@ from fewbit.readers.table import READERS
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 NO, WRONG = "–", "wrong"
+_ALIKE, _SHOWN = 60, 160  # characters of a refusal
 
 
 def table(record: Mapping[str, Any]) -> str:
@@ -86,13 +87,14 @@ def _variations(cells: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _reasons(cells: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    reasons: dict[str, list[Mapping[str, Any]]] = {}
+    """What it said, once for messages that begin alike."""
+    reasons: dict[str, list[str]] = {}
     for cell in cells:
         if cell["outcome"] == "refuses":
-            reasons.setdefault(cell["reason"], []).append(cell)
-    for reason, refused in reasons.items():
-        text = reason.replace("`", "'").replace("|", "/")
-        yield f"- {len(refused)} refused: `{text}`"
+            reasons.setdefault(cell["reason"][:_ALIKE], []).append(cell["reason"])
+    for said in reasons.values():
+        text = said[0].replace("`", "'").replace("|", "/")
+        yield f"- {len(said)} refused: `{text if len(text) <= _SHOWN else text[:_SHOWN] + ' …'}`"
 
 
 def page_with(text: str, record: Mapping[str, Any]) -> str:

@@ -11,10 +11,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..budget.units import family, make_units
-from ..checkpoint.quantization import LayerFormat
+from ..checkpoint.quantization import OUTPUT_EMBEDDINGS, LayerFormat
 from ..checkpoint.reader import Checkpoint
 from ..config import QuantConfig
-from ..plan import Plan
+from ..plan import Plan, block_of
 from ..report import words
 from ..runtime.kernel import KernelSpec
 from .table import Reader
@@ -28,11 +28,13 @@ class Contents:
         base: bits, grid and order that its configuration states for layers which no rule touches.
         layers: (full name, layer) of everything quantized; a name comes again where it is not yet settled.
         plain: full names of the layers that stay as they are.
+        by_gptqmodel: whether GPTQModel wrote it.
     """
 
     base: LayerFormat
     layers: Sequence[tuple[str, KernelSpec]]
     plain: Collection[str] = ()
+    by_gptqmodel: bool = False
 
 
 def of_checkpoint(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> Contents:
@@ -53,8 +55,10 @@ def of_checkpoint(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> Contents:
         )
         for name, spec in checkpoint.layers.items()
     ]
-    weights = [name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight")]
-    return Contents(checkpoint.settings.base, layers, weights)
+    matrices = [name for name, info in checkpoint.tensors.items() if len(info.shape) == 2]
+    plain = [name.removesuffix(".weight") for name in matrices if name.endswith(".weight")]
+    by_gptqmodel = any(name.startswith("gptqmodel:") for name in checkpoint.settings.quantizers)
+    return Contents(checkpoint.settings.base, layers, plain, by_gptqmodel)
 
 
 def of_plan(plan: Plan, config: QuantConfig) -> Contents:
@@ -91,12 +95,24 @@ def why_not(reader: Reader, contents: Contents) -> list[str]:
     """What keeps `reader` from loading such a checkpoint with the right weights; empty if nothing is known to."""
     layers = Counter(reason for _, spec in contents.layers for reason in _of_layer(reader, spec))
     reasons = [f"{words.plural(count, 'layer')}: {reason}" for reason, count in layers.items()]
-    settings = {(spec.bits, spec.sym) for _, spec in contents.layers}
-    if reader.merges and (contents.base.bits, contents.base.sym) not in settings:
-        stated = _of_grid(reader, contents.base.bits, contents.base.sym)
-        reasons += [f"config.json says of layers without a rule: {reason}" for reason in stated]
     if reader.merges:
+        reasons += _of_base(reader, contents)
         reasons += _of_merged(contents)
+    if not reader.settings_per_layer:
+        apart = {name for name, spec in contents.layers if _settings(spec) != contents.base}
+        if apart:
+            reasons.append(
+                f"{words.plural(len(apart), 'layer')}: settings of their own, for example {min(apart)}"
+            )
+    v1 = any(spec.format == "gptq" and not spec.sym for _, spec in contents.layers)
+    if v1 and not (reader.foreign_asymmetric or contents.by_gptqmodel):
+        reasons.append("asymmetric grids in format gptq, which it reads from itself only (--format gptq_v2)")
+    heads = [name for name, _ in contents.layers if name.rpartition(".")[2] in OUTPUT_EMBEDDINGS]
+    if heads and not reader.lm_head:
+        reasons.append(f"{heads[0]} is quantized, which it does not notice")
+    plain = [name for name in contents.plain if name.endswith("proj") and block_of(name) != name]
+    if plain and not reader.plain_projections:
+        reasons.append(f"{words.plural(len(plain), 'projection')} not quantized, for example {min(plain)}")
     return reasons
 
 
@@ -105,15 +121,26 @@ def _of_layer(reader: Reader, spec: KernelSpec) -> Iterator[str]:
         yield "a convolution"
     yield from _of_grid(reader, spec.bits, spec.sym)
     yield from _of_groups(reader, spec)
-    if spec.act_order and spec.group_size != -1 and reader.act_order == "one group":
-        yield "groups in the order of activations, which it does not take (--act-order group or none)"
-    if spec.format == "gptq_v2" and reader.v2 == "nothing":
-        yield "format gptq_v2, which it takes for gptq and misreads (fewbit convert --format gptq)"
-    multiple = max(reader.out_multiple, 32 if spec.bits == 3 else 32 // spec.bits)
-    if spec.out_features % multiple:
-        yield f"{spec.out_features} outputs, no multiple of {multiple}"
-    if spec.in_features % reader.in_multiple:
-        yield f"{spec.in_features} inputs, no multiple of {reader.in_multiple}"
+    yield from _of_order(reader, spec)
+    looks_at_zeros = not (spec.act_order and reader.act_order == "4 bits, symmetric")
+    if spec.format == "gptq_v2" and not reader.v2 and looks_at_zeros:
+        yield "format gptq_v2, which it takes for gptq and misreads (--format gptq)"
+    per_word = 32 if spec.bits == 3 else 32 // spec.bits  # three words hold 32 values of 3 bits
+    for width, multiple, what in (
+        (spec.out_features, reader.out_multiple, "outputs"),
+        (spec.in_features, reader.in_multiple, "inputs"),
+    ):
+        if width % max(multiple, per_word):
+            yield f"{width} {what}, no multiple of {max(multiple, per_word)}"
+
+
+def _of_order(reader: Reader, spec: KernelSpec) -> Iterator[str]:
+    if not spec.act_order:
+        return
+    if reader.act_order == "one group" and spec.group_size != -1:
+        yield "groups in the order of activations; it takes none (--act-order group)"
+    if reader.act_order == "4 bits, symmetric" and (spec.bits, spec.sym) != (4, True):
+        yield "groups in the order of activations; it takes them at 4 bits, symmetric (--act-order group)"
 
 
 def _of_grid(reader: Reader, bits: int, sym: bool) -> Iterator[str]:
@@ -124,21 +151,28 @@ def _of_grid(reader: Reader, bits: int, sym: bool) -> Iterator[str]:
 
 
 def _of_groups(reader: Reader, spec: KernelSpec) -> Iterator[str]:
-    size = spec.in_features if spec.group_size == -1 else spec.group_size
-    if reader.group_sizes is not None and spec.group_size not in reader.group_sizes:
-        yield f"group size {spec.group_size}; it takes {_listed(reader.group_sizes)}"
-    if reader.powers_of_two and (size < 16 or size & (size - 1)):
-        yield f"groups of {size} inputs; it takes powers of two from 16 on"
-    if spec.in_features % size and not reader.uneven:
-        yield f"{spec.in_features} inputs, which groups of {size} do not divide"
+    inputs = spec.in_features if spec.group_size == -1 else spec.group_size
+    size = inputs if reader.row_is_group else spec.group_size
+    if reader.group_sizes is not None and size not in reader.group_sizes:
+        whole = " (the whole row)" if size != spec.group_size else ""
+        yield f"group size {size}{whole}; it takes {_listed(reader.group_sizes)}"
+    if spec.in_features % inputs and not reader.uneven:
+        yield f"{spec.in_features} inputs, which groups of {inputs} do not divide"
+
+
+def _of_base(reader: Reader, contents: Contents) -> Iterator[str]:
+    """What is stated for layers without a rule is checked although there may be none."""
+    used = {(spec.bits, spec.sym) for _, spec in contents.layers}
+    if (contents.base.bits, contents.base.sym) not in used:
+        for reason in _of_grid(reader, contents.base.bits, contents.base.sym):
+            yield f"config.json says of layers without a rule: {reason}"
 
 
 def _of_merged(contents: Contents) -> Iterator[str]:
     """Layers of which it makes one must be alike, or all of them stay as they are."""
-    families: dict[str, dict[str, set[tuple[int, int, bool, bool]]]] = {}
+    families: dict[str, dict[str, set[LayerFormat]]] = {}
     for name, spec in contents.layers:
-        settings = families.setdefault(family(name), {}).setdefault(name, set())
-        settings.add((spec.bits, spec.group_size, spec.sym, spec.act_order))
+        families.setdefault(family(name), {}).setdefault(name, set()).add(_settings(spec))
     for name in contents.plain:
         if family(name) in families:
             families[family(name)].setdefault(name, set())
@@ -148,6 +182,10 @@ def _of_merged(contents: Contents) -> Iterator[str]:
             f"{len(apart)} times layers of which it makes one have different settings, for example in {min(apart)} "
             "(the same --override and --ignore for all of them)"
         )
+
+
+def _settings(spec: KernelSpec) -> LayerFormat:
+    return LayerFormat(spec.bits, spec.group_size, spec.sym, spec.act_order)
 
 
 def _listed(values: Sequence[int]) -> str:
