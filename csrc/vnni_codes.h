@@ -1,0 +1,144 @@
+// Codes out of tiles into the operands of AVX-512's dot products, and these dot products themselves.
+#pragma once
+
+#include <immintrin.h>
+
+#include <utility>
+
+#include "numbers.h"
+
+namespace fewbit {
+namespace FEWBIT_ISA {
+namespace {
+
+template <int BITS>
+struct Tile {
+    static constexpr int PAIRS = tile_inputs(BITS) / 2, QUADS = tile_inputs(BITS) / 4;
+    __m512i v[BITS == 3 ? 3 : 1];
+
+    Tile() = default;
+    explicit Tile(const uint8_t* p) {
+        for (int i = 0; i < (BITS == 3 ? 3 : 1); i++) v[i] = _mm512_loadu_si512(p + 64 * i);
+    }
+
+    // Pair I of the inputs: codes in the low bits of the 16-bit words. Above them is anything.
+    template <int I>
+    __m512i pair() const {
+        if constexpr (BITS == 3) {
+            return I % 2 ? _mm512_srli_epi16(joined<I / 2>(), 8) : joined<I / 2>();
+        } else {
+            return _mm512_srli_epi16(v[0], I * BITS);
+        }
+    }
+
+    // Four inputs: the bytes are their codes.
+    template <int I>
+    __m512i quad() const {
+        if constexpr (BITS == 8) {
+            return v[0];
+        } else if constexpr (BITS == 3) {
+            return _mm512_and_si512(joined<I>(), _mm512_set1_epi8(7));
+        } else {
+            return _mm512_and_si512(_mm512_srli_epi16(v[0], I * BITS), _mm512_set1_epi8((1 << BITS) - 1));
+        }
+    }
+
+private:
+    // 3 bits: quad I, with anything above the codes.
+    template <int I>
+    __m512i joined() const {
+        const __m512i low = _mm512_srli_epi16(v[I / 4], 2 * (I % 4));
+        const __m512i high = I < 2 ? _mm512_slli_epi16(v[2], I < 2 ? 2 - I : 0) : _mm512_srli_epi16(v[2], I < 2 ? 0 : I - 2);
+        return _mm512_ternarylogic_epi32(_mm512_set1_epi8(3), low, high, 0xca);  // where 3: low, elsewhere: high
+    }
+};
+
+template <int... I, class F>
+inline void each_index(std::integer_sequence<int, I...>, F f) {
+    (f(std::integral_constant<int, I>()), ...);
+}
+
+// f(integral_constant) for 0 … COUNT − 1.
+template <int COUNT, class F>
+inline void each(F f) {
+    each_index(std::make_integer_sequence<int, COUNT>(), f);
+}
+
+// The positions of 16 consecutive values in the order in which the dot products meet them.
+template <int BITS>
+__m512i sequence(bool int8) {
+    alignas(64) static constexpr int32_t pairs2[16] = {0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15};
+    alignas(64) static constexpr int32_t pairs4[16] = {0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15};
+    alignas(64) static constexpr int32_t pairs8[16] = {0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15};  // and 3
+    alignas(64) static constexpr int32_t quads2[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+    alignas(64) static constexpr int32_t quads4[16] = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
+    alignas(64) static constexpr int32_t quads8[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};  // and 3
+    const int32_t* table = int8 ? (BITS == 2 ? quads2 : BITS == 4 ? quads4 : quads8)
+                                : (BITS == 2 ? pairs2 : BITS == 4 ? pairs4 : pairs8);
+    return _mm512_load_si512(table);
+}
+
+// ---- The two kinds of dot products ----
+
+template <int BITS>
+struct Bfloat16 {
+    using Sum = __m512;
+    static constexpr bool INT8 = false;
+    static constexpr int PER_WORD = 2;
+    static constexpr int64_t MOST_ROWS = 8;  // with three blocks of outputs, the sums fill the registers
+    static constexpr int CENTRE = 1 << (BITS - 1);
+
+    // Codes − CENTRE by the low five bits of a word; at 8 bits those of the low and of the high digit.
+    __m512i low, high;
+
+    Bfloat16() {
+        alignas(64) uint16_t words[32], high_words[32];
+        for (int i = 0; i < 32; i++) {
+            const int code = i & (BITS == 8 ? 15 : (1 << BITS) - 1);
+            words[i] = to_bfloat16(static_cast<float>(code - (BITS == 8 ? 0 : CENTRE)));
+            high_words[i] = to_bfloat16(static_cast<float>(16 * code - CENTRE));
+        }
+        low = _mm512_load_si512(words);
+        high = _mm512_load_si512(high_words);
+    }
+
+    static Sum zero() { return _mm512_setzero_ps(); }
+    static Sum dot(Sum sum, __m512i w, __m512i x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
+    static Sum add(Sum a, Sum b) { return _mm512_add_ps(a, b); }
+    static __m512 value(Sum sum) { return sum; }
+
+    // Dot product I of a tile is with word I / DIGITS of x.
+    static constexpr int DIGITS = BITS == 8 ? 2 : 1, DOTS = Tile<BITS>::PAIRS * DIGITS;
+
+    template <int I>
+    __m512i word(const Tile<BITS>& tile) const {
+        const __m512i codes = tile.template pair<I / DIGITS>();
+        if constexpr (I % DIGITS == 1) return _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), high);
+        return _mm512_permutexvar_epi16(codes, low);
+    }
+};
+
+template <int BITS>
+struct Int8 {
+    using Sum = __m512i;
+    static constexpr bool INT8 = true;
+    static constexpr int PER_WORD = 4;
+    static constexpr int64_t MOST_ROWS = 4;  // leaves registers for the totals: every group ends in scaling
+    static constexpr int CENTRE = 0;
+
+    static Sum zero() { return _mm512_setzero_si512(); }
+    static Sum dot(Sum sum, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(sum, w, x); }
+    static Sum add(Sum a, Sum b) { return _mm512_add_epi32(a, b); }
+    static __m512 value(Sum sum) { return _mm512_cvtepi32_ps(sum); }
+
+    static constexpr int DIGITS = 1, DOTS = Tile<BITS>::QUADS;
+
+    template <int I>
+    __m512i word(const Tile<BITS>& tile) const {
+        return tile.template quad<I>();
+    }
+};
+
+}  // namespace
+}  // namespace FEWBIT_ISA
+}  // namespace fewbit
