@@ -1,6 +1,6 @@
 """GPTQModel reads checkpoints: see protocol.py.
 
-Environment: ``python -m venv V && V/bin/pip install torch==2.13.0 gptqmodel==7.7.0``.
+Environment: ``python -m venv V && V/bin/pip install gptqmodel==7.7.0``.
 Its plain torch kernel in float16: it takes every layout, and the others compile C++ at first use.
 """
 

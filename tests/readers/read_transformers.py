@@ -1,6 +1,6 @@
 """transformers reads checkpoints with its own GPTQ support, that is through optimum and GPTQModel: see protocol.py.
 
-Environment: ``python -m venv V && V/bin/pip install torch==2.13.0 transformers accelerate optimum gptqmodel==7.7.0``.
+Environment: ``python -m venv V && V/bin/pip install gptqmodel==7.7.0 transformers accelerate optimum``.
 GPTQModel's plain torch kernel in float16: it takes every layout.
 """
 

@@ -2,7 +2,7 @@
 
     GPTQMODEL-PYTHON tests/readers/write_gptqmodel.py MODEL OUT 'JSON list of QuantizeConfig arguments'
 
-runs in an environment of its own (``pip install torch==2.13.0 gptqmodel==7.7.0``) and imports nothing of fewbit.
+runs in an environment of its own (``pip install gptqmodel==7.7.0``) and imports nothing of fewbit.
 Element i of the list is written to OUT/i.
 """
 

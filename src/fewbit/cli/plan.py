@@ -75,7 +75,8 @@ def show_forecast(
     answers = {} if found.plan is None else verdicts(of_plan(found.plan, job.config))
     refused = [name for name in engines if answers.get(name)]
     if as_json:
-        print(json.dumps(found.summary() | {"readers": answers} | (found.details() if verbose else {})))
+        asked = {"readers": {name: answers.get(name) for name in engines}} if engines else {}
+        print(json.dumps(found.summary() | asked | (found.details() if verbose else {})))
     elif not quiet:
         _show(found, verbose)
         for name in sorted(answers.keys() & set(engines) - set(refused)):
