@@ -98,7 +98,7 @@ def test_layers(folder, monkeypatch):
     assert (shapes[0]["out_features"], shapes[0]["in_features"], shapes[0]["count"]) == (192, 96, 4)
     cells = facts["layers"][0]["results"]
     assert {cell["tokens"] for cell in cells} == {1, 16, 512}
-    assert {cell["kernel"] for cell in cells} == {"cpu", "Linear", "torch int4 operator"}
+    assert {cell["kernel"] for cell in cells} == {"cpu", "Linear", "torch int4"}
     one = next(cell for cell in cells if cell["kernel"] == "cpu" and cell["tokens"] == 1)
     assert one["share"] == pytest.approx(
         one["gigabytes_per_second"] * 1e9 / facts["machine"]["read_bandwidth"]

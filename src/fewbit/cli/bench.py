@@ -188,7 +188,7 @@ def _bench_layers(
     from ..bench.machine import measure_machine
 
     candidates = {name: layers.registered(name) for name in names}
-    rivals = {"Linear": layers.dense(dtype), "torch int4 operator": layers.torch_operator}
+    rivals = {"Linear": layers.dense(dtype), "torch int4": layers.torch_operator}
     machine = measure_machine()
     found = []
     shapes = layers.shapes_of(checkpoint.layers.values())
@@ -210,7 +210,7 @@ def _bench_layers(
     peak = machine.peaks.get(str(dtype).removeprefix("torch."), 0.0)
     screen.print(
         f"{machine.threads} threads: reads {machine.read_bandwidth / 1e9:.1f} GB/s from memory, "
-        f"{peak / 1e9:.0f} GFLOP/s in {dtype}"
+        f"{peak / 1e9:.0f} GFLOP/s in {str(dtype).removeprefix('torch.')}"
     )
     for shape, results, refused in found:
         screen.print(_layer_table(shape, results, machine, dtype))
@@ -237,8 +237,8 @@ def _layer_facts(
         "times_linear": row["Linear"].times.minimum / seconds,
         "error": row[name].error,
     }
-    if "torch int4 operator" in row:
-        facts["times_torch_int4"] = row["torch int4 operator"].times.minimum / seconds
+    if "torch int4" in row:
+        facts["times_torch_int4"] = row["torch int4"].times.minimum / seconds
     return facts | ({"seconds": row[name].times.seconds} if rounds else {})
 
 
@@ -252,7 +252,7 @@ def _layer_table(
     )
     table.add_column("tokens", justify="right")
     table.add_column("kernel")
-    for column in ("ms", "median", "GB/s", "share", "x Linear", "x torch int4", "error"):
+    for column in ("ms", "median", "GB/s", "share", "x Linear", "x int4", "error"):
         table.add_column(column, justify="right")
     for tokens, row in results.items():
         for name in row:
