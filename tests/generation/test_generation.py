@@ -5,6 +5,7 @@ import torch
 
 import fewbit
 from fewbit.generation import COMPILE_FROM, generate
+from fewbit.generation.compiled import _state
 from models import tiny_model
 from tiny_gptq import gpt2, llama, opt, t5, write_checkpoint
 
@@ -128,3 +129,22 @@ def test_compiled_tokens_are_those_of_transformers(folder, dtype, lengths):
     again = generate(model, inputs, 20, compile=True, **GREEDY)
     assert again.tokens == result.tokens
     assert again.compile_seconds == 0.0
+
+
+@pytest.mark.slow
+def test_fused_layers_compile(folder):
+    model = fewbit.load(folder, dtype="bfloat16", fuse=True)
+    inputs = prompts(6)
+    plain = generate(model, inputs, 12, compile=False, **GREEDY)
+    result = generate(model, inputs, 12, compile=True, **GREEDY)
+    assert (result.method, result.tokens) == ("compiled", plain.tokens)
+
+
+def test_a_graph_belongs_to_one_model_in_one_state(folder):
+    model, other = fewbit.load(folder), fewbit.load(folder)
+    states = [_state(model), _state(other)]
+    other.model.layers[0].mlp.up_proj.prepare("reference")
+    states.append(_state(other))
+    states.append(_state(other.train()))
+    assert len(set(states)) == 4
+    assert _state(model) == states[0]

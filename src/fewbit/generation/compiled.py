@@ -11,6 +11,7 @@ checks are dropped; instead a graph belongs to one model in one state, which `_s
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -91,10 +92,12 @@ def _compiled_step() -> Callable[..., Tensor]:
 
 
 def _state(model: PreTrainedModel) -> str:
-    """Everything about a model that may change between two calls and that its graph depends on."""
-    kernels = [layer.kernel.name for layer in model.modules() if hasattr(layer, "kernel_reasons")]
+    """Everything about a model that its graph depends on: two models, or one before and after a change, differ."""
     kinds = [type(module).__qualname__ for module in model.modules()]
-    return f"{id(model)} {model.dtype} {model.training} {hash((*kernels, *kinds))}"
+    kernels = [layer.kernel.name for layer in model.modules() if hasattr(layer, "kernel_reasons")]
+    tensors = [(*t.shape, t.dtype) for t in itertools.chain(model.parameters(), model.buffers())]
+    described = hash((model.config.to_json_string(), *kinds, *kernels, *tensors))
+    return f"{id(model)} {model.dtype} {model.training} {described}"
 
 
 def compiled_model(model: PreTrainedModel) -> tuple[CompiledModel | None, str]:
