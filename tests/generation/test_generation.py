@@ -148,3 +148,11 @@ def test_a_graph_belongs_to_one_model_in_one_state(folder):
     states.append(_state(other.train()))
     assert len(set(states)) == 4
     assert _state(model) == states[0]
+
+
+def test_a_model_with_sliding_attention_keeps_transformers_own_cache():
+    shape = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = tiny_model("mistral", **shape, num_key_value_heads=2, head_dim=12, sliding_window=4)
+    result = generate(model, prompts(6, 3), 10, compile=True, **GREEDY)
+    assert result.method == "not compiled: not all blocks of the model attend to the whole text"
+    assert result.tokens == of_transformers(model, prompts(6, 3), 10, **GREEDY)
