@@ -172,7 +172,9 @@ def outliers(model):
     ],
 )
 def test_a_real_architecture_has_the_bytes_of_one_process(make, options, world, monkeypatch):
-    monkeypatch.setattr("fewbit.tune.TOKENS_PER_STEP", 30)  # gradients of up to two batches are summed exactly
+    monkeypatch.setattr(
+        "fewbit.tune.TOKENS_PER_STEP", 30
+    )  # gradients of up to two batches are summed exactly
     lengths = torch.randint(5, 30, (10,), generator=torch.Generator().manual_seed(0)).tolist()
     sequences = [
         {"input_ids": s["input_ids"][:n]} for s, n in zip(random_sequences(10, 30), lengths, strict=True)
