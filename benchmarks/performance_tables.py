@@ -93,7 +93,7 @@ def decode(results: dict[str, Any]) -> str:
         lines = [
             f"**{model}**, {results['threads']} threads, {results['prefill']} and {results['decode']} tokens",
             "",
-            "| | prefill tokens/s | decode tokens/s | load | memory after loading |",
+            "| | prefill tokens/s | decode tokens/s | load | peak memory of the process |",
             "|---|---|---|---|---|",
         ]
         for name, one in found.items():
@@ -103,7 +103,7 @@ def decode(results: dict[str, Any]) -> str:
                     f" ({base[phase] / one[phase]:.2f}×)" if base and name != "transformers bfloat16" else ""
                 )
                 cells.append(f"{1 / one[phase]:.1f}{ratio}")
-            memory = f"{one['memory_bytes'] / 2**20:.0f} MiB"
+            memory = f"{one['peak_bytes'] / 2**20:.0f} MiB"  # after loading, files may only be mapped
             lines.append(f"| {name} | {cells[0]} | {cells[1]} | {one['load_seconds']:.1f} s | {memory} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)

@@ -64,7 +64,7 @@ def test_the_plot_has_a_line_for_each_candidate():
 
 
 def test_model_ratios_refer_to_transformers_bfloat16():
-    one = {"prefill": 0.001, "decode": 0.02, "load_seconds": 1.0, "memory_bytes": 2**20}
+    one = {"prefill": 0.001, "decode": 0.02, "load_seconds": 1.0, "peak_bytes": 2**20}
     models = {"tiny": {"transformers bfloat16": one, "fewbit": one | {"decode": 0.01}}}
     table = performance_tables.decode({"threads": 2, "prefill": 512, "decode": 32, "models": models})
     assert "| 1000.0 (1.00×) | 100.0 (2.00×) |" in row_of(table, "| fewbit")
