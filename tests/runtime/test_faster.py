@@ -96,6 +96,14 @@ def test_the_head_in_8_bits(tmp_path):
         assert torch.equal(logits(fewbit.load(folder / "again")), a)
 
 
+def test_the_head_in_8_bits_compiles_to_one_graph(tmp_path):
+    write_checkpoint(tmp_path, llama())
+    head = fewbit.load(tmp_path, lm_head_runtime=8).lm_head
+    x = torch.randn(2, head.in_features)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(head, fullgraph=True, backend="aot_eager")(x), head(x))
+
+
 def test_a_head_that_changes_is_used_as_it_is(tmp_path):
     write_checkpoint(tmp_path, llama())
     small = fewbit.load(tmp_path, lm_head_runtime=8)

@@ -40,7 +40,8 @@ class RuntimeHead(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(…, in) → (…, out), in the input's dtype."""
         weight = self.weight
-        current = (weight.data_ptr(), weight._version) == self._copied
+        # A compiler cannot look at addresses: a graph of it is for the weights as they are.
+        current = torch.compiler.is_compiling() or (weight.data_ptr(), weight._version) == self._copied
         trained = torch.is_grad_enabled() and weight.requires_grad and input.requires_grad
         if input.is_cpu and current and not trained:
             return product(input, self.copy, self.bias, int8=False)
