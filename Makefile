@@ -37,7 +37,8 @@ test-memory: torch
 	$(BIN)/cmake --build $(SANITIZED)
 	rm -rf $(SANITIZED)/path && mkdir -p $(SANITIZED)/path && cp -r src/fewbit $(SANITIZED)/path/
 	rm -f $(SANITIZED)/path/fewbit/_native*.so && cp $(SANITIZED)/_native*.so $(SANITIZED)/path/fewbit/
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/path \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONPATH=$(SANITIZED)/path \
 	  $(BIN)/python -m pytest -p no:cacheprovider tests/runtime/test_packed.py tests/runtime/test_kernels.py tests/solver
 
 lint:
