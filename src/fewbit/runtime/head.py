@@ -24,7 +24,7 @@ _ROWS = 4096  # rounded at a time
 
 
 class RuntimeHead(nn.Linear):
-    """The output layer with its weight, and with an 8-bit copy of it that serves inputs without gradients.
+    """The output layer with its weight, and with an 8-bit copy of it that serves while the weight is not trained.
 
     Args:
         linear: the layer; its parameters are taken over, not copied.
@@ -42,7 +42,7 @@ class RuntimeHead(nn.Linear):
         weight = self.weight
         # A compiler cannot look at addresses: a graph of it is for the weights as they are.
         current = torch.compiler.is_compiling() or (weight.data_ptr(), weight._version) == self._copied
-        trained = torch.is_grad_enabled() and weight.requires_grad and input.requires_grad
+        trained = torch.is_grad_enabled() and weight.requires_grad
         if input.is_cpu and current and not trained:
             return product(input, self.copy, self.bias, int8=False)
         return functional.linear(input, weight, self.bias)
