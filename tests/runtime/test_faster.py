@@ -42,6 +42,12 @@ def test_joined_layers_give_the_same_numbers(tmp_path, kernel, order):
     assert torch.equal(decode(copy.deepcopy(joined)), decode(apart))
 
 
+def test_nothing_to_join_is_said(tmp_path, caplog):
+    write_checkpoint(tmp_path, llama())
+    fewbit.load(tmp_path, kernel="reference", fuse=True)
+    assert "fuse: no layers could be joined" in caplog.text
+
+
 def test_joined_layers_are_saved_and_cast_as_before(tmp_path):
     written = write_checkpoint(tmp_path / "a", llama())
     joined = fewbit.load(tmp_path / "a", dtype="bfloat16", fuse=True)
@@ -112,9 +118,15 @@ def test_a_head_that_changes_is_used_as_it_is(tmp_path):
     exact = fewbit.load(tmp_path)
     exact.lm_head.weight.data.mul_(2.0)
     assert torch.equal(logits(small), logits(exact))
-    x = torch.randn(2, small.lm_head.in_features, requires_grad=True)
-    small.lm_head(x).sum().backward()
-    assert small.lm_head.weight.grad is not None
+
+
+@pytest.mark.parametrize("body_is_trained", [False, True])
+def test_a_head_that_is_trained_gets_its_gradient(tmp_path, body_is_trained):
+    write_checkpoint(tmp_path, llama())
+    head = fewbit.load(tmp_path, lm_head_runtime=8).lm_head
+    x = torch.randn(2, head.in_features, requires_grad=body_is_trained)
+    head(x).sum().backward()
+    torch.testing.assert_close(head.weight.grad, x.detach().sum(0).expand_as(head.weight))
 
 
 @pytest.mark.parametrize("shape", [(7, 100), (5000, 64), (33, 1)])

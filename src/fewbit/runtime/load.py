@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ from . import registry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_LOG = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -94,8 +97,11 @@ def load(
         del model.config.transformers_weights
     if device_map is None:
         model = model.to(device)
-    if fuse:
-        join_layers(model)
+    if fuse and not join_layers(model):
+        _LOG.warning(
+            "fuse: no layers could be joined; that takes kernel cpu or cpu_a8, and siblings (q_proj, k_proj, v_proj) "
+            "with the same bits, groups and order of inputs"
+        )
     if lm_head_runtime is not None:
         shrink_head(model, lm_head_runtime)
     return model
