@@ -65,17 +65,19 @@ def _(
     return x.new_empty((*x.shape[:-1], scales.shape[1]))
 
 
-def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep what `gradient_to_x` needs of (x, the checkpoint's tensors, bits, format)."""
     _, *tensors, ctx.bits, ctx.format = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _grad_to_x(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def gradient_to_x(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """The gradients of a product with a checkpoint's tensors: for x, and none for all that follows it."""
     weight = torch.ops.fewbit.dequantize(*ctx.saved_tensors, ctx.bits, ctx.format, grad.dtype)
     return grad @ weight, None, None, None, None, None, None
 
 
-linear_reference.register_autograd(_grad_to_x, setup_context=_save_weight)
+linear_reference.register_autograd(gradient_to_x, setup_context=save_weight)
 
 
 class Reference(Kernel):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..checkpoint import layout
 from .kernel import Kernel, KernelSpec, QuantizedBuffers
+from .reference import gradient_to_x, save_weight
 
 _DEVICES = ("cuda", "xpu")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -56,16 +57,14 @@ def _(
 
 
 def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, *tensors, ctx.bits, ctx.format, _ = inputs
-    ctx.save_for_backward(*tensors)
+    save_weight(ctx, inputs[:-1], output)
 
 
-def _grad_to_x(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    weight = torch.ops.fewbit.dequantize(*ctx.saved_tensors, ctx.bits, ctx.format, grad.dtype)
-    return (grad @ weight, *(None,) * 7)
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return (*gradient_to_x(ctx, grad), None)
 
 
-linear_triton.register_autograd(_grad_to_x, setup_context=_save_weight)
+linear_triton.register_autograd(_gradients, setup_context=_save_weight)
 
 
 class TritonKernel(Kernel):
