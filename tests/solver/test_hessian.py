@@ -1,9 +1,12 @@
+from functools import partial
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import oracle
 from fewbit.errors import KernelError, SolverError
-from fewbit.solver import Hessian, native
+from fewbit.solver import Hessian, hessian, native
 from summing import hessian_of
 
 BACKENDS = [
@@ -218,3 +221,109 @@ def test_native_refuses_tensors_that_are_not_on_the_cpu():
         pytest.skip("no compiled module")
     with pytest.raises(KernelError, match="works on the CPU only"):
         native.use("native", torch.zeros(1, device="meta"))
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch):
+    """The way of a GPU on CPU tensors: the operator that only CUDA has, called as there, with the same sums."""
+    products = []
+
+    def mm(A, B, out_dtype, *, out):
+        assert A.dtype == B.dtype != torch.float32 == out_dtype == out.dtype
+        products.append(A.shape[0] * A.shape[1] * B.shape[1])
+        return out.copy_(A.float() @ B.float())
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("mm.dtype_out", mm, "CPU")
+    monkeypatch.setattr(hessian, "_on_tensor_cores", lambda X: X.dtype in (torch.bfloat16, torch.float16))
+    yield products
+    library._destroy()
+
+
+@pytest.mark.parametrize("n", [1, 7, 130])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_products_give_the_bytes_of_float32_ones(dtype, n, tensor_cores, monkeypatch):
+    # With few tokens every float32 sum is exact, so no order of summing can be told from another.
+    full = torch.randint(-9, 10, (60, n)) * 2.0 ** torch.randint(-12, 5, (n,))
+    X = (full + torch.randint(-1, 2, (60, n)) * 2.0**-10).to(dtype).split([1, 39, 20])
+    full = full.to(dtype).split([1, 39, 20])
+    H = hessian_of(X, full, backend="torch")
+    assert len(tensor_cores) == 6
+    monkeypatch.undo()
+    expected = hessian_of(X, full, backend="torch")
+    assert len(tensor_cores) == 6
+    assert torch.equal(H.matrix(), expected.matrix())
+    assert torch.equal(H.drift(), expected.drift())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_products_of_the_smallest_and_largest_numbers(dtype, tensor_cores):
+    info = torch.finfo(dtype)
+    largest = min(info.max, 2.0**40)
+    X = torch.randn(50, 6).to(dtype)
+    X[:, 0], X[:, 1] = info.smallest_normal * 2.0**-6, largest  # a number below the normal ones
+    X[:, 2] *= 1e-4
+    X = X * (1 if dtype == torch.float16 else torch.tensor([2.0**60, 1, 1, 1, 1, 1], dtype=dtype))
+    H, truth = hessian_of([X], backend="torch"), oracle.hessian(X)
+    assert tensor_cores
+    norms = truth.diagonal().sqrt()
+    assert float(((H.matrix() - truth).abs() / norms / norms[:, None]).max()) < 2e-6
+
+
+@pytest.mark.parametrize("n", [4096, 14336])
+def test_on_a_gpu_symmetric_work_is_done_once_in_a_few_products(n):
+    step = hessian._panel_rows(n, torch.device("cuda"))
+    starts = range(0, n, step)
+    assert len(starts) <= 6
+    assert sum(min(step, n - a) * (n - a) for a in starts) < 0.6 * n * n
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_no_value_is_looked_at_before_it_is_asked_for(dtype, monkeypatch):
+    """A GPU would have to be waited for: tensors without values raise when somebody looks at one."""
+    monkeypatch.setattr(hessian, "_on_tensor_cores", lambda X: X.dtype != torch.float32)
+    with FakeTensorMode():
+        H = Hessian(640, backend="torch")
+        X, full = (torch.empty(2, 300, 640, dtype=dtype) for _ in range(2))
+        for take in (partial(H.foresee, look=False), H.add):
+            take(X, None, full)
+        assert [tensor.dtype for tensor in H.sums(full=True)] == [torch.int32] * 2
+        assert H.matrix().dtype == H.drift().dtype == torch.float32
+        with pytest.raises(DataDependentOutputException):
+            Hessian(640, backend="torch").foresee(X)
+
+
+def test_foreseen_without_a_look_and_then_with_one():
+    X = [torch.randn(20, 8) for _ in range(3)]
+    X[1][4, 2] = float("inf")
+    H = Hessian(8)
+    for batch in X:
+        H.foresee(batch, look=False)
+    assert not H.in_range
+    H.forget()
+    for batch in X:
+        H.foresee(batch)
+    assert H.in_range
+    for batch in X:
+        H.add(batch)
+    assert (H.tokens, H.dropped) == (59, 1)
+    assert torch.equal(H.matrix(), hessian_of(X).matrix())
+    clean = Hessian(8)
+    clean.foresee(X[0], look=False)
+    assert clean.in_range
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("n", [7, 130, 1000])
+def test_on_a_gpu(dtype, n):
+    X = (torch.randn(1203, n) * 10 ** torch.randn(n)).to(dtype)
+    full = (X + 0.1 * torch.randn_like(X)).to(dtype)
+    parts = [x.cuda().split([3, 1100, 100]) for x in (X, full)]
+    H = hessian_of(*parts, device="cuda")
+    C = (full.double() - X.double()).T @ X.double()
+    assert relative(H.matrix().cpu(), oracle.hessian(X)) < 3e-6
+    assert float((H.drift().cpu() - C).norm() / oracle.hessian(X).norm()) < 3e-6
+    again = hessian_of(*(part[::-1] for part in parts), device="cuda")
+    assert torch.equal(again.matrix(), H.matrix())
+    assert torch.equal(again.drift(), H.drift())

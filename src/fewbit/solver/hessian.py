@@ -8,11 +8,18 @@ weights.
 H_ij is kept as an integer in units of 2⁻³⁰ s_i s_j, where s_i is the smallest power of two with H_ii ≤ s_i². As
 |H_ij| ≤ √(H_ii H_jj), nothing overflows, and a unit is less than 2⁻²⁸ √(H_ii H_jj): finer than the rounding of a
 float32 sum. It takes two passes over the tokens: the first, `foresee`, finds Σ x_i².
+
+Each batch is multiplied with itself once, and the product rounded once. Multiplied are x_i 2¹⁵ / s_i, which differ from
+x_i in the exponent alone. In float32 (CPU) and on the tensor cores of an NVIDIA GPU the products of 16-bit inputs are
+exact: two factors of 8 bits (bfloat16) or 11 (float16) make one of 22 at most, and sums are float32. What leaves
+bfloat16's exponents on the way is below 2⁻¹¹¹ of a unit. float16 has too few exponents for the division: there the sums
+are divided, which have float32's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,13 +33,17 @@ from .native import Backend
 LARGEST_ACTIVATION = 2.0**50
 
 _ONE = 2.0**30  # units in s_i s_j
+_ROOT = 2.0**15  # units in s_i
 
-# Float32 copies of a batch are made in pieces of this many bytes.
+# Copies of a batch are made in pieces of this many bytes; on tensor cores, which need none in float32, in larger ones.
 _PIECE_BYTES = 1 << 26
+_LARGE_PIECE_BYTES = 1 << 28
 
 # Rows of H whose products are computed together. On the CPU few enough that they are still in its cache when they
-# are rounded; elsewhere as many as a piece has bytes for.
+# are rounded. A GPU wants few large products: so many of them, of whole tiles, leave out 41% of a symmetric one.
 _ROWS_TOGETHER = 192
+_PANELS = 6
+_TILE = 128
 
 # In the compiled module batches smaller than this wait for others, until together they have so many tokens: one
 # by one they would go through the whole matrix every time.
@@ -40,6 +51,7 @@ _SMALL_BATCH = 256
 _JOINED_TOKENS = 4096
 
 _FINISHED_ROWS = 64  # that are turned into float32 at a time
+_FINISHED_ROWS_ON_GPU = 1024
 
 
 class Hessian:
@@ -71,8 +83,14 @@ class Hessian:
         self._waiting: list[list[Tensor]] = []
         self._finished = False
 
-    def foresee(self, X: Tensor, mask: Tensor | None = None, full: Tensor | None = None) -> None:
-        """Announce tokens that will be added; the arguments are those of `add`.
+    def foresee(
+        self, X: Tensor, mask: Tensor | None = None, full: Tensor | None = None, *, look: bool = True
+    ) -> None:
+        """Announce tokens that will be added; the other arguments are those of `add`.
+
+        Args:
+            look: leave out tokens that are not finite. False where `in_range` is asked after the last batch: a GPU
+                then need not be waited for at every one.
 
         Raises:
             SolverError: as in `add`; or the units are fixed already.
@@ -83,12 +101,22 @@ class Hessian:
             )
         both = self._both(X, mask, full)
         squares = _squares(both)
-        if not _in_range(squares):
+        if look and not _in_range(squares):
             self._clean = False
             both = [part[_good_rows(both)] for part in both]
             squares = _squares(both)
         self._foreseen += both[0].shape[0]
         self._squares.append(squares if full is not None else torch.cat([squares, torch.zeros_like(squares)]))
+
+    @property
+    def in_range(self) -> bool:
+        """Whether every token foreseen so far can be used. If not: `forget`, and foresee all of them with a look."""
+        return _in_range(self.squares)
+
+    def forget(self) -> None:
+        """Nothing has been foreseen."""
+        self._squares.clear()
+        self._foreseen = 0
 
     @property
     def squares(self) -> Tensor:
@@ -115,7 +143,8 @@ class Hessian:
 
         Args:
             X: (tokens, n) or (..., n), float32, bfloat16 or float16. One row per token.
-            mask: bool, one value per row of X; False rows (padding) do not count.
+            mask: bool, one value per row of X, on any device; False rows (padding) do not count. On the CPU, a GPU
+                need not be waited for.
             full: X̃ for the same tokens, shape and dtype of X; given for all batches or for none.
 
         Raises:
@@ -208,9 +237,9 @@ class Hessian:
                 self._add_torch(both)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        """1/s of x and of x̃: multiplied by it, all products sum to 1 at most."""
+        """2¹⁵/s of x and of x̃: multiplied by it, all products sum to 2³⁰ at most."""
         assert self._s is not None
-        return 1 / self._s[: self.n], 1 / self._s[self.n :]
+        return _ROOT / self._s[: self.n], _ROOT / self._s[self.n :]
 
     def _add_native(self, batches: list[list[Tensor]]) -> None:
         ends = torch.tensor([len(both[0]) for both in batches]).cumsum(0)
@@ -219,18 +248,17 @@ class Hessian:
             for parts in zip(*batches, strict=True)
         )
         of_x, of_full = self._factors()
-        native.product_bf16(X, X, self._H, ends, of_x * _ONE, of_x, upper=True)
+        native.product_bf16(X, X, self._H, ends, of_x * _ROOT, of_x / _ROOT, upper=True)
         if full and self._P is not None:
-            native.product_bf16(full[0], X, self._P, ends, of_full * _ONE, of_x, upper=False)
+            native.product_bf16(full[0], X, self._P, ends, of_full * _ROOT, of_x / _ROOT, upper=False)
 
     def _add_torch(self, both: list[Tensor]) -> None:
         of_x, of_full = self._factors()
         for X, *full in zip(*(_pieces(part) for part in both), strict=True):
-            # Powers of two: the products are the same but for their exponents.
-            X = X * of_x
-            _add_rounded(self._H, X, X, upper=True)
+            x = _scaled(X, of_x)
+            _add_rounded(self._H, x, x, upper=True)
             if full and self._P is not None:
-                _add_rounded(self._P, full[0] * of_full, X, upper=False)
+                _add_rounded(self._P, _scaled(full[0], of_full), x, upper=False)
 
     def _finish(self) -> None:
         """Turn the integers into float32, in place: H symmetric, and C = P − H instead of P."""
@@ -245,8 +273,9 @@ class Hessian:
             return
         _mirror(H)
         of_x, of_full = self._s[: self.n].double(), self._s[self.n :].double()
-        for a in range(0, self.n, _FINISHED_ROWS):
-            b = min(a + _FINISHED_ROWS, self.n)
+        step = _FINISHED_ROWS if H.device.type == "cpu" else _FINISHED_ROWS_ON_GPU
+        for a in range(0, self.n, step):
+            b = min(a + step, self.n)
             values = H[a:b] * (of_x[a:b, None] / _ONE * of_x)
             if P is not None and self._P is not None:
                 self._P[a:b] = P[a:b] * (of_full[a:b, None] / _ONE * of_x) - values
@@ -268,7 +297,21 @@ def _in_range(squares: Tensor) -> bool:
     return bool((squares <= LARGEST_ACTIVATION**2).all())
 
 
+def _on_tensor_cores(X: Tensor) -> bool:
+    """Whether products of X are exact on the tensor cores, and torch has the operator: on NVIDIA's."""
+    is_short = X.dtype in (torch.bfloat16, torch.float16)
+    return is_short and X.device.type == "cuda" and torch.version.hip is None
+
+
 def _pieces(X: Tensor) -> Iterator[Tensor]:
+    """X (tokens, n), some rows at a time, as float32 where the tensor cores cannot take it as it is."""
+    if not _on_tensor_cores(X):
+        return _float_pieces(X)
+    step = max(1, _LARGE_PIECE_BYTES // (X.element_size() * X.shape[1]))
+    return (X[a : a + step] for a in range(0, X.shape[0], step))
+
+
+def _float_pieces(X: Tensor) -> Iterator[Tensor]:
     """X (tokens, n) as float32, some rows at a time."""
     step = max(1, _PIECE_BYTES // (4 * X.shape[1]))
     return (X[a : a + step].float() for a in range(0, X.shape[0], step))
@@ -279,7 +322,7 @@ def _squares(both: list[Tensor]) -> Tensor:
     # As a product with ones: a sum over rows is several times slower.
     sums = [
         sum(
-            (X.new_ones(1, len(X)) @ X.square() for X in _pieces(part)),
+            (X.new_ones(1, len(X)) @ X.square() for X in _float_pieces(part)),
             part.new_zeros(1, part.shape[1]).float(),
         )
         for part in both
@@ -288,27 +331,65 @@ def _squares(both: list[Tensor]) -> Tensor:
 
 
 def _masked(both: list[Tensor], mask: Tensor) -> list[Tensor]:
-    mask = mask.reshape(-1).to(device=both[0].device, dtype=torch.bool)
+    mask = mask.reshape(-1).bool()
     if mask.shape[0] != both[0].shape[0]:
         raise SolverError(f"the mask has {mask.shape[0]} rows, but the batch has {both[0].shape[0]} tokens")
-    return both if bool(mask.all()) else [X[mask] for X in both]
+    if bool(mask.all()):
+        return both
+    rows = mask.nonzero()[:, 0].to(both[0].device, non_blocking=True)
+    return [X.index_select(0, rows) for X in both]
 
 
-def _add_rounded(C: Tensor, A: Tensor, B: Tensor, *, upper: bool) -> None:
-    """C += 2³⁰ Aᵀ B rounded, or no more than is needed of its upper triangle.
+@dataclass(frozen=True)
+class _Scaled:
+    """A factor of a product, float32 or 16 bits (tokens, n); `after`: its columns are still to be multiplied by it."""
+
+    values: Tensor
+    after: Tensor | None
+
+
+def _scaled(X: Tensor, powers: Tensor) -> _Scaled:
+    """X times powers of two, by column: the same values but for their exponents."""
+    if X.dtype == torch.float16:
+        return _Scaled(X, powers)
+    return _Scaled(X * powers.to(X.dtype), None)
+
+
+def _add_rounded(C: Tensor, A: _Scaled, B: _Scaled, *, upper: bool) -> None:
+    """C += Aᵀ B rounded, or no more than is needed of its upper triangle.
 
     Args:
-        C: int32 (n, n). A, B: float32 (tokens, n).
+        C: int32 (n, n).
     """
     n = C.shape[0]
-    step = _ROWS_TOGETHER if C.device.type == "cpu" else max(_ROWS_TOGETHER, _PIECE_BYTES // (4 * n))
+    step = _panel_rows(n, C.device)
     products = torch.empty(min(step, n) * n, dtype=torch.float32, device=C.device)
     rounded = torch.empty_like(products, dtype=torch.int32)
     for a in range(0, n, step):
-        part = C[a : a + step, a if upper else 0 :]
+        first = a if upper else 0
+        part = C[a : a + step, first:]
         product, integers = (flat[: part.numel()].view(part.shape) for flat in (products, rounded))
-        torch.addmm(product, A[:, a : a + step].T, B[:, n - part.shape[1] :], beta=0, alpha=_ONE, out=product)
+        _multiply(A.values[:, a : a + step].T, B.values[:, first:], product)
+        if A.after is not None:
+            product.mul_(A.after[a : a + step, None])
+        if B.after is not None:
+            product.mul_(B.after[first:])
         part.add_(integers.copy_(product.round_()))
+
+
+def _panel_rows(n: int, device: torch.device) -> int:
+    """Rows of an n × n product that are computed together."""
+    if device.type == "cpu":
+        return _ROWS_TOGETHER
+    return max(_ROWS_TOGETHER, -(-n // (_PANELS * _TILE)) * _TILE)
+
+
+def _multiply(A: Tensor, B: Tensor, product: Tensor) -> None:
+    """product = A B, summed in float32: full float32, or 16-bit factors on the tensor cores."""
+    if A.dtype == torch.float32:
+        torch.mm(A, B, out=product)
+    else:
+        torch.ops.aten.mm.dtype_out(A, B, torch.float32, out=product)
 
 
 def _mirror(H: Tensor) -> None:

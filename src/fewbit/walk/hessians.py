@@ -231,15 +231,23 @@ class HessianPool:
             X = input_rows(module, arrival.x)
             return X, input_rows(module, full[arrival.job])[: X.shape[0]] if full else None
 
-        counted = []
+        counted: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+
+        def foresee(*, look: bool) -> None:
+            for arrival in quantized:
+                X, X_full = streams(arrival)
+                if arrival.job not in counted:
+                    counted[arrival.job] = self._counted(name, entry, arrival, X, holding_out)
+                H.foresee(X, counted[arrival.job][0], X_full, look=look)
+
+        foresee(look=False)
+        if not H.in_range:
+            H.forget()
+            foresee(look=True)
+        H.fix(self._ranks.gather(H.squares))
         for arrival in quantized:
             X, X_full = streams(arrival)
-            mask, held = self._counted(name, entry, arrival, X, holding_out)
-            H.foresee(X, mask, X_full)
-            counted.append((mask, held))
-        H.fix(self._ranks.gather(H.squares))
-        for arrival, (mask, held) in zip(quantized, counted, strict=True):
-            X, X_full = streams(arrival)
+            mask, held = counted[arrival.job]
             H.add(X, mask, X_full)
             if held is not None and X_full is not None:
                 probe.add(X, X_full, held)
@@ -253,7 +261,8 @@ class HessianPool:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Which rows of an input enter the Hessian, None: all of them; and which are held out, None: none.
 
-        Padding, and tokens that the router did not send, are counted.
+        Both are on the CPU, where they come from, so that no GPU has to be waited for; those of experts are where the
+        router's choice is. Padding, and tokens that the router did not send, are counted.
         """
         mask = self._mask(name, arrival, X)
         entry.masked += 0 if mask is None else int(mask.numel() - torch.count_nonzero(mask))
@@ -262,7 +271,7 @@ class HessianPool:
         held = self._held_out(name, arrival, X) if holding_out else None
         if held is None:
             return mask, None
-        held = held.to(X.device)
+        held = held if mask is None else held.to(mask.device)
         return (~held, held) if mask is None else (mask & ~held, held & mask)
 
     def _sum_up(self, entry: SharedHessian) -> None:
@@ -335,7 +344,7 @@ class _ProbeRows:
 
     def add(self, X: Tensor, X_full: Tensor, held_out: Tensor) -> None:
         chosen = held_out.nonzero()[:, 0]
-        chosen = chosen[:: -(-len(chosen) // self._limit) or 1]
+        chosen = chosen[:: -(-len(chosen) // self._limit) or 1].to(X.device)
         X, X_full = X[chosen].float(), X_full[chosen].float()
         good = usable_rows(X) & usable_rows(X_full)
         self.dropped += int((~good).sum())

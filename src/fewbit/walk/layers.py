@@ -6,7 +6,6 @@ into the inputs.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers.pytorch_utils import Conv1D
@@ -58,10 +57,10 @@ def input_rows(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def row_mask(x: Tensor, mask: Tensor) -> Tensor | None:
-    """`mask` (batch, tokens) for the rows of `x`, flattened; None where x has other rows than the tokens.
+    """`mask` (batch, tokens) for the rows of `x`, flattened, on its device; None: x has other rows than the tokens.
 
     Layers see (batch, tokens, in) or, in models that flatten early, (batch·tokens, in).
     """
     if x.shape[:-1] == mask.shape or (x.ndim == 2 and x.shape[0] == mask.numel()):
-        return mask.reshape(-1).to(device=x.device, dtype=torch.bool)
+        return mask.reshape(-1).bool()
     return None

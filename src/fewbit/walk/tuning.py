@@ -116,9 +116,9 @@ def _counts(name: str, batch: Rows, target: Tensor) -> Tensor:
     """Which tokens of a block's output count, flattened: all but padding."""
     padding = batch.decoder if batch.has_decoder and "decoder" in name.split(".") else batch.tokens
     mask = None if padding is None else row_mask(target, padding)
-    return (
-        torch.ones(target[..., 0].numel(), dtype=torch.bool, device=target.device) if mask is None else mask
-    )
+    if mask is None:
+        return torch.ones(target[..., 0].numel(), dtype=torch.bool, device=target.device)
+    return mask.to(target.device)
 
 
 def _finite(states: Tensor) -> bool:
