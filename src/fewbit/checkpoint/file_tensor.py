@@ -5,6 +5,7 @@ Contract: a header that `header.read_header` has checked is believed; what is re
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,21 +28,37 @@ class FileTensor:
 
     def __getitem__(self, index: object) -> Tensor:
         """The whole tensor, read anew. Raises ModelError if the file cannot be read any more."""
-        data = bytearray(self.info.nbytes)
+        return self.read()
+
+    def read(self, *, pinned: bool = False) -> Tensor:
+        """The whole tensor, read anew; `pinned`: into memory that a CUDA device can copy from by itself.
+
+        Raises:
+            ModelError: the file cannot be read any more.
+        """
+        info = self.info
+        if not info.nbytes:
+            return torch.empty(info.shape, dtype=info.dtype)
+        if pinned:
+            data = torch.empty(info.nbytes, dtype=torch.uint8, pin_memory=True)
+            self._fill(memoryview(data.numpy()))
+            return data.view(info.dtype).reshape(info.shape)
+        memory = bytearray(info.nbytes)
+        self._fill(memoryview(memory))
+        return torch.frombuffer(memory, dtype=info.dtype).reshape(info.shape)
+
+    def _fill(self, memory: memoryview) -> None:
+        done = 0
         try:
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(self.info.start)
-                view, done = memoryview(data), 0
                 while done < self.info.nbytes:
-                    count = file.readinto(view[done:])
+                    count = file.readinto(memory[done:])
                     if not count:
                         raise ModelError(f"{self.path} became shorter while it was in use")
                     done += count
         except OSError as error:
             raise ModelError(f"cannot read {self.path}: {error.strerror or error}") from error
-        if not data:
-            return torch.empty(self.info.shape, dtype=self.info.dtype)
-        return torch.frombuffer(data, dtype=self.info.dtype).reshape(self.info.shape)
 
 
 def scan(path: Path, digest: Any) -> None:
@@ -78,3 +95,17 @@ def check_finite(name: str, tensor: Tensor) -> None:
             f"the weight {name} holds {kind} values: the model is damaged, or does not fit the dtype it is read in; "
             "download or save it again, or choose another --dtype"
         )
+
+
+def check_all_finite(tensors: Mapping[str, Tensor]) -> None:
+    """`check_finite` for each of these weights, by name; a GPU that holds them is waited for once.
+
+    Raises:
+        ModelError: a weight has NaN or infinite values.
+    """
+    floats = [tensor for tensor in tensors.values() if tensor.is_floating_point() and tensor.numel()]
+    wide = [tensor.float() if tensor.dtype.itemsize == 1 else tensor for tensor in floats]
+    extremes = [extreme.float() for tensor in wide for extreme in tensor.detach().aminmax()]
+    if extremes and not bool(torch.isfinite(torch.stack(extremes)).all()):
+        for name, tensor in tensors.items():
+            check_finite(name, tensor)

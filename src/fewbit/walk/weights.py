@@ -5,6 +5,9 @@ embedding outside of blocks, one for all the rest. A unit is read from the safet
 batch comes to one of its modules, and given back when no batch is in it any more. So memory holds the rest,
 and one or two blocks.
 
+For a GPU the next block is read into host memory while this one is computed with (`ahead`); a CPU would share its
+memory with it, so there memory never holds more than is needed.
+
 Where transformers keeps a tensor as it lies in the file, it is read here; where it merges or splits tensors,
 transformers' own conversion is given the unit's tensors alone.
 """
@@ -18,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.file_tensor import FileTensor, check_finite
+from ..checkpoint.file_tensor import FileTensor, check_all_finite
 from ..plan import block_of, output_embedding_name
 from ..timers import Timers
+from .ahead import Held, ReadAhead, reading_ahead
 from .heap import give_freed_memory_back, large_tensors_apart
 
 Restore = Callable[[str], None]
@@ -81,9 +85,11 @@ class StreamedWeights(Weights):
         model: on the meta device, but for what is not in the files (buffers that it computes).
         files: every tensor of the source by its name there.
         device: where to read to.
+        ahead: whether the next block is read while this one is in use; None: for every device but the CPU.
 
     Attributes:
-        read_bytes: of all units read so far. resident_bytes, peak_bytes: in memory now, and at most so far.
+        read_bytes: of all units read so far. resident_bytes, peak_bytes: in memory now, and at most so far, on the
+            device. units_ahead: units that had been read before they were needed.
     """
 
     def __init__(
@@ -92,9 +98,13 @@ class StreamedWeights(Weights):
         files: Mapping[str, FileTensor],
         device: torch.device,
         timers: Timers,
+        *,
+        ahead: bool | None = None,
     ) -> None:
         self.model, self.device = model, device
-        self.read_bytes = self.resident_bytes = self.peak_bytes = 0
+        self.read_bytes = self.resident_bytes = self.peak_bytes = self.units_ahead = 0
+        self._reads_ahead = device.type != "cpu" if ahead is None else ahead
+        self._ahead: ReadAhead | None = None
         self._files = files
         self._timers = timers
         self._restore: Restore | None = None
@@ -177,6 +187,9 @@ class StreamedWeights(Weights):
             for name, units in owners.items():
                 handle = self.model.get_submodule(name).register_forward_pre_hook(hook(sorted(units)))
                 stack.callback(handle.remove)
+            if self._reads_ahead:
+                self._ahead = stack.enter_context(reading_ahead(pinned=self.device.type == "cuda"))
+                stack.callback(self._forget_ahead, self._ahead)
             self._load(REST)
             yield
 
@@ -191,6 +204,10 @@ class StreamedWeights(Weights):
 
     def _forget_restore(self) -> None:
         self._restore = None
+
+    def _forget_ahead(self, ahead: ReadAhead) -> None:
+        self.units_ahead += ahead.units
+        self._ahead = None
 
     def _units_at(self, name: str) -> set[str]:
         """The units of a parameter, or of the parameters right in a module, or around it."""
@@ -210,20 +227,40 @@ class StreamedWeights(Weights):
     def _load(self, unit: str, without: Collection[str] = ()) -> None:
         if unit not in self._loaded:
             with self._timers.time("load"):
-                self._read(unit, without)
+                self._read(unit, without, self._ahead.take(unit) if self._ahead else {})
+            self._begin_next(unit)
             if self._restore is not None:
                 self._restore(unit)
 
-    def _read(self, unit: str, without: Collection[str]) -> None:
+    def _begin_next(self, unit: str) -> None:
+        """Let the block be read that the model comes to after `unit`: it computes in the order of its state."""
+        blocks = [name for name in self._members if name != REST and name not in self._embeddings]
+        if self._ahead is None or unit in self._embeddings:
+            return
+        following = blocks[blocks.index(unit) + 1 :] if unit in blocks else blocks
+        if following and following[0] not in self._loaded:
+            sources = [
+                source
+                for name in self._members[following[0]]
+                for source in [
+                    self._plain.get(name),
+                    *(self._files[s] for s in self._converted.get(name, ())),
+                ]
+                if source is not None
+            ]
+            self._ahead.start(following[0], list(dict.fromkeys(sources)))
+
+    def _read(self, unit: str, without: Collection[str], held: Held) -> None:
+        """Read a unit's tensors, but for those that are `held` in host memory, and put all on the device."""
         members = [name for name in self._members.get(unit, ()) if name not in without]
         for name in members:
             if name in self._plain:
-                dtype = self._get(name).dtype
-                self._set(name, self._plain[name][...].to(self.device, dtype))
-        self._convert({source for name in members for source in self._converted.get(name, ())})
+                source, dtype = self._plain[name], self._get(name).dtype
+                tensor = held[source].to(self.device, non_blocking=True) if source in held else source[...]
+                self._set(name, tensor.to(self.device, dtype))
+        self._convert({source for name in members for source in self._converted.get(name, ())}, held)
         tensors = {name: self._get(name) for name in members}
-        for name, tensor in tensors.items():
-            check_finite(name, tensor)
+        check_all_finite(tensors)
         self._tie(unit)
         size = sum(tensor.nbytes for tensor in tensors.values())
         self._loaded[unit] = size
@@ -231,7 +268,7 @@ class StreamedWeights(Weights):
         self.resident_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.resident_bytes)
 
-    def _convert(self, sources: Collection[str]) -> None:
+    def _convert(self, sources: Collection[str], held: Held) -> None:
         """Let transformers read these tensors of the source, merging and splitting them as it does."""
         if not sources:
             return
@@ -241,10 +278,9 @@ class StreamedWeights(Weights):
         model: Any = self.model
         conversions = model._weight_conversions
         options = LoadStateDictConfig(device_map={"": self.device}, weight_mapping=conversions)
+        tensors = {name: held.get(self._files[name], self._files[name]) for name in sources}
         with quietly():
-            convert_and_load_state_dict_in_model(
-                model, {name: self._files[name] for name in sources}, options
-            )
+            convert_and_load_state_dict_in_model(model, tensors, options)
         model._weight_conversions = conversions  # it keeps only those that it has just used
 
     def _release(self, unit: str) -> None:
