@@ -18,6 +18,7 @@
 #include "cpu.h"
 #include "kernels.h"
 #include "matmul.h"
+#include "steps.h"
 #include "threads.h"
 
 namespace nb = nanobind;
@@ -40,13 +41,16 @@ struct Kernels {
     void (*pack_tiles)(const PackedWeight&, const uint32_t*, uint8_t*, int);
     void (*unpack_tiles)(const PackedWeight&, uint32_t*, int);
     void (*dequantize_tiles)(const PackedWeight&, void*, Number, int);
+    void (*rms_norm)(const RmsNorm&, int);
+    void (*silu_gate)(const SiluGate&, int);
+    void (*attention)(const Attention&, int);
 };
 
 #define FEWBIT_ENTRY(NAME, ISA, PRODUCT) \
-    {NAME, ISA::grid_rows, ISA::ldlq_rows, PRODUCT::matmul, ISA::pack_tiles, ISA::unpack_tiles, ISA::dequantize_tiles}
+    {NAME, ISA::grid_rows, ISA::ldlq_rows, PRODUCT::matmul, ISA::pack_tiles, ISA::unpack_tiles, ISA::dequantize_tiles, \
+     ISA::rms_norm, ISA::silu_gate, ISA::attention}
 
-// What this processor can run, best first.
-std::vector<Kernels> kernels() {
+std::vector<Kernels> find_kernels() {
     std::vector<Kernels> found;
 #if defined(FEWBIT_HAVE_BF16)
     if (cpu().avx512_bf16 && cpu().avx512_vnni)
@@ -60,7 +64,13 @@ std::vector<Kernels> kernels() {
     return found;
 }
 
-Kernels choose(const char* isa) {
+// What this processor can run, best first.
+const std::vector<Kernels>& kernels() {
+    static const std::vector<Kernels> found = find_kernels();
+    return found;
+}
+
+const Kernels& choose(const char* isa) {
     for (const Kernels& candidate : kernels())
         if (std::strcmp(isa, "best") == 0 || std::strcmp(isa, candidate.isa) == 0) return candidate;
     throw std::invalid_argument(std::string("this processor has no ") + isa);
@@ -136,6 +146,25 @@ struct Packed {
     }
 };
 
+void rms_norm(Address x, Address weight, Address y, int type, int64_t rows, int64_t n, float eps, int threads, const char* isa) {
+    choose(isa).rms_norm({at<const void>(x), at<const void>(weight), at<void>(y), static_cast<Number>(type), rows, n, eps},
+                         threads);
+}
+
+void silu_gate(Address x, Address y, int type, int64_t rows, int64_t n, int threads, const char* isa) {
+    choose(isa).silu_gate({at<const void>(x), at<void>(y), static_cast<Number>(type), rows, n}, threads);
+}
+
+void attention(Address q, Address keys, Address values, Address y, int type, int64_t batch, int64_t heads, int64_t key_heads,
+               int64_t length, int64_t size, int64_t q_batch, int64_t q_head, int64_t key_batch, int64_t key_head,
+               int64_t key_token, int64_t value_batch, int64_t value_head, int64_t value_token, float scale, int threads,
+               const char* isa) {
+    choose(isa).attention({at<const void>(q), at<const void>(keys), at<const void>(values), at<void>(y),
+                           static_cast<Number>(type), batch, heads, key_heads, length, size, q_batch, q_head, key_batch,
+                           key_head, key_token, value_batch, value_head, value_token, scale},
+                          threads);
+}
+
 void advise_huge_pages(Address address, size_t bytes) {
 #if defined(__linux__)
     constexpr size_t HUGE_PAGE = size_t{1} << 21;
@@ -174,6 +203,9 @@ NB_MODULE(_native, m) {
     m.def("instruction_sets", &fewbit::instruction_sets);
     m.def("fit_grid", &fewbit::fit_grid, release());
     m.def("ldlq_block", &fewbit::ldlq_block, release());
+    m.def("rms_norm", &fewbit::rms_norm, release());
+    m.def("silu_gate", &fewbit::silu_gate, release());
+    m.def("attention", &fewbit::attention, release());
     m.def("advise_huge_pages", &fewbit::advise_huge_pages);
     m.def("forget_pages", &fewbit::forget_pages);
     nb::class_<fewbit::Packed>(m, "Packed")

@@ -1,6 +1,7 @@
 """Options of `fewbit.load` that cost nothing but memory: joined layers, an 8-bit copy of the output layer."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -29,23 +30,35 @@ def decode(model, steps=4):
     return torch.cat(found, dim=1)
 
 
+def close(found, expected, share):
+    return (found - expected).float().norm() <= share * expected.float().norm()
+
+
 @pytest.mark.parametrize("kernel", ["cpu", "cpu_a8"])
 @pytest.mark.parametrize("order", [False, True])
 def test_joined_layers_give_the_same_numbers(tmp_path, kernel, order):
     write_checkpoint(tmp_path, llama(), order=order)
-    apart = fewbit.load(tmp_path, dtype="bfloat16", kernel=kernel)
-    joined = fewbit.load(tmp_path, dtype="bfloat16", kernel=kernel, fuse=True)
+    apart = fewbit.load(tmp_path, dtype="float32", kernel=kernel)
+    joined = fewbit.load(tmp_path, dtype="float32", kernel=kernel, fuse=True)
     fused = [m for m in joined.modules() if isinstance(getattr(m, "kernel", None), FusedCpu)]
-    assert len(fused) == (0 if order else 10)  # with act-order every layer has an order of its own
-    assert {m.kernel.name for m in fused} <= {kernel}
-    assert torch.equal(decode(joined), decode(apart))
-    assert torch.equal(decode(copy.deepcopy(joined)), decode(apart))
+    assert len(fused) == 14
+    assert {m.kernel.name for m in fused} == {kernel}
+    together = [m for m in fused if m.kernel.together.weight.out_features > m.out_features]
+    assert len(together) == (0 if order else 10)  # with act-order every layer has an order of its own
+    # Norms and attention sum in another order; an activation that is rounded to 8 bits may fall to the other side.
+    share = 1e-5 if kernel == "cpu" else 5e-3
+    assert close(decode(joined), decode(apart), share)
+    for same in (
+        copy.deepcopy(joined),
+        pickle.loads(pickle.dumps(joined)),
+    ):  # their attention is torch's again
+        assert close(decode(same), decode(apart), share)
 
 
 def test_nothing_to_join_is_said(tmp_path, caplog):
     write_checkpoint(tmp_path, llama())
     fewbit.load(tmp_path, kernel="reference", fuse=True)
-    assert "fuse: no layers could be joined" in caplog.text
+    assert "fuse: 0 calls saved; it takes kernel cpu or cpu_a8" in caplog.text
 
 
 def test_joined_layers_are_saved_and_cast_as_before(tmp_path):
@@ -74,7 +87,7 @@ def test_joined_layers_called_in_any_order(tmp_path):
             with torch.no_grad():
                 assert torch.equal(getattr(joined, name)(x), getattr(apart, name)(x))
                 x += 0.5  # in place: what was computed before is of no use
-    assert joined.q_proj.kernel._together.pending is None or len(joined.q_proj.kernel._together.pending) == 3
+    assert joined.q_proj.kernel.together.pending is None or len(joined.q_proj.kernel.together.pending) == 3
 
 
 def test_joined_layers_with_biases_of_their_own(tmp_path):
@@ -85,7 +98,7 @@ def test_joined_layers_with_biases_of_their_own(tmp_path):
         for name, parameter in model.named_parameters():
             if name.endswith("q_proj.bias"):
                 parameter.data += 1.0
-    assert torch.allclose(decode(joined), decode(apart), atol=1e-6)
+    assert close(decode(joined), decode(apart), 1e-5)
 
 
 def test_the_head_in_8_bits(tmp_path):

@@ -22,7 +22,7 @@ Examples:
 
   fewbit generate ./SmolLM2-135M-4bit --chat -p "Name three rivers." --max-new-tokens 60 --temperature 0.7
 
-  fewbit generate ./SmolLM2-135M-4bit -p "One" -p "Two, three" --fuse --lm-head-runtime 8
+  fewbit generate ./SmolLM2-135M-4bit -p "One" -p "Two, three" --lm-head-runtime 8
 """
 
 
@@ -42,7 +42,9 @@ def generate(
         Dtype, typer.Option(help="Of the activations; auto: bfloat16 on CPU, else the checkpoint's.")
     ] = "auto",
     kernel: Annotated[str, typer.Option(help="auto, or one that `fewbit inspect` lists.")] = "auto",
-    fuse: Annotated[bool, typer.Option("--fuse", help="Layers with the same input in one call.")] = False,
+    fuse: Annotated[
+        bool, typer.Option(help="On the CPU: joined layers, norms, MLPs and attention in one call each.")
+    ] = True,
     lm_head_runtime: Annotated[
         int | None, typer.Option(help="8: the output layer in 8 bits while running.")
     ] = None,
@@ -69,6 +71,7 @@ def generate(
     from ..generation import generate as write
     from ..generation.text_stream import OrderedStream
     from ..preparation import resolve_device
+    from ..runtime.cpu import Cpu, CpuInt8
     from ..runtime.load import kernels, load
 
     quiet_libraries()
@@ -76,7 +79,8 @@ def generate(
         raise ConfigError("the prompt is empty; give some text to go on from: -p TEXT")
     place = resolve_device(device)
     wanted = "bfloat16" if dtype == "auto" and place.type == "cpu" else dtype
-    faster: dict[str, Any] = {"fuse": fuse, "lm_head_runtime": lm_head_runtime}
+    fused = fuse and place.type == "cpu" and kernel in ("auto", Cpu.name, CpuInt8.name)
+    faster: dict[str, Any] = {"fuse": fused, "lm_head_runtime": lm_head_runtime}
     model = load(checkpoint, place, wanted, kernel, trust_remote_code, **faster)
     if not model.can_generate():
         raise ModelError(f"{checkpoint} is a {type(model).__name__}, which cannot generate text")

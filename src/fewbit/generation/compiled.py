@@ -25,6 +25,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..runtime.steps import ATTENTION
 from .cache import ReservedCache
 
 _KEPT_CHECKS = ("SHAPE_ENV", "GRAD_MODE", "GLOBAL_STATE", "DETERMINISTIC_ALGORITHMS")
@@ -110,7 +111,7 @@ def compiled_model(model: PreTrainedModel) -> tuple[CompiledModel | None, str]:
         )
     if model.device.type != "cpu":
         return None, f"the model is on {model.device}, and only CPUs have been tried"
-    if model.config._attn_implementation != "sdpa":
+    if model.config._attn_implementation not in ("sdpa", ATTENTION):
         return None, f"its attention is {model.config._attn_implementation}, not sdpa"
     if "forward" in vars(model):
         return None, "another library has replaced its forward"

@@ -53,11 +53,11 @@ class Cpu(Kernel):
     def restore(self, layer: QuantizedBuffers) -> Tensor:
         """See `Kernel.restore`."""
         words = layout.word_count(layer.spec.in_features, layer.spec.bits)
-        return packed.unpack(_weight(layer), words)
+        return packed.unpack(packed_weight(layer), words)
 
     def linear(self, x: Tensor, layer: QuantizedBuffers) -> Tensor:
         """See `Kernel.linear`."""
-        return product(x, _weight(layer), layer.bias, int8=self.int8)
+        return product(x, packed_weight(layer), layer.bias, int8=self.int8)
 
 
 class CpuInt8(Cpu):
@@ -72,14 +72,15 @@ class CpuInt8(Cpu):
 
 def product(x: Tensor, weight: PackedWeight, bias: Tensor | None, *, int8: bool) -> Tensor:
     """``x @ weightᵀ + bias``, with gradients where they are wanted."""
-    if _plain(x, bias):
+    if plain(x, bias):
         # Dispatching a custom operator takes longer than multiplying with a small weight.
         return packed.multiply(x, weight, bias, int8)
     y: Tensor = torch.ops.fewbit.linear_packed(x, *weight, bias, int8)
     return y
 
 
-def _weight(layer: QuantizedBuffers) -> PackedWeight:
+def packed_weight(layer: QuantizedBuffers) -> PackedWeight:
+    """The tensors of a layer that one of these kernels holds."""
     tensors = layer.tensors
     return PackedWeight(
         tensors["tiles"],
@@ -92,7 +93,7 @@ def _weight(layer: QuantizedBuffers) -> PackedWeight:
     )
 
 
-def _plain(x: Tensor, bias: Tensor | None) -> bool:
+def plain(x: Tensor, bias: Tensor | None) -> bool:
     """Whether nobody watches: no compiler, no tracer, no gradients, no other kind of tensor."""
     if type(x) is not Tensor or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False

@@ -1,24 +1,27 @@
-"""Layers that read the same input (q, k, v; gate, up), multiplied in one call.
+"""Less work around the products of a token: layers that read the same input (q, k, v; gate, up) in one call.
 
 The layers stay where they are, with their names and their own tensors: the tiles of all of them lie one after the
 other in one tensor, of which each has its part. The first layer that sees an input computes for all; the others find
-their part of the result. Whoever calls them in another order, or one alone, gets the same numbers.
+their part of the result. Whoever calls them in another order, or one alone, gets the same numbers. `steps` does the
+same for what lies between the products.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoint import layout
 from ..solver import native
-from .cpu import Cpu, product
+from . import packed
+from .cpu import Cpu, CpuInt8, packed_weight, plain
 from .kernel import QuantizedBuffers
 from .linear import QuantLinear
 from .packed import PackedWeight
+from .steps import fuse_steps
 
 # Names of siblings that transformers' models call with the same input, in the order of the calls.
 SIBLINGS = (
@@ -34,20 +37,27 @@ SIBLINGS = (
 MOST_TOKENS = 8
 
 
-@dataclass
 class Together:
-    """Several layers as one weight, and the result that some of them have not fetched yet."""
+    """One layer or several as one weight, and the result that some of them have not fetched yet."""
 
-    weight: PackedWeight
-    int8: bool
-    pending: tuple[Tensor, int, Tensor] | None = field(default=None, repr=False)
+    def __init__(self, weight: PackedWeight, int8: bool) -> None:
+        self.weight, self.int8 = weight, int8
+        self.pending: tuple[Tensor, int, Tensor] | None = None
+        self._view = packed.native_view(weight)  # making one takes as long as a small product
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Together, (self.weight, self.int8)
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """All outputs for x (…, in). No gradients."""
+        return packed.multiply(x, self.weight, bias, self.int8, view=self._view)
 
     def part(self, x: Tensor, first: int, last: int) -> Tensor:
         """Outputs first … last for x (…, in)."""
         version = 0 if x.is_inference() else x._version
         found = self.pending
         if found is None or found[0] is not x or found[1] != version:
-            found = (x, version, product(x, self.weight, None, int8=self.int8))
+            found = (x, version, self(x))
         self.pending = None if last == self.weight.out_features else found
         return found[2][..., first:last]
 
@@ -59,25 +69,30 @@ class FusedCpu(Cpu):
 
     def __init__(self, together: Together, alone: Cpu, first: int, last: int) -> None:
         self.name, self.int8 = alone.name, alone.int8
-        self._together, self._first, self._last = together, first, last
+        self.together, self._first, self._last = together, first, last
 
     def linear(self, x: Tensor, layer: QuantizedBuffers) -> Tensor:
         """See `Kernel.linear`."""
-        watched = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
-        if watched or x.numel() > MOST_TOKENS * x.shape[-1]:
+        together = self.together
+        if not plain(x, layer.bias):
             return super().linear(x, layer)
-        y = self._together.part(x, self._first, self._last)
+        if self._last - self._first == together.weight.out_features:
+            return together(x, layer.bias)
+        if x.numel() > MOST_TOKENS * x.shape[-1]:
+            return super().linear(x, layer)
+        y = together.part(x, self._first, self._last)
         return y if layer.bias is None else y + layer.bias.to(y.dtype)
 
 
-def fuse(model: nn.Module) -> int:
-    """Join what can be joined in a model on the CPU.
+def fuse(model: nn.Module) -> dict[str, int]:
+    """Join what can be joined in a model on the CPU, and fuse what lies between (`steps`).
 
     Layers are joined where their bits, groups, order of inputs and kernel are the same. Casting or moving a layer, or
     choosing another kernel for it, undoes it for that layer.
 
     Returns:
-        How many calls per token that saves.
+        What was done, and how often: "calls saved" by joining, and what `fuse_steps` returns; all 0 without layers
+        that run on one of fewbit's own kernels for CPUs.
     """
     saved = 0
     for module in model.modules():
@@ -86,7 +101,11 @@ def fuse(model: nn.Module) -> int:
             layers = [layer for name in names if isinstance(layer := children.get(name), QuantLinear)]
             for _, alike in groupby(layers, _what_must_be_alike):
                 saved += _join(list(alike))
-    return saved
+    for layer in model.modules():
+        if isinstance(layer, QuantLinear) and type(layer.kernel) in (Cpu, CpuInt8):
+            _take([layer], packed_weight(layer))
+    ours = any(isinstance(getattr(module, "kernel", None), FusedCpu) for module in model.modules())
+    return {"calls saved": saved, **(fuse_steps(model) if ours else {})}
 
 
 def _what_must_be_alike(layer: QuantLinear) -> object:
@@ -130,13 +149,20 @@ def _join(layers: list[QuantLinear]) -> int:
         first.spec.bits,
         first.in_features,
     )
-    kernel = first.kernel
-    assert isinstance(kernel, Cpu)
-    together = Together(weight, kernel.int8)
-    start = block = 0
+    block = 0
     for layer in layers:
         blocks = layer.tensors["tiles"].shape[0]
         layer._buffers["tiles"] = tiles[block : block + blocks]
-        layer.kernel = FusedCpu(together, kernel, start, start + layer.out_features)
-        start, block = start + layer.out_features, block + blocks
+        block += blocks
+    _take(layers, weight)
     return len(layers) - 1
+
+
+def _take(layers: list[QuantLinear], weight: PackedWeight) -> None:
+    """Give each layer its part of the weight."""
+    kernel, start = layers[0].kernel, 0
+    assert isinstance(kernel, Cpu)
+    together = Together(weight, kernel.int8)
+    for layer in layers:
+        layer.kernel = FusedCpu(together, kernel, start, start + layer.out_features)
+        start += layer.out_features

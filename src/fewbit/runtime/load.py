@@ -58,8 +58,9 @@ def load(
             for example. Needs accelerate.
         max_memory: device → bytes, for a `device_map` by name.
         quantization_config: of an old checkpoint that has none of its own.
-        fuse: multiply layers with the same input (q, k, v; gate, up) in one call where there are few tokens. Names and
-            what is saved stay the same.
+        fuse: fewer calls per token, on the CPU: layers with the same input (q, k, v; gate, up) are multiplied in one,
+            norms, gated MLPs and the attention of a new token are one each. Numbers stay the same up to rounding,
+            names and what is saved stay the same.
         lm_head_runtime: 8 multiplies with the output layer in 8 bits, which is what a token waits for in small models.
             Its own weight stays in the model and is what is saved.
 
@@ -74,7 +75,7 @@ def load(
         DependencyError: a `device_map`, and accelerate is missing.
     """
     from ..integrations.transformers import offer
-    from .fused import fuse as join_layers
+    from .fused import fuse as fuse_model
     from .head import shrink_head
 
     registry.meant(kernel)
@@ -97,10 +98,13 @@ def load(
         del model.config.transformers_weights
     if device_map is None:
         model = model.to(device)
-    if fuse and not join_layers(model):
-        _LOG.warning(
-            "fuse: no layers could be joined; that takes kernel cpu or cpu_a8, and siblings (q_proj, k_proj, v_proj) "
-            "with the same bits, groups and order of inputs"
+    if fuse:
+        found = fuse_model(model)
+        said = ", ".join(f"{count} {what}" for what, count in found.items())
+        _LOG.log(
+            logging.INFO if any(found.values()) else logging.WARNING,
+            "fuse: %s; it takes kernel cpu or cpu_a8",
+            said,
         )
     if lm_head_runtime is not None:
         shrink_head(model, lm_head_runtime)

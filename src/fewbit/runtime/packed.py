@@ -20,7 +20,7 @@ from ..errors import KernelError
 from ..solver import native
 
 # Numbers of csrc/matmul.h.
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _BLOCK = 16
 _VNNI = "avx512_vnni"
 
@@ -113,7 +113,7 @@ def pack(qweight: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor, bits: in
     )
     native.advise_huge_pages(weight.tiles)
     words = qweight.contiguous()
-    _handle(weight).pack(words.data_ptr(), weight.tiles.data_ptr(), torch.get_num_threads())
+    native_view(weight).pack(words.data_ptr(), weight.tiles.data_ptr(), torch.get_num_threads())
     return weight
 
 
@@ -122,7 +122,7 @@ def unpack(weight: PackedWeight, words: int) -> Tensor:
     qweight = torch.zeros((words, weight.out_features), dtype=torch.int32, device=weight.tiles.device)
     if qweight.is_meta:
         return qweight
-    _handle(weight).unpack(qweight.data_ptr(), torch.get_num_threads())
+    native_view(weight).unpack(qweight.data_ptr(), torch.get_num_threads())
     return qweight
 
 
@@ -152,7 +152,7 @@ def _check(weight: PackedWeight) -> PackedWeight:
     )
 
 
-def _handle(weight: PackedWeight) -> Any:
+def native_view(weight: PackedWeight) -> Any:
     """The compiled module's view of a packed weight. The caller keeps the tensors alive.
 
     Raises:
@@ -162,7 +162,7 @@ def _handle(weight: PackedWeight) -> Any:
     groups, out_features = scales.shape
     try:
         return _module().Packed(
-            tiles.data_ptr(), scales.data_ptr(), _TYPES[scales.dtype], zeros.data_ptr(), zeros.shape == scales.shape,
+            tiles.data_ptr(), scales.data_ptr(), NUMBERS[scales.dtype], zeros.data_ptr(), zeros.shape == scales.shape,
             order.data_ptr() if order.numel() else 0, starts.data_ptr(), out_features, in_features, groups, bits,
             tiles.shape[1],
         )  # fmt: skip
@@ -181,24 +181,27 @@ def fast_isa() -> str:
     return native.instruction_sets()[0]
 
 
-def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None, int8: bool, isa: str = "best") -> Tensor:
+def multiply(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, int8: bool, isa: str = "best", view: Any = None
+) -> Tensor:
     """``x @ weightᵀ + bias``: (…, in) → (…, out) in x's dtype. No gradient; see `linear_packed`.
 
     Args:
         weight: from `pack`; its tensors are not checked again.
         isa: one of `native.instruction_sets`, or "best".
+        view: `native_view` of the weight, where it was made before.
 
     Raises:
         KernelError: x has another number of inputs or another dtype, or bias does not fit.
     """
-    shape, kind = x.shape, _TYPES.get(x.dtype)
+    shape, kind = x.shape, NUMBERS.get(x.dtype)
     if shape[-1] != weight.in_features or kind is None or not x.is_cpu:
         raise KernelError(
             f"x is {x.dtype} {tuple(x.shape)} on {x.device}; the layer takes float32, float16 or bfloat16 "
             f"(…, {weight.in_features}) on the CPU"
         )
     out_features = weight.out_features
-    if bias is not None and (bias.shape != (out_features,) or bias.dtype not in _TYPES):
+    if bias is not None and (bias.shape != (out_features,) or bias.dtype not in NUMBERS):
         raise KernelError(f"bias is {bias.dtype} {tuple(bias.shape)}; the layer has {out_features} outputs")
     tokens = x.numel() // shape[-1]
     if isa == "best" and tokens >= _dense_from():
@@ -206,9 +209,9 @@ def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None, int8: bool, i
     y = torch.empty((*shape[:-1], out_features), dtype=x.dtype)
     if tokens:
         x = x.contiguous()
-        _handle(weight).matmul(
+        (view or native_view(weight)).matmul(
             x.data_ptr(), y.data_ptr(), kind, tokens, 0 if bias is None else bias.data_ptr(),
-            0 if bias is None else _TYPES[bias.dtype], int8, torch.get_num_threads(), isa,
+            0 if bias is None else NUMBERS[bias.dtype], int8, torch.get_num_threads(), isa,
         )  # fmt: skip
     return y
 
@@ -220,7 +223,7 @@ def _dense_from() -> float:
 
 def _dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     out = torch.empty((weight.out_features, weight.in_features), dtype=dtype)
-    _handle(weight).dequantize(out.data_ptr(), _TYPES[dtype], torch.get_num_threads())
+    native_view(weight).dequantize(out.data_ptr(), NUMBERS[dtype], torch.get_num_threads())
     return out
 
 

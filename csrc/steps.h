@@ -1,0 +1,53 @@
+// What a model does between its products: norms, gates, and attention of one new token to those before it.
+#pragma once
+
+#include <cstdint>
+
+#include "matmul.h"
+
+namespace fewbit {
+
+// y = weight · round(x / √(mean(x²) + eps)), row by row; rounded twice, as transformers' models round.
+struct RmsNorm {
+    const void* x;       // (rows, n)
+    const void* weight;  // (n)
+    void* y;             // (rows, n)
+    Number type;         // of all three
+    int64_t rows, n;
+    float eps;
+};
+
+// y = round(silu(gate)) · up.
+struct SiluGate {
+    const void* x;  // (rows, 2n): gate, then up
+    void* y;        // (rows, n)
+    Number type;
+    int64_t rows, n;
+};
+
+// One query per text: softmax(scale · q Kᵀ) V. Each head of keys serves heads / key_heads consecutive queries.
+struct Attention {
+    const void *q, *keys, *values;  // (batch, heads, size); (batch, key_heads, length, size), both with these strides:
+    void* y;                        // (batch, heads, size), contiguous
+    Number type;
+    int64_t batch, heads, key_heads, length, size;
+    int64_t q_batch, q_head;  // in elements
+    int64_t key_batch, key_head, key_token;
+    int64_t value_batch, value_head, value_token;
+    float scale;
+};
+
+#define FEWBIT_STEPS(ISA)                                       \
+    namespace ISA {                                             \
+    void rms_norm(const RmsNorm& problem, int threads);         \
+    void silu_gate(const SiluGate& problem, int threads);       \
+    void attention(const Attention& problem, int threads);      \
+    }
+
+FEWBIT_STEPS(generic)
+#if defined(FEWBIT_HAVE_X86)
+FEWBIT_STEPS(avx2)
+FEWBIT_STEPS(avx512)
+#endif
+
+}  // namespace fewbit
