@@ -22,19 +22,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import kernel_rivals
 import performance_tables
 import torch
 
 from fewbit.bench import layers
 from fewbit.bench.layers import Candidate, Shape
 from fewbit.bench.machine import measure_machine
+from fewbit.bench.rivals import GPTQMODEL, all_rivals
 
 # (out, in): Llama-2-7B and -3-8B, then SmolLM2-135M.
 MAIN = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096))
 SMALL = ((576, 576), (192, 576), (1536, 576), (576, 1536))
 SWEEP = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-GPTQMODEL = ("torch_cpu_avx512", "torch_aten")
 
 
 def shapes_called(name: str) -> list[tuple[Shape, tuple[int, ...]]]:
@@ -51,7 +50,6 @@ def shapes_called(name: str) -> list[tuple[Shape, tuple[int, ...]]]:
 
 def candidates(arguments: argparse.Namespace) -> dict[str, Candidate]:
     """Everything that could be measured, by name."""
-    folder = arguments.ggml_folder
     everything: dict[str, Candidate] = {
         "cpu": layers.registered("cpu"),
         "cpu_a8": layers.registered("cpu_a8"),
@@ -60,9 +58,7 @@ def candidates(arguments: argparse.Namespace) -> dict[str, Candidate]:
         "Linear": layers.dense(torch.bfloat16),
         "torch operator": layers.torch_operator,
         "dequantize": dequantize_every_time,
-        "onnxruntime": kernel_rivals.onnxruntime,
-        **{f"ggml {kind}": kernel_rivals.ggml(kind, folder) for kind in ("q4_0", "q4_k", "q8_0")},
-        **{name: layers.registered(name) for name in GPTQMODEL},
+        **all_rivals(arguments.ggml_folder),
     }
     if arguments.only is None:
         return {name: found for name, found in everything.items() if name not in GPTQMODEL}

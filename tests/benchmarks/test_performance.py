@@ -9,12 +9,9 @@ import torch
 from transformers import LlamaConfig
 
 import fewbit
-from fewbit.bench import layers
-from fewbit.errors import DependencyError, KernelError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import kernel_rivals
 import performance_tables
 import random_models
 
@@ -89,21 +86,3 @@ def test_random_models_are_checkpoints_that_load(tmp_path, bits):
     assert model.dtype == torch.bfloat16
     assert model(input_ids=torch.arange(5)[None]).logits.isfinite().all()
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
-
-
-@pytest.mark.parametrize("kind", ["q4_0", "q8_0"])
-def test_ggml_blocks_hold_the_same_weight(kind):
-    codes = layers.random_weight(layers.Shape(8, 64, 4 if kind == "q4_0" else 8, 32))
-    blocks = torch.from_numpy(kernel_rivals._blocks(None, kind, codes))
-    scales = blocks[..., :2].contiguous().view(torch.float16).float()
-    data = blocks[..., 2:]
-    values = torch.cat([data & 15, data >> 4], -1).int() - 8 if kind == "q4_0" else data.view(torch.int8)
-    assert torch.equal((scales * values).view(8, 64), codes.dequantize())
-
-
-def test_rivals_say_why_not(tmp_path):
-    asymmetric = layers.random_weight(layers.Shape(8, 64, 4, 32, sym=False))
-    with pytest.raises(KernelError, match="act-order or asymmetric"):
-        kernel_rivals._blocks(None, "q4_0", asymmetric)
-    with pytest.raises(DependencyError, match="give --ggml-folder"):
-        kernel_rivals.ggml("q4_0", tmp_path)(asymmetric, torch.bfloat16)

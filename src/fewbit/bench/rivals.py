@@ -1,6 +1,8 @@
-"""Other packages' 4-bit (and 8-bit) products as candidates of `fewbit.bench.layers`: onnxruntime and ggml.
+"""Other packages' products as candidates of `layers`: onnxruntime, ggml, and GPTQModel's kernels for CPUs.
 
-Both hold the very weight of the layer where their format can: symmetric, 4 or 8 bits, groups that are multiples of 32.
+Each is there if its package is; if not, making the candidate raises DependencyError with the command that installs it.
+onnxruntime and ggml hold the very weight of the layer where their format can: symmetric, 4 or 8 bits, groups that are
+multiples of 32.
 ggml's Q4_K cannot (its scales have 6 bits), so it quantizes the dequantized weight again, and its error says so.
 """
 
@@ -15,9 +17,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewbit.bench.layers import Candidate, Run
-from fewbit.codes import Codes
-from fewbit.errors import DependencyError, KernelError
+from ..codes import Codes
+from ..errors import DependencyError, KernelError
+from .layers import Candidate, Run, registered
+
+GGML = ("q4_0", "q4_k", "q8_0")
+GPTQMODEL = ("torch_cpu_avx512", "torch_aten")
+
+
+def all_rivals(ggml_folder: Path | None = None) -> dict[str, Candidate]:
+    """Every candidate of this file, by name.
+
+    Args:
+        ggml_folder: where libggml*.so are; None: those inside the package llama_cpp (llama-cpp-python).
+    """
+    return {
+        "onnxruntime": onnxruntime,
+        **{f"ggml {kind}": ggml(kind, ggml_folder) for kind in GGML},
+        **{name: registered(name) for name in GPTQMODEL},
+    }
 
 
 def onnxruntime(codes: Codes, dtype: torch.dtype) -> Run:
@@ -208,7 +226,7 @@ class _Library:
             return []
         extra = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)
         kinds = extra(self._device(registry, 0))
-        found = []
+        found: list[Any] = []
         while kinds and kinds[len(found)]:
             found.append(kinds[len(found)])
         return found
