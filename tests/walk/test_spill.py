@@ -1,5 +1,6 @@
 """Activations on disk: the same result, less memory, and nothing left behind."""
 
+import ctypes
 import gc
 import os
 import resource
@@ -12,11 +13,16 @@ import torch
 from torch import nn
 
 import fewbit
-from fewbit.errors import OutputError
+from fewbit.errors import CalibrationError, OutputError
 from fewbit.timers import Timers
+from fewbit.walk import places
+from fewbit.walk import run as running
 from fewbit.walk import spill as spilling
+from fewbit.walk.places import File, HostMemory
+from fewbit.walk.room import Room
 from fewbit.walk.spill import InMemory, Spill, activations
 from models import random_sequences, save_tiny, tiny_model, tiny_tokenizer
+from test_weights import EXPERTS
 
 SMALL = {"group_size": 16, "seq_len": 24}
 
@@ -29,9 +35,15 @@ def everything(monkeypatch):
 
 @pytest.fixture
 def spill(tmp_path, everything):
-    spill = Spill(tmp_path, Timers())
+    spill = Spill(File(tmp_path), Timers())
     with spill:
         yield spill
+
+
+def on_other_devices(monkeypatch):
+    """Take the CPU's memory for that of a device, to which kernels are given addresses."""
+    for module in (spilling, places):
+        monkeypatch.setattr(module, "is_on_cpu", lambda storage: False)
 
 
 def bytes_of(tensor):
@@ -51,7 +63,7 @@ def is_clean(folder):
 def quantized(family, folder, **options):
     config = fewbit.QuantConfig(**{**SMALL, **options})
     model = fewbit.quantize(
-        tiny_model(family),
+        tiny_model(family, **(EXPERTS if family == "mixtral" else {})),
         config,
         dataset=random_sequences(6),
         tokenizer=tiny_tokenizer(),
@@ -192,7 +204,7 @@ def test_memory_that_was_given_to_numpy_stays(spill):
 
 
 def test_what_outlives_the_walk_is_complete_again(tmp_path, everything):
-    spill, made = Spill(tmp_path, Timers()), []
+    spill, made = Spill(File(tmp_path), Timers()), []
 
     def stop_midway():
         with spill:
@@ -208,8 +220,8 @@ def test_what_outlives_the_walk_is_complete_again(tmp_path, everything):
 
 
 def test_on_other_devices_a_job_gets_everything_back_before_it_runs(tmp_path, everything, monkeypatch):
-    monkeypatch.setattr(spilling, "_is_cpu", lambda storage: False)
-    spill = Spill(tmp_path, Timers())
+    on_other_devices(monkeypatch)
+    spill = Spill(File(tmp_path), Timers())
     with spill:
         with spill.running(0):
             x = torch.arange(1000.0)
@@ -223,7 +235,7 @@ def test_on_other_devices_a_job_gets_everything_back_before_it_runs(tmp_path, ev
 
 
 def test_small_tensors_are_not_worth_it(tmp_path):
-    spill = Spill(tmp_path, Timers())
+    spill = Spill(File(tmp_path), Timers())
     with spill, spill.running(0):
         small, large = torch.zeros(1000), torch.zeros(100_000)
     assert spill.written == bytes_of(large) > bytes_of(small)
@@ -260,6 +272,159 @@ def test_a_full_disk(tmp_path, everything):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     gc.collect()
     assert is_clean(tmp_path)
+
+
+@pytest.fixture
+def device(monkeypatch, everything):
+    on_other_devices(monkeypatch)
+
+
+def filled(spill, jobs, count=1000):
+    """One tensor of `count` floats made by each job."""
+    made = []
+    for job in range(jobs):
+        with spill.running(job):
+            made.append(torch.full((count,), float(job)))
+    return made
+
+
+def test_those_that_a_device_has_room_for_stay(device):
+    spill = Spill(HostMemory(pinned=False), Timers(), budget=8000)
+    with spill:
+        tensors = filled(spill, 4)
+        assert [bytes_of(x) for x in tensors] == [4000, 4000, 0, 0]
+        for job in range(4):
+            with spill.running(job):
+                assert float(tensors[job].sum()) == 1000 * job
+        assert [bytes_of(x) for x in tensors] == [4000, 4000, 0, 0]
+        assert (spill.written, spill.read, spill.peak) == (16000, 8000, 8000)
+        with spill.running(0):
+            del tensors[0]
+        with spill.running(2):
+            pass  # there is room for it now
+        assert [bytes_of(x) for x in tensors] == [4000, 4000, 0]
+    assert [float(x[0]) for x in tensors] == [1, 2, 3]
+    assert "on the device were kept in host memory: 16" in spill.notes()[0]
+
+
+def test_a_job_that_grows_gives_way_itself(device):
+    spill = Spill(HostMemory(pinned=False), Timers(), budget=12000)
+    with spill:
+        tensors = filled(spill, 3)
+        with spill.running(1):
+            grown = torch.ones(500)
+        assert [bytes_of(x) for x in (*tensors, grown)] == [4000, 0, 4000, 2000]
+        with spill.running(1):
+            assert bytes_of(tensors[1]) == 4000
+
+
+def test_whoever_goes_through_all_jobs_writes_nothing_again(device):
+    spill = Spill(HostMemory(pinned=False), Timers(), budget=8000)
+    with spill:
+        tensors = filled(spill, 40)
+        assert spill.written == 38 * 4000
+        for _ in range(2):
+            assert [float(x.sum()) for x in tensors] == [1000.0 * job for job in range(40)]
+        assert sum(bytes_of(x) > 0 for x in tensors) <= 10
+        assert bytes_of(tensors[0]) == bytes_of(tensors[1]) == 4000
+        with spill.running(0):
+            pass
+        assert sum(bytes_of(x) > 0 for x in tensors) == 2
+        assert spill.written == 38 * 4000
+
+
+def test_what_a_job_changed_behind_torch_is_kept(device):
+    spill = Spill(HostMemory(pinned=False), Timers())
+    with spill:
+        [x] = filled(spill, 1)
+        with spill.running(0):
+            ctypes.memset(x.data_ptr(), 0, 2000)
+        assert float(x.sum()) == 0
+        assert spill.written == 8000
+
+
+def test_host_memory_of_what_died_is_used_again(device):
+    store = HostMemory(pinned=False)
+    spill = Spill(store, Timers())
+    with spill:
+        for _ in range(5):
+            [x] = filled(spill, 1)
+            assert bytes_of(x) == 0
+            del x
+    assert (spill.written, spill.peak) == (20000, 4000)
+
+
+def test_host_memory_does_not_take_what_is_there_already(everything):
+    spill = Spill(HostMemory(pinned=False), Timers())
+    with spill:
+        [x] = filled(spill, 1)
+        assert bytes_of(x) == 4000
+    assert spill.notes() == []
+
+
+def test_too_little_host_memory(device, monkeypatch):
+    def refuse(*arguments, **options):
+        if options.get("pin_memory"):
+            raise RuntimeError("CUDA error: out of memory\nand more")
+        return torch.zeros(*arguments, **options)
+
+    monkeypatch.setattr(places.torch, "empty", refuse)
+    spill = Spill(HostMemory(pinned=True), Timers())
+    with (
+        spill,
+        pytest.raises(CalibrationError, match=r"neither .* out of memory\. Use fewer .*\(--offload-dir"),
+    ):
+        filled(spill, 1)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "budget"),
+    [
+        ("llama", {"tune": True, "tune_steps": 3}, 60_000),
+        ("t5", {"fast": True}, 0),
+        ("mixtral", {}, 60_000),
+    ],
+)
+def test_with_little_room_on_a_device_the_result_is_the_same(family, options, budget, device, monkeypatch):
+    expected, plain = quantized(family, None, **options)
+    assert not any("host memory" in note for note in plain.notes)
+    monkeypatch.setattr(running, "room_on_device", lambda *_, **__: Room(budget, 10**9, pinned=False))
+    state, report = quantized(family, None, **options)
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+    assert any("were kept in host memory" in note for note in report.notes)
+
+
+def test_a_folder_takes_what_a_device_has_no_room_for(tmp_path, device, monkeypatch):
+    expected, _ = quantized("llama", None)
+    monkeypatch.setattr(running, "room_on_device", lambda *_, **__: Room(60_000, 10**9, pinned=False))
+    state, report = quantized("llama", tmp_path)
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+    assert any("that had no room on the device were kept on disk" in note for note in report.notes)
+    assert is_clean(tmp_path)
+
+
+def test_where_all_have_room_nobody_watches():
+    assert type(activations(None, Timers(), Room(1000, 1000, pinned=False))) is InMemory
+    assert type(activations(None, Timers(), Room(1000, 1001, pinned=False))) is Spill
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["host", "disk"])
+def test_on_a_gpu(kind, tmp_path, everything, monkeypatch):
+    def run(room):
+        monkeypatch.setattr(running, "room_on_device", lambda *_, **__: room)
+        folder = tmp_path if kind == "disk" and room else None
+        model = tiny_model("llama").cuda()
+        config = fewbit.QuantConfig(**SMALL)
+        text = random_sequences(6)
+        model = fewbit.quantize(model, config, dataset=text, tokenizer=tiny_tokenizer(), offload_dir=folder)
+        return model.state_dict(), model.fewbit_report.notes
+
+    expected, _ = run(None)
+    for budget in (0, 60_000):
+        state, notes = run(Room(budget, 10**9, pinned=True))
+        assert all(torch.equal(state[key], expected[key]) for key in expected)
+        assert any({"host": "host memory", "disk": "on disk"}[kind] in note for note in notes)
 
 
 PEAK = """

@@ -13,9 +13,9 @@ from ..config import QuantConfig
 from ..plan import LayerPlan, Plan, block_of
 from ..walk.experts import UnfusedExperts, unfused_modules
 from ..walk.hessians import PROBE_TOKENS, Rows, hold_out
+from ..walk.room import KEPT_STORAGES
 from ..walk.routing import TOKENS_PER_FEATURE
 from ..walk.run import needs_full_precision
-from ..walk.spill import KEPT_STORAGES
 from .trial import Trial, of_expert, tokens_of
 
 

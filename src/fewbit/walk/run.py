@@ -29,6 +29,7 @@ from .hessians import HessianPool, Rows, hold_out
 from .lockstep import Arrival, Leave, Meet, Passage, Traffic, walk
 from .quantizer import LayerQuantizer, Progress, Sink
 from .ranks import Ranks
+from .room import room_on_device
 from .routing import Routing
 from .spill import activations
 from .tuning import BlockTuner
@@ -61,7 +62,8 @@ def quantize_layers(
         weights: where the weights come from; by default they are all in memory.
         ranks: the processes that share the work, if there are several. Each has the model and all batches, and ends
             with all layers quantized.
-        offload_dir: folder for the activations of batches that wait; None keeps them in memory.
+        offload_dir: folder for the activations of batches that wait; None keeps them in memory. On a CUDA device
+            those that it has no room for are kept there, or else in host memory.
 
     Returns:
         Sentences about anything a user should know.
@@ -71,6 +73,7 @@ def quantize_layers(
         CalibrationError: `tune`, and a single calibration sequence.
         SolverError: in strict mode, a layer needed a fallback.
         OutputError: activations cannot be written to `offload_dir`.
+        CalibrationError: they fit neither on the device nor in host memory.
     """
     modules = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
     weights, ranks = weights or Weights(model), ranks or Ranks()
@@ -101,7 +104,8 @@ def quantize_layers(
         if not calibration.batches:
             _meet_without_inputs(modules, quantizer, weights)
             return notes
-        spill = activations(offload_dir, timers)
+        room = room_on_device(model, plan, weights, rows, streams=2 if paired else 1)
+        spill = activations(offload_dir, timers, room)
         with encoder_outputs, weights.on_demand(quantizer.restore, spill.unrecorded), spill:
             jobs = [_job(model, batch) for batch in batches]
             references = range(len(batches), 2 * len(batches) if paired else len(batches))

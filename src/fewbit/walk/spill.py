@@ -1,8 +1,9 @@
-"""Activations on disk while the batch that they belong to is paused.
+"""Activations elsewhere while the batch that they belong to is paused: on disk, or a GPU's in host memory.
 
 At every pause of the walk each batch holds its activations, so with many calibration tokens they are the larger
-part of memory. `Spill` keeps in memory only those of the one job that runs: what its operations made and is still
-alive when it pauses goes to a scratch file. Whoever uses such a tensor next gets its bytes back first.
+part of memory. `Spill` keeps no more of them where they are than fit: on the CPU those of the one job that runs, on a
+GPU as many as it has room for. Of others, what a job's operations made and is still alive when it pauses is put in a
+store. Whoever uses such a tensor next gets its bytes back first.
 
 `Spill` sees every operation of torch, on the way in and on the way out: outputs are what a job made, inputs are
 what must be in memory. Below a tensor it empties and fills the storage; the tensor itself, its views, its identity
@@ -10,16 +11,16 @@ and its version stay, wherever references to it are (local variables, containers
 
 On the CPU every access to a tensor goes through torch, and a tensor is read back when an operation needs it, and
 written again only if one changed it. Elsewhere kernels are also launched by address. So there a job gets back all
-it had before it runs on, and all of it is written again.
+it had before it runs on, and what it still has afterwards is taken to be changed.
+
+Jobs run in the same order again and again. So when there is no room, it is the job that pauses which gives way: the
+first ones stay, and only the others come and go.
 """
 
 from __future__ import annotations
 
-import ctypes
-import tempfile
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,18 +28,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import OutputError
 from ..report.words import size
 from ..timers import Timers
 from .heap import give_freed_memory_back
+from .places import File, HostMemory, Store, is_on_cpu
+from .room import KEPT_STORAGES, Room
 
 _SMALLEST = 1 << 16  # bytes of a storage: smaller ones are not worth the trouble
 _FREED = 1 << 25  # bytes after which freed memory is given back to the system
-KEPT_STORAGES = (
-    8  # storages that stay when something outside of the jobs, such as a Hessian, goes through them all
-)
 
 
 class InMemory:
@@ -63,18 +62,27 @@ class InMemory:
         return []
 
 
-def activations(folder: str | Path | None, timers: Timers) -> InMemory:
-    """Where activations of paused jobs are kept: in `folder`, or in memory if there is none.
+def activations(folder: str | Path | None, timers: Timers, room: Room | None = None) -> InMemory:
+    """Where activations of paused jobs are kept.
+
+    Args:
+        folder: what has to give way goes there; None: into host memory, if the device has not enough `room`.
+        room: of the device; None: on the CPU, where they give way only to a folder, and then all of them.
 
     Raises:
         OutputError: nothing can be written in `folder`.
     """
-    return InMemory() if folder is None else Spill(Path(folder), timers)
+    budget = 0 if room is None else room.bytes
+    if folder is not None:
+        return Spill(File(Path(folder)), timers, budget)
+    if room is None or room.needed <= budget:
+        return InMemory()
+    return Spill(HostMemory(pinned=room.pinned), timers, budget)
 
 
 def check_folder(folder: str | Path) -> None:
     """Raises OutputError if nothing can be written in `folder`."""
-    _Scratch(Path(folder)).close()
+    File(Path(folder)).close()
 
 
 @dataclass(eq=False)
@@ -82,41 +90,48 @@ class _Record:
     """A storage that a job made.
 
     Attributes:
-        on_cpu: whether all accesses to it go through torch.
-        place: where it has been written to, and how many bytes; None: not yet.
-        present: whether it is in memory. saved: whether the file has the very bytes that it has.
+        on_cpu: whether all accesses to it go through torch. bytes: that it has.
+        place: in the store; None: it was never put there.
+        present: whether it is where it belongs. saved: whether the store has the very bytes that it has.
     """
 
     storage: weakref.ref[UntypedStorage]
     on_cpu: bool
-    place: tuple[int, int] | None = None
+    bytes: int
+    place: Any = None
     present: bool = True
     saved: bool = False
 
 
 class Spill(InMemory):
-    """Activations of paused jobs are in a file in `folder`. Seconds are counted in the phase "offload".
+    """Activations of paused jobs are in a store, but for as many as there is room for.
 
-    Must be entered around the whole walk. When it is left, what is still alive is brought back and the file is
-    gone, whatever happened.
+    Must be entered around the whole walk. When it is left, what is still alive is brought back and the store is
+    closed, whatever happened. Seconds of a store that has to be waited for are counted in the phase "offload".
+
+    Args:
+        budget: bytes that may stay while a job is paused.
 
     Attributes:
-        written, read: bytes so far. peak: the scratch file's size.
+        written, read: bytes so far.
 
     Raises:
-        OutputError: the file cannot be written or read; where it cannot even be made, at once.
+        FewbitError: the store's.
     """
 
-    def __init__(self, folder: Path, timers: Timers) -> None:
-        self.written = self.read = self.peak = 0
-        self._scratch = _Scratch(folder)
+    def __init__(self, store: Store, timers: Timers, budget: int = 0) -> None:
+        self.written = self.read = 0
+        self._store = store
         self._timers = timers
+        self._budget = budget
         self._mode: Any = _EveryOperation(self._before, self._after)
         self._records: dict[int, _Record] = {}  # by id of the storage; those that died are not in it
-        self._present: dict[int, _Record] = {}  # those in memory, the last used at the end
-        self._paused: dict[int, list[_Record]] = {}  # what a job had, where it must be given back
+        self._present: dict[int, _Record] = {}  # those that are where they belong, the last used at the end
+        self._held = 0  # bytes of these
+        self._touched: dict[int, _Record] = {}  # by the job that runs, where it must be given them back
+        self._paused: dict[int, list[_Record]] = {}  # the same of jobs that do not run
         self._recording = False
-        self._freed = 0  # bytes since memory was last given back
+        self._freed = 0  # bytes of the heap since memory was last given back
 
     def __enter__(self) -> None:
         self._mode.__enter__()
@@ -129,23 +144,31 @@ class Spill(InMemory):
         finally:
             self._records.clear()
             self._present.clear()
-            self._scratch.close()
+            self._store.close()
+
+    @property
+    def peak(self) -> int:
+        """Bytes in the store at a time."""
+        return self._store.size
 
     @contextmanager
     def running(self, job: int) -> Iterator[None]:
         """To be entered while job number `job` computes, and left when it pauses."""
-        with self._timers.time("offload"):
-            self._put_away(keep=0)
+        with self._timed():
+            self._make_room()
             for record in self._paused.pop(job, ()):
                 self._bring_back(record)
+                record.saved = False  # kernels that get an address change it unseen
+                self._touch(record)
         self._recording = True
         try:
             yield
         finally:
             self._recording = False
-        with self._timers.time("offload"):
-            self._paused[job] = [record for record in self._present.values() if not record.on_cpu]
-            self._put_away(keep=0)
+        with self._timed():
+            self._paused[job] = list(self._touched.values())
+            self._make_room(first=self._paused[job])
+            self._touched.clear()
 
     @contextmanager
     def unrecorded(self) -> Iterator[None]:
@@ -158,10 +181,17 @@ class Spill(InMemory):
 
     def notes(self) -> list[str]:
         """Sentences about what was done."""
+        if not self.written:
+            return []
         written, read, peak = (size(count) for count in (self.written, self.read, self.peak))
+        which = "that had no room on the device " if self._budget else ""
         return [
-            f"activations of paused batches were kept on disk: {written} written, {read} read, {peak} at a time"
+            f"activations of paused batches {which}were kept {self._store.name}: {written} written, {read} read, "
+            f"{peak} at a time"
         ]
+
+    def _timed(self) -> AbstractContextManager[None]:
+        return self._timers.time("offload") if self._store.waits else nullcontext()
 
     def _before(self, func: Any, inputs: list[UntypedStorage]) -> None:
         """Have the inputs of an operation in memory."""
@@ -170,16 +200,18 @@ class Spill(InMemory):
         if not needed:
             return
         if not all(record.present for record in needed.values()):
-            with self._timers.time("offload"):
+            with self._timed():
                 for record in needed.values():
                     self._bring_back(record)
         for key, record in needed.items():
             self._present.pop(key, None)
             self._present[key] = record
             record.saved = record.saved and not func._schema.is_mutable
-        if not self._recording and len(self._present) > KEPT_STORAGES:
-            with self._timers.time("offload"):
-                self._put_away(keep=max(KEPT_STORAGES, len(needed)))
+            if self._recording:
+                self._touch(record)
+        if not self._recording and len(self._present) > KEPT_STORAGES and self._held > self._budget:
+            with self._timed():
+                self._make_room(spare=max(KEPT_STORAGES, len(needed)))
 
     def _after(self, inputs: list[UntypedStorage], outputs: list[UntypedStorage]) -> None:
         """Remember what a job made anew; an output that shares an input's storage is not new."""
@@ -194,9 +226,18 @@ class Spill(InMemory):
                 and storage.nbytes() >= _SMALLEST
                 and storage.device.type != "meta"
                 and storage.resizable()
+                and self._store.takes(storage)
             ):
                 reference = weakref.ref(storage, self._forgetting(key))
-                self._records[key] = self._present[key] = _Record(reference, _is_cpu(storage))
+                record = _Record(reference, is_on_cpu(storage), storage.nbytes())
+                self._records[key] = record
+                self._enter(record, storage)
+                self._touch(record)
+
+    def _touch(self, record: _Record) -> None:
+        storage = record.storage()
+        if not record.on_cpu and storage is not None:
+            self._touched[id(storage)] = record
 
     def _forgetting(self, key: int) -> Callable[[object], None]:
         return lambda _: self._forget(key)
@@ -204,60 +245,71 @@ class Spill(InMemory):
     def _forget(self, key: int) -> None:
         """The storage is gone: its place may be used again."""
         record = self._records.pop(key, None)
-        self._present.pop(key, None)
-        if record is not None and record.place is not None:
-            self._scratch.release(*record.place)
+        self._touched.pop(key, None)
+        if record is None:
+            return
+        self._leave(key)
+        if record.place is not None:
+            self._store.release(record.place)
 
-    def _put_away(self, keep: int) -> None:
-        """Write what is in memory to the file, but for the `keep` storages used last, and free it."""
-        for key, record in list(self._present.items())[: max(0, len(self._present) - keep)]:
-            storage = record.storage()
-            if storage is None:
-                continue
-            if not storage.resizable():  # its memory was given to numpy or another process
-                self._forget(key)
-                continue
-            self._write(record, storage)
-            # In this order: whatever is interrupted, `present` never says so of an empty storage.
-            record.present = False
-            self._present.pop(key, None)
-            self._freed += storage.nbytes()
-            storage.resize_(0)
+    def _enter(self, record: _Record, storage: UntypedStorage) -> None:
+        record.present, record.bytes = True, storage.nbytes()
+        self._present[id(storage)] = record
+        self._held += record.bytes
+
+    def _leave(self, key: int) -> None:
+        record = self._present.pop(key, None)
+        self._held -= 0 if record is None else record.bytes
+
+    def _make_room(self, *, spare: int = 0, first: Collection[_Record] = ()) -> None:
+        """Put storages in the store until the others fit the budget, besides the `spare` ones that were used last.
+
+        Those whose bytes it has already cost nothing; then come `first`, then those that were used longest ago.
+        """
+        if self._held <= self._budget:
+            return
+        known = list(self._present.items())
+        leaving, staying = known[: max(0, len(known) - spare)], known[max(0, len(known) - spare) :]
+        allowed = self._budget + sum(record.bytes for _, record in staying)
+        if self._budget:
+            turns = set(first)
+            leaving.sort(key=lambda item: 0 if item[1].saved else 1 if item[1] in turns else 2)
+        for key, record in leaving:
+            if self._held <= allowed:
+                break
+            self._put_away(key, record)
         if self._freed >= _FREED:
             give_freed_memory_back()
             self._freed = 0
 
-    def _write(self, record: _Record, storage: UntypedStorage) -> None:
-        if record.saved and record.on_cpu:
+    def _put_away(self, key: int, record: _Record) -> None:
+        """Put a storage in the store, and free its memory."""
+        storage = record.storage()
+        if storage is None:
+            return
+        if not storage.resizable():  # its memory was given to numpy or another process
+            self._forget(key)
             return
         count = storage.nbytes()
-        if record.place is not None and record.place[1] != count:
-            self._scratch.release(*record.place)
-            record.place = None
-        if record.place is None:
-            record.place = (self._scratch.take(count), count)
-        self._scratch.write(record.place[0], _memory(_on_cpu(storage)))
-        self.written += count
-        self.peak = self._scratch.size
-        record.saved = True
+        if not record.saved:
+            record.place = self._store.put(storage, record.place)
+            self.written += count
+            record.saved = True
+        # In this order: whatever is interrupted, `present` never says so of an empty storage.
+        record.present = False
+        self._leave(key)
+        record.bytes = count
+        self._freed += count if record.on_cpu else 0
+        storage.resize_(0)
 
     def _bring_back(self, record: _Record) -> None:
         storage = record.storage()
         if storage is None or record.present:
             return
-        assert record.place is not None
-        start, count = record.place
-        storage.resize_(count)
-        if record.on_cpu:
-            self._scratch.read(start, _memory(storage))
-        else:
-            with _disable_current_modes():
-                held = torch.empty(count, dtype=torch.uint8).untyped_storage()
-                self._scratch.read(start, _memory(held))
-                storage.copy_(held)
-        self.read += count
-        record.present = True
-        self._present[id(storage)] = record
+        storage.resize_(record.bytes)
+        self._store.get(record.place, storage)
+        self.read += record.bytes
+        self._enter(record, storage)
 
 
 class _EveryOperation(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -290,81 +342,3 @@ def _storages(values: Iterable[object]) -> Iterator[UntypedStorage]:
                 yield value.untyped_storage()
         elif isinstance(value, (list, tuple)):
             yield from _storages(value)
-
-
-def _on_cpu(storage: UntypedStorage) -> UntypedStorage:
-    if _is_cpu(storage):
-        return storage
-    with _disable_current_modes():
-        copy: UntypedStorage = storage.cpu()  # type: ignore[no-untyped-call]
-        return copy
-
-
-def _is_cpu(storage: UntypedStorage) -> bool:
-    return storage.device.type == "cpu"
-
-
-def _memory(storage: UntypedStorage) -> memoryview:
-    """The bytes of a storage on the CPU, while the caller keeps it. Through numpy it could not be resized any more."""
-    return memoryview((ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())).cast("B")
-
-
-class _Scratch:
-    """A file without a name: it is gone as soon as it is closed or the process ends, however that happens.
-
-    Places are used again for the same size: the same shapes come again in every block.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.size = 0
-        self._folder = folder
-        self._free: defaultdict[int, list[int]] = defaultdict(list)
-        try:
-            self._file = tempfile.TemporaryFile(dir=folder, prefix="fewbit-", buffering=0)  # noqa: SIM115 (closed by close)
-        except OSError as error:
-            raise OutputError(
-                f"activations cannot be kept in {folder}: {error.strerror or error}. Create the folder, make it "
-                "writable, or name another one (--offload-dir)"
-            ) from error
-
-    def take(self, count: int) -> int:
-        """Where `count` bytes can be written."""
-        if self._free[count]:
-            return self._free[count].pop()
-        start, self.size = self.size, self.size + count
-        return start
-
-    def release(self, start: int, count: int) -> None:
-        """Let these bytes be written over."""
-        self._free[count].append(start)
-
-    def write(self, start: int, data: memoryview) -> None:
-        try:
-            self._file.seek(start)
-            done = 0
-            while done < len(data):
-                done += self._file.write(data[done:])
-        except OSError as error:
-            raise OutputError(
-                f"activations cannot be written to {self._folder}: {error.strerror or error}, after "
-                f"{size(self.size)}. Name a folder with more space (--offload-dir), or use fewer or shorter "
-                "calibration sequences (--num-samples, --seq-len)"
-            ) from error
-
-    def read(self, start: int, into: memoryview) -> None:
-        try:
-            self._file.seek(start)
-            done = 0
-            while done < len(into):
-                count = self._file.readinto(into[done:])
-                if not count:
-                    raise OutputError(f"the activations in {self._folder} are shorter than they were written")
-                done += count
-        except OSError as error:
-            raise OutputError(
-                f"activations cannot be read back from {self._folder}: {error.strerror or error}. Name a folder on "
-                "another disk (--offload-dir)"
-            ) from error
-
-    def close(self) -> None:
-        self._file.close()

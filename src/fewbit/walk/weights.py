@@ -54,6 +54,10 @@ class Weights:
         """Bytes of every unit: here all weights are one, which stays in memory."""
         return {REST: sum(tensor.nbytes for tensor in {*self.model.parameters(), *self.model.buffers()})}
 
+    def bytes_to_come(self) -> int:
+        """Bytes that will be read at most, beyond what is in memory, at a time."""
+        return 0
+
     def untie(self, name: str) -> None:
         """Give the tied parameter `name` a tensor of its own, with the same values."""
         module, _, key = name.rpartition(".")
@@ -150,6 +154,12 @@ class StreamedWeights(Weights):
     def units(self) -> dict[str, int]:
         """Bytes of every unit, once it is in memory."""
         return {unit: sum(self._get(name).nbytes for name in names) for unit, names in self._members.items()}
+
+    def bytes_to_come(self) -> int:
+        """Bytes that will be read at most, beyond what is in memory, at a time: the rest, and two units."""
+        units = self.units()
+        rest = units.pop(REST, 0)
+        return max(0, rest + sum(sorted(units.values())[-2:]) - self.resident_bytes)
 
     def untie(self, name: str) -> None:
         """Give the tied parameter `name` a tensor of its own, with the same values."""

@@ -1,0 +1,96 @@
+"""The room that a GPU has for activations: arithmetic, with the device's answer put in."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import models
+from fewbit import QuantConfig
+from fewbit.plan import make_plan
+from fewbit.source import open_source
+from fewbit.timers import Timers
+from fewbit.walk import room
+from fewbit.walk.hessians import Rows
+from fewbit.walk.room import free_bytes, room_on_device, solver_bytes
+from fewbit.walk.weights import REST, StreamedWeights
+
+GPU = torch.device("cuda", 0)
+
+
+def llama(hidden, inner, key_values):
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=2, num_attention_heads=hidden // 128,
+        num_key_value_heads=key_values // 128, vocab_size=128_256,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return LlamaForCausalLM(config).bfloat16().eval()
+
+
+def room_of(monkeypatch, model, free, streams=2, batches=128):
+    monkeypatch.setattr(room, "free_bytes", lambda device: free)
+    rows = [Rows(counts=frozenset([2048]))] * batches
+    weights = SimpleNamespace(device=GPU, bytes_to_come=lambda: 10**9)
+    return room_on_device(model, make_plan(model, QuantConfig()), weights, rows, streams)
+
+
+def test_nobody_asks_a_cpu():
+    assert free_bytes(torch.device("cpu")) is None
+    weights = SimpleNamespace(device=torch.device("cpu"))
+    assert room_on_device(models.tiny_model("llama"), None, weights, [], 1) is None
+
+
+def test_an_8b_model_on_gpus_of_two_sizes(monkeypatch):
+    model = llama(4096, 14336, 1024)
+    # Held while the widest layer waits: its input, the residual, and the input of the feed-forward network.
+    held = 2 * 128 * 2048 * (14336 + 2 * 4096) * 2
+    large = room_of(monkeypatch, model, 139 * 2**30)
+    assert held < large.needed < 2 * held
+    assert large.needed < large.bytes < 0.9 * 139 * 2**30
+    small = room_of(monkeypatch, model, 24 * 2**30)
+    assert 0 < small.bytes < held
+    assert small.needed == large.needed
+    assert large.bytes - small.bytes == pytest.approx(0.9 * 115 * 2**30, abs=2)
+    assert room_of(monkeypatch, model, 24 * 2**30, streams=1).needed == large.needed // 2
+    assert room_of(monkeypatch, model, 2**30).bytes == 0
+    assert large.pinned
+
+
+def test_a_70b_model_needs_no_watching_on_a_large_gpu(monkeypatch):
+    found = room_of(monkeypatch, llama(8192, 28672, 1024), 139 * 2**30)
+    assert found.needed < found.bytes
+
+
+def test_the_solver_has_its_matrices():
+    plan = make_plan(llama(4096, 14336, 1024), QuantConfig())
+    assert solver_bytes(plan, 2) == 36 * 14336**2 + 26 * 14336 * 4096
+    assert solver_bytes(plan, 1) == 20 * 14336**2 + 15 * 14336 * 4096
+
+
+def test_a_batch_without_tokens(monkeypatch):
+    model = models.tiny_model("llama")
+    monkeypatch.setattr(room, "free_bytes", lambda device: 10**9)
+    weights = SimpleNamespace(device=GPU, bytes_to_come=lambda: 0)
+    found = room_on_device(model, make_plan(model, QuantConfig(group_size=16)), weights, [Rows()], 1)
+    assert 0 < found.needed < found.bytes
+
+
+def test_the_weights_that_are_still_to_come(tmp_path):
+    folder = models.save_tiny(tmp_path / "model", "llama", num_hidden_layers=4)
+    model, files = open_source(folder).build_model("auto")
+    weights = StreamedWeights(model, files, torch.device("cpu"), Timers())
+    sizes = weights.units()
+    rest, largest = sizes.pop(REST), sorted(sizes.values())
+    assert weights.bytes_to_come() == rest + largest[-1] + largest[-2]
+    weights.require("model.norm")
+    assert weights.bytes_to_come() == largest[-1] + largest[-2]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_says_what_is_free():
+    before = free_bytes(GPU)
+    held = torch.empty(2**28, dtype=torch.uint8, device=GPU)
+    assert 2**28 <= before - free_bytes(GPU) < 2**29
+    del held  # torch keeps it, and would use it again
+    assert free_bytes(GPU) > before - 2**26
