@@ -1,19 +1,14 @@
-from importlib.util import find_spec
-
 import pytest
 import torch
 
 import oracle
 from fewbit.solver import native
 from fewbit.solver.grid import Grid, fit_grid, storable
-from fewbit.solver.ldlq import factor, order, solve, solve_each
+from fewbit.solver.ldlq import factor, factor_all, order, solve, solve_each
 
 BACKENDS = [
     "torch",
     pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason=native.why_not())),
-    pytest.param(
-        "triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason="pip install triton")
-    ),
 ]
 
 
@@ -97,6 +92,21 @@ def test_factor_is_the_factorization_in_processing_order():
 def test_factor_says_when_the_matrix_is_not_positive_definite():
     assert factor(-torch.eye(4), torch.arange(4), 0.01) is None
     assert factor(torch.full((4, 4), float("nan")), torch.arange(4), 0.01) is None
+
+
+def test_a_batch_is_factored_like_each_alone():
+    H = [problem(1, 60, seed=seed)[1] for seed in range(3)]
+    H.insert(1, -torch.eye(60))
+    H.append(torch.full((60, 60), float("nan")))
+    perms = [torch.randperm(60) for _ in H]
+    for found, h, perm in zip(factor_all(H, perms, 0.02), H, perms, strict=True):
+        alone = factor(h, perm, 0.02)
+        assert (found is None) == (alone is None)
+        if found is not None:
+            assert torch.equal(found.perm, alone.perm)
+            torch.testing.assert_close(found.F, alone.F, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found.d, alone.d, rtol=1e-5, atol=0)
+            assert found.added == pytest.approx(alone.added)
 
 
 def test_solving_beats_rounding():

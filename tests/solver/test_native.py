@@ -21,7 +21,7 @@ def test_grid_search_finds_the_same_grids(bits, sym, isa):
     W, D = torch.randn(m, n), torch.rand(n) + 0.1
     W[5, 32:64] = 0
     starts = torch.tensor([0, 32, 64, 96, 100], dtype=torch.int32)
-    lists = grid._candidates(bits, sym)
+    lists = grid.candidates(bits, sym)
     s, z = native.fit_grid(W, D, starts, lists.coarse, lists.fine, lists.offsets, bits, sym, isa)
     s_torch, z_torch = grid._fit_torch(W, D, starts, lists, bits, sym)
     assert (s == s_torch).float().mean() > 0.95  # the rest are ties between sums in another order
@@ -50,7 +50,7 @@ def test_block_gives_the_codes_of_the_torch_block(m, k, isa):
     scales = (torch.rand(G, m) * 0.2 + 0.2) * torch.where(torch.rand(G, m) < 0.5, -1.0, 1.0)
     zeros = torch.randint(1, 16, (G, m)).float()
     results = []
-    for block, extra in ((ldlq._block, ()), (native.ldlq_block, (isa,))):
+    for block, extra in ((ldlq.torch_block, ()), (native.ldlq_block, (isa,))):
         codes, E = torch.empty(k, m, dtype=torch.uint8), torch.empty(k, m)
         loss = block(W, W.clone(), F, d, scales, zeros, groups, 4, codes, E, *extra)
         results.append((codes, E, loss))
@@ -63,7 +63,7 @@ def test_block_gives_the_codes_of_the_torch_block(m, k, isa):
 
 @needs_module
 def test_an_unknown_instruction_set_is_refused():
-    lists = grid._candidates(4, True)
+    lists = grid.candidates(4, True)
     starts = torch.tensor([0, 1], dtype=torch.int32)
     with pytest.raises(ValueError, match="this processor has no sve"):
         native.fit_grid(

@@ -7,6 +7,7 @@ fallback says what happens when the Hessian is bad.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,17 +18,29 @@ from ..config import LayerSettings
 from ..errors import SolverError
 from . import native
 from .correction import CAUTION, Drift, Probe, Total, best_alpha, output_error, relative_error, whole
-from .fallback import NO_CORRECTION, Prepared, prepare
+from .fallback import NO_CORRECTION, Prepared, prepare, prepare_all
 from .grid import Grid, fit_grid, nearest, storable
 from .hessian import Hessian
-from .ldlq import Factor, solve_each
+from .ldlq import Problem, Sweep, solve_all
 from .native import Backend
+from .paths import full_float32, why_no_triton
 from .refit import refit_scales
 
 # Multiples of the fitted scales that are tried as well.
 STRETCHES = (1.15, 1.3)
 
-__all__ = ["Accuracy", "FactorCache", "Hessian", "Probe", "Solution", "native", "quantize_weight"]
+__all__ = [
+    "Accuracy",
+    "FactorCache",
+    "Hessian",
+    "Probe",
+    "Siblings",
+    "Solution",
+    "native",
+    "quantize_together",
+    "quantize_weight",
+    "why_no_triton",
+]
 
 
 @dataclass(frozen=True)
@@ -91,10 +104,23 @@ class FactorCache:
             SolverError: the cache belongs to another Hessian.
         """
         self._belongs_to(hessian)
-        key = (settings.act_order, settings.group_size, settings.damp)
-        if key not in self._prepared:
-            self._prepared[key] = prepare(hessian, settings.group_size, settings.act_order, settings.damp)
-        return self._prepared[key]
+        if not self.has(settings):
+            prepared = prepare(hessian, settings.group_size, settings.act_order, settings.damp)
+            self._prepared[_key(settings)] = prepared
+        return self._prepared[_key(settings)]
+
+    def has(self, settings: LayerSettings) -> bool:
+        """Whether the factorization for these settings is there."""
+        return _key(settings) in self._prepared
+
+    def put(self, hessian: Hessian, settings: LayerSettings, prepared: Prepared) -> None:
+        """Keep a factorization that was computed together with others.
+
+        Raises:
+            SolverError: the cache belongs to another Hessian.
+        """
+        self._belongs_to(hessian)
+        self._prepared[_key(settings)] = prepared
 
     def drift(self, hessian: Hessian) -> Drift:
         """The direction of the correction, computed at the first request.
@@ -113,6 +139,11 @@ class FactorCache:
         self._hessian = hessian
 
 
+def _key(settings: LayerSettings) -> tuple[str, int, float]:
+    return settings.act_order, settings.group_size, settings.damp
+
+
+@full_float32()
 def quantize_weight(
     W: Tensor,
     H: Hessian | None,
@@ -135,77 +166,188 @@ def quantize_weight(
         probe: held-out tokens, on which both are judged.
         total: sums figures of every row over all rows of the layer, where W is a part of it. What is decided or
             measured of all rows (α, refit, loss, true error) then is the same in every part.
-        backend: "auto", "torch" or "native".
+        backend: "auto" (see `solver.paths`), "torch", "native" or "triton".
 
     Raises:
         SolverError: W is not a matrix, does not fit H, or is not finite.
     """
-    _check(W, H)
-    W = W.detach().float()
     if H is None or settings.method == "rtn":
+        _check(W, H)
+        W = W.detach().float()
         return _judged(_round_to_nearest(W, settings, backend, total), W, probe, total)
-    cache = cache if cache is not None else FactorCache()
-    shared = cache.get(H, settings)
+    alone = Siblings([W], H, cache if cache is not None else FactorCache(), probe, [total])
+    return quantize_together([alone], settings, accuracy=accuracy, backend=backend)[0][0]
+
+
+@dataclass(frozen=True)
+class Siblings:
+    """The weights of layers with one input, and what `quantize_weight` is told of them.
+
+    Attributes:
+        weights: (out_i, in), on the device of the Hessian. totals: one for each.
+    """
+
+    weights: Sequence[Tensor]
+    hessian: Hessian
+    cache: FactorCache
+    probe: Probe | None
+    totals: Sequence[Total]
+
+
+@full_float32()
+def quantize_together(
+    families: Sequence[Siblings],
+    settings: LayerSettings,
+    *,
+    accuracy: Accuracy | None = None,
+    backend: Backend = "auto",
+) -> list[list[Solution]]:
+    """`quantize_weight` for many layers at once: a GPU has too little to do with one small layer.
+
+    The rows of siblings go through the grid search and the sweep as one weight. Hessians of one size are factored as
+    one batch, and families of one shape swept as one. The codes are those of every layer alone, but for ties that are
+    broken by the order of a float32 sum.
+
+    Returns:
+        For each family the solutions of its weights.
+
+    Raises:
+        SolverError: a weight is not a matrix, does not fit its Hessian, or is not finite.
+    """
     accuracy = accuracy if accuracy is not None else Accuracy()
-    T, alpha, rungs = _target(W, H, cache, shared, accuracy, probe, total)
-    grid = fit_grid(
-        T, shared.D.to(T.device), shared.g_idx.to(T.device), settings.bits, sym=settings.sym, backend=backend
+    for family in families:
+        for W in family.weights:
+            _check(W, family.hessian)
+    _prepare(families, settings)
+    aims = [_aim(family, settings, accuracy, backend) for family in families]
+    swept = _swept(aims, settings, backend)
+    return [
+        _finished(family, aim, codes, losses, accuracy)
+        for family, aim, (codes, losses) in zip(families, aims, swept, strict=True)
+    ]
+
+
+def _prepare(families: Sequence[Siblings], settings: LayerSettings) -> None:
+    """Fill the caches: all that are empty at once, if there are several."""
+    empty = [family for family in families if not family.cache.has(settings)]
+    if len(empty) > 1:
+        hessians = [family.hessian for family in empty]
+        found = prepare_all(hessians, settings.group_size, settings.act_order, settings.damp)
+        for family, prepared in zip(empty, found, strict=True):
+            family.cache.put(family.hessian, settings, prepared)
+
+
+@dataclass(frozen=True)
+class _Aim:
+    """What the weights of a family, float32, are replaced by: targets T, one below the other, and a grid for them."""
+
+    weights: list[Tensor]
+    T: Tensor
+    grid: Grid
+    shared: Prepared
+    alphas: list[float | None]
+    rungs: list[tuple[str, ...]]
+
+
+def _aim(family: Siblings, settings: LayerSettings, accuracy: Accuracy, backend: Backend) -> _Aim:
+    shared = family.cache.get(family.hessian, settings)
+    weights = [W.detach().float() for W in family.weights]
+    targets, alphas, rungs = zip(
+        *(
+            _target(W, family, shared, accuracy, total)
+            for W, total in zip(weights, family.totals, strict=True)
+        ),
+        strict=True,
     )
-    if shared.factor is None:
-        swept, losses, damp = _codes(nearest(T, grid, settings.bits), grid, settings), None, None
-    else:
-        swept, losses = _sweep(T, shared.factor, grid, settings, backend)
-        damp = shared.damp
-    codes = _refit(W, T, swept, H, probe, total) if accuracy.refit and probe is not None else swept
-    loss = float(total(losses if codes is swept and losses is not None else _losses(T, codes, H)))
-    fallbacks = (*shared.fallbacks, *rungs)
-    solution = Solution(
-        codes, loss, fallbacks, damp, H.tokens, H.dropped, shared.dead, alpha, refit=codes is not swept
-    )
-    return _judged(solution, W, probe, total)
+    T = targets[0] if len(targets) == 1 else torch.cat(targets)
+    D, g_idx = shared.D.to(T.device), shared.g_idx.to(T.device)
+    grid = fit_grid(T, D, g_idx, settings.bits, sym=settings.sym, backend=backend)
+    return _Aim(weights, T, grid, shared, list(alphas), list(rungs))
 
 
 def _target(
-    W: Tensor,
-    H: Hessian,
-    cache: FactorCache,
-    shared: Prepared,
-    accuracy: Accuracy,
-    probe: Probe | None,
-    total: Total,
+    W: Tensor, family: Siblings, shared: Prepared, accuracy: Accuracy, total: Total
 ) -> tuple[Tensor, float | None, tuple[str, ...]]:
     """What to aim at instead of W, the α that gave it, and the rungs of the ladder that were needed."""
-    if not H.has_full:
+    if not family.hessian.has_full:
         return W, None, ()
-    automatic = accuracy.correction == "auto"
+    automatic, probe = accuracy.correction == "auto", family.probe
     if accuracy.correction == 0 or shared.factor is None or (automatic and probe is None):
         return W, 0.0, ()
-    step = cache.drift(H).step(W)
+    step = family.cache.drift(family.hessian).step(W)
     if step is None:
         return W, 0.0, (NO_CORRECTION,)
     alpha = CAUTION * best_alpha(W, step, probe, total) if automatic and probe else float(accuracy.correction)
     return torch.add(W, step, alpha=alpha), alpha, ()
 
 
-def _sweep(
-    T: Tensor, factor: Factor, grid: Grid, settings: LayerSettings, backend: Backend
-) -> tuple[Codes, Tensor]:
-    """The codes of the best of some stretched grids, row by row, and the loss of every row.
+def _swept(
+    aims: Sequence[_Aim], settings: LayerSettings, backend: Backend
+) -> list[tuple[Codes, Tensor | None]]:
+    """For each aim the codes of the best of some stretched grids, row by row, and the loss of every row.
 
     The grid that fits the weights best clips the largest of them. In the sweep a column takes errors of
     others on top of its own weight, and a clipped one cannot: where inputs are strongly correlated a wider
-    and coarser grid ends with the lower error.
+    and coarser grid ends with the lower error. Without a factorization: rounded to nearest, None.
     """
     stretches = STRETCHES if settings.bits < 8 else ()
-    wider = [storable(grid.scales.float() * stretch).to(grid.scales.dtype) for stretch in stretches]
-    grids = [grid, *(Grid(scales, grid.zeros, grid.g_idx) for scales in wider)]
-    first, *others = solve_each(T, factor, grids, settings.bits, backend=backend)
-    codes, scales, losses = first.codes.clone(), grid.scales.clone(), first.losses.clone()
-    for sweep, stretched in zip(others, wider, strict=True):
+    problems = [
+        Problem(aim.T, aim.shared.factor, [aim.grid, *(_stretched(aim.grid, by) for by in stretches)])
+        for aim in aims
+        if aim.shared.factor is not None
+    ]
+    solved = iter(zip(problems, solve_all(problems, settings.bits, backend=backend), strict=True))
+    results: list[tuple[Codes, Tensor | None]] = []
+    for aim in aims:
+        if aim.shared.factor is None:
+            results.append((_codes(nearest(aim.T, aim.grid, settings.bits), aim.grid, settings), None))
+        else:
+            problem, sweeps = next(solved)
+            results.append(_best(problem.grids, sweeps, settings))
+    return results
+
+
+def _stretched(grid: Grid, by: float) -> Grid:
+    return Grid(storable(grid.scales.float() * by).to(grid.scales.dtype), grid.zeros, grid.g_idx)
+
+
+def _best(grids: Sequence[Grid], sweeps: Sequence[Sweep], settings: LayerSettings) -> tuple[Codes, Tensor]:
+    """Every row as in the sweep where its loss is lowest, and these losses."""
+    codes, scales, losses = sweeps[0].codes, grids[0].scales, sweeps[0].losses
+    for sweep, grid in zip(sweeps[1:], grids[1:], strict=True):
         better = sweep.losses < losses
-        codes[better], scales[better] = sweep.codes[better], stretched[better]
-        losses[better] = sweep.losses[better]
-    return _codes(codes, Grid(scales, grid.zeros, grid.g_idx), settings), losses
+        codes = torch.where(better[:, None], sweep.codes, codes)
+        scales = torch.where(better[:, None], grid.scales, scales)
+        losses = torch.where(better, sweep.losses, losses)
+    return _codes(codes, Grid(scales, grids[0].zeros, grids[0].g_idx), settings), losses
+
+
+def _finished(
+    family: Siblings, aim: _Aim, codes: Codes, losses: Tensor | None, accuracy: Accuracy
+) -> list[Solution]:
+    """The family's weights apart, each with its refit, loss and true error."""
+    H, probe, shared, first = family.hessian, family.probe, aim.shared, 0
+    damp = None if shared.factor is None else shared.damp
+    solutions = []
+    for W, alpha, rungs, total in zip(aim.weights, aim.alphas, aim.rungs, family.totals, strict=True):
+        rows = slice(first, first + len(W))
+        first, T = rows.stop, aim.T[rows]
+        swept = replace(codes, codes=codes.codes[rows], scales=codes.scales[rows], zeros=codes.zeros[rows])
+        fitted = _refit(W, T, swept, H, probe, total) if accuracy.refit and probe is not None else swept
+        of_rows = losses[rows] if fitted is swept and losses is not None else _losses(T, fitted, H)
+        solution = Solution(
+            fitted,
+            float(total(of_rows)),
+            (*shared.fallbacks, *rungs),
+            damp,
+            H.tokens,
+            H.dropped,
+            shared.dead,
+            alpha,
+            refit=fitted is not swept,
+        )
+        solutions.append(_judged(solution, W, probe, total))
+    return solutions
 
 
 def _refit(W: Tensor, T: Tensor, swept: Codes, H: Hessian, probe: Probe, total: Total) -> Codes:

@@ -6,13 +6,14 @@ the rungs that were needed, in order. Whether a rung is acceptable is the caller
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .hessian import Hessian
-from .ldlq import Factor, factor, order
+from .ldlq import Factor, factor, factor_all, in_batches, order
 
 TOKENS_DROPPED = "non-finite tokens dropped"
 STARVED = "tokens of other experts added"  # by the walk, before the solver sees the Hessian
@@ -45,8 +46,14 @@ class Prepared:
     fallbacks: tuple[str, ...]
 
 
-def prepare(hessian: Hessian, group_size: int, act_order: str, damp: float) -> Prepared:
-    """Order the columns and factor H, going down the ladder as far as needed."""
+def prepare(
+    hessian: Hessian, group_size: int, act_order: str, damp: float, factored: Factor | None = None
+) -> Prepared:
+    """Order the columns and factor H, going down the ladder as far as needed.
+
+    Args:
+        factored: the plain factorization, where it is there already.
+    """
     fallbacks = (TOKENS_DROPPED,) if hessian.dropped else ()
     H = hessian.matrix()
     diag = hessian.diagonal()
@@ -55,8 +62,23 @@ def prepare(hessian: Hessian, group_size: int, act_order: str, damp: float) -> P
     if hessian.tokens == 0 or dead == len(diag):
         names = (*fallbacks, NO_TOKENS, ROUND_TO_NEAREST)
         return Prepared(torch.ones_like(diag), g_idx, None, damp, dead, names)
-    found, used, rungs = climb_down(H, perm, damp)
+    found, used, rungs = (factored, damp, ()) if factored is not None else climb_down(H, perm, damp)
     return Prepared(grid_weights(diag, damp), g_idx, found, used, dead, (*fallbacks, *rungs))
+
+
+def prepare_all(hessians: Sequence[Hessian], group_size: int, act_order: str, damp: float) -> list[Prepared]:
+    """As `prepare` for each; those of one size are factored as one batch. One that fails goes down the ladder alone."""
+    sizes: dict[int, list[int]] = {}
+    for i, hessian in enumerate(hessians):
+        sizes.setdefault(hessian.n, []).append(i)
+    prepared: dict[int, Prepared] = {}
+    for n, members in sizes.items():
+        for some in in_batches(members, n):
+            H = [hessians[i].matrix() for i in some]
+            perms = [order(h.diagonal(), group_size, act_order)[0] for h in H]
+            for i, factored in zip(some, factor_all(H, perms, damp), strict=True):
+                prepared[i] = prepare(hessians[i], group_size, act_order, damp, factored)
+    return [prepared[i] for i in range(len(hessians))]
 
 
 def grid_weights(diag: Tensor, damp: float) -> Tensor:

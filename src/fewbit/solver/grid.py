@@ -11,20 +11,23 @@ list of scales, then a fine list around the best one, then the least-squares sca
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from . import native
 from .native import Backend
+from .paths import path_for
 
 SMALLEST_SCALE = 2.0**-14  # the smallest normal float16: below it a scale would lose precision, or be zero
 LARGEST_SCALE = 65504.0  # the largest finite float16
 
-_PIECE_ELEMENTS = 1 << 19  # the torch path works on this many weights at a time
-_LEAST_SQUARES_STEPS = 2
-_TINY = 1e-37  # instead of zero, in a division
+LEAST_SQUARES_STEPS = 2
+TINY = 1e-37  # instead of zero, in a division
+
+# The torch path works on this many weights at a time: on the CPU as many as its cache holds, elsewhere so many
+# that starting an operation costs nothing beside it.
+_PIECE_ELEMENTS, _PIECE_ELEMENTS_ON_DEVICE = 1 << 19, 1 << 25
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class _Candidates:
+class Candidates:
     """What is tried: multiples of a base scale, multiples of the best of them, and zero points.
 
     Zero points are relative to the one that centres the range of the weights on the grid.
@@ -63,22 +66,24 @@ def fit_grid(W: Tensor, D: Tensor, g_idx: Tensor, bits: int, *, sym: bool, backe
     Returns:
         The grid. A group of zeros gets scale 1.
     """
-    columns = torch.argsort(g_idx, stable=True)
-    counts = torch.bincount(g_idx.long())
+    # Where groups begin decides the shapes below: one look at it from the CPU, instead of several.
+    groups = g_idx.cpu().long()
+    columns, counts = torch.argsort(groups, stable=True), torch.bincount(groups)
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    if not torch.equal(columns, torch.arange(len(columns), device=columns.device)):
+    if not torch.equal(columns, torch.arange(len(columns))):
+        columns = columns.to(W.device)
         W, D = W[:, columns], D[columns]
-    # A group without any weight in D (inputs that never were active) is fitted as if all mattered alike.
-    idle = torch.zeros_like(counts, dtype=D.dtype).index_add_(0, g_idx.long()[columns], D) == 0
-    D = torch.where(idle[g_idx.long()[columns]], torch.ones_like(D), D)
-    candidates = _candidates(bits, sym)
-    if native.use(backend, W):
-        W, D = W.contiguous(), D.contiguous()
-        lists = candidates.coarse, candidates.fine, candidates.offsets
-        scales, zeros = native.fit_grid(W, D, starts.int(), *lists, bits, sym)
-    else:
-        scales, zeros = _fit_torch(W, D, starts, candidates, bits, sym)
+    tried = candidates(bits, sym)
+    search = SEARCHES[path_for(backend, W)]
+    scales, zeros = search(W, _with_idle_groups(D, counts), starts, tried, bits, sym)
     return Grid(scales.half(), zeros.short(), g_idx.int())
+
+
+def _with_idle_groups(D: Tensor, counts: Tensor) -> Tensor:
+    """D with ones in groups that have no weight in it (inputs that never were active): there all matter alike."""
+    group = torch.repeat_interleave(torch.arange(len(counts)), counts).to(D.device)
+    idle = D.new_zeros(len(counts)).index_add_(0, group, D) == 0
+    return torch.where(idle[group], torch.ones_like(D), D)
 
 
 def nearest(W: Tensor, grid: Grid, bits: int) -> Tensor:
@@ -96,7 +101,8 @@ _SEARCH = {2: (0.25, 40, 28, 2), 3: (0.25, 48, 28, 4), 4: (0.25, 64, 32, 8), 8: 
 _FINE_STEPS = 9
 
 
-def _candidates(bits: int, sym: bool) -> _Candidates:
+def candidates(bits: int, sym: bool) -> Candidates:
+    """What `fit_grid` tries."""
     low, symmetric_count, asymmetric_count, reach = _SEARCH[bits]
     levels, half = 2**bits - 1, 2 ** (bits - 1)
     # Above `high` every weight lies inside the grid, and a larger scale only makes it coarser.
@@ -105,37 +111,58 @@ def _candidates(bits: int, sym: bool) -> _Candidates:
     ratio = (low / high) ** (1 / (count - 1))
     coarse = high * ratio ** torch.arange(count, dtype=torch.float32)
     fine = ratio ** (torch.arange(1 - _FINE_STEPS, _FINE_STEPS, dtype=torch.float32) / _FINE_STEPS)
-    return _Candidates(coarse, fine, torch.arange(-reach, reach + 1, dtype=torch.int32))
+    return Candidates(coarse, fine, torch.arange(-reach, reach + 1, dtype=torch.int32))
 
 
 def _fit_torch(
-    W: Tensor, D: Tensor, starts: Tensor, candidates: _Candidates, bits: int, sym: bool
+    W: Tensor, D: Tensor, starts: Tensor, tried: Candidates, bits: int, sym: bool
 ) -> tuple[Tensor, Tensor]:
-    """The search in torch: float32 scales and zeros (m, G)."""
-    bounds = starts.tolist()
-    m, G = W.shape[0], len(bounds) - 1
-    width = max(b - a for a, b in pairwise(bounds))
+    """The search in torch: float32 scales and zeros (m, G). `starts` are on the CPU."""
+    starts = starts.long()
+    widths = starts.diff()
+    m, G, width = W.shape[0], len(widths), int(widths.max())
     # Groups padded to one width with columns of weight 0, which change neither range nor error.
-    index = torch.zeros(G, width, dtype=torch.long, device=W.device)
-    inside = torch.zeros(G, width, dtype=W.dtype, device=W.device)
-    for g, (a, b) in enumerate(pairwise(bounds)):
-        index[g, : b - a] = torch.arange(a, b)
-        inside[g, : b - a] = 1
+    index = starts[:-1, None] + torch.arange(width)
+    there = index < starts[1:, None]
+    index, inside = index.mul_(there).to(W.device), there.to(W.device, W.dtype)
     D_groups = D[index] * inside
     scales = torch.empty(m, G, dtype=torch.float32, device=W.device)
     zeros = torch.empty_like(scales)
-    step = max(1, _PIECE_ELEMENTS // (G * width))
+    piece = _PIECE_ELEMENTS if W.device.type == "cpu" else _PIECE_ELEMENTS_ON_DEVICE
+    step = max(1, piece // (G * width))
     for a in range(0, m, step):
         W_groups = W[a : a + step][:, index] * inside
-        search = _Search(W_groups, D_groups, candidates, bits, sym)
+        search = _Search(W_groups, D_groups, tried, bits, sym)
         scales[a : a + step], zeros[a : a + step] = search.run()
     return scales, zeros
+
+
+def _fit_native(
+    W: Tensor, D: Tensor, starts: Tensor, tried: Candidates, bits: int, sym: bool
+) -> tuple[Tensor, Tensor]:
+    lists = tried.coarse, tried.fine, tried.offsets
+    return native.fit_grid(W.contiguous(), D.contiguous(), starts.int(), *lists, bits, sym)
+
+
+def _fit_triton(
+    W: Tensor, D: Tensor, starts: Tensor, tried: Candidates, bits: int, sym: bool
+) -> tuple[Tensor, Tensor]:
+    from . import triton
+
+    widest = int(starts.diff().max())
+    starts, coarse, fine, offsets = (
+        values.to(W.device).contiguous() for values in (starts.int(), tried.coarse, tried.fine, tried.offsets)
+    )
+    return triton.fit_grid(W.contiguous(), D.contiguous(), starts, coarse, fine, offsets, widest, bits, sym)
+
+
+SEARCHES = {"native": _fit_native, "triton": _fit_triton, "torch": _fit_torch}
 
 
 class _Search:
     """The search for one piece: W (m, G, width), D (G, width); state is the best so far, (m, G)."""
 
-    def __init__(self, W: Tensor, D: Tensor, candidates: _Candidates, bits: int, sym: bool) -> None:
+    def __init__(self, W: Tensor, D: Tensor, candidates: Candidates, bits: int, sym: bool) -> None:
         self.W, self.D, self.candidates = W, D, candidates
         self.levels, self.sym = 2**bits - 1, sym
         self.zero = float(2 ** (bits - 1))
@@ -152,7 +179,7 @@ class _Search:
         for factor in self.candidates.fine.tolist():
             for offset in (0,) if self.sym else (-1, 0, 1):
                 self.attempt(s * factor, (z + offset).clamp(1, self.levels))
-        for _ in range(_LEAST_SQUARES_STEPS):
+        for _ in range(LEAST_SQUARES_STEPS):
             self.attempt(self.least_squares(), self.z)
         empty = self.high == self.low
         return torch.where(empty, 1.0, self.s), torch.where(empty, self.zero, self.z)
@@ -167,10 +194,10 @@ class _Search:
 
     def coarse_asymmetric(self) -> None:
         base = (self.high - self.low) / self.levels
-        self.attempt(base, torch.round(-self.low / base.clamp(min=_TINY)).clamp(1, self.levels))
+        self.attempt(base, torch.round(-self.low / base.clamp(min=TINY)).clamp(1, self.levels))
         for factor in self.candidates.coarse.tolist():
             s = base * factor
-            middle = torch.round(self.levels / 2 - (self.high + self.low) / (2 * s).clamp(min=_TINY))
+            middle = torch.round(self.levels / 2 - (self.high + self.low) / (2 * s).clamp(min=TINY))
             for offset in self.candidates.offsets.tolist():
                 self.attempt(s, (middle + offset).clamp(1, self.levels))
 
@@ -192,7 +219,7 @@ class _Search:
         q = self.codes(self.s, self.z)
         Dq = q * self.D
         norm = (Dq * q).sum(2)
-        s = (Dq * self.W).sum(2) / norm.clamp(min=_TINY)
+        s = (Dq * self.W).sum(2) / norm.clamp(min=TINY)
         usable = (norm > 0) & (s * self.s > 0)
         return torch.where(usable, s, self.s)
 

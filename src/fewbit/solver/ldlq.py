@@ -13,8 +13,10 @@ tr((W − Ŵ) H_λ (W − Ŵ)ᵀ) = Σ_i R_ii² ‖r_i‖², so the loss costs n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,8 +25,12 @@ from ..codes import sequential_groups
 from . import native
 from .grid import Grid
 from .native import Backend
+from .paths import path_for
+
+Item = TypeVar("Item")
 
 _BLOCK = 128
+_BATCH_ELEMENTS = 1 << 28  # of the factors in a batch: with what belongs to them a few GB
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,9 @@ def order(diag: Tensor, group_size: int, act_order: str) -> tuple[Tensor, Tensor
         perm int64 (n,), perm[k] is the column processed k-th; g_idx int32 (n,), the group of each column.
     """
     n = diag.shape[0]
-    groups = sequential_groups(n, group_size).to(diag.device)
+    groups = sequential_groups(n, group_size)
+    count = int(groups[-1]) + 1
+    groups = groups.to(diag.device)
     if act_order == "none":
         return torch.arange(n, device=diag.device), groups
     descending = torch.argsort(diag, descending=True, stable=True)
@@ -82,7 +90,6 @@ def order(diag: Tensor, group_size: int, act_order: str) -> tuple[Tensor, Tensor
         g_idx = torch.empty_like(groups)
         g_idx[descending] = groups
         return descending, g_idx
-    count = int(groups[-1]) + 1
     largest = diag.new_zeros(count).scatter_reduce_(0, groups.long(), diag, "amax")
     rank = torch.empty(count, dtype=torch.long, device=diag.device)
     rank[torch.argsort(largest, descending=True, stable=True)] = torch.arange(count, device=diag.device)
@@ -98,18 +105,48 @@ def factor(H: Tensor, perm: Tensor, damp: float, dtype: torch.dtype = torch.floa
         perm: int64 (n,). damp: as a fraction. dtype: of the factorization.
     """
     added = damp * float(H.diagonal().double().mean())
-    backwards = perm.flip(0)
-    A = H.index_select(0, backwards).index_select(1, backwards).to(dtype)
+    A = _backwards(H, perm).to(dtype)
     A.diagonal().add_(added)
-    # The Cholesky factor of the index-reversed matrix, reversed again, is upper triangular.
     L, info = torch.linalg.cholesky_ex(A)
     del A
-    if int(info) != 0 or not bool(torch.isfinite(L.diagonal()).all()):
+    if not bool(_worked(L, info)):
         return None
-    R = L.flip(0, 1)
-    diagonal = R.diagonal().clone()
-    R.div_(diagonal)
-    return Factor(perm, R.float(), diagonal.square().float(), added)
+    R, d = _unit_upper(L)
+    return Factor(perm, R.float(), d.float(), added)
+
+
+def factor_all(H: Sequence[Tensor], perm: Sequence[Tensor], damp: float) -> list[Factor | None]:
+    """As `factor` in float32 for every H, all of one size, as one batch: a GPU is waited for once."""
+    means = torch.stack([h.diagonal().double().mean() for h in H])
+    A = torch.stack([_backwards(h, order) for h, order in zip(H, perm, strict=True)])
+    A.diagonal(dim1=-2, dim2=-1).add_((damp * means).float()[:, None])
+    L, info = torch.linalg.cholesky_ex(A)
+    del A
+    worked, added = torch.stack([_worked(L, info).double(), damp * means]).tolist()
+    R, d = _unit_upper(L)
+    return [
+        Factor(perm[i], R[i], d[i], added[i]) if worked[i] and math.isfinite(added[i]) else None
+        for i in range(len(H))
+    ]
+
+
+def _backwards(H: Tensor, perm: Tensor) -> Tensor:
+    """H in processing order, backwards: its Cholesky factor, turned again, is upper triangular."""
+    backwards = perm.flip(0)
+    return H.index_select(0, backwards).index_select(1, backwards)
+
+
+def _worked(L: Tensor, info: Tensor) -> Tensor:
+    """Whether a Cholesky factorization succeeded, bool, for each of a batch."""
+    return (info == 0) & torch.isfinite(L.diagonal(dim1=-2, dim2=-1)).all(-1)
+
+
+def _unit_upper(L: Tensor) -> tuple[Tensor, Tensor]:
+    """F and d, from the Cholesky factor of what `_backwards` returns."""
+    R = L.flip(-2, -1)
+    diagonal = R.diagonal(dim1=-2, dim2=-1).clone()
+    R.div_(diagonal[..., None, :])
+    return R, diagonal.square()
 
 
 def solve(W: Tensor, factor: Factor, grid: Grid, bits: int, *, backend: Backend = "auto") -> Sweep:
@@ -149,30 +186,107 @@ def solve_each(
     W: Tensor, factor: Factor, grids: Sequence[Grid], bits: int, *, backend: Backend = "auto"
 ) -> list[Sweep]:
     """Quantize W on each of several grids, which have the same groups."""
-    if native.use(backend, W):
+    if path_for(backend, W) == "native":
         return [solve(W, factor, grid, bits, backend=backend) for grid in grids]
-    # In torch a column costs the same however many rows there are, on a GPU at least: one sweep for all grids.
-    together = Grid(
+    # Elsewhere a column costs the same however many rows there are, on a GPU at least: one sweep for all grids.
+    sweep = solve(W.repeat(len(grids), 1), factor, _joined(grids), bits, backend=backend)
+    return _parted(sweep.codes, sweep.losses, len(grids))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is swept: W, float32 (m, n), with the factor of its H and several grids with the same groups."""
+
+    W: Tensor
+    factor: Factor
+    grids: Sequence[Grid]
+
+
+def solve_all(problems: Sequence[Problem], bits: int, *, backend: Backend = "auto") -> list[list[Sweep]]:
+    """As `solve_each` for every problem. With Triton those of one shape are swept as one batch."""
+    shapes: dict[tuple[int, ...], list[int]] = {}
+    for i, problem in enumerate(problems):
+        alone = path_for(backend, problem.W) != "triton"
+        shapes.setdefault(
+            (i,) if alone else (-1, *problem.W.shape, *problem.grids[0].scales.shape), []
+        ).append(i)
+    results: list[list[Sweep]] = [[] for _ in problems]
+    for members in shapes.values():
+        n = problems[members[0]].W.shape[1]
+        for some in in_batches(members, n):
+            batch = [problems[i] for i in some]
+            if len(batch) > 1:
+                solved = _solve_batch(batch, bits)
+            else:
+                solved = [solve_each(p.W, p.factor, p.grids, bits, backend=backend) for p in batch]
+            for i, sweeps in zip(some, solved, strict=True):
+                results[i] = sweeps
+    return results
+
+
+def in_batches(items: Sequence[Item], n: int) -> Iterator[Sequence[Item]]:
+    """As many at a time as matrices (n, n) may be held together."""
+    step = max(1, _BATCH_ELEMENTS // (n * n))
+    return (items[a : a + step] for a in range(0, len(items), step))
+
+
+def _solve_batch(problems: Sequence[Problem], bits: int) -> list[list[Sweep]]:
+    """`solve` with one dimension more, for problems of one shape."""
+    from . import triton
+
+    count = len(problems[0].grids)
+    W = torch.stack([problem.W.repeat(count, 1) for problem in problems])
+    batch, m, n = W.shape
+    perm, F, d = (
+        torch.stack([getattr(problem.factor, part) for problem in problems]) for part in ("perm", "F", "d")
+    )
+    joined = [_joined(problem.grids) for problem in problems]
+    scales = torch.stack([grid.scales.float().T for grid in joined])
+    zeros = torch.stack([grid.zeros.float().T for grid in joined])
+    groups = torch.stack([grid.g_idx for grid in joined]).gather(1, perm)
+    codes = torch.empty(batch, n, m, dtype=torch.uint8, device=W.device)
+    E = torch.empty(batch, n, m, dtype=torch.float32, device=W.device)
+    losses = torch.zeros(batch, m, dtype=torch.float64, device=W.device)
+    for a in range(0, n, _BLOCK):
+        b = min(a + _BLOCK, n)
+        columns = perm[:, a:b]
+        W_block = W.gather(2, columns[:, None].expand(-1, m, -1)).mT.contiguous()
+        T = torch.baddbmm(W_block, F[:, :a, a:b].mT, E[:, :a]) if a else W_block
+        q = torch.empty_like(W_block, dtype=torch.uint8)
+        F_block, d_block, of_block = (
+            part.contiguous() for part in (F[:, a:b, a:b], d[:, a:b], groups[:, a:b])
+        )
+        losses += triton.ldlq_block(W_block, T, F_block, d_block, scales, zeros, of_block, bits, q, E[:, a:b])
+        codes.scatter_(1, columns[:, :, None].expand_as(q), q)
+    added = torch.tensor([problem.factor.added for problem in problems], dtype=torch.float64).to(W.device)
+    damping = added[:, None] * torch.linalg.vector_norm(E, dim=1).double().square()
+    losses = (losses - damping).clamp_(min=0)
+    return [_parted(q.T.contiguous(), loss, count) for q, loss in zip(codes, losses, strict=True)]
+
+
+def _joined(grids: Sequence[Grid]) -> Grid:
+    """One grid for the rows of all: those of the first one, those of the second one …"""
+    return Grid(
         torch.cat([grid.scales for grid in grids]), torch.cat([grid.zeros for grid in grids]), grids[0].g_idx
     )
-    count = len(grids)
-    sweep = solve(W.repeat(count, 1), factor, together, bits, backend=backend)
-    parts = zip(sweep.codes.chunk(count), sweep.losses.chunk(count), strict=True)
-    return [Sweep(codes, losses) for codes, losses in parts]
+
+
+def _parted(codes: Tensor, losses: Tensor, count: int) -> list[Sweep]:
+    """The rows of `count` grids apart."""
+    return [Sweep(*part) for part in zip(codes.chunk(count), losses.chunk(count), strict=True)]
 
 
 def _block_for(backend: Backend, W: Tensor) -> Callable[..., Tensor]:
-    """What finishes one block of columns of W. Triton only where it is asked for: nobody has run it on a GPU yet."""
-    if native.use(backend, W):
-        return native.ldlq_block
-    if backend == "triton":
+    """What finishes one block of columns of W."""
+    path = path_for(backend, W)
+    if path == "triton":
         from . import triton
 
         return triton.ldlq_block
-    return _block
+    return native.ldlq_block if path == "native" else torch_block
 
 
-def _block(
+def torch_block(
     W: Tensor,
     T: Tensor,
     F: Tensor,
