@@ -104,17 +104,47 @@ def test_without_proc_only_a_risen_peak_is_known(monkeypatch, clock):
     assert timers.phases["walk"].memory is None
 
 
-def test_a_gpu_is_read_and_waited_for(monkeypatch, clock):
-    calls = []
+def test_a_gpu_is_read_and_waited_for_at_both_ends(monkeypatch, clock):
+    waited, queued = [], [3.0]  # seconds of kernels that were launched before
+
+    def synchronize(device):
+        waited.append(device)
+        clock.pass_(sum(queued))
+        queued.clear()
+
     fake = SimpleNamespace(
         memory_allocated=lambda device: 10,
-        max_memory_allocated=lambda device: 50 * (1 + len(calls)),
-        synchronize=lambda: calls.append("synchronize"),
+        max_memory_allocated=lambda device: 50 * (1 + len(waited)),
+        current_stream=lambda device: SimpleNamespace(synchronize=lambda: synchronize(device)),
     )
     monkeypatch.setattr(torch, "cuda", fake)
-    timers = Timers(torch.device("cuda", 0))
+    device = torch.device("cuda", 1)
+    timers = Timers(device)
     with timers.time("walk"):
-        pass
-    assert calls == ["synchronize"]
-    assert timers.phases["walk"].device_memory == Memory(100, exact=True)
+        queued.append(5.0)
+        with timers.time("solve"):
+            queued.append(7.0)
+    assert waited == [device] * 4
+    assert timers.seconds == {"walk": 12, "solve": 7}
+    assert timers.phases["walk"].own_seconds == 5
+    assert timers.phases["walk"].device_memory == Memory(250, exact=True)
     assert Timers(torch.device("cpu"))._gauges[1] is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_phase_has_the_time_and_memory_of_its_own_kernels():
+    timers = Timers(torch.device("cuda"))
+    x = torch.randn(8192, 8192, device="cuda")
+    for _ in range(2):
+        x @ x
+    torch.cuda.synchronize()
+    with timers.time("before"):
+        pass
+    for _ in range(20):
+        x @ x
+    with timers.time("empty"):
+        pass
+    with timers.time("full"):
+        kept = [x @ x for _ in range(20)]
+    assert timers.seconds["full"] > 10 * timers.seconds["empty"]
+    assert timers.phases["full"].device_memory.bytes >= sum(y.nbytes for y in kept)

@@ -3,6 +3,9 @@
 Phases may lie inside one another (a solve inside the walk): `Phase.own_seconds` leaves out what inner phases took,
 so own times add up to the total.
 
+A GPU works behind the program's back. So it is waited for where a phase begins and where it ends: each is charged for
+its own kernels. That is twice for every layer and phase, never for every batch; copies on other streams go on.
+
 A process knows its memory now and its highest ever, not its highest within a stretch of time. So `Memory.bytes` is
 exact where the highest ever was reached inside the phase. Elsewhere it is the larger of the readings at both ends:
 at least that much was in use, and never more than in the phases where it is exact.
@@ -74,7 +77,8 @@ class Timers:
     """Seconds and memory by phase.
 
     Args:
-        device: where the work runs. On a GPU its memory is read too, and a phase ends when its kernels have ended.
+        device: where the work runs. On a GPU its memory is read too, and a phase begins when the kernels before it have
+            ended, and ends when its own have.
 
     Attributes:
         phases: by name, in the order of first entry.
@@ -83,6 +87,7 @@ class Timers:
     def __init__(self, device: torch.device | None = None) -> None:
         self.phases: dict[str, Phase] = {}
         self._open: list[_Entry] = []
+        self._device = device
         self._gpu: Any = getattr(torch, device.type) if device and device.type in ("cuda", "xpu") else None
         self._gauges = (_process_gauge(), _gpu_gauge(self._gpu, device))
 
@@ -91,12 +96,12 @@ class Timers:
         """Add the time and memory used inside to `phase`. Must not be held across a greenlet switch."""
         parent = self._open[-1].phase.name if self._open else None
         kept = self.phases.setdefault(phase, Phase(phase, parent))
+        self._wait()
         self._open.append(_Entry(kept, time.perf_counter(), self._read()))
         try:
             yield
         finally:
-            if self._gpu is not None:
-                self._gpu.synchronize()
+            self._wait()
             self._close(self._open.pop())
 
     @property
@@ -107,6 +112,11 @@ class Timers:
     def to_list(self) -> list[dict[str, Any]]:
         """The phases in plain JSON types, in the order of first entry."""
         return [asdict(phase) for phase in self.phases.values()]
+
+    def _wait(self) -> None:
+        """Until the GPU has done what it was given, other streams than the walk's left aside."""
+        if self._gpu is not None:
+            self._gpu.current_stream(self._device).synchronize()
 
     def _close(self, entry: _Entry) -> None:
         phase = entry.phase

@@ -232,3 +232,23 @@ def test_ranks_that_were_started_with_other_things_are_refused():
         results[0]
     )
     assert run_ranks(2, lambda ranks: ranks.alike(config="c")) == [None, None]
+
+
+def queued_on_a_gpu(ranks):
+    """What NCCL does: return at once, whoever is there."""
+    if ranks.rank == 1:
+        raise ModelError("the model is damaged")
+    done = []
+    ranks._exchange(lambda group: done.append(group), device=torch.device("cuda"))
+    return "it went on to a kernel that never ends"
+
+
+def test_before_something_is_queued_on_a_gpu_all_have_to_be_there():
+    seen = run_ranks(2, queued_on_a_gpu)
+    assert [type(one) for one in seen] == [ModelError, ModelError]
+    assert str(seen[0]) == "the model is damaged"
+
+
+def test_nothing_to_gather_on_any_rank():
+    seen = run_ranks(2, lambda ranks: ranks.gather(torch.empty(0, 3, dtype=torch.int16)))
+    assert [(one.shape, one.dtype) for one in seen] == [((0, 3), torch.int16)] * 2

@@ -48,6 +48,7 @@ _TIMEOUT = timedelta(hours=2)
 _ANSWER_SECONDS = 3.0  # for those who are left to say so
 _LEADER_SECONDS = 10.0  # for the leader to notice a failure, so that it reports it
 _INTERRUPTED_SECONDS = 1.0  # the same, when all processes are told to end
+_CPU = torch.device("cpu")
 _LAST = torch.iinfo(torch.int64).max  # after every position
 
 
@@ -159,7 +160,7 @@ class _Group(Ranks):
 
     def add_(self, *tensors: Tensor) -> None:
         for tensor in tensors:
-            self._exchange(dist.all_reduce, tensor)
+            self._exchange(dist.all_reduce, tensor, device=tensor.device)
 
     def total(self, *counts: int) -> list[int]:
         sums = torch.tensor(counts, dtype=torch.int64)
@@ -218,14 +219,22 @@ class _Group(Ranks):
     def _gather(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         """`rows` of ranks that have `sizes` of them. As bytes, padded to the largest: backends want that."""
         largest = max(sizes)
+        if largest == 0:
+            return rows
         mine = rows.new_zeros(largest, *rows.shape[1:])
         mine[: rows.shape[0]] = rows
         received = [torch.empty_like(mine) for _ in sizes]
-        self._exchange(dist.all_gather, [_bytes(tensor) for tensor in received], _bytes(mine))
+        every = [_bytes(tensor) for tensor in received]
+        self._exchange(dist.all_gather, every, _bytes(mine), device=rows.device)
         return torch.cat([tensor[:size] for tensor, size in zip(received, sizes, strict=True)])
 
-    def _exchange(self, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    def _exchange(
+        self, collective: Callable[..., Any], *args: Any, device: torch.device = _CPU, **kwargs: Any
+    ) -> None:
         try:
+            if device.type != "cpu":
+                # NCCL only queues its work. With a rank that is gone it would wait for the whole timeout; gloo notices.
+                dist.all_reduce(torch.zeros(1), group=self._group)
             collective(*args, group=self._group, **kwargs)
         except RuntimeError as error:  # torch's errors of communication have no closer class in common
             # Its traceback would hold on to the group, whose connections then stay open.
