@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_weights import EXPERTS
 from torch import nn
 
 import fewbit
@@ -22,7 +23,6 @@ from fewbit.walk.places import File, HostMemory
 from fewbit.walk.room import Room
 from fewbit.walk.spill import InMemory, Spill, activations
 from models import random_sequences, save_tiny, tiny_model, tiny_tokenizer
-from test_weights import EXPERTS
 
 SMALL = {"group_size": 16, "seq_len": 24}
 
