@@ -71,7 +71,7 @@ def test_torch_is_the_better_of_the_two_that_fit():
 
 def test_unknown_names():
     with pytest.raises(
-        KernelError, match=r"there is no kernel 'fast'; use auto or one of cpu, torch_int4, reference"
+        KernelError, match=r"there is no kernel 'fast'; use auto or one of cpu, torch_int4, triton, reference"
     ):
         registry.choose(SPEC, CPU, torch.bfloat16, "fast")
     with pytest.raises(KernelError, match=r"there is no kernel 'marlins'"):

@@ -80,6 +80,13 @@ class Kernel(ABC):
             trainable: whether gradients to the input are needed.
         """
 
+    def distrust(self, spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why "auto" should not take this kernel although it can run the layer, in words; None if it may.
+
+        Asked after `why_not`, and only where the kernel was not asked for by name. May run the kernel to find out.
+        """
+        return None
+
     def repack(self, layer: QuantizedBuffers) -> dict[str, Tensor]:
         """Buffers that take the place of ``qweight``; empty where the kernel reads ``qweight`` itself."""
         return {}

@@ -1,6 +1,7 @@
 """All kernels, in order of preference, and the one choice among them.
 
-"auto" takes the first that can run the layer. A kernel asked for by name runs or says which condition fails.
+"auto" takes the first that can run the layer and passes its self-check, if it has one. A kernel asked for by name runs
+or says which condition fails.
 Kernels of other packages (`providers`) run only where they are asked for by name.
 """
 
@@ -16,9 +17,8 @@ from .reference import Reference
 from .torch_int4 import TorchInt4
 from .triton import TritonKernel
 
-# The reference kernel can always run. Those after it are taken only where they are asked for by name: one that rounds
-# more, and one that nobody has run on a GPU yet.
-KERNELS: tuple[Kernel, ...] = (Cpu(), TorchInt4(), Reference(), CpuInt8(), TritonKernel())
+# The reference kernel can always run. The one after it rounds more: it is taken only where it is asked for by name.
+KERNELS: tuple[Kernel, ...] = (Cpu(), TorchInt4(), TritonKernel(), Reference(), CpuInt8())
 
 _ENTRIES: tuple[Kernel | Provider, ...] = (*KERNELS, *PROVIDERS)
 
@@ -96,6 +96,8 @@ def choose(
     reasons: list[tuple[str, str | None]] = []
     for entry in entries:
         reason = entry.why_not(spec, device, dtype, trainable)
+        if reason is None and isinstance(entry, Kernel) and len(entries) > 1:
+            reason = entry.distrust(spec, device, dtype)
         reasons.append((entry.name, reason))
         if reason is None:
             kernel = entry.open(spec, device, dtype) if isinstance(entry, Provider) else entry

@@ -1,7 +1,8 @@
 """The kernel for GPUs, written in Triton: every bit width, group size, zero point, column order and float dtype.
 
-It reads the checkpoint's tensors as they are; `triton_products` has the mathematics. Results are the same from run to
-run: pieces of a sum are added in a fixed order. **It has never been run on a GPU by fewbit's authors**: it is tested in
+It holds the codes in the layout of `fragments`; `triton_products` has the mathematics, `triton_choice` decides how a
+product is cut up, `triton_check` whether "auto" may take it on this device. Results are the same from run to run:
+pieces of a sum are added in a fixed order. **It has never been run on a GPU by fewbit's authors**: it is tested in
 Triton's interpreter, and compiled for GPUs that are not there (docs/gpu.md).
 """
 
@@ -14,57 +15,97 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import layout
+from . import fragments
+from .fragments import Fragments
 from .kernel import Kernel, KernelSpec, QuantizedBuffers
-from .reference import gradient_to_x, save_weight
 
 _DEVICES = ("cuda", "xpu")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@torch.library.custom_op("fewbit::linear_triton", mutates_args=())
-def linear_triton(
-    x: Tensor,
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    g_idx: Tensor,
-    bits: int,
-    format: str,
-    group_size: int,
+@torch.library.custom_op("fewbit::linear_fragments", mutates_args=())
+def linear_fragments(
+    x: Tensor, words: Tensor, zeros: Tensor, scales: Tensor, order: Tensor, bits: int, group: int
 ) -> Tensor:
-    """``x @ weightᵀ``: (…, in) → (…, out) in x's dtype. `group_size` is 0 where groups are not consecutive inputs."""
-    from .triton_products import product
+    """``x @ weightᵀ``: (…, in) → (…, out) in x's dtype. See `Fragments`; scales are (groups, out)."""
+    from . import triton_choice
+    from .triton_products import Tiles, multiply, on
 
+    weight = Fragments(words, zeros, order, group)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    if not rows.shape[0]:
-        return x.new_empty((*x.shape[:-1], scales.shape[1]))
-    y = product(rows, qweight, qzeros, scales, g_idx, bits, format == "gptq", group_size)
-    return y.view(*x.shape[:-1], scales.shape[1])
+    tokens, inputs = rows.shape
+    outputs = scales.shape[1]
+    if not tokens:
+        return x.new_empty((*x.shape[:-1], outputs))
+
+    def seconds(tiles: Tiles) -> float:
+        return triton_choice.event_seconds(lambda: multiply(rows, weight, scales, bits, tiles))
+
+    with on(x.device):
+        job = triton_choice.job(tokens, outputs, inputs, bits, group, x.dtype)
+        y = multiply(rows, weight, scales, bits, triton_choice.tuner().choose(job, seconds))
+    return y.view(*x.shape[:-1], outputs)
 
 
-@linear_triton.register_fake
+@linear_fragments.register_fake
 def _(
-    x: Tensor,
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    g_idx: Tensor,
-    bits: int,
-    format: str,
-    group_size: int,
+    x: Tensor, words: Tensor, zeros: Tensor, scales: Tensor, order: Tensor, bits: int, group: int
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], scales.shape[1]))
 
 
+@torch.library.custom_op("fewbit::dequantize_fragments", mutates_args=())
+def dequantize_fragments(
+    words: Tensor,
+    zeros: Tensor,
+    scales: Tensor,
+    order: Tensor,
+    bits: int,
+    group: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The transposed weight (in, out), computed in float32 and rounded once to `dtype`."""
+    from .triton_products import on, unpack
+
+    rows = order.numel() or in_features
+    with on(scales.device):
+        found = unpack(Fragments(words, zeros, order, group), scales, bits, rows, dtype)
+    if not order.numel():
+        return found
+    # Padding goes to a row of its own, which is left out.
+    weight = found.new_empty((in_features + 1, scales.shape[1])).index_copy_(0, order.long(), found)
+    return weight[:in_features].contiguous()
+
+
+@dequantize_fragments.register_fake
+def _(
+    words: Tensor,
+    zeros: Tensor,
+    scales: Tensor,
+    order: Tensor,
+    bits: int,
+    group: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return scales.new_empty((in_features, scales.shape[1]), dtype=dtype)
+
+
 def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    save_weight(ctx, inputs[:-1], output)
+    x, *tensors, ctx.bits, ctx.group = inputs
+    ctx.in_features = x.shape[-1]
+    ctx.save_for_backward(*tensors)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return (*gradient_to_x(ctx, grad), None)
+    weight = torch.ops.fewbit.dequantize_fragments(
+        *ctx.saved_tensors, ctx.bits, ctx.group, ctx.in_features, grad.dtype
+    )
+    return (grad @ weight.t(), *(None,) * 6)
 
 
-linear_triton.register_autograd(_gradients, setup_context=_save_weight)
+linear_fragments.register_autograd(_gradients, setup_context=_save_weight)
 
 
 class TritonKernel(Kernel):
@@ -87,15 +128,37 @@ class TritonKernel(Kernel):
             return "the package triton is not installed (pip install triton)"
         return None
 
+    def distrust(self, spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+        """See `Kernel.distrust`: it is tried out on the device, once per process, device, bits and dtype."""
+        from .triton_check import problem
+
+        return problem(device, spec.bits, dtype)
+
+    def repack(self, layer: QuantizedBuffers) -> dict[str, Tensor]:
+        """Buffers: words, zeros, order, as in `Fragments`; the scales stay where they are."""
+        spec, tensors = layer.spec, layer.tensors
+        codes = layer.codes()
+        order = fragments.positions(codes.g_idx, codes.group_size, tensors[layout.SCALES].shape[0])
+        return {
+            "words": fragments.pack(codes.codes, spec.bits, order),
+            "zeros": codes.zeros.t().to(torch.uint8).contiguous(),
+            "order": order.to(codes.codes.device),
+        }
+
+    def restore(self, layer: QuantizedBuffers) -> Tensor:
+        """See `Kernel.restore`."""
+        spec, tensors = layer.spec, layer.tensors
+        codes = fragments.unpack(
+            tensors["words"], spec.bits, tensors["order"], spec.out_features, spec.in_features
+        )
+        return layout.pack_rows(codes, spec.bits).t().contiguous()
+
     def linear(self, x: Tensor, layer: QuantizedBuffers) -> Tensor:
         """See `Kernel.linear`."""
         spec, tensors = layer.spec, layer.tensors
-        size = spec.in_features if spec.group_size == -1 else spec.group_size
-        y: Tensor = torch.ops.fewbit.linear_triton(
-            x,
-            *(tensors[name] for name in layout.PARTS),
-            spec.bits,
-            spec.format,
-            0 if spec.act_order else size,
+        scales, order = tensors[layout.SCALES], tensors["order"]
+        group = fragments.group_of(order, scales.shape[0], spec.group_size)
+        y: Tensor = torch.ops.fewbit.linear_fragments(
+            x, tensors["words"], tensors["zeros"], scales, order, spec.bits, group
         )
         return y if layer.bias is None else y + layer.bias.to(y.dtype)

@@ -1,149 +1,347 @@
-"""The Triton kernel behind `fewbit.runtime.triton`. Importing this needs the package triton.
+"""The Triton kernels behind `fewbit.runtime.triton`. Importing this needs the package triton.
 
-Words are read once and stay as they are in the checkpoint. With c codes in a word (3 bits: 32 in three words), a block
-of U words holds the inputs u·c + j: for each j, the codes at that place of every word form a matrix (U, outputs), which
-a dot product takes with every c-th column of x. So codes never change places, on the chip or off it:
+All read the words of `fragments` once, 16 bytes at a time and coalesced, and never move codes between threads: shift
+and mask turn a word into the registers of matrix instructions.
 
-    y[m, n] = Σ_j Σ_u x[m, u·c + j] · s[g, n] · (q_j[u, n] − z[g, n]),  g the group of input u·c + j
+- `_few`, for few tokens: what counts is bytes. Weights enter the product as bare codes; scale and zero point are
+  applied to the sums of each group, a few operations per group instead of two per weight. Each warp has inputs of its
+  own (a batched product, summed over the batch in the end), so that a program can take all inputs of 32 outputs with
+  many loads on their way.
+- `_many`, for more tokens: weights are brought to the activations' dtype, rounded once, on their way to the product.
+- `_unpack`: the same weights, to memory; with many tokens a dense product then costs less than unpacking per tile.
+
+A code q becomes a 16-bit number without a conversion: in float16, q in the lowest bits is 2⁻²⁴·q (a subnormal, which
+matrix units take; the sign bit is set so that the compiler keeps both halves together); in bfloat16, q under the
+exponent of 128 is 128 + q. With r = a·q + b so obtained, and g the group of input k:
+
+    y[m, n] = Σ_g s[g, n] · ( (Σ_k x[m, k]·r[k, n]) / a  −  (z[g, n] + b / a) · Σ_k x[m, k] )
+
+Products are exact, sums are float32. The loss by cancellation is below 2⁻¹⁸ of a sum's size, in bfloat16 the worst.
 """
 
 from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Format "gptq" stores zero − 1. Added to whole words, which undoes borrowing between fields too (layout.unpack_zeros).
-_ONE_IN_EACH_FIELD = {2: 0x55555555, 3: 0, 4: 0x11111111, 8: 0x01010101}
+from .fragments import Fragments, pairs_in_unit
 
 
 @triton.jit
-def _zeros(qzeros, n, group, stride, mask, BITS: tl.constexpr, V1: tl.constexpr, ADDED: tl.constexpr):
-    """Zero points of outputs n in rows `group`, as numbers; 3-bit ones may lie in two words."""
-    bit = n * BITS
-    at = qzeros + group * stride + bit // 32
-    low = tl.load(at, mask=mask, other=0).to(tl.uint32, bitcast=True)
-    value = (low + ADDED) >> (bit % 32).to(tl.uint32)
-    if BITS == 3:
-        over = mask & (bit % 32 > 29)
-        high = tl.load(at + 1, mask=over, other=0).to(tl.uint32, bitcast=True)
-        value = tl.where(over, value | (high << ((32 - bit % 32) & 31).to(tl.uint32)), value) + V1
-    return (value & ((1 << BITS) - 1)).to(tl.float32)
-
-
-@triton.jit
-def _code(w0, w1, w2, PLACE: tl.constexpr, BITS: tl.constexpr):
-    """Code number PLACE of a unit; at 3 bits numbers 10 and 21 lie in two words."""
-    if PLACE * BITS < 32:
-        code = w0 >> (PLACE * BITS)
-    elif PLACE * BITS < 64:
-        code = w1 >> (PLACE * BITS - 32)
+def _words(words, tile, block, plane: tl.constexpr, PLANES: tl.constexpr, blocks, EVEN: tl.constexpr,
+           S: tl.constexpr, B: tl.constexpr, T: tl.constexpr):  # fmt: skip
+    """One word of each unit, uint32 (S, B, 8, 32·T). tile (T,), block (S, B)."""
+    at = (tile[None, None, :] * blocks + block[:, :, None]) * PLANES + plane
+    at = (at * 256)[:, :, :, None] + tl.arange(0, 256)[None, None, None, :]
+    if EVEN:
+        w = tl.load(words + at).to(tl.uint32, bitcast=True)
     else:
-        code = w2 >> (PLACE * BITS - 64)
-    if PLACE * BITS == 30 and BITS == 3:
-        code = code | (w1 << 2)
-    if PLACE * BITS == 63:
-        code = code | (w2 << 1)
-    return code & ((1 << BITS) - 1)
+        w = tl.load(words + at, mask=(block < blocks)[:, :, None, None], other=0).to(tl.uint32, bitcast=True)
+    # (rows / 4, n % 8, rows % 4, n / 8) → rows, n
+    w = w.reshape(S, B, T, 2, 8, 4, 4).permute(0, 1, 3, 5, 2, 6, 4)
+    return w.reshape(S, B, 8, 32 * T)
 
 
 @triton.jit
-def _product(
-    x, qweight, qzeros, scales, g_idx, y, tokens, inputs, outputs, words, zero_words,
-    BITS: tl.constexpr, V1: tl.constexpr, ADDED: tl.constexpr, GROUP: tl.constexpr, WIDEN: tl.constexpr,
-    TOKENS: tl.constexpr, OUTPUTS: tl.constexpr, UNITS: tl.constexpr, SPLIT: tl.constexpr,
+def _pair(w0, w1, w2, PAIR: tl.constexpr, BITS: tl.constexpr, BF16: tl.constexpr, HIGH: tl.constexpr):
+    """Codes of pair PAIR as 16-bit numbers, (…, 2). HIGH: of 8 bits in bfloat16 the upper digit, 2048 + 16·digit."""
+    if BITS == 3 and PAIR == 15:
+        p = ((w0 >> 15) & 0x00010001) | ((w1 >> 14) & 0x00020002) | ((w2 >> 13) & 0x00040004)
+    elif BITS == 3:
+        w = w0 if PAIR < 5 else w1 if PAIR < 10 else w2
+        p = (w >> (3 * (PAIR % 5))) & 0x00070007
+    elif BITS == 8 and BF16:
+        p = (w0 >> (8 * PAIR + 4 * HIGH)) & 0x000F000F
+    else:
+        p = (w0 >> (BITS * PAIR)) & (((1 << BITS) - 1) * 0x10001)
+    if BF16:
+        p = p | (0x45004500 if HIGH else 0x43004300)
+        low = (p & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        high = (p >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        p = p | 0x80008000
+        low = (p & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+        high = (p >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+    return tl.join(low, high)
+
+
+@triton.jit
+def _pairs(w0, w1, w2, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr,
+           BITS: tl.constexpr, BF16: tl.constexpr, HIGH: tl.constexpr):  # fmt: skip
+    """Pairs FIRST, FIRST + STEP, … of a unit: (…, 2, 2, …) with log2(COUNT) axes of 2 at the end, in order."""
+    if COUNT == 1:
+        return _pair(w0, w1, w2, FIRST, BITS, BF16, HIGH)
+    else:
+        even = _pairs(w0, w1, w2, FIRST, 2 * STEP, COUNT // 2, BITS, BF16, HIGH)
+        odd = _pairs(w0, w1, w2, FIRST + STEP, 2 * STEP, COUNT // 2, BITS, BF16, HIGH)
+        return tl.join(even, odd)
+
+
+@triton.jit
+def _codes(w0, w1, w2, FIRST: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, BF16: tl.constexpr,
+           HIGH: tl.constexpr, S: tl.constexpr, B: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    """Pairs FIRST … FIRST + COUNT of B blocks, positions in order: (S, 16·COUNT·B, N), as numbers a·q + b."""
+    c = _pairs(w0, w1, w2, FIRST, 1, COUNT, BITS, BF16, HIGH).reshape(S, B, 8, N, 2, COUNT)
+    return c.permute(0, 1, 5, 2, 4, 3).reshape(S, 16 * COUNT * B, N)
+
+
+@triton.jit
+def _x(x, order, m, position, tokens, inputs, length, ORDERED: tl.constexpr, EVEN: tl.constexpr):
+    """x at (…, tokens, positions), 0 where there is none. m (…, tokens, 1) int64, position (…, 1, positions)."""
+    if ORDERED:
+        position = tl.load(order + position, mask=position < length, other=inputs)
+    elif EVEN:
+        return tl.load(x + m * inputs + position, mask=(m < tokens) & (position >= 0), other=0.0)
+    return tl.load(x + m * inputs + position, mask=(m < tokens) & (position < inputs), other=0.0)
+
+
+@triton.jit
+def _few(
+    x, words, zeros, scales, order, y, tokens, inputs, outputs, blocks, groups, length,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ORDERED: tl.constexpr, EVEN: tl.constexpr, BF16: tl.constexpr,
+    WIDEN: tl.constexpr, AT_ONCE: tl.constexpr, BLOCKS: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr,
+    SLICES: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # A unit is what repeats along the inputs: one word, or three at 3 bits.
-    CODES: tl.constexpr = 32 if BITS == 3 else 32 // BITS
-    WORDS: tl.constexpr = 3 if BITS == 3 else 1
-    m = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    n = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
-    piece = tl.program_id(2)
-    units = (words + WORDS - 1) // WORDS
-    sums = tl.zeros((TOKENS, OUTPUTS), dtype=tl.float32)
-    for first in range(piece * UNITS, units, UNITS * SPLIT):
-        u = first + tl.arange(0, UNITS)
-        there = (u[:, None] < units) & (n[None, :] < outputs)
-        at = qweight + (u * WORDS)[:, None].to(tl.int64) * outputs + n[None, :]
-        w0 = tl.load(at, mask=there & ((u * WORDS)[:, None] < words), other=0).to(tl.uint32, bitcast=True)
+    PAIRS: tl.constexpr = 16 if BITS == 3 else 16 // BITS
+    PLANES: tl.constexpr = 3 if BITS == 3 else 1
+    N: tl.constexpr = 32 * TILES
+    K: tl.constexpr = 16 * AT_ONCE * BLOCKS
+    TWO: tl.constexpr = BITS == 8 and BF16
+    # What 0 is as such a number, and by what a step is multiplied.
+    ZERO: tl.constexpr = (2176 if TWO else 128) if BF16 else 0
+    A: tl.constexpr = 1.0 if BF16 else -16777216.0
+    piece = tl.program_id(1)
+    m = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    n = tl.program_id(0) * N + tl.arange(0, N)
+    slice_block = tl.arange(0, SLICES) * BLOCKS
+    STEP: tl.constexpr = SLICES * BLOCKS
+    ones = tl.full((SLICES, K, 8), 1.0, x.dtype.element_ty)
+    if WIDEN:
+        ones = ones.to(tl.float32)
+    sums = tl.zeros((SLICES, TOKENS, N), dtype=tl.float32)
+    for first in tl.range(piece * STEP, blocks, STEP * SPLIT, num_stages=STAGES):
+        block = first + slice_block[:, None] + tl.arange(0, BLOCKS)[None, :]
+        w0 = _words(words, tile, block, 0, PLANES, blocks, EVEN, SLICES, BLOCKS, TILES)
         w1, w2 = w0, w0
         if BITS == 3:
-            w1 = tl.load(at + outputs, mask=there & ((u * 3 + 1)[:, None] < words), other=0).to(
-                tl.uint32, bitcast=True
-            )
-            w2 = tl.load(at + 2 * outputs, mask=there & ((u * 3 + 2)[:, None] < words), other=0).to(
-                tl.uint32, bitcast=True
-            )
-        scale, zero = 0.0, 0.0
-        if GROUP > 0:
-            # All codes of a unit are in one group.
-            group = (u * CODES // GROUP)[:, None]
-            scale = tl.load(scales + group * outputs + n[None, :], mask=there, other=0.0).to(tl.float32)
-            zero = _zeros(qzeros, n[None, :], group, zero_words, there, BITS, V1, ADDED)
-        for j in tl.static_range(CODES):
-            code = _code(w0, w1, w2, j, BITS)
-            k = u * CODES + j
-            if GROUP == 0:
-                group = tl.load(g_idx + k, mask=k < inputs, other=0)[:, None]
-                scale = tl.load(scales + group * outputs + n[None, :], mask=there, other=0.0).to(tl.float32)
-                zero = _zeros(qzeros, n[None, :], group, zero_words, there, BITS, V1, ADDED)
-            weight = (code.to(tl.float32) - zero) * scale
-            taken = tl.load(
-                x + m[:, None].to(tl.int64) * inputs + k[None, :],
-                mask=(m[:, None] < tokens) & (k[None, :] < inputs), other=0.0,
-            )  # fmt: skip
-            weight = weight.to(taken.dtype)
+            w1 = _words(words, tile, block, 1, PLANES, blocks, EVEN, SLICES, BLOCKS, TILES)
+            w2 = _words(words, tile, block, 2, PLANES, blocks, EVEN, SLICES, BLOCKS, TILES)
+        for part in tl.static_range(PAIRS // AT_ONCE):
+            start = (first + slice_block) * (16 * PAIRS) + part * (16 * AT_ONCE)
+            group = start // GROUP if GROUP else start * 0
+            known = (group[:, None] < groups) & (n[None, :] < outputs)
+            at = group[:, None] * outputs + n[None, :]
+            s = tl.load(scales + at, mask=known, other=0.0).to(tl.float32)
+            z = tl.load(zeros + at, mask=known, other=0).to(tl.float32) + ZERO
+            a = _x(x, order, m[None, :, None].to(tl.int64), (start[:, None] + tl.arange(0, K)[None, :])[:, None, :],
+                   tokens, inputs, length, ORDERED, EVEN)  # fmt: skip
+            q = _codes(w0, w1, w2, part * AT_ONCE, AT_ONCE, BITS, BF16, False, SLICES, BLOCKS, N)
             if WIDEN:
-                taken, weight = taken.to(tl.float32), weight.to(tl.float32)
-            sums = tl.dot(taken, weight, sums, input_precision="ieee")
+                a, q = a.to(tl.float32), q.to(tl.float32)
+            found = tl.dot(a, q, input_precision="ieee")
+            if TWO:
+                q = _codes(w0, w1, w2, part * AT_ONCE, AT_ONCE, BITS, BF16, True, SLICES, BLOCKS, N)
+                if WIDEN:
+                    q = q.to(tl.float32)
+                found = tl.dot(a, q, found, input_precision="ieee")
+            total = tl.max(tl.dot(a, ones, input_precision="ieee"), 2)  # Σ x, the same in all columns
+            sums += (found * A - total[:, :, None] * z[:, None, :]) * s[:, None, :]
+    at = y + (piece.to(tl.int64) * tokens + m[:, None]) * outputs + n[None, :]
+    tl.store(at, tl.sum(sums, 0).to(y.dtype.element_ty), mask=(m[:, None] < tokens) & (n[None, :] < outputs))
+
+
+@triton.jit
+def _weights(
+    words, zeros, scales, tile, n, first, outputs, blocks, groups, part: tl.constexpr, dtype: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, BF16: tl.constexpr, AT_ONCE: tl.constexpr,
+    BLOCKS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """ŵ = s · (q − z) of AT_ONCE pairs of BLOCKS blocks from `first`: (K, N), rounded once to `dtype`."""
+    PAIRS: tl.constexpr = 16 if BITS == 3 else 16 // BITS
+    PLANES: tl.constexpr = 3 if BITS == 3 else 1
+    N: tl.constexpr = 32 * TILES
+    block = first + tl.arange(0, BLOCKS)[None, :]
+    w0 = _words(words, tile, block, 0, PLANES, blocks, EVEN, 1, BLOCKS, TILES)
+    w1, w2 = w0, w0
+    if BITS == 3:
+        w1 = _words(words, tile, block, 1, PLANES, blocks, EVEN, 1, BLOCKS, TILES)
+        w2 = _words(words, tile, block, 2, PLANES, blocks, EVEN, 1, BLOCKS, TILES)
+    start = first * (16 * PAIRS) + part * (16 * AT_ONCE)
+    group = n * 0 + start // GROUP if GROUP else n * 0
+    known = (group < groups) & (n < outputs)
+    s = tl.load(scales + group * outputs + n, mask=known, other=0.0).to(tl.float32)
+    z = tl.load(zeros + group * outputs + n, mask=known, other=0).to(tl.float32)
+    q = _codes(w0, w1, w2, part * AT_ONCE, AT_ONCE, BITS, BF16, False, 1, BLOCKS, N).to(tl.float32)
+    if BF16:
+        q = q - 128.0
+        if BITS == 8:
+            q += (
+                _codes(w0, w1, w2, part * AT_ONCE, AT_ONCE, BITS, BF16, True, 1, BLOCKS, N).to(tl.float32)
+                - 2048.0
+            )
+    else:
+        q = q * -16777216.0
+    return ((q.reshape(16 * AT_ONCE * BLOCKS, N) - z[None, :]) * s[None, :]).to(dtype)
+
+
+@triton.jit
+def _many(
+    x, words, zeros, scales, order, y, tokens, inputs, outputs, blocks, groups, length,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ORDERED: tl.constexpr, EVEN: tl.constexpr, BF16: tl.constexpr,
+    WIDEN: tl.constexpr, AT_ONCE: tl.constexpr, BLOCKS: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    PAIRS: tl.constexpr = 16 if BITS == 3 else 16 // BITS
+    N: tl.constexpr = 32 * TILES
+    K: tl.constexpr = 16 * AT_ONCE * BLOCKS
+    piece = tl.program_id(1)
+    m = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    n = tl.program_id(0) * N + tl.arange(0, N)
+    sums = tl.zeros((TOKENS, N), dtype=tl.float32)
+    for first in tl.range(piece * BLOCKS, blocks, BLOCKS * SPLIT, num_stages=STAGES):
+        for part in tl.static_range(PAIRS // AT_ONCE):
+            weights = _weights(words, zeros, scales, tile, n, first, outputs, blocks, groups, part,
+                               x.dtype.element_ty, BITS, GROUP, EVEN, BF16, AT_ONCE, BLOCKS, TILES)  # fmt: skip
+            position = first * (16 * PAIRS) + part * (16 * AT_ONCE) + tl.arange(0, K)
+            a = _x(
+                x, order, m[:, None].to(tl.int64), position[None, :], tokens, inputs, length, ORDERED, EVEN
+            )
+            if WIDEN:
+                a, weights = a.to(tl.float32), weights.to(tl.float32)
+            sums = tl.dot(a, weights, sums, input_precision="ieee")
     at = y + (piece.to(tl.int64) * tokens + m[:, None]) * outputs + n[None, :]
     tl.store(at, sums.to(y.dtype.element_ty), mask=(m[:, None] < tokens) & (n[None, :] < outputs))
 
 
-def product(
-    x: Tensor,
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    g_idx: Tensor,
-    bits: int,
-    v1: bool,
-    group_size: int,
-) -> Tensor:
-    """``x @ weightᵀ`` for x (tokens, in), contiguous; tensors as in the checkpoint.
+@triton.jit
+def _unpack(
+    words, zeros, scales, y, outputs, blocks, groups, rows,
+    BITS: tl.constexpr, GROUP: tl.constexpr, BF16: tl.constexpr, AT_ONCE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    PAIRS: tl.constexpr = 16 if BITS == 3 else 16 // BITS
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    n = tl.program_id(0) * 32 * TILES + tl.arange(0, 32 * TILES)
+    block = tl.program_id(1)
+    for part in tl.static_range(PAIRS // AT_ONCE):
+        weights = _weights(words, zeros, scales, tile, n, block, outputs, blocks, groups, part, y.dtype.element_ty,
+                           BITS, GROUP, True, BF16, AT_ONCE, 1, TILES)  # fmt: skip
+        k = block * (16 * PAIRS) + part * (16 * AT_ONCE) + tl.arange(0, 16 * AT_ONCE)
+        at = y + k[:, None].to(tl.int64) * outputs + n[None, :]
+        tl.store(at, weights, mask=(k[:, None] < rows) & (n[None, :] < outputs))
 
-    Args:
-        group_size: inputs of every group where they are consecutive; 0: look into g_idx.
+
+@triton.jit
+def _add(pieces, y, count, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for piece in tl.static_range(SPLIT):
+        total += tl.load(pieces + piece * count + at, mask=at < count, other=0.0)
+    tl.store(y + at, total.to(y.dtype.element_ty), mask=at < count)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a product is cut up. Results depend on it only in the order in which float32 numbers are added.
+
+    Attributes:
+        path: "few", "many" (the kernels above) or "dense" (`_unpack`, then torch's product).
+        tokens, tiles: tokens and 32s of outputs of a program.
+        depth: inputs that a warp ("few") or a program ("many") takes at once, where groups allow it.
+        warps: of a program; in "few" each has inputs of its own.
+        split: programs that share the inputs of the same outputs.
+        stages: loads under way, counted in steps.
+    """
+
+    path: str
+    tokens: int = 16
+    tiles: int = 1
+    depth: int = 128
+    warps: int = 4
+    split: int = 1
+    stages: int = 3
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make the tensors' device the current one, on which Triton launches."""
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    return torch.xpu.device(device) if device.type == "xpu" else contextlib.nullcontext()
+
+
+def multiply(x: Tensor, weight: Fragments, scales: Tensor, bits: int, cut: Tiles) -> Tensor:
+    """``x @ weightᵀ`` for x (tokens, in), contiguous, at least one token; scales (groups, out).
+
+    Pieces of a sum are added in a fixed order: the same cut gives the same bytes.
     """
     tokens, inputs = x.shape
-    outputs = scales.shape[1]
-    codes = 32 if bits == 3 else 32 // bits
-    group = group_size if group_size and group_size % codes == 0 else 0
-    shape = _launch(tokens, outputs, inputs, codes)
-    y = torch.empty(
-        (shape["SPLIT"], tokens, outputs),
-        dtype=torch.float32 if shape["SPLIT"] > 1 else x.dtype,
-        device=x.device,
-    )
-    grid = (triton.cdiv(tokens, shape["TOKENS"]), triton.cdiv(outputs, shape["OUTPUTS"]), shape["SPLIT"])
-    _product[grid](
-        x, qweight, qzeros, scales, g_idx, y, tokens, inputs, outputs, qweight.shape[0], qzeros.shape[1],
-        BITS=bits, V1=int(v1), ADDED=_ONE_IN_EACH_FIELD[bits] if v1 else 0, GROUP=group,
-        # Triton's interpreter multiplies the bits of bfloat16 numbers.
-        WIDEN=triton.knobs.runtime.interpret and x.dtype == torch.bfloat16, **shape,
+    groups, outputs = scales.shape
+    if cut.path == "dense":
+        rows = weight.order.numel() or inputs
+        return ordered(x, weight.order) @ unpack(weight, scales, bits, rows, x.dtype)
+    tiles, blocks = weight.words.shape[:2]
+    at_once, together = _depth(bits, weight.group, cut.depth)
+    step = together * (cut.warps if cut.path == "few" else 1)
+    split = min(cut.split, triton.cdiv(blocks, step))
+    even = blocks % step == 0 and inputs == 16 * pairs_in_unit(bits) * blocks and tiles % cut.tiles == 0
+    alone = split == 1
+    y = torch.empty((split, tokens, outputs), dtype=x.dtype if alone else torch.float32, device=x.device)
+    grid = (triton.cdiv(tiles, cut.tiles), split, triton.cdiv(tokens, cut.tokens))
+    kernel, slices = (_few, {"SLICES": cut.warps}) if cut.path == "few" else (_many, {})
+    kernel[grid](
+        x, weight.words, weight.zeros, scales, weight.order, y,
+        tokens, inputs, outputs, blocks, groups, weight.order.numel(),
+        BITS=bits, GROUP=weight.group, ORDERED=weight.order.numel() > 0, EVEN=even, BF16=x.dtype == torch.bfloat16,
+        WIDEN=_widen(x.dtype), AT_ONCE=at_once, BLOCKS=together, TOKENS=cut.tokens, TILES=cut.tiles, SPLIT=split,
+        STAGES=cut.stages, num_warps=cut.warps, **slices,
     )  # fmt: skip
-    return y[0] if shape["SPLIT"] == 1 else y.sum(0).to(x.dtype)
+    if alone:
+        return y[0]
+    result = torch.empty((tokens, outputs), dtype=x.dtype, device=x.device)
+    count = result.numel()
+    _add[(triton.cdiv(count, 1024),)](y, result, count, SPLIT=split, BLOCK=1024)
+    return result
 
 
-def _launch(tokens: int, outputs: int, inputs: int, codes: int) -> dict[str, int]:
-    """Tile sizes. The sums of pieces of the inputs are added in a fixed order, so results do not vary."""
-    units = -(-inputs // codes)
-    per_tile = 16 if codes >= 16 else 32
-    tile_tokens = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-    tile_outputs = 64 if tokens <= 16 else 128
-    tiles = -(-tokens // tile_tokens) * -(-outputs // tile_outputs)
-    split = 1
-    while tiles * split < 256 and split * per_tile * 4 < units and split < 16:
-        split *= 2
-    return {"TOKENS": tile_tokens, "OUTPUTS": tile_outputs, "UNITS": per_tile, "SPLIT": split}
+def unpack(weight: Fragments, scales: Tensor, bits: int, rows: int, dtype: torch.dtype) -> Tensor:
+    """The weight by positions: (rows, out) in `dtype`, computed in float32 and rounded once."""
+    groups, outputs = scales.shape
+    tiles, blocks = weight.words.shape[:2]
+    at_once, _ = _depth(bits, weight.group, 16 * pairs_in_unit(bits))
+    y = torch.empty((rows, outputs), dtype=dtype, device=scales.device)
+    _unpack[(triton.cdiv(tiles, 4), blocks)](
+        weight.words, weight.zeros, scales, y, outputs, blocks, groups, rows,
+        BITS=bits, GROUP=weight.group, BF16=dtype == torch.bfloat16, AT_ONCE=at_once, TILES=4,
+    )  # fmt: skip
+    return y
+
+
+def ordered(x: Tensor, order: Tensor) -> Tensor:
+    """x (tokens, in) by positions, 0 at padding."""
+    if not order.numel():
+        return x
+    return torch.nn.functional.pad(x, (0, 1)).index_select(1, order)
+
+
+def _depth(bits: int, group: int, depth: int) -> tuple[int, int]:
+    """Pairs and blocks that are multiplied at once: of one group, and not more than `depth` inputs."""
+    pairs = pairs_in_unit(bits)
+    at_once = min(pairs, max(1, depth // 16))
+    while group and group // 16 % at_once:
+        at_once //= 2
+    together = 1
+    while at_once == pairs and 32 * pairs * together <= depth and not group % (32 * pairs * together):
+        together *= 2
+    return at_once, together
+
+
+def _widen(dtype: torch.dtype) -> bool:
+    """Whether the product is one of float32 numbers. Triton's interpreter multiplies the bits of bfloat16 numbers."""
+    return dtype == torch.float32 or bool(triton.knobs.runtime.interpret and dtype == torch.bfloat16)
