@@ -7,7 +7,7 @@ import torch
 
 from fewbit.config import LayerSettings
 from fewbit.forecast.live import LiveBytes
-from fewbit.forecast.memory import HOLES, predict_memory
+from fewbit.forecast.memory import HOLES, predict_memory, spilled_notes
 from fewbit.forecast.work import LayerWork, Work
 from fewbit.plan import LayerPlan, Plan
 from fewbit.solver import Accuracy, FactorCache, Hessian, Probe, quantize_weight
@@ -84,3 +84,22 @@ def test_on_a_gpu_the_work_counts_there():
     memory = predicted(one, {"": 1000, "b": 2000}, device=torch.device("cuda"))
     assert memory.device_peak > 10_000_000
     assert "activations" not in memory.parts
+
+
+@pytest.mark.parametrize(("free", "spilled"), [(None, 0), (10**8, 0), (6_000_000, 4_100_000)])
+def test_activations_that_a_gpu_has_no_room_for_are_in_host_memory(free, spilled):
+    one = work(layer("b.x", 64, 32), held=10_000_000)
+    memory = predicted(one, {"": 1000, "b": 2000}, baseline=5, device=torch.device("cuda"), device_free=free)
+    assert memory.spilled == memory.parts.get("activations", 0) == pytest.approx(spilled, rel=0.02)
+    assert memory.peak == memory.spilled + 5 + 4000
+    assert bool(spilled_notes(memory)) == bool(spilled)
+    if spilled:
+        assert memory.device_peak == free
+        assert "4.04 MB of activations have no room on the device" in spilled_notes(memory)[0]
+
+
+def test_what_is_no_activation_cannot_leave_a_gpu():
+    one = work(layer("b.x", 64, 32), held=10_000_000)
+    memory = predicted(one, {"": 1000, "b": 10**7}, device=torch.device("cuda"), device_free=5_000_000)
+    assert memory.spilled == 10_000_000
+    assert memory.device_peak > 10**7

@@ -214,8 +214,18 @@ def test_too_little_memory_on_the_gpu(monkeypatch):
     monkeypatch.setattr(limits, "device_left", lambda device: Limit(1000, f"free on {device}"))
     memory = Memory("reading weights", {"libraries": 10}, device_peak=5000)
     [problem] = problems.of_memory(memory, 10, CONFIG, torch.device("cuda:0"), offloaded=False)
-    assert "the GPU's memory is too small: the run takes 5.00 kB, and 1.00 kB are free on cuda:0" in problem
-    assert "--offload-dir, or --device cpu" in problem
+    assert "the GPU's memory is too small: without the activations" in problem
+    assert "the run takes 5.00 kB, and 1.00 kB are free on cuda:0. Use a smaller --batch-size" in problem
+
+
+def test_activations_that_fit_into_neither_memory(monkeypatch):
+    monkeypatch.setattr(limits, "device_left", lambda device: Limit(9000, f"free on {device}"))
+    monkeypatch.setattr(limits, "memory_left", lambda: Limit(1000, "available"))
+    memory = Memory("reading weights", {"libraries": 10, "activations": 5000}, device_peak=5000, spilled=5000)
+    [problem] = problems.of_memory(memory, 10, CONFIG, torch.device("cuda:0"), offloaded=False)
+    assert "memory is too small: the run takes 5.01 kB while reading weights" in problem
+    assert "What helps: a GPU with more memory; " in problem
+    assert "--offload-dir FOLDER" in problem
 
 
 def test_a_text_shorter_than_asked_for_is_a_note(model, tmp_path):

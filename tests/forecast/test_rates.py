@@ -86,10 +86,16 @@ def test_seconds_are_rates_times_counts():
     work = Work(works, tokens=1000, batches=10.0, streams=2, probe=0, held_out=0.0, transient=0, spilled=50)
     trial = Trial({"b.0": ["b.0", "b.1"]}, 100, seconds={"b.0": 0.5}, load_rate=0.01)
     sizes = Sizes(quantized=100, plain=10, output=200, journal=110, spool=110, layers={})
-    found = predict_seconds(
-        plan, work, trial, {(48, SETTINGS): LayerRate(0.1, 7.0, 0.2, 0.3)}, DiskRate(0.001, 0.5, 0.002), sizes,
-        calibration=3.0, load=1.0, source_bytes=1000, weight_bytes=400,
-    )  # fmt: skip
+    arguments = (
+        plan,
+        work,
+        trial,
+        {(48, SETTINGS): LayerRate(0.1, 7.0, 0.2, 0.3)},
+        DiskRate(0.001, 0.5, 0.002),
+        sizes,
+    )
+    given = {"calibration": 3.0, "load": 1.0, "source_bytes": 1000, "weight_bytes": 400}
+    found = predict_seconds(*arguments, **given)
     assert found["calibration text"] == 3.0
     assert found["checking the source"] == pytest.approx(2.0)
     assert found["reading weights"] == pytest.approx(5.0)
@@ -99,6 +105,12 @@ def test_seconds_are_rates_times_counts():
     assert found["packing"] == pytest.approx(25 * 0.3)
     assert found["offloading"] == pytest.approx(4 * 50 * 0.001)
     assert found["exchanging"] == 0
+    # Read while 59 seconds are computed: only the first of two blocks is waited for, or what takes longer than that.
+    hidden = predict_seconds(*arguments, **given, ahead=True)
+    assert hidden == {**found, "reading weights": pytest.approx(1.0 + 4.0 / 2)}
+    slow = predict_seconds(*arguments, **{**given, "weight_bytes": 40_000}, ahead=True)
+    busy = found["forward passes"] + found["Hessians"] + found["solving"]
+    assert slow["reading weights"] == pytest.approx(1.0 + 400 - busy)
     assert found["journal"] == pytest.approx(2 * 2 * 0.5 + 110 * 0.003)
 
 

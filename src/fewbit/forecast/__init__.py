@@ -28,12 +28,13 @@ from ..source import Source, load_tokenizer, open_source
 from ..timers import Timers, memory_in_use_bytes
 from ..walk.journal import Journal, check_output
 from ..walk.ranks import threads_of_each
+from ..walk.room import HOLES
 from ..walk.run import arguments_for
 from ..walk.spill import check_folder
 from ..walk.weights import StreamedWeights, Weights
 from . import limits, problems
 from .extras import Extra, of_budget, of_evaluation, of_tuning
-from .memory import Memory, predict_memory
+from .memory import Memory, predict_memory, spilled_notes
 from .rates import Kind, LayerRate, measure_disk, measure_layers
 from .result import Forecast
 from .sizes import Sizes, largest_tensor, sizes_of, untie_head
@@ -199,6 +200,7 @@ class _Job:
             self.problems += problems.of_scratch(self.offload, work.scratch * self.processes)
         extras = self.extras(model, calibration, trial, work, units)
         file, tensor = largest_tensor(source)
+        on_device = limits.device_left(weights.device)
         self.memory = predict_memory(
             self.plan,
             work,
@@ -208,7 +210,9 @@ class _Job:
             dtype=next(model.parameters()).dtype,
             device=weights.device,
             extras={name: extra.parts for name, extra in extras.items()},
+            device_free=round((1 - HOLES) * on_device.bytes) if on_device else None,
         )
+        self.notes += spilled_notes(self.memory)
         self.problems += problems.of_memory(
             self.memory,
             memory_in_use_bytes(),
@@ -231,6 +235,7 @@ class _Job:
             load=loading,
             source_bytes=sum(path.stat().st_size for path in source.weight_files()),
             weight_bytes=sum(units.values()),
+            ahead=source.streams and weights.device.type != "cpu",
         ) | {name: extra.seconds for name, extra in extras.items()}
 
     def rates(self, model: nn.Module, device: torch.device, work: Work) -> dict[Kind, LayerRate]:

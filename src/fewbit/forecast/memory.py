@@ -12,6 +12,9 @@ it really holds). All parts are those of one moment and add up to the peak.
     solver          the weight matrix in float32, its target, error and codes, several times
     probe           held-out rows of both streams
     allocator       what the C library's heap takes beyond its contents: holes
+
+On a GPU these are in its memory, and of the activations those that it has no room for in the host's, pinned, beside the
+block that is read ahead.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from ..plan import Plan
+from ..report import words
 from ..walk.ranks import most_rows
 from ..walk.weights import REST
 from .live import HEAP_BYTES
@@ -43,6 +47,9 @@ HOLES = 0.15
 # Code and buffers that torch's libraries take when they first multiply, factor and convert.
 FIRST_USE = 30_000_000
 
+# Of memory that is pinned for a byte of a block: torch takes powers of two for each tensor.
+PINNED_BYTES = 2
+
 # Codes of a block that are waiting to be packed, and then its packed tensors twice.
 _WAITING_BYTES = 2
 
@@ -55,12 +62,14 @@ class Memory:
 
     Attributes:
         moment: which that is. parts: what is in memory then; they add up to `peak`.
-        device_peak: of the GPU's memory, where the work runs on one.
+        device_peak: of the GPU's memory, where the work runs on one. spilled: activations that it has no room for, and
+            that are in the host's.
     """
 
     moment: str
     parts: Parts
     device_peak: int | None = None
+    spilled: int = 0
 
     @property
     def peak(self) -> int:
@@ -78,23 +87,53 @@ def predict_memory(
     dtype: torch.dtype,
     device: torch.device,
     extras: Mapping[str, Parts],
+    device_free: int | None = None,
 ) -> Memory:
     """The worst moment of the run.
 
     Args:
         units: bytes of the weights' units. baseline: of this process before the work.
         largest_tensor: bytes of the largest one as it lies in the files.
-        extras: further moments of the work, by name.
+        extras: further moments of the work, by name. device_free: of a GPU's memory; None where it does not say.
     """
     moments = dict(_walk_moments(plan, work, units, dtype)) | dict(extras)
     if device.type != "cpu":
-        host = {"libraries": baseline, "reading": largest_tensor + max(units.values(), default=0)}
-        device_peak = max(sum(parts.values()) for parts in moments.values())
-        return Memory("reading weights", host, device_peak)
+        return _on_device(moments, units, baseline, largest_tensor, device_free)
     reading = {"weights": max(units.values(), default=0), "reading": largest_tensor}
     moments["writing the checkpoint"] = reading
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     return Memory(moment, {"libraries": baseline + FIRST_USE, **moments[moment]})
+
+
+def spilled_notes(memory: Memory) -> list[str]:
+    """What a user should know of activations that a GPU has no room for."""
+    if not memory.spilled:
+        return []
+    return [
+        f"{words.size(memory.spilled)} of activations have no room on the device and will wait in host memory; the "
+        "time to move them is not foreseen"
+    ]
+
+
+def _on_device(
+    moments: Mapping[str, Parts],
+    units: Mapping[str, int],
+    baseline: int,
+    largest_tensor: int,
+    free: int | None,
+) -> Memory:
+    """The worst moment of the host is while it reads; the device has its own."""
+    needed = {name: sum(parts.values()) for name, parts in moments.items()}
+    lacking = {name: 0 if free is None else max(0, size - free) for name, size in needed.items()}
+    spilled = {name: min(moments[name].get("activations", 0), size) for name, size in lacking.items()}
+    most = max(spilled.values())
+    host = {
+        "libraries": baseline,
+        "reading": largest_tensor + PINNED_BYTES * max(units.values(), default=0),
+        **({"activations": most} if most else {}),
+    }
+    peak = max(needed[name] - spilled[name] for name in moments)
+    return Memory("reading weights", host, peak, most)
 
 
 def _walk_moments(

@@ -79,9 +79,9 @@ def of_memory(
     on_device = limits.device_left(device)
     if on_device is not None and (memory.device_peak or 0) > on_device.bytes:
         found.append(
-            f"the GPU's memory is too small: the run takes {words.size(memory.device_peak)}, and "
-            f"{words.size(on_device.bytes)} are {on_device.name}. Use fewer calibration sequences (--num-samples), "
-            "shorter ones (--seq-len), --fast, --offload-dir, or --device cpu"
+            f"the GPU's memory is too small: without the activations of waiting batches the run takes "
+            f"{words.size(memory.device_peak)}, and {words.size(on_device.bytes)} are {on_device.name}. Use a smaller "
+            "--batch-size, shorter sequences (--seq-len), --fast, or --device cpu"
         )
     return found
 
@@ -90,6 +90,8 @@ def _advice(memory: Memory, excess: int, config: QuantConfig, offloaded: bool) -
     """What would lower the peak, the cheapest first. `excess` is negative: what is missing."""
     activations = memory.parts.get("activations", 0) + memory.parts.get("allocator", 0)
     ways = []
+    if memory.spilled:
+        ways.append("a GPU with more memory")
     if activations > -excess:
         fitting = int(config.num_samples * (activations + excess) / activations)
         if fitting >= 1:

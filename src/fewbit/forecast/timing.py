@@ -1,6 +1,7 @@
 """How long a run will take, phase by phase: measured rates times counts.
 
-Contract: arithmetic only. The phases do not overlap and add up; reading the text is what it took this time.
+Contract: arithmetic only. The phases do not overlap and add up; reading the text is what it took this time. Where the
+next block is read while this one is in use, only what that cannot hide counts as reading.
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ def predict_seconds(
     load: float,
     source_bytes: int,
     weight_bytes: int,
+    ahead: bool = False,
 ) -> dict[str, float]:
     """Seconds by phase.
 
     Args:
         calibration: seconds that the text took. load: seconds that opening the model took.
         source_bytes: of the weight files. weight_bytes: of the model in memory.
+        ahead: whether blocks are read ahead.
     """
     rates = [(one, layers[kind_of(one)]) for one in work.layers]
     calibrated = [(one, rate) for one, rate in rates if one.layer.settings.method != "rtn"]
@@ -50,14 +53,21 @@ def predict_seconds(
     per_byte = trial.load_rate or 0.0
     blocks = len(plan.block_layers())
     writing = (sizes.quantized + sizes.plain) * (_SHARD_COPIES * disk.check + disk.write)
+    solving = sum(rate.factor for _, rate in own)
+    solving += sum(most_rows(one.layer.out_features, work.processes) * rate.solve for one, rate in rates)
+    busy = {
+        "forward passes": forward_seconds(trial) * work.batches * work.streams,
+        "Hessians": sum(one.rows * rate.accumulate for one, rate in own),
+        "solving": solving,
+    }
+    reading = weight_bytes * per_byte
+    if ahead:
+        reading = max(reading / max(blocks, 1), reading - sum(busy.values()))
     return {
         "calibration text": calibration,
         "checking the source": source_bytes * disk.check,
-        "reading weights": load + weight_bytes * per_byte,
-        "forward passes": forward_seconds(trial) * work.batches * work.streams,
-        "Hessians": sum(one.rows * rate.accumulate for one, rate in own),
-        "solving": sum(rate.factor for _, rate in own)
-        + sum(most_rows(one.layer.out_features, work.processes) * rate.solve for one, rate in rates),
+        "reading weights": load + reading,
+        **busy,
         "exchanging": _exchanged(work) / _EXCHANGED,
         "offloading": _PASSES_OVER_SCRATCH * work.spilled * disk.write,
         "packing": sum(one.layer.out_features * rate.pack for one, rate in rates),

@@ -35,7 +35,7 @@ _SOLVER_BYTES = {1: 15, 2: 26}
 _WIDEST, _STATES = 1.5, 4
 
 # Share of a GPU's free memory that is not counted on.
-_HOLES = 0.1
+HOLES = 0.1
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def room_on_device(
     # Norms and activations compute in float32.
     forward = 2 * most * of_token * max(1, 4 // itemsize) + KEPT_STORAGES * most * widest * itemsize
     taken = weights.bytes_to_come() + solver_bytes(plan, streams) + forward
-    return Room(max(0, round((1 - _HOLES) * free) - taken), needed, weights.device.type == "cuda")
+    return Room(max(0, round((1 - HOLES) * free) - taken), needed, weights.device.type == "cuda")
 
 
 def free_bytes(device: torch.device) -> int | None:
