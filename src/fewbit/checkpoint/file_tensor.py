@@ -6,6 +6,7 @@ Contract: a header that `header.read_header` has checked is believed; what is re
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,8 @@ class FileTensor:
 def scan(path: Path, digest: Any) -> None:
     """Add every byte of a safetensors file to `digest`, and look at its values on the way.
 
+    A thread hashes what was read last while the next bytes are read and looked at.
+
     Raises:
         ModelError: the file is damaged, or holds NaN or infinite values.
     """
@@ -72,12 +75,14 @@ def scan(path: Path, digest: Any) -> None:
     except CheckpointError as error:
         raise ModelError(f"cannot read the weights: {error}") from error
     in_order = sorted(infos.items(), key=lambda item: item[1].start)
-    with open(path, "rb") as file:
-        digest.update(file.read(min((info.start for info in infos.values()), default=-1)))
+    with open(path, "rb") as file, ThreadPoolExecutor(max_workers=1) as thread:
+        header = file.read(min((info.start for info in infos.values()), default=-1))
+        hashing: Future[None] = thread.submit(digest.update, header)
         for name, info in in_order:
             for start in range(info.start, info.end, _CHUNK):
                 data = bytearray(file.read(min(_CHUNK, info.end - start)))
-                digest.update(data)
+                hashing.result()
+                hashing = thread.submit(digest.update, data)
                 check_finite(name, torch.frombuffer(data, dtype=info.dtype))
 
 

@@ -35,6 +35,9 @@ LARGEST_ACTIVATION = 2.0**50
 _ONE = 2.0**30  # units in s_i s_j
 _ROOT = 2.0**15  # units in s_i
 
+# Float32: what is added to the exponent, and the bits below it.
+_BIAS, _MANTISSA = 127, 23
+
 # Copies of a batch are made in pieces of this many bytes; on tensor cores, which need none in float32, in larger ones.
 _PIECE_BYTES = 1 << 26
 _LARGE_PIECE_BYTES = 1 << 28
@@ -135,7 +138,8 @@ class Hessian:
         """
         # Σ x² < 2^exponent.
         exponents = torch.frexp(squares.double().sum(0)).exponent
-        self._s = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), (exponents + 1) // 2)
+        # Made of its bits: a GPU's pow(2, k) need not be exact.
+        self._s = (((exponents + 1) // 2 + _BIAS) << _MANTISSA).int().view(torch.float32)
         self._squares.clear()
 
     def add(self, X: Tensor, mask: Tensor | None = None, full: Tensor | None = None) -> None:
