@@ -50,7 +50,7 @@ def why_no_triton(device: torch.device) -> str:
         return f"they are not made for {device.type}"
     if find_spec("triton") is None:
         return _NO_PACKAGE
-    return _checked(device)
+    return _checked(device if device.index is not None else torch.empty(0, device=device).device)
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def _row(tile, here):
 
 
 # `m` without its divisibility: loads are then one row per lane, not four rows in every fourth.
-@triton.jit(do_not_specialize=["m"])
+@triton.jit(do_not_specialize=["m", "G", "E_apart"])
 def _sweep(
     W, T, F, d, scales, zeros, groups, codes, E, losses, m, k, G, E_apart,
     BITS: tl.constexpr, INNER: tl.constexpr, UNROLLED: tl.constexpr, ROWS: tl.constexpr,
@@ -152,7 +152,7 @@ def _attempt(w, d, levels, s, z, error, best_s, best_z):
     return tl.where(better, new, error), tl.where(better, s, best_s), tl.where(better, z, best_z)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "n", "G", "coarse_count", "fine_count", "offset_count"])
 def _search(
     W, D, starts, coarse, fine, offsets, scales, zeros, m, n, G, coarse_count, fine_count, offset_count,
     BITS: tl.constexpr, SYM: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,

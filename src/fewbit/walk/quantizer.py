@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from ..checkpoint.layout import pack, unpack
 from ..codes import Codes
-from ..errors import ModelError, RankError, SolverError
+from ..errors import RankError
 from ..plan import LayerPlan, Plan
-from ..solver import Accuracy, Hessian, Solution, quantize_weight
-from ..solver.fallback import STARVED
+from ..solver import Accuracy, Solution
 from ..solver.hessian import usable_rows
 from ..timers import Timers
 from ..tune import TuneResult
 from .hessians import HessianPool, SharedHessian
 from .layers import input_rows, set_weight_matrix, weight_matrix
 from .lockstep import Arrival
-from .ranks import Part, Ranks
+from .ranks import Ranks
+from .solving import LayerSolver
 
 Progress = Callable[[str, int, int], None]
 
@@ -50,7 +50,7 @@ class LayerRecord:
         fallbacks: rungs of the ladder that were needed; empty in the normal case.
         tuned: whether tuning changed the block for the better. block_error: its relative squared output error on
             held-out batches before and after; None where it was not tuned.
-        seconds: time for this layer alone.
+        seconds: time for this layer alone; where several were solved together, its share of that.
     """
 
     name: str
@@ -176,14 +176,15 @@ class LayerQuantizer:
         self.plan = plan
         self.modules = modules
         self.sink = sink
-        self.accuracy = accuracy
         self.fmt = fmt
-        self.strict = strict
         self.timers = timers
         self.progress = progress
         self.hessians = hessians
         self.ranks = ranks or Ranks()
         self._layers = {layer.name: layer for layer in plan.layers}
+        self._solver = LayerSolver(
+            self._layers, modules, self._is_done, accuracy, strict=strict, ranks=self.ranks
+        )
         self._open = {block: set(names) for block, names in plan.block_layers().items()}
         self._keep_open = set(keep_open)
         self._solved: dict[str, dict[str, Solved]] = {}
@@ -212,8 +213,10 @@ class LayerQuantizer:
             with self.timers.time("hessian"):
                 shared = self.hessians.get(layer.name, module, arrivals)
         W = weight_matrix(module)
+        solving = time.perf_counter()
         with self.timers.time("solve"):
-            solution = self._quantize(layer, W, shared)
+            solution, share = self._solver.solve(layer, shared)
+        start += time.perf_counter() - solving - share  # what was spent here is that of several layers
         Wq = solution.codes.dequantize(W.dtype)
         error = None if nowhere else self._output_error(module, W, Wq, arrivals)
         set_weight_matrix(module, Wq)
@@ -258,33 +261,9 @@ class LayerQuantizer:
             one.W = None
         self._hand_over(block)
 
-    def _quantize(self, layer: LayerPlan, W: Tensor, shared: SharedHessian | None) -> Solution:
-        hessian, cache = (shared.hessian, shared.cache) if shared else (None, None)
-        if hessian is None and layer.settings.method == "gptq":
-            # No token came here: the solver records an empty Hessian as a fallback.
-            hessian = Hessian(layer.in_features, device=W.device)
-        part = self.ranks.part(W.shape[0])
-        try:
-            solution = quantize_weight(
-                W[part.rows],
-                hessian,
-                layer.settings,
-                cache,
-                accuracy=self.accuracy,
-                probe=shared.probe if shared else None,
-                total=part.total,
-            )
-        except SolverError as error:
-            raise ModelError(f"layer {layer.name} cannot be quantized: {error}") from error
-        solution = replace(solution, codes=_gathered(solution.codes, part))
-        if shared and shared.added:
-            solution = replace(solution, fallbacks=(STARVED, *solution.fallbacks))
-        if solution.fallbacks and self.strict:
-            raise SolverError(
-                f"layer {layer.name} needed a fallback ({', '.join(solution.fallbacks)}) and strict mode refuses it: "
-                "give more calibration text, raise damp, or leave out --strict"
-            )
-        return solution
+    def _is_done(self, name: str) -> bool:
+        """Whether a layer was met, or need not be solved."""
+        return name in self._met or name in self.sink.records
 
     def _record(
         self,
@@ -347,16 +326,6 @@ class LayerQuantizer:
         return unpack(
             tensors, settings.bits, settings.group_size, self.fmt, layer.in_features, layer.out_features
         )
-
-
-def _gathered(codes: Codes, part: Part) -> Codes:
-    """The codes of all rows, of those of this process's."""
-    return replace(
-        codes,
-        codes=part.gather(codes.codes),
-        scales=part.gather(codes.scales),
-        zeros=part.gather(codes.zeros),
-    )
 
 
 def _output_error(module: nn.Module, W: Tensor, Wq: Tensor, x: Tensor) -> float | None:

@@ -23,7 +23,7 @@ from ..checkpoint.file_tensor import check_finite
 from ..config import QuantConfig
 from ..errors import CalibrationError, FewbitError
 from ..plan import Plan, output_embedding_name
-from ..solver import Accuracy, native
+from ..solver import Accuracy, native, why_no_triton
 from ..timers import Timers
 from .hessians import HessianPool, Rows, hold_out
 from .lockstep import Arrival, Leave, Meet, Passage, Traffic, walk
@@ -99,7 +99,7 @@ def quantize_layers(
         keep_open=blocks,
         ranks=ranks,
     )
-    notes = _solver_notes()
+    notes = _solver_notes(weights.device, len(plan.layers))
     with torch.no_grad(), timers.time("walk"):
         if not calibration.batches:
             _meet_without_inputs(modules, quantizer, weights)
@@ -214,8 +214,17 @@ def needs_full_precision(config: QuantConfig) -> bool:
     return config.effective_correction != 0 or config.refit or config.tune
 
 
-def _solver_notes() -> list[str]:
-    return [] if native.available() else [f"the compiled solver is not in use ({native.why_not()}): slower"]
+def _solver_notes(device: torch.device, layers: int) -> list[str]:
+    if device.type == "cpu":
+        return (
+            [] if native.available() else [f"the compiled solver is not in use ({native.why_not()}): slower"]
+        )
+    reason = why_no_triton(device)
+    if not reason:
+        return []
+    return [
+        f"the solver's Triton kernels were not used in any of {layers} layers ({reason}): many times slower"
+    ]
 
 
 def _held_out_notes(rows: Sequence[Rows]) -> list[str]:
