@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from fewbit.walk.experts import unfuse, unfused_modules
+from fewbit.walk.experts import Route, unfuse, unfused_modules
 from fewbit.walk.hessians import HessianPool, Rows, hold_out
 from fewbit.walk.lockstep import walk
-from fewbit.walk.routing import TOKENS_PER_FEATURE, Routing, _evenly
+from fewbit.walk.routing import TOKENS_PER_FEATURE, Routing, _evenly, copied
 from models import random_sequences
 from moe_models import EXPERTS, HIDDEN, STARVED, UNREACHED, tiny_moe
 
@@ -190,3 +190,42 @@ def test_without_experts_there_are_no_points():
     assert routing.points == {}
     assert routing.meeting_points({"0": layer}) == {"0": layer}
     assert routing.rows("0", 0) is None
+
+
+def test_copies_of_routes_are_the_same_routes():
+    made = []
+
+    def copy(tensor):
+        made.append(tensor.clone())
+        return made[-1]
+
+    routes = [
+        Route(torch.tensor([3, 5]), torch.tensor([0, 1])),
+        Route(torch.tensor([], dtype=torch.int64), torch.tensor([], dtype=torch.int64)),
+        Route(torch.tensor([1, 2, 7]), torch.tensor([1, 0]), torch.tensor([0, 2])),
+    ]
+    copies = copied(routes, copy)
+    assert len(made) == 3
+    for route, other in zip(routes, copies, strict=True):
+        assert torch.equal(route.tokens, other.tokens)
+        assert torch.equal(route.slots, other.slots)
+        assert (route.own is None) == (other.own is None)
+        assert torch.equal(route.chosen, other.chosen)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_same_routes_are_decided():
+    def decided(device):
+        model = tiny_moe("mixtral")
+        unfuse(model)
+        model.to(device)
+        routing = Routing(model, [Rows.of(batch) for batch in batches(padded=True)])
+        name, point = next(iter(routing.points.items()))
+        choices = [torch.arange(3 * LENGTH * 2, device=device).reshape(-1, 2) % EXPERTS for _ in range(4)]
+        routing.meet(name, [SimpleNamespace(job=job, x=choice) for job, choice in enumerate(choices)])
+        return [route for choice in choices for route in point(choice)]
+
+    for one, other in zip(decided("cpu"), decided("cuda"), strict=True):
+        assert other.tokens.is_cuda
+        assert torch.equal(one.tokens, other.tokens.cpu())
+        assert torch.equal(one.chosen, other.chosen.cpu())

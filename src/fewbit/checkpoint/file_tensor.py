@@ -42,7 +42,7 @@ class FileTensor:
             return torch.empty(info.shape, dtype=info.dtype)
         if pinned:
             data = torch.empty(info.nbytes, dtype=torch.uint8, pin_memory=True)
-            self._fill(memoryview(data.numpy()))
+            self._fill(data.numpy().data)
             return data.view(info.dtype).reshape(info.shape)
         memory = bytearray(info.nbytes)
         self._fill(memoryview(memory))

@@ -40,7 +40,7 @@ _BIAS, _MANTISSA = 127, 23
 
 # Copies of a batch are made in pieces of this many bytes; on tensor cores, which need none in float32, in larger ones.
 _PIECE_BYTES = 1 << 26
-_LARGE_PIECE_BYTES = 1 << 28
+_LARGE_PIECE_BYTES = 1 << 29
 
 # Rows of H whose products are computed together. On the CPU few enough that they are still in its cache when they
 # are rounded. A GPU wants few large products: so many of them, of whole tiles, leave out 41% of a symmetric one.

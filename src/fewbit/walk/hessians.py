@@ -95,7 +95,7 @@ class RoutedRows:
     """What the rows of an expert's input are, in one batch.
 
     Attributes:
-        tokens: int64 (rows,), their numbers among all `total` rows of the layer's input.
+        tokens: int64 (rows,), their numbers among all `total` rows of the layer's input, on the CPU.
         sent: how many of them, the first ones, the router sent; the others were added for want of tokens.
         paired: whether the same rows come first in the full-precision stream.
     """
@@ -261,8 +261,8 @@ class HessianPool:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Which rows of an input enter the Hessian, None: all of them; and which are held out, None: none.
 
-        Both are on the CPU, where they come from, so that no GPU has to be waited for; those of experts are where the
-        router's choice is. Padding, and tokens that the router did not send, are counted.
+        Both are on the CPU, so that no GPU has to be waited for. Padding, and tokens that the router did not send, are
+        counted.
         """
         mask = self._mask(name, arrival, X)
         entry.masked += 0 if mask is None else int(mask.numel() - torch.count_nonzero(mask))
@@ -271,7 +271,6 @@ class HessianPool:
         held = self._held_out(name, arrival, X) if holding_out else None
         if held is None:
             return mask, None
-        held = held if mask is None else held.to(mask.device)
         return (~held, held) if mask is None else (mask & ~held, held & mask)
 
     def _sum_up(self, entry: SharedHessian) -> None:
@@ -309,7 +308,7 @@ class HessianPool:
         if padding is None:
             return None
         if routed is not None and padding.numel() == routed.total:
-            return padding.reshape(-1).to(rows.device)[routed.tokens]
+            return padding.reshape(-1)[routed.tokens]
         mask = row_mask(arrival.x, padding)
         if mask is None:
             self.unmaskable[name] += rows.shape[0]
@@ -321,7 +320,7 @@ class HessianPool:
         if routed is None:
             return batch.held_out_rows(rows.shape[0])
         held = batch.held_out_rows(routed.total)
-        return None if held is None else held.to(rows.device)[routed.tokens]
+        return None if held is None else held[routed.tokens]
 
     def _padding(self, name: str, arrival: Arrival) -> Tensor | None:
         """The mask of the tokens that this layer sees."""

@@ -8,7 +8,8 @@ had sent them. Formula: with N tokens sent to the expert and M wanted, H = Σ_se
 In the full-precision stream every expert computes the tokens that it gets in the quantized one, besides those
 that are sent to it there, so that the rows of both streams belong together.
 
-`Routing.meet` is called where a layer's tokens are given to its experts and none of them has run.
+`Routing.meet` is called where a layer's tokens are given to its experts and none of them has run. It decides on the
+CPU: every step needs to know how many tokens the one before left, and a GPU would be waited for each time.
 """
 
 from __future__ import annotations
@@ -64,14 +65,15 @@ class Routing:
         for other in self.points.values():
             other.forget()
         point, module, N = self.points[name], name.removesuffix(f".{ROUTING}"), len(self._batches)
-        choices = {arrival.job: arrival.x for arrival in arrivals}
+        choices = {arrival.job: arrival.x.cpu() for arrival in arrivals}
         sent = {job: routes_of(choice, point.experts) for job, choice in choices.items()}
         quantized = {job: choice for job, choice in choices.items() if job < N}
         added = self._added(module, quantized, TOKENS_PER_FEATURE * self._experts[module].hidden_size)
         routes = {job: _each(_with_tokens, sent[job], added[job]) for job in quantized}
         known: dict[int, list[RoutedRows]] = {}
         self._rows = {module: known}
-        for job, choice in choices.items():
+        for arrival in arrivals:
+            job, choice = arrival.job, choices[arrival.job]
             partner = job - N if job >= N else job + N
             paired = partner in choices and choices[partner].shape == choice.shape
             if job < N:
@@ -79,7 +81,7 @@ class Routing:
                 known[job] = [RoutedRows(r.tokens, len(choice), len(s.tokens), paired) for r, s in rows]
             elif paired:
                 routes[job] = _each(_after, sent[job], [route.tokens for route in routes[partner]])
-            point.decide(choice, routes.get(job, sent[job]))
+            point.decide(arrival.x, _on_device(routes.get(job, sent[job]), arrival.x.device))
 
     def rows(self, layer: str, job: int) -> RoutedRows | None:
         """What the rows of an expert's input are in a quantized job; None for layers that are no experts."""
@@ -161,6 +163,24 @@ def _after(route: Route, first: Tensor) -> Route:
     new = tokens[places[tokens] < 0]
     places[new] = len(first) + torch.arange(len(new), device=first.device)
     return Route(torch.cat([first, new]), route.slots, places[tokens])
+
+
+def _on_device(routes: list[Route], device: torch.device) -> list[Route]:
+    """The routes of one job on the device of its tokens."""
+    if device.type == "cpu":
+        return routes
+    return copied(routes, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def copied(routes: Sequence[Route], copy: Callable[[Tensor], Tensor]) -> list[Route]:
+    """The routes with a copy of every tensor, made of all routes together: few large ones, for a GPU."""
+    own = [torch.arange(len(route.slots)) if route.own is None else route.own for route in routes]
+    parts = [[route.tokens for route in routes], [route.slots for route in routes], own]
+    copies = [torch.split(copy(torch.cat(part)), [len(one) for one in part]) for part in parts]
+    return [
+        Route(tokens, slots, None if route.own is None else own)
+        for route, tokens, slots, own in zip(routes, *copies, strict=True)
+    ]
 
 
 def _others(choice: Tensor, counted: Tensor, expert: int, places: Tensor) -> Tensor:
