@@ -1,12 +1,17 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from fewbit.bench import llama as llama_shapes
+from fewbit.bench.layers import Measured, Shape
+from fewbit.bench.machine import Machine
 from fewbit.bench.models import Result
 from fewbit.bench.rounds import Times
+from fewbit.cli.bench_layers import Found
 from fewbit.cli.main import app
-from fewbit.errors import KernelError
+from fewbit.errors import ConfigError, KernelError
 from tiny_gptq import llama, write_checkpoint
 
 
@@ -100,9 +105,99 @@ def test_layers(folder, monkeypatch):
     assert {cell["tokens"] for cell in cells} == {1, 16, 512}
     assert {cell["kernel"] for cell in cells} == {"cpu", "Linear", "torch int4"}
     one = next(cell for cell in cells if cell["kernel"] == "cpu" and cell["tokens"] == 1)
-    assert one["share"] == pytest.approx(
-        one["gigabytes_per_second"] * 1e9 / facts["machine"]["read_bandwidth"]
-    )
+    machine = facts["machine"]
+    of_memory = one["gigabytes_per_second"] * 1e9 / machine["read_bandwidth"]
+    of_arithmetic = one["gigaflops"] * 1e9 / machine["peaks"]["bfloat16"]
+    assert one["share"] == pytest.approx(max(of_memory, of_arithmetic))
+    assert one["limit"] == ("memory" if of_memory >= of_arithmetic else "arithmetic")
     table = run(folder, *options)
     assert "4 layers of 192 x 96, 4 bits, groups of 32" in table.stdout
     assert "GB/s from memory" in table.stdout
+
+
+def test_shapes_of_models_need_no_checkpoint(monkeypatch):
+    monkeypatch.setattr("fewbit.bench.layers.cold_bytes", lambda: 1)
+    monkeypatch.setattr("fewbit.bench.machine._BUFFER", 1 << 20)
+    monkeypatch.setitem(llama_shapes._MODELS, "1b", (64, 128, 32, 2))
+    options = (
+        "--shapes",
+        "1b",
+        "--bits",
+        "3",
+        "--group-size",
+        "32",
+        "--kernel",
+        "reference",
+        "--rounds",
+        "1",
+    )
+    facts = json.loads(run(*options, "--threads", "1", "--json").stdout)
+    assert [
+        (r["shape"]["out_features"], r["shape"]["count"], r["shape"]["bits"]) for r in facts["layers"]
+    ] == [
+        (128, 4, 3),
+        (64, 2, 3),
+        (64, 4, 3),
+        (32, 4, 3),
+    ]
+    assert (
+        "torch's int4 operator cannot run this layer: 3 bits" in facts["layers"][0]["refused"]["torch int4"]
+    )
+    table = run(*options, "--threads", "1", "-q")
+    assert "4 layers of 128 x 64, 3 bits, groups of 32" in table.stdout
+
+
+def test_the_table_of_a_gpu():
+    found = Found(
+        Machine(1, 4e12, {"float16": 8e14}, "NVIDIA H200"),
+        torch.float16,
+        [
+            (
+                Shape(4096, 14336, 4, 128, count=32),
+                {
+                    1: {"auto": Measured(Times((9e-6,)), 1e-4), "Linear": Measured(Times((36e-6,)), 1e-4)},
+                    2048: {
+                        "auto": Measured(Times((4e-4,)), 1e-4),
+                        "Linear": Measured(Times((3.5e-4,)), 1e-4),
+                    },
+                },
+                {},
+            )
+        ],
+    )
+    one, _, many, _ = found.facts(rounds=False)["layers"][0]["results"]
+    assert one["limit"] == "memory"
+    assert one["share"] == pytest.approx(Shape(4096, 14336, 4, 128).nbytes / 9e-6 / 4e12)
+    assert one["times_linear"] == pytest.approx(4.0)
+    assert many["limit"] == "arithmetic"
+    assert many["share"] == pytest.approx(2 * 2048 * 4096 * 14336 / 4e-4 / 8e14)
+
+
+def test_what_cannot_be_measured_is_said_before_anything_is(folder):
+    nothing = run()
+    assert isinstance(nothing.exception, ConfigError)
+    assert (
+        str(nothing.exception) == "nothing to measure: give a checkpoint's folder, or --shapes 1b, 8b or 70b"
+    )
+    unknown = run("--shapes", "9b")
+    assert str(unknown.exception) == "there are no shapes called '9b'; there are 1b, 8b, 70b"
+    wrong = run("--shapes", "1b", "--device", "mps")
+    assert str(wrong.exception) == "device mps cannot be measured: use --device cpu, cuda or cuda:1"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_no_gpu():
+    absent = run("--shapes", "8b", "--device", "cuda")
+    assert isinstance(
+        absent.exception, KernelError
+    )  # which the command ends with 2 for, as test_demo_command shows
+    assert "sees no CUDA device. Run this on a machine with a GPU" in str(absent.exception)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_this_gpu():
+    facts = json.loads(run("--shapes", "1b", "--device", "cuda", "--rounds", "1", "--json").stdout)
+    assert facts["machine"]["read_bandwidth"] > 1e11
+    for row in facts["layers"]:
+        assert {cell["kernel"] for cell in row["results"]} == {"auto", "Linear", "torch int4"}
+        assert all(cell["error"] < 0.02 for cell in row["results"])

@@ -1,7 +1,8 @@
 """One layer shape at a time: milliseconds by kernel and number of tokens, with memory as cold as in a model.
 
-In a model a layer's weight was read a whole model ago, so it comes from memory. Here every candidate has as many copies
-of the layer as it takes to be several times larger than the last-level cache, and uses them in rotation.
+In a model a layer's weight was read a whole model ago, so it comes from memory. On a CPU every candidate therefore has
+as many copies of the layer as it takes to be several times larger than the last-level cache, and uses them in rotation;
+on a GPU the clock empties the cache before each call (`gpu`).
 Weights are random codes; time does not depend on them.
 """
 
@@ -12,7 +13,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,11 +27,12 @@ from ..runtime import registry
 from ..runtime.kernel import KernelSpec
 from ..runtime.linear import QuantLinear
 from .machine import last_level_cache
-from .rounds import Times, in_turns, seconds_per_call
+from .rounds import Stopwatch, Times, in_turns, seconds_per_call
 
 Run = Callable[[Tensor], Tensor]
 Candidate = Callable[[Codes, torch.dtype], Run]
 
+_INNER_TILES = 8  # of 16 inputs that torch's operator for GPUs packs together: 2, 4 or 8
 _ROWS_CHECKED = 64  # of the product, against float64
 
 
@@ -84,14 +86,16 @@ def shapes_of(layers: Iterable[LayerSpec]) -> list[Shape]:
     return sorted(found, key=lambda shape: -shape.count * shape.out_features * shape.in_features)
 
 
-def able_kernels(shapes: Iterable[Shape], dtype: torch.dtype) -> list[str]:
-    """Kernels of the registry that can run all these layers on this CPU; not the reference, which is for checking."""
+def able_kernels(
+    shapes: Iterable[Shape], dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> list[str]:
+    """Kernels of the registry that can run all these layers here; not the reference, which is for checking."""
     able: list[str] = [name for name in registry.names() if name != "reference"]
     for shape in shapes:
         spec = KernelSpec(
             shape.bits, shape.group_size, shape.sym, shape.act_order, shape.in_features, shape.out_features
         )
-        reasons = dict(registry.explain(spec, "cpu", dtype))
+        reasons = dict(registry.explain(spec, device, dtype))
         able = [name for name in able if reasons[name] is None]
     return able
 
@@ -154,40 +158,67 @@ class _Dense(nn.Module):
 
 
 def torch_operator(codes: Codes, dtype: torch.dtype) -> Run:
-    """torch's int4 operator for CPUs by itself: bfloat16, scales and zero points rounded to it, no corrections.
+    """torch's int4 operator by itself: bfloat16, scales and zero points rounded to it, no corrections.
+
+    The one for CPUs or, where the codes are on a GPU (compute capability 8.0 or higher), the other. That is measured
+    only: as a kernel of the registry it would have to give back its codes, and their order in its packed form is not
+    documented.
 
     Raises:
-        KernelError: not 4 bits, or groups that it does not know.
+        KernelError: not 4 bits, or groups or a shape that it does not know.
     """
-    why_not = _why_not_torch_operator(codes, dtype)
+    on_gpu = codes.codes.device.type != "cpu"
+    why_not = _why_not_torch_operator(codes, dtype, on_gpu)
     if why_not:
         raise KernelError(f"torch's int4 operator cannot run this layer: {why_not}")
-    return _TorchOperator(codes)
+    return _TorchOperatorGpu(codes) if on_gpu else _TorchOperator(codes)
 
 
-def _why_not_torch_operator(codes: Codes, dtype: torch.dtype) -> str:
+def _why_not_torch_operator(codes: Codes, dtype: torch.dtype, on_gpu: bool) -> str:
     if codes.bits != 4:
         return f"{codes.bits} bits"
     if dtype != torch.bfloat16:
         return f"activations are {dtype}"
     if codes.group_size not in (32, 64, 128, 256) or codes.shape[1] % codes.group_size:
         return f"group_size {codes.group_size} with {codes.shape[1]} inputs"
+    out_features, in_features = codes.shape
+    if on_gpu and (out_features % 8 or in_features % (16 * _INNER_TILES)):
+        return f"shape {out_features} x {in_features} is not a multiple of 8 x {16 * _INNER_TILES}"
     return "act-order" if codes.has_act_order else ""
 
 
 class _TorchOperator(nn.Module):
     def __init__(self, codes: Codes) -> None:
         super().__init__()
-        scale = codes.scales.t().float()
-        shift = scale * (8 - codes.zeros.t().float())
         self.group_size = codes.group_size
-        self.register_buffer("scales", torch.stack([scale, shift], dim=-1).bfloat16().contiguous())
+        self.register_buffer("scales", _int4_scales(codes))
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.codes.int(), 1)
         self.register_buffer("packed", packed)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group_size, self.scales)
         return y
+
+
+class _TorchOperatorGpu(nn.Module):
+    def __init__(self, codes: Codes) -> None:
+        super().__init__()
+        self.group_size = codes.group_size
+        self.register_buffer("scales", _int4_scales(codes))
+        # Two codes to a byte, that of the even input in the upper half.
+        pairs = (codes.codes[:, ::2] << 4) | codes.codes[:, 1::2]
+        self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack(pairs, _INNER_TILES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.aten._weight_int4pack_mm(x, self.packed, self.group_size, self.scales)
+        return y
+
+
+def _int4_scales(codes: Codes) -> Tensor:
+    """(s, z) of Σ x·(s·(q − 8) + z), bfloat16 (groups, out, 2)."""
+    scale = codes.scales.t().float()
+    shift = scale * (8 - codes.zeros.t().float())
+    return torch.stack([scale, shift], dim=-1).bfloat16().contiguous()
 
 
 def measure_shape(
@@ -199,23 +230,28 @@ def measure_shape(
     rounds: int = 9,
     budget: float = 20.0,
     rotate: int | None = None,
+    device: torch.device | str = "cpu",
+    stopwatch: Stopwatch = seconds_per_call,
 ) -> tuple[dict[int, dict[str, Measured]], dict[str, str]]:
     """Every candidate at every number of tokens.
 
     Args:
         dtype: of the activations.
         rounds, budget: see `in_turns`, for each number of tokens.
-        rotate: bytes of each candidate's copies; None: `cold_bytes`.
+        rotate: bytes of each candidate's copies; None: `cold_bytes`. On a GPU there is one.
+        device: where everything lies.
+        stopwatch: measures work there.
 
     Returns:
         tokens → name → what was measured; and the candidates that cannot run this layer, with the reason.
     """
-    weight = random_weight(shape)
+    weight = _on(random_weight(shape), torch.device(device))
     rotations: dict[str, Rotation] = {}
     refused: dict[str, str] = {}
     for name, candidate in candidates.items():
         try:
-            rotations[name] = Rotation(candidate(weight, dtype), rotate or cold_bytes())
+            nbytes = 1 if torch.device(device).type != "cpu" else rotate or cold_bytes()
+            rotations[name] = Rotation(candidate(weight, dtype), nbytes)
         except (KernelError, DependencyError) as error:
             refused[name] = str(error)
     exact = weight.dequantize(torch.float64)
@@ -223,14 +259,19 @@ def measure_shape(
     with torch.inference_mode():
         for tokens in token_counts:
             x = torch.randn(tokens, shape.in_features, generator=torch.Generator().manual_seed(tokens)).to(
-                dtype
+                device, dtype
             )
             truth = x[:_ROWS_CHECKED].double() @ exact.t()
             work = {name: functools.partial(rotation, x) for name, rotation in rotations.items()}
             errors = {name: _relative(run()[:_ROWS_CHECKED], truth) for name, run in work.items()}
-            times = in_turns({n: seconds_per_call(run) for n, run in work.items()}, rounds, budget)
+            times = in_turns({n: stopwatch(run) for n, run in work.items()}, rounds, budget)
             results[tokens] = {name: Measured(times[name], errors[name]) for name in work}
     return results, refused
+
+
+def _on(codes: Codes, device: torch.device) -> Codes:
+    moved = {name: getattr(codes, name).to(device) for name in ("codes", "scales", "zeros", "g_idx")}
+    return replace(codes, **moved)
 
 
 def _relative(found: Tensor, truth: Tensor) -> float:

@@ -22,11 +22,13 @@ class Machine:
     threads: torch's, with which the rest was measured.
     read_bandwidth: bytes per second from memory, with huge pages where the system gives them.
     peaks: torch dtype's name → operations per second of a large matrix product (a multiply-add counts two).
+    name: of the device. On a GPU, `read_bandwidth` is that of a copy, bytes read and written.
     """
 
     threads: int
     read_bandwidth: float
     peaks: dict[str, float]
+    name: str = "CPU"
 
 
 def measure_machine(rounds: int = 7) -> Machine:

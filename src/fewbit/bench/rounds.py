@@ -11,6 +11,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+# From work to a function that does it once and returns its seconds, or those of an average call.
+Stopwatch = Callable[[Callable[[], object]], Callable[[], float]]
+
 
 @dataclass(frozen=True)
 class Times:

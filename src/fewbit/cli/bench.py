@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,19 +10,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import KernelError
+from ..errors import ConfigError, KernelError
 from ..report import words
+from .bench_layers import measure_layers
 from .display import console, plain, progress_bar, quiet_libraries
 from .options import Dtype
 
 if TYPE_CHECKING:
-    from ..bench.layers import Measured, Shape
-    from ..bench.machine import Machine
+    from ..bench.layers import Shape
     from ..bench.models import Result
-    from ..checkpoint.reader import Checkpoint
 
 _ORIGINAL = "original"
-_TOKENS = (1, 16, 512)
 
 _EXAMPLES = """
 Examples:
@@ -33,11 +30,15 @@ Examples:
   fewbit bench out --all-kernels --threads 4 --json
 
   fewbit bench out --layers
+
+  fewbit bench --shapes 8b --device cuda
 """
 
 
 def bench(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a quantized checkpoint.")],
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Folder of a quantized checkpoint; with --shapes none is needed.")
+    ] = None,
     against: Annotated[
         str | None, typer.Option(help="The original: its speed is what ratios refer to.")
     ] = None,
@@ -50,6 +51,15 @@ def bench(
     layers: Annotated[
         bool, typer.Option("--layers", help="Measure each layer shape by itself instead of the whole model.")
     ] = False,
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option(help="1b, 8b or 70b: the layer shapes of Llama models, random weights. Repeatable."),
+    ] = None,
+    bits: Annotated[int, typer.Option(help="Of --shapes.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Of --shapes; -1: the whole row.")] = 128,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda or cuda:1; a GPU is measured layer by layer.")
+    ] = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="Of the activations; auto: bfloat16.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Default: what torch chooses.")] = None,
     prefill: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
@@ -68,22 +78,27 @@ def bench(
     ] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bar.")] = False,
 ) -> None:
-    """Measure prefill and decode speed, memory and load time on this CPU; ratios are from one run, in turns.
+    """Measure prefill and decode speed, memory and load time; ratios are from one run, in turns.
 
     Times are those of the least disturbed round, medians beside them. Models are in memory together.
     """
     import torch
 
-    from ..checkpoint.reader import open_checkpoint
+    from ..bench.gpu import check_device
 
     quiet_libraries()
-    opened = open_checkpoint(checkpoint)
+    where = torch.device(device)
+    if where.type != "cpu":
+        check_device(where)
+    measured = _shapes(checkpoint, shapes, bits, group_size)
     wanted = "bfloat16" if dtype == "auto" else dtype
     if threads is not None:
         torch.set_num_threads(threads)
-    names = _kernels(opened, kernel, all_kernels, getattr(torch, wanted))
-    if layers:
-        _bench_layers(opened, names, getattr(torch, wanted), rounds, as_json, verbose, quiet)
+    names = _kernels(measured, kernel, all_kernels, getattr(torch, wanted), where)
+    if layers or shapes or where.type != "cpu":
+        with progress_bar("bench", hidden=quiet or as_json) as progress:
+            found = measure_layers(measured, names, getattr(torch, wanted), where, rounds, progress)
+        print(json.dumps(found.facts(verbose))) if as_json else found.show()
         return
     from ..bench.models import Candidate, measure_models
 
@@ -119,13 +134,25 @@ def bench(
 bench.__doc__ = f"{bench.__doc__}\n{_EXAMPLES}"
 
 
-def _kernels(checkpoint: Checkpoint, named: list[str] | None, every: bool, dtype: Any) -> list[str]:
+def _shapes(checkpoint: Path | None, named: list[str] | None, bits: int, group_size: int) -> list[Shape]:
+    """The layer shapes of the models named, or of the checkpoint."""
+    from ..bench import layers, llama
+    from ..checkpoint.reader import open_checkpoint
+
+    if named:
+        return [shape for name in named for shape in llama.shapes(name, bits, group_size)]
+    if checkpoint is None:
+        raise ConfigError("nothing to measure: give a checkpoint's folder, or --shapes 1b, 8b or 70b")
+    return layers.shapes_of(open_checkpoint(checkpoint).layers.values())
+
+
+def _kernels(shapes: list[Shape], named: list[str] | None, every: bool, dtype: Any, device: Any) -> list[str]:
     """The kernels to measure: those named, or all that can run every layer, or what "auto" takes."""
-    from ..bench.layers import able_kernels, shapes_of
+    from ..bench.layers import able_kernels
     from ..runtime import registry
 
     if every:
-        return able_kernels(shapes_of(checkpoint.layers.values()), dtype)
+        return able_kernels(shapes, dtype, device)
     for name in named or ():
         if name != "auto" and name not in registry.names():
             registry.get(name)
@@ -172,101 +199,4 @@ def _model_table(results: dict[str, Result], threads: int, dtype: str) -> Table:
         peak = found["peak_bytes"]
         memory = [words.size(found["memory_bytes"]), "" if peak is None else words.size(peak)]
         table.add_row(plain(name), *cells, f"{found['load_seconds']:.1f} s", *memory)
-    return table
-
-
-def _bench_layers(
-    checkpoint: Checkpoint,
-    names: list[str],
-    dtype: Any,
-    rounds: int,
-    as_json: bool,
-    verbose: bool,
-    quiet: bool,
-) -> None:
-    from ..bench import layers
-    from ..bench.machine import measure_machine
-
-    candidates = {name: layers.registered(name) for name in names}
-    rivals = {"Linear": layers.dense(dtype), "torch int4": layers.torch_operator}
-    machine = measure_machine()
-    found = []
-    shapes = layers.shapes_of(checkpoint.layers.values())
-    with progress_bar("bench", hidden=quiet or as_json) as progress:
-        for done, shape in enumerate(shapes):
-            progress(f"{shape.out_features} x {shape.in_features}", done, len(shapes))
-            found.append(
-                (shape, *layers.measure_shape(shape, _TOKENS, candidates | rivals, dtype, rounds=rounds))
-            )
-    if as_json:
-        rows = [
-            {"shape": asdict(shape), "results": [_layer_facts(shape, t, n, r, machine, dtype, verbose)
-             for t, r in results.items() for n in r], "refused": refused}
-            for shape, results, refused in found
-        ]  # fmt: skip
-        print(json.dumps({"machine": asdict(machine), "layers": rows}))
-        return
-    screen = Console()
-    peak = machine.peaks.get(str(dtype).removeprefix("torch."), 0.0)
-    screen.print(
-        f"{machine.threads} threads: reads {machine.read_bandwidth / 1e9:.1f} GB/s from memory, "
-        f"{peak / 1e9:.0f} GFLOP/s in {str(dtype).removeprefix('torch.')}"
-    )
-    for shape, results, refused in found:
-        screen.print(_layer_table(shape, results, machine, dtype))
-        for name, why in refused.items():
-            console.print(plain(f"{name}: {why}"))
-
-
-def _layer_facts(
-    shape: Shape, tokens: int, name: str, row: dict[str, Measured], machine: Machine, dtype: Any, rounds: bool
-) -> dict[str, Any]:
-    """One cell of the table; `share` is of read bandwidth at one token, and of the arithmetic peak otherwise."""
-    seconds = row[name].times.minimum
-    dense_bytes = shape.out_features * shape.in_features * dtype.itemsize
-    nbytes = dense_bytes if name == "Linear" else shape.nbytes
-    rate, peak = shape.operations(tokens) / seconds, machine.peaks.get(str(dtype).removeprefix("torch."))
-    facts: dict[str, Any] = {
-        "kernel": name,
-        "tokens": tokens,
-        "ms": seconds * 1e3,
-        "ms_median": row[name].times.median * 1e3,
-        "gigabytes_per_second": nbytes / seconds / 1e9,
-        "gigaflops": rate / 1e9,
-        "share": nbytes / seconds / machine.read_bandwidth if tokens == 1 else rate / peak if peak else None,
-        "times_linear": row["Linear"].times.minimum / seconds,
-        "error": row[name].error,
-    }
-    if "torch int4" in row:
-        facts["times_torch_int4"] = row["torch int4"].times.minimum / seconds
-    return facts | ({"seconds": row[name].times.seconds} if rounds else {})
-
-
-def _layer_table(
-    shape: Shape, results: dict[int, dict[str, Measured]], machine: Machine, dtype: Any
-) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left")
-    groups = "one group per row" if shape.group_size == -1 else f"groups of {shape.group_size}"
-    table.title = (
-        f"{shape.count} layers of {shape.out_features} x {shape.in_features}, {shape.bits} bits, {groups}"
-    )
-    table.add_column("tokens", justify="right")
-    table.add_column("kernel")
-    for column in ("ms", "median", "GB/s", "share", "x Linear", "x int4", "error"):
-        table.add_column(column, justify="right")
-    for tokens, row in results.items():
-        for name in row:
-            facts = _layer_facts(shape, tokens, name, row, machine, dtype, rounds=False)
-            share, against = facts["share"], facts.get("times_torch_int4")
-            table.add_row(
-                str(tokens),
-                name,
-                f"{facts['ms']:.3f}",
-                f"{facts['ms_median']:.3f}",
-                f"{facts['gigabytes_per_second']:.1f}" if tokens == 1 else "",
-                "" if share is None else f"{share:.0%}",
-                f"{facts['times_linear']:.2f}",
-                "" if against is None else f"{against:.2f}",
-                f"{facts['error']:.1e}",
-            )
     return table
