@@ -88,8 +88,9 @@ def free_bytes(device: torch.device) -> int | None:
 
 def solver_bytes(plan: Plan, streams: int) -> int:
     """What the layer that takes most needs while it is solved."""
-    return max(
+    sizes = (
         _MATRICES[streams] * 4 * layer.in_features**2
         + _SOLVER_BYTES[streams] * layer.in_features * layer.out_features
         for layer in plan.layers
     )
+    return max(sizes, default=0)
