@@ -43,12 +43,13 @@ struct Kernels {
     void (*dequantize_tiles)(const PackedWeight&, void*, Number, int);
     void (*rms_norm)(const RmsNorm&, int);
     void (*silu_gate)(const SiluGate&, int);
-    void (*attention)(const Attention&, int);
+    void (*token_attention)(const Attention&, int);
+    void (*prompt_attention)(const Attention&, int);
 };
 
 #define FEWBIT_ENTRY(NAME, ISA, PRODUCT) \
     {NAME, ISA::grid_rows, ISA::ldlq_rows, PRODUCT::matmul, ISA::pack_tiles, ISA::unpack_tiles, ISA::dequantize_tiles, \
-     ISA::rms_norm, ISA::silu_gate, ISA::attention}
+     ISA::rms_norm, ISA::silu_gate, ISA::token_attention, ISA::prompt_attention}
 
 std::vector<Kernels> find_kernels() {
     std::vector<Kernels> found;
@@ -156,13 +157,13 @@ void silu_gate(Address x, Address y, int type, int64_t rows, int64_t n, int thre
 }
 
 void attention(Address q, Address keys, Address values, Address y, int type, int64_t batch, int64_t heads, int64_t key_heads,
-               int64_t length, int64_t size, int64_t q_batch, int64_t q_head, int64_t key_batch, int64_t key_head,
-               int64_t key_token, int64_t value_batch, int64_t value_head, int64_t value_token, float scale, int threads,
-               const char* isa) {
-    choose(isa).attention({at<const void>(q), at<const void>(keys), at<const void>(values), at<void>(y),
-                           static_cast<Number>(type), batch, heads, key_heads, length, size, q_batch, q_head, key_batch,
-                           key_head, key_token, value_batch, value_head, value_token, scale},
-                          threads);
+               int64_t queries, int64_t length, int64_t size, int64_t q_batch, int64_t q_head, int64_t q_token,
+               int64_t key_batch, int64_t key_head, int64_t key_token, int64_t value_batch, int64_t value_head,
+               int64_t value_token, float scale, bool causal, int threads, const char* isa) {
+    const Attention problem{at<const void>(q), at<const void>(keys), at<const void>(values), at<void>(y),
+                            static_cast<Number>(type), batch, heads, key_heads, queries, length, size, q_batch, q_head,
+                            q_token, key_batch, key_head, key_token, value_batch, value_head, value_token, scale, causal};
+    (queries == 1 ? choose(isa).token_attention : choose(isa).prompt_attention)(problem, threads);
 }
 
 void advise_huge_pages(Address address, size_t bytes) {

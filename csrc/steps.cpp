@@ -6,8 +6,7 @@
 #include <limits>
 #include <vector>
 
-#include "lanes.h"
-#include "numbers.h"
+#include "steps_math.h"
 #include "threads.h"
 
 namespace fewbit {
@@ -23,44 +22,6 @@ template <class Body>
 void in_parallel(int64_t tasks, int64_t numbers, int threads, Body&& body) {
     const int64_t useful = std::max<int64_t>(1, numbers / WORTHWHILE);
     parallel_for(tasks, static_cast<int>(std::min<int64_t>(threads, useful)), [&](int64_t task) { body(task); });
-}
-
-inline float sum(Lanes a) {
-#if defined(__AVX512F__) && !defined(FEWBIT_PLAIN_LANES)
-    return _mm512_reduce_add_ps((__m512)a);
-#else
-    float v[LANES];
-    store(v, a);
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int l = 0; l < width; l++) v[l] += v[l + width];
-    return v[0];
-#endif
-}
-
-inline int64_t padded(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
-
-inline float dot(const float* a, const float* b, int64_t count) {
-    Lanes total = all(0.0f);
-    for (int64_t i = 0; i < count; i += LANES) total += load(a + i) * load(b + i);
-    return sum(total);
-}
-
-// e^x to within two units in the last place; 0 below −87 and infinite above 88, about where float32 ends.
-inline float exponential(float x) {
-    const float bounded = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
-    const float k = (bounded * 1.44269504f + 12582912.0f) - 12582912.0f;
-    const float r = (bounded - k * 0.693145752f) - k * 1.42860677e-6f;
-    float e = 1.0f / 5040;
-    e = e * r + 1.0f / 720;
-    e = e * r + 1.0f / 120;
-    e = e * r + 1.0f / 24;
-    e = e * r + 1.0f / 6;
-    e = e * r + 0.5f;
-    e = e * r + 1.0f;
-    e = e * r + 1.0f;
-    const float scaled = e * from_bits(static_cast<uint32_t>(static_cast<int32_t>(k) + 127) << 23);
-    const float inside = x > 88.0f ? std::numeric_limits<float>::infinity() : scaled;
-    return x < -87.0f ? 0.0f : (x == x ? inside : x);
 }
 
 // To the nearest number of the type, in float32.
@@ -79,7 +40,7 @@ void norm_row(const RmsNorm& problem, int64_t row) {
     float squares = 0.0f;
     for (int64_t a = 0; a < n; a += PIECE) {
         const int64_t count = std::min(PIECE, n - a);
-        std::fill(x + count / LANES * LANES, x + padded(count), 0.0f);
+        std::fill(x + count / BLOCK * BLOCK, x + padded(count), 0.0f);
         read_numbers(problem.x, problem.type, first + a, count, x);
         squares += dot(x, x, padded(count));
     }
@@ -117,21 +78,19 @@ void attend(const Attention& problem, int64_t batch, int64_t key_head, int64_t f
     }
     for (int64_t g = 0; g < queries; g++) {
         float* of_query = scores + g * POSITIONS;
-        const float largest = *std::max_element(of_query, of_query + (last - first));
-        float total = 0.0f;
-        for (int64_t t = 0; t < last - first; t++) of_query[t] = exponential(of_query[t] - largest);
-        for (int64_t t = 0; t < last - first; t++) total += of_query[t];
-        out.largest[g] = largest;
-        out.weights[g] = total;
+        const int64_t count = last - first;
+        std::fill(of_query + count, of_query + padded(count), -std::numeric_limits<float>::infinity());
+        out.largest[g] = largest_of(of_query, padded(count));
+        out.weights[g] = exponentials(of_query, padded(count), out.largest[g]);
         std::fill(out.values + g * width, out.values + (g + 1) * width, 0.0f);
     }
     for (int64_t t = first; t < last; t++) {
         const int64_t from = batch * problem.value_batch + key_head * problem.value_head + t * problem.value_token;
         read_numbers(problem.values, problem.type, from, size, row);
         for (int64_t g = 0; g < queries; g++) {
-            const Lanes weight = all(scores[g * POSITIONS + t - first]);
+            const float weight = scores[g * POSITIONS + t - first];
             float* sums = out.values + g * width;
-            for (int64_t i = 0; i < width; i += LANES) store(sums + i, load(sums + i) + weight * load(row + i));
+            for (int64_t i = 0; i < width; i += WIDTH) put(sums + i, floats_at(sums + i) + times(floats_at(row + i), weight));
         }
     }
 }
@@ -143,7 +102,7 @@ void join(const Attention& problem, int64_t query, int64_t parts, int64_t stride
     for (int64_t p = 1; p < parts; p++) largest = std::max(largest, from.largest[p * stride]);
     std::fill(sums, sums + width, 0.0f);
     for (int64_t p = 0; p < parts; p++) {
-        const float share = exponential(from.largest[p * stride] - largest);
+        const float share = std::exp(from.largest[p * stride] - largest);
         total += share * from.weights[p * stride];
         for (int64_t i = 0; i < width; i++) sums[i] += share * from.values[p * stride * width + i];
     }
@@ -163,16 +122,17 @@ void silu_gate(const SiluGate& problem, int threads) {
         alignas(64) float gate[PIECE];
         alignas(64) float up[PIECE];
         const int64_t row = task / pieces, a = task % pieces * PIECE, count = std::min(PIECE, n - a);
+        std::fill(gate + count / BLOCK * BLOCK, gate + padded(count), 0.0f);
         read_numbers(problem.x, problem.type, row * 2 * n + a, count, gate);
         read_numbers(problem.x, problem.type, row * 2 * n + n + a, count, up);
-        for (int64_t i = 0; i < count; i++) gate[i] = gate[i] / (1.0f + exponential(-gate[i]));
+        for (int64_t i = 0; i < count; i += WIDTH) put(gate + i, silu(floats_at(gate + i)));
         round_to(problem.type, gate, count);
         for (int64_t i = 0; i < count; i++) gate[i] *= up[i];
         write_numbers(problem.y, problem.type, row * n + a, count, gate);
     });
 }
 
-void attention(const Attention& problem, int threads) {
+void token_attention(const Attention& problem, int threads) {
     const int64_t width = padded(problem.size), heads = problem.heads, key_heads = problem.key_heads;
     const int64_t queries = heads / key_heads, parts = (problem.length + POSITIONS - 1) / POSITIONS;
     const int64_t of_text = parts * heads, all_parts = problem.batch * of_text;

@@ -25,23 +25,28 @@ struct SiluGate {
     int64_t rows, n;
 };
 
-// One query per text: softmax(scale · q Kᵀ) V. Each head of keys serves heads / key_heads consecutive queries.
+// softmax(scale · Q Kᵀ) V. Each head of keys serves heads / key_heads consecutive heads of queries.
 struct Attention {
-    const void *q, *keys, *values;  // (batch, heads, size); (batch, key_heads, length, size), both with these strides:
-    void* y;                        // (batch, heads, size), contiguous
+    const void* q;       // (batch, heads, queries, size), with the strides below, in elements
+    const void* keys;    // (batch, key_heads, length, size), likewise
+    const void* values;  // as the keys
+    void* y;             // (batch, queries, heads, size), contiguous
     Number type;
-    int64_t batch, heads, key_heads, length, size;
-    int64_t q_batch, q_head;  // in elements
+    int64_t batch, heads, key_heads, queries, length, size;
+    int64_t q_batch, q_head, q_token;
     int64_t key_batch, key_head, key_token;
     int64_t value_batch, value_head, value_token;
     float scale;
+    bool causal;  // query i sees the keys 0 … i, and there are as many
 };
 
 #define FEWBIT_STEPS(ISA)                                       \
     namespace ISA {                                             \
     void rms_norm(const RmsNorm& problem, int threads);         \
     void silu_gate(const SiluGate& problem, int threads);       \
-    void attention(const Attention& problem, int threads);      \
+    /* One query for each text and head, which sees all keys. */ \
+    void token_attention(const Attention& problem, int threads); \
+    void prompt_attention(const Attention& problem, int threads); \
     }
 
 FEWBIT_STEPS(generic)

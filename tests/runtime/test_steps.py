@@ -61,29 +61,53 @@ def test_silu_of_extreme_numbers_is_torchs():
 @pytest.mark.parametrize("isa", SETS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("batch", "heads", "key_heads", "length", "size"),
-    [(1, 9, 3, 57, 64), (2, 4, 4, 1, 16), (1, 6, 1, 300, 80), (3, 2, 2, 1000, 7), (1, 8, 2, 513, 128)],
+    ("batch", "heads", "key_heads", "queries", "length", "size", "causal"),
+    [
+        (1, 9, 3, 1, 57, 64, False),
+        (2, 4, 4, 1, 1, 16, False),
+        (1, 6, 1, 1, 300, 80, False),
+        (3, 2, 2, 1, 1000, 7, False),
+        (1, 8, 2, 1, 513, 128, False),
+        (1, 9, 3, 150, 150, 64, True),
+        (2, 2, 1, 65, 65, 40, True),
+        (1, 4, 4, 2, 2, 128, True),
+        (2, 3, 3, 33, 129, 7, False),
+    ],
 )
-def test_attention(batch, heads, key_heads, length, size, dtype, isa):
+def test_attention(batch, heads, key_heads, queries, length, size, causal, dtype, isa):
     torch.manual_seed(0)
     # As in a cache with room for more, and as projections give queries.
     keys, values = (torch.randn(batch, key_heads, length + 9, size).to(dtype)[:, :, :length] for _ in "kv")
-    query = (torch.randn(batch, 1, heads, size) * 3).to(dtype).transpose(1, 2)
-    found = steps.attention(query, keys, values, size**-0.5, isa)
+    query = (torch.randn(batch, queries, heads, size) * 3).to(dtype).transpose(1, 2)
+    found = steps.attention(query, keys, values, size**-0.5, causal=causal, isa=isa)
     k, v = (t.double().repeat_interleave(heads // key_heads, dim=1) for t in (keys, values))
-    weights = (query.double() @ k.transpose(2, 3) / math.sqrt(size)).softmax(-1)
-    assert found.shape == (batch, 1, heads, size)
-    assert within_rounding(found, (weights @ v).transpose(1, 2), 1e-5 / torch.finfo(dtype).eps)
+    scores = query.double() @ k.transpose(2, 3) / math.sqrt(size)
+    if causal:
+        scores = scores.masked_fill(torch.ones(queries, length).triu(1).bool(), float("-inf"))
+    assert found.shape == (batch, queries, heads, size)
+    assert within_rounding(found, (scores.softmax(-1) @ v).transpose(1, 2), 1e-5 / torch.finfo(dtype).eps)
+
+
+def test_attention_far_from_zero():
+    query = torch.full((1, 1, 70, 16), 30.0)
+    keys = torch.linspace(-30, 30, 70)[None, None, :, None].expand(1, 1, 70, 16).contiguous()
+    values = torch.arange(70.0)[None, None, :, None].expand(1, 1, 70, 16).contiguous()
+    for causal in (True, False):
+        expected = torch.arange(70.0) if causal else torch.full((70,), 69.0)
+        found = steps.attention(query, keys, values, 1.0, causal=causal)[0, :, 0]
+        torch.testing.assert_close(found, expected[:, None].expand(70, 16))
 
 
 def test_threads_do_not_change_numbers():
     torch.manual_seed(0)
     query, keys, values = torch.randn(2, 8, 1, 64), torch.randn(2, 4, 2000, 64), torch.randn(2, 4, 2000, 64)
+    prompt = torch.randn(2, 8, 200, 64)
     x, before, found = torch.randn(300, 512), torch.get_num_threads(), []
     for threads in (1, 3):
         torch.set_num_threads(threads)
         found.append([
-            steps.attention(query, keys, values, 0.1), steps.silu_gate(x), steps.rms_norm(x, torch.ones(512), 1e-6)
+            steps.attention(query, keys, values, 0.1), steps.silu_gate(x), steps.rms_norm(x, torch.ones(512), 1e-6),
+            steps.attention(prompt, keys, values, 0.1),
         ])  # fmt: skip
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -163,13 +187,15 @@ def test_it_is_fused_code_that_runs(tmp_path, monkeypatch):
     called = []
     for name in ("rms_norm", "silu_gate", "attention"):
         true = getattr(steps, name)
-        monkeypatch.setattr(steps, name, lambda *a, true=true, name=name: called.append(name) or true(*a))
+        monkeypatch.setattr(
+            steps, name, lambda *a, true=true, name=name, **k: called.append(name) or true(*a, **k)
+        )
     text(fused)
-    # Five passes: prompt and four tokens; attention of the prompt is torch's.
+    # Five passes: prompt and four tokens.
     assert {name: called.count(name) for name in called} == {
         "rms_norm": 25,
         "silu_gate": 10,
-        "attention": 8,
+        "attention": 10,
     }
 
 

@@ -1,5 +1,5 @@
 """What a fused model does between its products, each in one call of the compiled module: norms, gated MLPs, and
-attention of one new token.
+attention.
 
 A model's own code takes a dozen operations for them, which for one token is mostly the way into the operators. It is
 replaced only where the replacement gave the same numbers on random inputs (`fuse_steps` tries), up to their rounding.
@@ -128,23 +128,25 @@ def silu_gate(x: Tensor, isa: str = "best") -> Tensor:
     return y
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, isa: str = "best") -> Tensor:
-    """softmax(scale · q Kᵀ) V for one query per text and head.
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool = False, isa: str = "best"
+) -> Tensor:
+    """softmax(scale · Q Kᵀ) V.
 
     Args:
-        query: (batch, heads, 1, size). key, value: (batch, key heads, length, size), length > 0; heads is a multiple of
-            key heads. All in one dtype, float32, float16 or bfloat16, each vector contiguous.
+        query: (batch, heads, queries, size). key, value: (batch, key heads, length, size), length > 0; heads is a
+            multiple of key heads. All in one dtype, float32, float16 or bfloat16, each vector contiguous.
+        causal: query i sees the keys 0 … i, and there are as many keys as queries.
 
     Returns:
-        (batch, 1, heads, size)
+        (batch, queries, heads, size)
     """
-    batch, heads, _, size = query.shape
+    batch, heads, queries, size = query.shape
     _, key_heads, length, _ = key.shape
-    y = torch.empty((batch, 1, heads, size), dtype=query.dtype)
-    q_batch, q_head, _, _ = query.stride()
+    y = torch.empty((batch, queries, heads, size), dtype=query.dtype)
     native.module().attention(
         query.data_ptr(), key.data_ptr(), value.data_ptr(), y.data_ptr(), NUMBERS[query.dtype], batch, heads,
-        key_heads, length, size, q_batch, q_head, *key.stride()[:3], *value.stride()[:3], scale,
+        key_heads, queries, length, size, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], scale, causal,
         torch.get_num_threads(), isa,
     )  # fmt: skip
     return y
@@ -158,12 +160,12 @@ def attention_forward(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls for attention: `attention` for one new token that sees all others, else torch's."""
+    """What transformers calls for attention: `attention` where there is no mask, else torch's."""
     if (
-        query.shape[2] == 1
-        and attention_mask is None
+        attention_mask is None
         and not dropout
         and not any(kwargs.get(name) is not None for name in _UNUSUAL)
         and plain(query, key)
@@ -171,9 +173,22 @@ def attention_forward(
         and _fit(query, key, value)
     ):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return attention(query, key, value, scale), None
+        # As transformers has it: a single token sees all keys, several with as many keys those before them.
+        causal = query.shape[2] > 1 and (
+            getattr(module, "is_causal", True) if is_causal is None else is_causal
+        )
+        if not causal or query.shape[2] == key.shape[2]:
+            return attention(query, key, value, scale, causal=causal), None
     result: tuple[Tensor, None] = sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=dropout,
+        scaling=scaling,
+        is_causal=is_causal,
+        **kwargs,
     )
     return result
 
