@@ -323,15 +323,16 @@ def _float_pieces(X: Tensor) -> Iterator[Tensor]:
 
 def _squares(both: list[Tensor]) -> Tensor:
     """Σ x_i² over the rows of each stream, one after the other: float32 (n,) or (2n,)."""
-    # As a product with ones: a sum over rows is several times slower.
-    sums = [
-        sum(
-            (X.new_ones(1, len(X)) @ X.square() for X in _float_pieces(part)),
-            part.new_zeros(1, part.shape[1]).float(),
-        )
-        for part in both
-    ]
-    return torch.cat(sums, dim=1)[0]
+    return torch.cat([_sum_of_squares(part) for part in both])
+
+
+def _sum_of_squares(X: Tensor) -> Tensor:
+    if _on_tensor_cores(X):  # in one reading of it
+        norms: Tensor = torch.linalg.vector_norm(X, dim=0, dtype=torch.float32)
+        return norms.square()
+    # As a product with ones: on a CPU a sum over rows is several times slower.
+    sums = (X.new_ones(1, len(X)) @ X.square() for X in _float_pieces(X))
+    return sum(sums, X.new_zeros(1, X.shape[1]).float())[0]
 
 
 def _masked(both: list[Tensor], mask: Tensor) -> list[Tensor]:
