@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import oracle
 from fewbit.errors import KernelError, SolverError
-from fewbit.solver import Hessian, hessian, native
+from fewbit.solver import Hessian, native, products
 from summing import hessian_of
 
 BACKENDS = [
@@ -226,17 +226,17 @@ def test_native_refuses_tensors_that_are_not_on_the_cpu():
 @pytest.fixture
 def tensor_cores(monkeypatch):
     """The way of a GPU on CPU tensors: the operator that only CUDA has, called as there, with the same sums."""
-    products = []
+    made = []
 
     def mm(A, B, out_dtype, *, out):
         assert A.dtype == B.dtype != torch.float32 == out_dtype == out.dtype
-        products.append(A.shape[0] * A.shape[1] * B.shape[1])
+        made.append(A.shape[0] * A.shape[1] * B.shape[1])
         return out.copy_(A.float() @ B.float())
 
     library = torch.library.Library("aten", "IMPL")
     library.impl("mm.dtype_out", mm, "CPU")
-    monkeypatch.setattr(hessian, "_on_tensor_cores", lambda X: X.dtype in (torch.bfloat16, torch.float16))
-    yield products
+    monkeypatch.setattr(products, "on_tensor_cores", lambda X: X.dtype in (torch.bfloat16, torch.float16))
+    yield made
     library._destroy()
 
 
@@ -272,7 +272,7 @@ def test_16_bit_products_of_the_smallest_and_largest_numbers(dtype, tensor_cores
 
 @pytest.mark.parametrize("n", [4096, 14336])
 def test_on_a_gpu_symmetric_work_is_done_once_in_a_few_products(n):
-    step = hessian._panel_rows(n, torch.device("cuda"))
+    step = products.panel_rows(n, torch.device("cuda"))
     starts = range(0, n, step)
     assert len(starts) <= 6
     assert sum(min(step, n - a) * (n - a) for a in starts) < 0.6 * n * n
@@ -281,7 +281,7 @@ def test_on_a_gpu_symmetric_work_is_done_once_in_a_few_products(n):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_no_value_is_looked_at_before_it_is_asked_for(dtype, monkeypatch):
     """A GPU would have to be waited for: tensors without values raise when somebody looks at one."""
-    monkeypatch.setattr(hessian, "_on_tensor_cores", lambda X: X.dtype != torch.float32)
+    monkeypatch.setattr(products, "on_tensor_cores", lambda X: X.dtype != torch.float32)
     with FakeTensorMode():
         H = Hessian(640, backend="torch")
         X, full = (torch.empty(2, 300, 640, dtype=dtype) for _ in range(2))

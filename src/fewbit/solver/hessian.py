@@ -8,18 +8,9 @@ weights.
 H_ij is kept as an integer in units of 2⁻³⁰ s_i s_j, where s_i is the smallest power of two with H_ii ≤ s_i². As
 |H_ij| ≤ √(H_ii H_jj), nothing overflows, and a unit is less than 2⁻²⁸ √(H_ii H_jj): finer than the rounding of a
 float32 sum. It takes two passes over the tokens: the first, `foresee`, finds Σ x_i².
-
-Each batch is multiplied with itself once, and the product rounded once. Multiplied are x_i 2¹⁵ / s_i, which differ from
-x_i in the exponent alone. In float32 (CPU) and on the tensor cores of an NVIDIA GPU the products of 16-bit inputs are
-exact: two factors of 8 bits (bfloat16) or 11 (float16) make one of 22 at most, and sums are float32. What leaves
-bfloat16's exponents on the way is below 2⁻¹¹¹ of a unit. float16 has too few exponents for the division: there the sums
-are divided, which have float32's.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,26 +18,14 @@ from torch import Tensor
 from ..errors import SolverError
 from . import native
 from .native import Backend
+from .products import ONE, ROOT, add_rounded, pieces, scaled, sum_of_squares
 
 # A token with a larger value is treated like one that is not finite: its squares, summed over any
 # calibration set, could leave float32.
 LARGEST_ACTIVATION = 2.0**50
 
-_ONE = 2.0**30  # units in s_i s_j
-_ROOT = 2.0**15  # units in s_i
-
 # Float32: what is added to the exponent, and the bits below it.
 _BIAS, _MANTISSA = 127, 23
-
-# Copies of a batch are made in pieces of this many bytes; on tensor cores, which need none in float32, in larger ones.
-_PIECE_BYTES = 1 << 26
-_LARGE_PIECE_BYTES = 1 << 29
-
-# Rows of H whose products are computed together. On the CPU few enough that they are still in its cache when they
-# are rounded. A GPU wants few large products: so many of them, of whole tiles, leave out 41% of a symmetric one.
-_ROWS_TOGETHER = 192
-_PANELS = 6
-_TILE = 128
 
 # In the compiled module batches smaller than this wait for others, until together they have so many tokens: one
 # by one they would go through the whole matrix every time.
@@ -243,7 +222,7 @@ class Hessian:
     def _factors(self) -> tuple[Tensor, Tensor]:
         """2¹⁵/s of x and of x̃: multiplied by it, all products sum to 2³⁰ at most."""
         assert self._s is not None
-        return _ROOT / self._s[: self.n], _ROOT / self._s[self.n :]
+        return ROOT / self._s[: self.n], ROOT / self._s[self.n :]
 
     def _add_native(self, batches: list[list[Tensor]]) -> None:
         ends = torch.tensor([len(both[0]) for both in batches]).cumsum(0)
@@ -252,17 +231,17 @@ class Hessian:
             for parts in zip(*batches, strict=True)
         )
         of_x, of_full = self._factors()
-        native.product_bf16(X, X, self._H, ends, of_x * _ROOT, of_x / _ROOT, upper=True)
+        native.product_bf16(X, X, self._H, ends, of_x * ROOT, of_x / ROOT, upper=True)
         if full and self._P is not None:
-            native.product_bf16(full[0], X, self._P, ends, of_full * _ROOT, of_x / _ROOT, upper=False)
+            native.product_bf16(full[0], X, self._P, ends, of_full * ROOT, of_x / ROOT, upper=False)
 
     def _add_torch(self, both: list[Tensor]) -> None:
         of_x, of_full = self._factors()
-        for X, *full in zip(*(_pieces(part) for part in both), strict=True):
-            x = _scaled(X, of_x)
-            _add_rounded(self._H, x, x, upper=True)
+        for X, *full in zip(*(pieces(part) for part in both), strict=True):
+            x = scaled(X, of_x)
+            add_rounded(self._H, x, x, upper=True)
             if full and self._P is not None:
-                _add_rounded(self._P, _scaled(full[0], of_full), x, upper=False)
+                add_rounded(self._P, scaled(full[0], of_full), x, upper=False)
 
     def _finish(self) -> None:
         """Turn the integers into float32, in place: H symmetric, and C = P − H instead of P."""
@@ -280,9 +259,9 @@ class Hessian:
         step = _FINISHED_ROWS if H.device.type == "cpu" else _FINISHED_ROWS_ON_GPU
         for a in range(0, self.n, step):
             b = min(a + step, self.n)
-            values = H[a:b] * (of_x[a:b, None] / _ONE * of_x)
+            values = H[a:b] * (of_x[a:b, None] / ONE * of_x)
             if P is not None and self._P is not None:
-                self._P[a:b] = P[a:b] * (of_full[a:b, None] / _ONE * of_x) - values
+                self._P[a:b] = P[a:b] * (of_full[a:b, None] / ONE * of_x) - values
             self._H[a:b] = values
 
 
@@ -301,38 +280,9 @@ def _in_range(squares: Tensor) -> bool:
     return bool((squares <= LARGEST_ACTIVATION**2).all())
 
 
-def _on_tensor_cores(X: Tensor) -> bool:
-    """Whether products of X are exact on the tensor cores, and torch has the operator: on NVIDIA's."""
-    is_short = X.dtype in (torch.bfloat16, torch.float16)
-    return is_short and X.device.type == "cuda" and torch.version.hip is None
-
-
-def _pieces(X: Tensor) -> Iterator[Tensor]:
-    """X (tokens, n), some rows at a time, as float32 where the tensor cores cannot take it as it is."""
-    if not _on_tensor_cores(X):
-        return _float_pieces(X)
-    step = max(1, _LARGE_PIECE_BYTES // (X.element_size() * X.shape[1]))
-    return (X[a : a + step] for a in range(0, X.shape[0], step))
-
-
-def _float_pieces(X: Tensor) -> Iterator[Tensor]:
-    """X (tokens, n) as float32, some rows at a time."""
-    step = max(1, _PIECE_BYTES // (4 * X.shape[1]))
-    return (X[a : a + step].float() for a in range(0, X.shape[0], step))
-
-
 def _squares(both: list[Tensor]) -> Tensor:
     """Σ x_i² over the rows of each stream, one after the other: float32 (n,) or (2n,)."""
-    return torch.cat([_sum_of_squares(part) for part in both])
-
-
-def _sum_of_squares(X: Tensor) -> Tensor:
-    if _on_tensor_cores(X):  # in one reading of it
-        norms: Tensor = torch.linalg.vector_norm(X, dim=0, dtype=torch.float32)
-        return norms.square()
-    # As a product with ones: on a CPU a sum over rows is several times slower.
-    sums = (X.new_ones(1, len(X)) @ X.square() for X in _float_pieces(X))
-    return sum(sums, X.new_zeros(1, X.shape[1]).float())[0]
+    return torch.cat([sum_of_squares(part) for part in both])
 
 
 def _masked(both: list[Tensor], mask: Tensor) -> list[Tensor]:
@@ -343,58 +293,6 @@ def _masked(both: list[Tensor], mask: Tensor) -> list[Tensor]:
         return both
     rows = mask.nonzero()[:, 0].to(both[0].device, non_blocking=True)
     return [X.index_select(0, rows) for X in both]
-
-
-@dataclass(frozen=True)
-class _Scaled:
-    """A factor of a product, float32 or 16 bits (tokens, n); `after`: its columns are still to be multiplied by it."""
-
-    values: Tensor
-    after: Tensor | None
-
-
-def _scaled(X: Tensor, powers: Tensor) -> _Scaled:
-    """X times powers of two, by column: the same values but for their exponents."""
-    if X.dtype == torch.float16:
-        return _Scaled(X, powers)
-    return _Scaled(X * powers.to(X.dtype), None)
-
-
-def _add_rounded(C: Tensor, A: _Scaled, B: _Scaled, *, upper: bool) -> None:
-    """C += Aᵀ B rounded, or no more than is needed of its upper triangle.
-
-    Args:
-        C: int32 (n, n).
-    """
-    n = C.shape[0]
-    step = _panel_rows(n, C.device)
-    products = torch.empty(min(step, n) * n, dtype=torch.float32, device=C.device)
-    rounded = torch.empty_like(products, dtype=torch.int32)
-    for a in range(0, n, step):
-        first = a if upper else 0
-        part = C[a : a + step, first:]
-        product, integers = (flat[: part.numel()].view(part.shape) for flat in (products, rounded))
-        _multiply(A.values[:, a : a + step].T, B.values[:, first:], product)
-        if A.after is not None:
-            product.mul_(A.after[a : a + step, None])
-        if B.after is not None:
-            product.mul_(B.after[first:])
-        part.add_(integers.copy_(product.round_()))
-
-
-def _panel_rows(n: int, device: torch.device) -> int:
-    """Rows of an n × n product that are computed together."""
-    if device.type == "cpu":
-        return _ROWS_TOGETHER
-    return max(_ROWS_TOGETHER, -(-n // (_PANELS * _TILE)) * _TILE)
-
-
-def _multiply(A: Tensor, B: Tensor, product: Tensor) -> None:
-    """product = A B, summed in float32: full float32, or 16-bit factors on the tensor cores."""
-    if A.dtype == torch.float32:
-        torch.mm(A, B, out=product)
-    else:
-        torch.ops.aten.mm.dtype_out(A, B, torch.float32, out=product)
 
 
 def _mirror(H: Tensor) -> None:
