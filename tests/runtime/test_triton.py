@@ -98,6 +98,45 @@ def test_what_is_not_an_input_does_not_count():
         torch.testing.assert_close(alone[0], found[1])
 
 
+@pytest.mark.parametrize("tiles", [SPLIT, MANY, DENSE])
+def test_nothing_outside_of_the_weight_is_read(tiles, monkeypatch):
+    # 65 outputs are three tiles of 32, of which these programs take two or four: the words that follow are another's.
+    layer = layer_of(random_codes(65, 128, 4, 64))
+    found = []
+    for garbage in (0, -1):
+        memory = torch.full((4 * layer.words.numel(),), garbage, dtype=torch.int32, device=DEVICE)
+        words = memory[: layer.words.numel()].view_as(layer.words).copy_(layer.words)
+        weight = fragments_of(layer)._replace(words=words)
+        x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.float16)
+        addresses = []
+        if DEVICE == "cpu":
+            from triton.runtime import interpreter
+
+            load = interpreter._interpreter.load
+
+            def watched(pointers, mask, *rest, load=load, addresses=addresses):
+                addresses.append(pointers[mask])
+                return load(pointers, mask, *rest)
+
+            monkeypatch.setattr(interpreter, "_interpreter", Watched(interpreter._interpreter, watched))
+        found.append(multiply(x, weight, layer.scales, 4, tiles))
+        monkeypatch.undo()
+        after = memory.data_ptr() + 4 * layer.words.numel(), memory.data_ptr() + 4 * memory.numel()
+        for read in addresses:
+            assert not ((read >= after[0]) & (read < after[1])).any()
+    assert torch.equal(*found)
+
+
+class Watched:
+    """Triton's interpreter with another `load`."""
+
+    def __init__(self, interpreter, load):
+        self._interpreter, self.load = interpreter, load
+
+    def __getattr__(self, name):
+        return getattr(self._interpreter, name)
+
+
 @pytest.mark.parametrize("tiles", [FEW, SPLIT, MANY])
 def test_the_same_cut_gives_the_same_bytes(tiles):
     layer = layer_of(random_codes(33, 256, 4, 64))

@@ -67,6 +67,28 @@ def test_the_rule_fills_a_gpu_and_is_among_the_candidates(outputs, dtype):
         assert tiles.path != "many" or dtype != torch.float32
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_rule_fits_into_the_shared_memory_of_any_gpu(bits):
+    for tokens in (1, 2, 8, 16, 32, 64, 128, 512):
+        for outputs in (32, 1024, 4096, 28672):
+            for dtype in (torch.float16, torch.float32):
+                tiles = rule(job(tokens, outputs, 4096, bits, 128, dtype))
+                assert triton_choice.shared_bytes(tiles, bits) <= 80 << 10
+                assert min(tiles.tokens, tiles.tiles, tiles.warps, tiles.split) >= 1
+                assert tiles.stages >= 2
+
+
+def test_a_candidate_that_computes_other_numbers_is_refused():
+    expected = torch.randn(4, 8)
+    triton_choice.check_same(expected * 1.001, expected)
+    triton_choice.check_same(torch.zeros(2), torch.zeros(2))
+    broken = torch.full((2,), float("nan"))
+    triton_choice.check_same(broken, broken)  # the activations' fault
+    for wrong in (expected * 1.1, expected.flip(0), expected * float("nan")):
+        with pytest.raises(ValueError, match="it computes other numbers: they differ by"):
+            triton_choice.check_same(wrong, expected)
+
+
 def test_the_fastest_is_taken_measured_once_and_found_by_later_processes(tmp_path):
     wanted, measured = candidates(JOB)[2], []
     first = tuner(tmp_path)

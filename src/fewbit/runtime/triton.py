@@ -38,11 +38,14 @@ def linear_fragments(
     if not tokens:
         return x.new_empty((*x.shape[:-1], outputs))
 
+    job = triton_choice.job(tokens, outputs, inputs, bits, group, x.dtype)
+
     def seconds(tiles: Tiles) -> float:
+        expected = multiply(rows, weight, scales, bits, triton_choice.rule(job))
+        triton_choice.check_same(multiply(rows, weight, scales, bits, tiles), expected)
         return triton_choice.event_seconds(lambda: multiply(rows, weight, scales, bits, tiles))
 
     with on(x.device):
-        job = triton_choice.job(tokens, outputs, inputs, bits, group, x.dtype)
         y = multiply(rows, weight, scales, bits, triton_choice.tuner().choose(job, seconds))
     return y.view(*x.shape[:-1], outputs)
 

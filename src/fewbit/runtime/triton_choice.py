@@ -1,10 +1,10 @@
 """Which tiles a product takes: by rule, or the fastest of a few, measured where they are used first.
 
 A choice is made per number of tokens (rounded up to a power of two), shape, bits, group, dtype, device and version
-of fewbit and Triton. It is kept in a file of the user's cache folder, for later processes; what is there and cannot be
-read is counted, said once, and chosen again. Under `torch.use_deterministic_algorithms(True)`, and for what is not known
-yet while a CUDA graph is recorded or where nothing can be timed, the rule decides: it looks at sizes alone, so results
-are the same bytes on every run, and on every machine that computes alike.
+of fewbit and Triton. It is kept in a file of the user's cache folder, for later processes; what is there and cannot
+be read is counted, said once, and chosen again. Under `torch.use_deterministic_algorithms(True)`, and for what is not
+known yet while a CUDA graph is recorded or where nothing can be timed, the rule decides: it looks at sizes alone, so
+results are the same bytes on every run, and on every machine that computes alike.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from torch import Tensor
 
+from . import fragments
 from .triton_products import Tiles
 
 _LOG = logging.getLogger(__name__)
 _FILE = "triton.json"
 _MOST_TOKENS = 4096  # more are tuned as this many
 DENSE_FROM = 256  # tokens; by then unpacking to memory takes less than half of the product
+_SAME = 2e-2  # relative; twice what two roundings to bfloat16 can differ by
+_SHARED = 80 << 10  # bytes; consumer GPUs give a program 99 KB, of which the products' own needs come off
 _PROGRAMS = 264  # that fill a large GPU; the same everywhere, so that results are
 
 
@@ -58,11 +62,39 @@ def job(tokens: int, outputs: int, inputs: int, bits: int, group: int, dtype: to
 
 
 def rule(job: Job) -> Tiles:
-    """The tiles by sizes alone.
+    """The tiles by sizes alone, and such as fit into the shared memory of any recent GPU.
 
     Few tokens are bound by memory: there must be some 25 KB on their way to each multiprocessor, and for more than a
     few tokens x must not be read so often that it outweighs the weight. Many are bound by arithmetic.
     """
+    tiles = _by_sizes(job)
+    while shared_bytes(tiles, job.bits) > _SHARED:
+        tiles = _smaller(tiles)
+    return tiles
+
+
+def shared_bytes(tiles: Tiles, bits: int) -> int:
+    """About what a program keeps in shared memory: the words and the activations of the steps under way."""
+    if tiles.path == "dense":
+        return 0
+    unit = 16 * fragments.pairs_in_unit(bits)  # inputs of a block
+    depth = max(tiles.depth, unit)
+    words = depth // unit * fragments.words_in_unit(bits) * 1024 * tiles.tiles
+    slices = tiles.warps if tiles.path == "few" else 1
+    return (tiles.stages - 1) * slices * (words + 2 * depth * tiles.tokens)
+
+
+def _smaller(tiles: Tiles) -> Tiles:
+    if tiles.tiles > 1 and tiles.path == "few":
+        return replace(tiles, tiles=tiles.tiles // 2)
+    if tiles.stages > 2:
+        return replace(tiles, stages=tiles.stages - 1)
+    if tiles.warps > 1 and tiles.path == "few":
+        return replace(tiles, warps=tiles.warps // 2)
+    return replace(tiles, tokens=tiles.tokens // 2)
+
+
+def _by_sizes(job: Job) -> Tiles:
     tiles = -(-job.outputs // 32)
     if job.tokens <= 2:
         warps = 16 if tiles <= 160 else 8 if tiles <= 320 else 4
@@ -288,6 +320,17 @@ def _versions(device_name: str) -> str:
 def can_measure() -> bool:
     """Whether time can be measured here and now: on a CUDA device, and not while a graph of it is recorded."""
     return torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing()
+
+
+def check_same(found: Tensor, expected: Tensor) -> None:
+    """Whether a candidate's product is the rule's, but for rounding: no choice may change the result.
+
+    Raises:
+        ValueError: it is not.
+    """
+    error = (found.float() - expected.float()).norm() / expected.float().norm()
+    if bool(error > _SAME) or bool(error.isnan() & expected.isfinite().all() & expected.any()):
+        raise ValueError(f"it computes other numbers: they differ by {float(error):.1e}")
 
 
 def event_seconds(work: Callable[[], object], calls: int = 10) -> float:

@@ -34,6 +34,12 @@ from .fragments import Fragments, pairs_in_unit
 
 
 @triton.jit
+def _tile(outputs, TILES: tl.constexpr):
+    """The program's tiles (TILES,); where the last has fewer, it reads one again."""
+    return tl.minimum(tl.program_id(0) * TILES + tl.arange(0, TILES), (outputs - 1) // 32)
+
+
+@triton.jit
 def _words(words, tile, block, plane: tl.constexpr, PLANES: tl.constexpr, blocks, EVEN: tl.constexpr,
            S: tl.constexpr, B: tl.constexpr, T: tl.constexpr):  # fmt: skip
     """One word of each unit, uint32 (S, B, 8, 32·T). tile (T,), block (S, B)."""
@@ -101,7 +107,8 @@ def _x(x, order, m, position, tokens, inputs, length, ORDERED: tl.constexpr, EVE
     return tl.load(x + m * inputs + position, mask=(m < tokens) & (position < inputs), other=0.0)
 
 
-@triton.jit
+# What changes from call to call must not compile anew.
+@triton.jit(do_not_specialize=["tokens", "groups", "length"])
 def _few(
     x, words, zeros, scales, order, y, tokens, inputs, outputs, blocks, groups, length,
     BITS: tl.constexpr, GROUP: tl.constexpr, ORDERED: tl.constexpr, EVEN: tl.constexpr, BF16: tl.constexpr,
@@ -118,7 +125,7 @@ def _few(
     A: tl.constexpr = 1.0 if BF16 else -16777216.0
     piece = tl.program_id(1)
     m = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
-    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    tile = _tile(outputs, TILES)
     n = tl.program_id(0) * N + tl.arange(0, N)
     slice_block = tl.arange(0, SLICES) * BLOCKS
     STEP: tl.constexpr = SLICES * BLOCKS
@@ -191,7 +198,7 @@ def _weights(
     return ((q.reshape(16 * AT_ONCE * BLOCKS, N) - z[None, :]) * s[None, :]).to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "groups", "length"])
 def _many(
     x, words, zeros, scales, order, y, tokens, inputs, outputs, blocks, groups, length,
     BITS: tl.constexpr, GROUP: tl.constexpr, ORDERED: tl.constexpr, EVEN: tl.constexpr, BF16: tl.constexpr,
@@ -203,7 +210,7 @@ def _many(
     K: tl.constexpr = 16 * AT_ONCE * BLOCKS
     piece = tl.program_id(1)
     m = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
-    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    tile = _tile(outputs, TILES)
     n = tl.program_id(0) * N + tl.arange(0, N)
     sums = tl.zeros((TOKENS, N), dtype=tl.float32)
     for first in tl.range(piece * BLOCKS, blocks, BLOCKS * SPLIT, num_stages=STAGES):
@@ -221,13 +228,13 @@ def _many(
     tl.store(at, sums.to(y.dtype.element_ty), mask=(m[:, None] < tokens) & (n[None, :] < outputs))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "rows"])
 def _unpack(
     words, zeros, scales, y, outputs, blocks, groups, rows,
     BITS: tl.constexpr, GROUP: tl.constexpr, BF16: tl.constexpr, AT_ONCE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     PAIRS: tl.constexpr = 16 if BITS == 3 else 16 // BITS
-    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    tile = _tile(outputs, TILES)
     n = tl.program_id(0) * 32 * TILES + tl.arange(0, 32 * TILES)
     block = tl.program_id(1)
     for part in tl.static_range(PAIRS // AT_ONCE):
@@ -238,7 +245,7 @@ def _unpack(
         tl.store(at, weights, mask=(k[:, None] < rows) & (n[None, :] < outputs))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _add(pieces, y, count, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -290,7 +297,7 @@ def multiply(x: Tensor, weight: Fragments, scales: Tensor, bits: int, cut: Tiles
     at_once, together = _depth(bits, weight.group, cut.depth)
     step = together * (cut.warps if cut.path == "few" else 1)
     split = min(cut.split, triton.cdiv(blocks, step))
-    even = blocks % step == 0 and inputs == 16 * pairs_in_unit(bits) * blocks and tiles % cut.tiles == 0
+    even = blocks % step == 0 and inputs == 16 * pairs_in_unit(bits) * blocks
     alone = split == 1
     y = torch.empty((split, tokens, outputs), dtype=x.dtype if alone else torch.float32, device=x.device)
     grid = (triton.cdiv(tiles, cut.tiles), split, triton.cdiv(tokens, cut.tokens))
