@@ -29,7 +29,7 @@ from .paths import path_for
 
 Item = TypeVar("Item")
 
-_BLOCK = 128
+BLOCK = 128
 _BATCH_ELEMENTS = 1 << 28  # of the factors in a batch: with what belongs to them a few GB
 
 
@@ -162,14 +162,14 @@ def solve(W: Tensor, factor: Factor, grid: Grid, bits: int, *, backend: Backend 
     """
     # Transposed throughout: a column of the weight is then contiguous, and so are its scales.
     n, m = W.shape[1], W.shape[0]
-    block = _block_for(backend, W)
+    block = block_for(backend, W)
     scales, zeros = grid.scales.float().T.contiguous(), grid.zeros.float().T.contiguous()
     groups = grid.g_idx[factor.perm].contiguous()
     codes = torch.empty(n, m, dtype=torch.uint8, device=W.device)
     E = torch.empty(n, m, dtype=torch.float32, device=W.device)  # W − Ŵ in processing order
     losses = torch.zeros(m, dtype=torch.float64, device=W.device)
-    for a in range(0, n, _BLOCK):
-        b = min(a + _BLOCK, n)
+    for a in range(0, n, BLOCK):
+        b = min(a + BLOCK, n)
         columns = factor.perm[a:b]
         W_block = W.index_select(1, columns).T.contiguous()
         # w_i + Σ_{j<a} (w_j − ŵ_j) F_ji; the rest of the sum follows inside the block.
@@ -247,8 +247,8 @@ def _solve_batch(problems: Sequence[Problem], bits: int) -> list[list[Sweep]]:
     codes = torch.empty(batch, n, m, dtype=torch.uint8, device=W.device)
     E = torch.empty(batch, n, m, dtype=torch.float32, device=W.device)
     losses = torch.zeros(batch, m, dtype=torch.float64, device=W.device)
-    for a in range(0, n, _BLOCK):
-        b = min(a + _BLOCK, n)
+    for a in range(0, n, BLOCK):
+        b = min(a + BLOCK, n)
         columns = perm[:, a:b]
         W_block = W.gather(2, columns[:, None].expand(-1, m, -1)).mT.contiguous()
         T = torch.baddbmm(W_block, F[:, :a, a:b].mT, E[:, :a]) if a else W_block
@@ -276,7 +276,7 @@ def _parted(codes: Tensor, losses: Tensor, count: int) -> list[Sweep]:
     return [Sweep(*part) for part in zip(codes.chunk(count), losses.chunk(count), strict=True)]
 
 
-def _block_for(backend: Backend, W: Tensor) -> Callable[..., Tensor]:
+def block_for(backend: Backend, W: Tensor) -> Callable[..., Tensor]:
     """What finishes one block of columns of W."""
     path = path_for(backend, W)
     if path == "triton":

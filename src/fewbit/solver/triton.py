@@ -7,6 +7,8 @@ significant bits of a float16. So codes are the oracle's except where sums of fl
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +26,7 @@ _UNROLLED = 4  # loads under way at a time; divides _INNER
 # so that little is done more than once, a warp or more for a wide one.
 _NARROW = 256
 _COLUMNS_PER_THREAD = 64
+_MOST_WARPS = 16
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2^23: added and taken off, it rounds half to even
 _SMALLEST = tl.constexpr(SMALLEST_SCALE)
@@ -116,10 +119,11 @@ def ldlq_block(
     *batch, k, m = W.shape
     losses = torch.empty(*batch, m, dtype=torch.float32, device=W.device)
     programs = (triton.cdiv(m, _ROWS), *(batch or [1]))
-    _sweep[programs](
-        W, T, F, d, scales, zeros, groups, codes, E, losses, m, k, scales.shape[-2], E.stride(0) if batch else 0,
-        BITS=bits, INNER=_INNER, UNROLLED=_UNROLLED, ROWS=_ROWS, num_warps=1, enable_fp_fusion=True,
-    )  # fmt: skip
+    with _on(W.device):
+        _sweep[programs](
+            W, T, F, d, scales, zeros, groups, codes, E, losses, m, k, scales.shape[-2], E.stride(0) if batch else 0,
+            BITS=bits, INNER=_INNER, UNROLLED=_UNROLLED, ROWS=_ROWS, num_warps=1, enable_fp_fusion=True,
+        )  # fmt: skip
     return losses
 
 
@@ -240,8 +244,17 @@ def fit_grid(
     warps = max(1, depth * lanes * rows // (32 * _COLUMNS_PER_THREAD))
     scales = torch.empty(m, G, dtype=torch.float32, device=W.device)
     zeros = torch.empty_like(scales)
-    _search[(triton.cdiv(m, rows), G)](
-        W, D, starts, coarse, fine, offsets, scales, zeros, m, n, G, coarse.numel(), fine.numel(), offsets.numel(),
-        BITS=bits, SYM=sym, DEPTH=depth, LANES=lanes, ROWS=rows, num_warps=min(warps, 16), enable_fp_fusion=True,
-    )  # fmt: skip
+    with _on(W.device):
+        _search[(triton.cdiv(m, rows), G)](
+            W, D, starts, coarse, fine, offsets, scales, zeros, m, n, G, coarse.numel(), fine.numel(),
+            offsets.numel(), BITS=bits, SYM=sym, DEPTH=depth, LANES=lanes, ROWS=rows,
+            num_warps=min(warps, _MOST_WARPS), enable_fp_fusion=True,
+        )  # fmt: skip
     return scales, zeros
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """While entered, kernels start on this device: Triton takes the current one."""
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    return torch.xpu.device(device) if device.type == "xpu" else nullcontext()
