@@ -201,3 +201,21 @@ def test_on_this_gpu():
     for row in facts["layers"]:
         assert {cell["kernel"] for cell in row["results"]} == {"auto", "Linear", "torch int4"}
         assert all(cell["error"] < 0.02 for cell in row["results"])
+
+
+def test_rivals_are_candidates_beside_the_kernels(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "fewbit.bench.layers.measure_shape", lambda *a, **_: asked.append({*a[2]}) or ({}, {})
+    )
+    monkeypatch.setattr("fewbit.bench.machine.measure_machine", lambda: Machine(1, 1e9, {}))
+    plainly, beside = run(folder, "--layers", "--json"), run(folder, "--layers", "--rivals", "--json")
+    assert (plainly.exit_code, beside.exit_code) == (0, 0), beside.output
+    assert asked[0] == {"auto", "Linear", "torch int4"}
+    assert asked[-1] - asked[0] >= {"onnxruntime", "ggml q4_0", "ggml q8_0", "torch_aten"}
+
+
+def test_rivals_need_layers(folder):
+    result = run(folder, "--rivals")
+    assert isinstance(result.exception, ConfigError)
+    assert "add --layers" in str(result.exception)

@@ -29,7 +29,7 @@ Examples:
 
   fewbit bench out --all-kernels --threads 4 --json
 
-  fewbit bench out --layers
+  fewbit bench out --layers --rivals
 
   fewbit bench --shapes 8b --device cuda
 """
@@ -65,7 +65,18 @@ def bench(
     prefill: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     decode: Annotated[int, typer.Option(min=1, help="Tokens to write in a round.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="How often each is measured, in turns.")] = 5,
-    fuse: Annotated[bool, typer.Option("--fuse", help="Layers with the same input in one call.")] = False,
+    rivals: Annotated[
+        bool,
+        typer.Option(
+            "--rivals", help="With --layers or --shapes, on a CPU: onnxruntime, ggml, GPTQModel too."
+        ),
+    ] = False,
+    ggml_folder: Annotated[
+        Path | None, typer.Option(help="Of libggml-base.so and libggml-cpu.so; default: llama-cpp-python's.")
+    ] = None,
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="Joined layers, norms, MLPs and attention in one call each.")
+    ] = False,
     lm_head_runtime: Annotated[
         int | None, typer.Option(help="8: the output layer in 8 bits while running.")
     ] = None,
@@ -85,9 +96,12 @@ def bench(
     import torch
 
     from ..bench.gpu import check_device
+    from ..bench.rivals import all_rivals
 
     quiet_libraries()
     where = torch.device(device)
+    if rivals and (where.type != "cpu" or not (layers or shapes)):
+        raise ConfigError("rivals are measured layer by layer on a CPU: add --layers, without --device cuda")
     if where.type != "cpu":
         check_device(where)
     measured = _shapes(checkpoint, shapes, bits, group_size)
@@ -97,7 +111,8 @@ def bench(
     names = _kernels(measured, kernel, all_kernels, getattr(torch, wanted), where)
     if layers or shapes or where.type != "cpu":
         with progress_bar("bench", hidden=quiet or as_json) as progress:
-            found = measure_layers(measured, names, getattr(torch, wanted), where, rounds, progress)
+            others = all_rivals(ggml_folder) if rivals else {}
+            found = measure_layers(measured, names, getattr(torch, wanted), where, rounds, progress, others)
         print(json.dumps(found.facts(verbose))) if as_json else found.show()
         return
     from ..bench.models import Candidate, measure_models

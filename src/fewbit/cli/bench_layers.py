@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from .display import console, plain
 if TYPE_CHECKING:
     import torch
 
-    from ..bench.layers import Measured, Shape
+    from ..bench.layers import Candidate, Measured, Shape
     from ..bench.machine import Machine
 
 _LINEAR, _INT4 = "Linear", "torch int4"
@@ -123,8 +123,12 @@ def measure_layers(
     device: torch.device,
     rounds: int,
     progress: Callable[[str, int, int], None],
+    rivals: Mapping[str, Candidate] | None = None,
 ) -> Found:
     """Every shape on every kernel, on a CPU or a GPU, beside the dense layer and torch's int4 operator.
+
+    Args:
+        rivals: further candidates, by name.
 
     Raises:
         KernelError: the GPU is not here.
@@ -135,7 +139,7 @@ def measure_layers(
     from ..bench.rounds import seconds_per_call
 
     candidates = {name: layers.registered(name) for name in kernels}
-    candidates |= {_LINEAR: layers.dense(dtype), _INT4: layers.torch_operator}
+    candidates |= {_LINEAR: layers.dense(dtype), _INT4: layers.torch_operator, **(rivals or {})}
     on_gpu = device.type != "cpu"
     stopwatch = cuda_clock(device) if on_gpu else seconds_per_call
     machine = measure_gpu(device, stopwatch) if on_gpu else measure_machine()
