@@ -104,10 +104,10 @@ def _by_sizes(job: Job) -> Tiles:
     if job.dtype == "float32":
         return Tiles("few", tokens=16, tiles=1, depth=32, warps=4, split=_power(_PROGRAMS // tiles, 8))
     if job.tokens <= 16:
-        wide = 4 if tiles >= 128 else 2 if tiles >= 64 else 1
-        return Tiles(
-            "few", tokens=16, tiles=wide, depth=64, warps=4, split=_power(wide * _PROGRAMS // tiles, 8)
-        )
+        tokens, widest = (8, 2) if job.tokens <= 8 else (16, 4)
+        wide = min(widest, 4 if tiles >= 128 else 2 if tiles >= 64 else 1)
+        split = _power(wide * _PROGRAMS // tiles, 8)
+        return Tiles("few", tokens, tiles=wide, depth=64, warps=4, split=split)
     if job.tokens >= DENSE_FROM:
         return Tiles("dense")
     tokens, warps = (32, 4) if job.tokens <= 32 else (64, 4) if job.tokens == 64 else (128, 8)
@@ -130,8 +130,8 @@ def candidates(job: Job) -> tuple[Tiles, ...]:
         others = (
             replace(first, warps=8, split=2 * first.split),
             replace(first, warps=8, depth=256),
-            Tiles("few", tokens=16, tiles=1, depth=128, warps=4, split=4),
-            Tiles("few", tokens=16, tiles=1, depth=128, warps=8, stages=2),
+            replace(first, warps=4, split=4 * first.split),
+            Tiles("few", tokens=8, tiles=2, depth=128, warps=8, split=2),
         )
     elif job.tokens <= 16:
         others = (

@@ -4,9 +4,10 @@ All read the words of `fragments` once, 16 bytes at a time and coalesced, and ne
 and mask turn a word into the registers of matrix instructions.
 
 - `_few`, for few tokens: what counts is bytes. Weights enter the product as bare codes; scale and zero point are
-  applied to the sums of each group, a few operations per group instead of two per weight. Each warp has inputs of its
-  own (a batched product, summed over the batch in the end), so that a program can take all inputs of 32 outputs with
-  many loads on their way.
+  applied to the sums of each group, a few operations per group instead of two per weight. Outputs are the rows of the
+  product and tokens its columns, of which eight are the least that a matrix instruction takes. Each warp has inputs of
+  its own (a batched product, summed over the batch in the end), so that a program can take all inputs of 32 outputs
+  with many loads on their way.
 - `_many`, for more tokens: weights are brought to the activations' dtype, rounded once, on their way to the product.
 - `_unpack`: the same weights, to memory; with many tokens a dense product then costs less than unpacking per tile.
 
@@ -129,10 +130,10 @@ def _few(
     n = tl.program_id(0) * N + tl.arange(0, N)
     slice_block = tl.arange(0, SLICES) * BLOCKS
     STEP: tl.constexpr = SLICES * BLOCKS
-    ones = tl.full((SLICES, K, 8), 1.0, x.dtype.element_ty)
+    ones = tl.full((SLICES, 16, K), 1.0, x.dtype.element_ty)
     if WIDEN:
         ones = ones.to(tl.float32)
-    sums = tl.zeros((SLICES, TOKENS, N), dtype=tl.float32)
+    sums = tl.zeros((SLICES, N, TOKENS), dtype=tl.float32)
     for first in tl.range(piece * STEP, blocks, STEP * SPLIT, num_stages=STAGES):
         block = first + slice_block[:, None] + tl.arange(0, BLOCKS)[None, :]
         w0 = _words(words, tile, block, 0, PLANES, blocks, EVEN, SLICES, BLOCKS, TILES)
@@ -148,20 +149,28 @@ def _few(
             s = tl.load(scales + at, mask=known, other=0.0).to(tl.float32)
             z = tl.load(zeros + at, mask=known, other=0).to(tl.float32) + ZERO
             a = _x(x, order, m[None, :, None].to(tl.int64), (start[:, None] + tl.arange(0, K)[None, :])[:, None, :],
-                   tokens, inputs, length, ORDERED, EVEN)  # fmt: skip
-            q = _codes(w0, w1, w2, part * AT_ONCE, AT_ONCE, BITS, BF16, False, SLICES, BLOCKS, N)
+                   tokens, inputs, length, ORDERED, EVEN).permute(0, 2, 1)  # fmt: skip
+            q = _codes(w0, w1, w2, part * AT_ONCE, AT_ONCE, BITS, BF16, False, SLICES, BLOCKS, N).permute(
+                0, 2, 1
+            )
             if WIDEN:
                 a, q = a.to(tl.float32), q.to(tl.float32)
-            found = tl.dot(a, q, input_precision="ieee")
+            found = tl.dot(q, a, input_precision="ieee")
             if TWO:
-                q = _codes(w0, w1, w2, part * AT_ONCE, AT_ONCE, BITS, BF16, True, SLICES, BLOCKS, N)
+                q = _codes(w0, w1, w2, part * AT_ONCE, AT_ONCE, BITS, BF16, True, SLICES, BLOCKS, N).permute(
+                    0, 2, 1
+                )
                 if WIDEN:
                     q = q.to(tl.float32)
-                found = tl.dot(a, q, found, input_precision="ieee")
-            total = tl.max(tl.dot(a, ones, input_precision="ieee"), 2)  # Σ x, the same in all columns
-            sums += (found * A - total[:, :, None] * z[:, None, :]) * s[:, None, :]
+                found = tl.dot(q, a, found, input_precision="ieee")
+            total = tl.max(tl.dot(ones, a, input_precision="ieee"), 1)  # Σ x, the same in all rows
+            sums += (found * A - total[:, None, :] * z[:, :, None]) * s[:, :, None]
     at = y + (piece.to(tl.int64) * tokens + m[:, None]) * outputs + n[None, :]
-    tl.store(at, tl.sum(sums, 0).to(y.dtype.element_ty), mask=(m[:, None] < tokens) & (n[None, :] < outputs))
+    tl.store(
+        at,
+        tl.sum(sums, 0).permute(1, 0).to(y.dtype.element_ty),
+        mask=(m[:, None] < tokens) & (n[None, :] < outputs),
+    )
 
 
 @triton.jit
