@@ -157,6 +157,34 @@ def test_the_thread_ends_whatever_happens(tmp_path, error):
     assert weights.units_ahead == 1
 
 
+def test_who_is_interrupted_while_waiting_waits_for_one_tensor_more(tmp_path, monkeypatch):
+    _, weights = opened(saved(tmp_path / "model", "llama", num_hidden_layers=4))
+    begun, read, units, original = threading.Event(), [], [], FileTensor.read
+
+    def slow(self, **options):
+        if threads() == [threading.current_thread()]:
+            begun.wait()
+            read.append(self)
+            units[0].given_up.wait(0.2)
+        return original(self, **options)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def interrupted():
+        with weights.on_demand(nothing):
+            units.append(weights._ahead._unit)
+            begun.set()
+            monkeypatch.setattr(units[0].reading, "result", interrupt)
+            weights.require("model.layers.0")
+
+    monkeypatch.setattr(FileTensor, "read", slow)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not threads()
+    assert len(read) == 1
+
+
 @pytest.mark.parametrize("shape", [(3, 5), (), (0, 4), (7,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
 def test_reading_into_pinned_memory(tmp_path, shape, dtype, monkeypatch):

@@ -62,8 +62,10 @@ class ReadAhead:
         unit = self._unit
         if unit is None or unit.name != name or unit.reading is None:
             return {}
-        self._unit = None
-        held = unit.reading.result()
+        try:
+            held = unit.reading.result()
+        finally:  # whoever is interrupted here waits for one tensor more, not for all of them
+            self.give_up()
         self.units += 1
         return held
 
