@@ -2,6 +2,7 @@
 #   make demo   installs fewbit and runs `fewbit demo`
 #   make test   installs the test extras and runs the tests
 #   make test-memory   runs the compiled kernels' tests under AddressSanitizer (needs gcc or clang)
+#   make gpu    on a machine with a GPU: its tests, and the tables of docs/gpu.md
 #   make docs   builds the documentation into site/
 # Inside an active virtual environment they use it; otherwise they make .venv.
 
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := torch==2.13.0
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-slow test-memory lint docs clean torch
+.PHONY: demo test test-slow test-memory gpu lint docs clean torch
 
 demo: torch
 	$(PIP) install --quiet .
@@ -40,6 +41,20 @@ test-memory: torch
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=$(SANITIZED)/path \
 	  $(BIN)/python -m pytest -p no:cacheprovider tests/runtime/test_packed.py tests/runtime/test_kernels.py tests/solver
+
+# With the torch that is there: it must see the GPU. What was measured is written before a failed test ends this.
+GPU := build/gpu
+gpu: $(BIN)/python
+	$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'this torch sees no GPU')"
+	$(PIP) install --quiet '.[test]'
+	mkdir -p $(GPU)
+	$(BIN)/python -m pytest tests/runtime tests/solver tests/walk tests/bench tests/test_timers.py \
+	  tests/cli/test_bench_command.py > $(GPU)/tests.txt; echo $$? > $(GPU)/failed; tail -20 $(GPU)/tests.txt
+	$(BIN)/python benchmarks/kernels_gpu.py --results $(GPU)/kernels.json
+	$(BIN)/python benchmarks/kernels_gpu.py --results $(GPU)/kernels.json --into docs/gpu.md
+	$(BIN)/python benchmarks/quantize_gpu.py --results $(GPU)/quantize.json --folder $(GPU)
+	$(BIN)/python benchmarks/quantize_gpu.py --results $(GPU)/quantize.json --into docs/gpu.md
+	exit $$(cat $(GPU)/failed)
 
 lint:
 	$(BIN)/ruff check src tests benchmarks

@@ -212,7 +212,7 @@ def test_forget(tmp_path):
 
 def test_the_processes_own_keeps_its_file_among_the_users_caches():
     assert triton_choice.tuner() is triton_choice.tuner()
-    assert triton_choice.tuner().folder == triton_choice.cache_folder()
+    assert triton_choice.tuner.__wrapped__().folder == triton_choice.cache_folder()
     assert "fewbit" in str(triton_choice.cache_folder())
     assert "triton" in triton_choice.machine()
     assert isinstance(JOB, Job)
