@@ -7,6 +7,10 @@
 #else
 #include <cpuid.h>
 #endif
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace fewbit {
@@ -54,11 +58,19 @@ Cpu detect() {
     const unsigned long long state = saved_state();
     const Registers seven = cpuid(7, 0);
     const bool ymm = (state & 0x6) == 0x6, zmm = (state & 0xe6) == 0xe6;
-    found.avx2 = ymm && bit(one.ecx, 12) && bit(seven.ebx, 5);
+    found.avx2 = ymm && bit(one.ecx, 12) && bit(one.ecx, 29) && bit(seven.ebx, 5);
     found.avx512 = found.avx2 && zmm && bit(seven.ebx, 16) && bit(seven.ebx, 17) && bit(seven.ebx, 30) &&
                    bit(seven.ebx, 31);
     found.avx512_vnni = found.avx512 && bit(seven.ecx, 11);
-    found.avx512_bf16 = found.avx512 && seven.eax >= 1 && bit(cpuid(7, 1).eax, 5);
+    const unsigned more = seven.eax >= 1 ? cpuid(7, 1).eax : 0;
+    found.avx_vnni = found.avx2 && bit(more, 4);
+    found.avx512_bf16 = found.avx512 && bit(more, 5);
+#elif defined(__aarch64__) && defined(__linux__)
+    found.dotprod = (getauxval(AT_HWCAP) >> 20) & 1u;  // HWCAP_ASIMDDP
+#elif defined(__aarch64__) && defined(__APPLE__)
+    int has = 0;
+    size_t size = sizeof has;
+    found.dotprod = sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has;
 #endif
     return found;
 }

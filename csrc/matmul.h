@@ -69,4 +69,23 @@ void matmul(const PackedWeight& weight, const MatMul& product, int threads);
 }
 #endif
 
+// The same with `int8`, faster.
+#define FEWBIT_MATMUL_INT8(ISA) \
+    namespace ISA {             \
+    void matmul_int8(const PackedWeight& weight, const MatMul& product, int threads); \
+    }
+
+#if defined(FEWBIT_HAVE_INT8_X86)
+FEWBIT_MATMUL_INT8(avx2)
+FEWBIT_MATMUL_INT8(avx512)
+FEWBIT_MATMUL_INT8(avx512_vnni)
+#endif
+#if defined(FEWBIT_HAVE_AVX_VNNI)
+FEWBIT_MATMUL_INT8(avx_vnni)
+#endif
+#if defined(FEWBIT_HAVE_INT8_ARM)
+FEWBIT_MATMUL_INT8(neon)
+FEWBIT_MATMUL_INT8(dotprod)
+#endif
+
 }  // namespace fewbit

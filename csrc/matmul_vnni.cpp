@@ -13,85 +13,11 @@
 #include <atomic>
 #include <vector>
 
-#include "vnni_activations.h"
+#include "vnni_groups.h"
 
 namespace fewbit {
 namespace FEWBIT_ISA {
 namespace {
-
-// ---- Scales, zero points, results ----
-
-__m512 read16(const void* p, Number type, int64_t at, __mmask16 mask) {
-    if (type == Number::float32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(p) + at);
-    const __m256i h = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(p) + at);
-    return type == Number::float16 ? _mm512_cvtph_ps(h) : (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
-}
-
-void write16(void* p, Number type, int64_t at, __mmask16 mask, __m512 v) {
-    if (type == Number::float32) {
-        _mm512_mask_storeu_ps(static_cast<float*>(p) + at, mask, v);
-    } else {
-        const __m256i h = type == Number::float16 ? _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)
-                                                  : (__m256i)_mm512_cvtneps_pbh(v);
-        _mm256_mask_storeu_epi16(static_cast<uint16_t*>(p) + at, mask, h);
-    }
-}
-
-struct Grid {
-    __m512 scale, zero;
-
-    Grid() = default;
-    Grid(const PackedWeight& w, int64_t group, int64_t block, int centre) {
-        const __mmask16 mask = existing(w.outputs - block * BLOCK);
-        const int64_t at = group * w.outputs + block * BLOCK;
-        scale = read16(w.scales, w.scale_type, at, mask);
-        const __m512i z = w.zeros ? _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w.zeros + at)) : _mm512_set1_epi32(w.zero);
-        zero = _mm512_cvtepi32_ps(_mm512_sub_epi32(z, _mm512_set1_epi32(centre)));
-    }
-};
-
-void write_result(const PackedWeight& w, const MatMul& p, int64_t token, int64_t block, __m512 y) {
-    const __mmask16 mask = existing(w.outputs - block * BLOCK);
-    if (p.bias) y = _mm512_add_ps(y, read16(p.bias, p.bias_type, block * BLOCK, mask));
-    write16(p.y, p.type, token * w.outputs + block * BLOCK, mask, y);
-}
-
-// ---- Groups ----
-
-// What the sums of a group start from. Where the zero point is the same everywhere, int8 products have it from the
-// start (CENTRED).
-template <class Math, bool CENTRED>
-inline typename Math::Sum start(const PackedWeight& w, const RowTile& tile, int64_t at, bool last) {
-    if constexpr (CENTRED) return _mm512_set1_epi32(last ? -w.zero * static_cast<int>(tile.sums[at]) : 0);
-    return Math::zero();
-}
-
-// Scales the sums of a group (or, without `last`, of a part of it) and adds them to the totals.
-template <class Math, int ROWS, int BLOCKS, bool SPLIT, bool CENTRED, int TOKENS = ROWS / (SPLIT ? 2 : 1)>
-inline void add_group(const Grid* grid, const RowTile& tile, int64_t group, bool last,
-                      const typename Math::Sum (&sum)[ROWS][BLOCKS], __m512 (&total)[TOKENS][BLOCKS]) {
-#pragma GCC unroll 8
-    for (int t = 0; t < TOKENS; t++) {
-        const int64_t at = group * TOKENS + t;
-        const __m512 x_sum = _mm512_set1_ps(last ? tile.sums[at] : 0.0f);
-#pragma GCC unroll 4
-        for (int n = 0; n < BLOCKS; n++) {
-            const auto both = SPLIT ? Math::add(sum[SPLIT ? 2 * t : t][n], sum[SPLIT ? 2 * t + 1 : t][n]) : sum[t][n];
-            __m512 value = Math::value(both), scale = grid[n].scale;
-            if constexpr (!CENTRED) value = _mm512_fnmadd_ps(grid[n].zero, x_sum, value);
-            if constexpr (Math::INT8) scale = _mm512_mul_ps(scale, _mm512_set1_ps(tile.scales[at]));
-            total[t][n] = _mm512_fmadd_ps(value, scale, total[t][n]);
-        }
-    }
-}
-
-// The same as a function of its own. Where the sums fill the registers, the compiler would otherwise write them
-// to memory in every turn of the inner loop, for want of room after it.
-template <class Math, int ROWS, int BLOCKS, bool SPLIT, bool CENTRED, int TOKENS = ROWS / (SPLIT ? 2 : 1)>
-__attribute__((noinline)) void add_group_apart(const Grid* grid, const RowTile& tile, int64_t group, bool last,
-                                               const typename Math::Sum (&sum)[ROWS][BLOCKS], __m512 (&total)[TOKENS][BLOCKS]) {
-    add_group<Math, ROWS, BLOCKS, SPLIT, CENTRED>(grid, tile, group, last, sum, total);
-}
 
 // ---- Few tokens: tiles unpacked on the way ----
 
@@ -107,7 +33,8 @@ void expect_group(const PackedWeight& w, int64_t group, int64_t block, int64_t b
 template <int BITS, class Math, int ROWS, int BLOCKS, bool SPLIT, bool CENTRED>
 void direct(const PackedWeight& w, const MatMul& p, const RowTile& tile, int64_t block) {
     constexpr int TOKENS = ROWS / (SPLIT ? 2 : 1);
-    constexpr int CHAINS = ROWS == 1 ? 2 : 1;  // enough independent sums to hide the latency of a dot product
+    constexpr int DIGITS = Math::digits(ROWS);
+    constexpr int CHAINS = ROWS > 1 ? 1 : BLOCKS > 1 ? 2 : 4;  // enough independent sums to hide the latency of a dot product
     constexpr int64_t BYTES = tile_bytes(BITS), WORDS = tile_inputs(BITS) / Math::PER_WORD, AHEAD = 1536;
     const Math math;
     const uint8_t* weights = w.tiles + block * w.block_bytes();
@@ -140,24 +67,26 @@ void direct(const PackedWeight& w, const MatMul& p, const RowTile& tile, int64_t
                 }
                 codes[n] = Tile<BITS>(from);
             }
-            each<Math::DOTS>([&](auto dot) {
+            each<static_cast<int>(WORDS) * DIGITS>([&](auto dot) {
                 constexpr int k = decltype(dot)::value;
                 __m512i v[BLOCKS];
 #pragma GCC unroll 4
-                for (int n = 0; n < BLOCKS; n++) v[n] = math.template word<k>(codes[n]);
+                for (int n = 0; n < BLOCKS; n++) v[n] = math.template word<k, DIGITS>(codes[n]);
 #pragma GCC unroll 8
                 for (int r = 0; r < ROWS; r++) {
-                    const __m512i broadcast = _mm512_set1_epi32(static_cast<int>(x[k / Math::DIGITS * ROWS + r]));
+                    const __m512i broadcast = _mm512_set1_epi32(static_cast<int>(x[k / DIGITS * ROWS + r]));
 #pragma GCC unroll 4
                     for (int n = 0; n < BLOCKS; n++) {
-                        auto& s = sum[CHAINS == 2 ? k % 2 : r][n];
+                        auto& s = sum[CHAINS > 1 ? k % CHAINS : r][n];
                         s = Math::dot(s, v[n], broadcast);
                     }
                 }
             });
         }
-        if constexpr (CHAINS == 2)
-            for (int n = 0; n < BLOCKS; n++) sum[0][n] = Math::add(sum[0][n], sum[1][n]);
+#pragma GCC unroll 4
+        for (int chain = 1; chain < CHAINS; chain++)
+#pragma GCC unroll 4
+            for (int n = 0; n < BLOCKS; n++) sum[0][n] = Math::add(sum[0][n], sum[chain][n]);
         typename Math::Sum finished[ROWS][BLOCKS];
         Grid grid[BLOCKS];
 #pragma GCC unroll 8
@@ -165,7 +94,7 @@ void direct(const PackedWeight& w, const MatMul& p, const RowTile& tile, int64_t
 #pragma GCC unroll 4
             for (int n = 0; n < BLOCKS; n++) finished[r][n] = sum[r][n];
 #pragma GCC unroll 4
-        for (int n = 0; n < BLOCKS; n++) grid[n] = Grid(w, g, block + n, Math::CENTRE);
+        for (int n = 0; n < BLOCKS; n++) grid[n] = Grid(w, g, block + n, Math::CENTRE, Math::UNIT);
         if constexpr (ROWS * BLOCKS > 12) {
             add_group_apart<Math, ROWS, BLOCKS, SPLIT, CENTRED>(grid, tile, g, true, finished, total);
         } else {
@@ -208,14 +137,19 @@ void direct_blocks(const PackedWeight& w, const MatMul& p, const Activations& x,
 template <int BITS, class Math, bool SPLIT, bool CENTRED>
 void few_tokens(const PackedWeight& w, const MatMul& p, const Activations& x, int threads) {
     // Eight rows and three blocks fill the registers, and so do four rows with their totals; fewer leave room for four blocks.
-    const bool wide = x.tiles.front().tokens * (SPLIT ? 2 : 1) < 4;
-    const int64_t together = wide ? 4 : 3, units = (w.blocks() + together - 1) / together;
+    // One row waits for memory, which is read fastest from one place at a time, unless the scales of short groups come
+    // between; 2-bit codes as bfloat16 are work enough to be done for four blocks together.
+    const int64_t rows = x.tiles.front().tokens * (SPLIT ? 2 : 1);
+    const bool lone = rows == 1 && w.positions() >= 128 * w.groups && (Math::INT8 || BITS > 2);
+    const int64_t together = lone ? 1 : rows < 4 ? 4 : 3, units = (w.blocks() + together - 1) / together;
     // A few long pieces per thread: neighbours are read by the same thread, and a late thread leaves work to the others.
     const int64_t pieces = threads == 1 ? 1 : std::min<int64_t>(units, 4 * threads);
     parallel_for(pieces, threads, [&](int64_t piece) {
         const int64_t first = units * piece / pieces * together;
         const int64_t last = std::min(w.blocks(), units * (piece + 1) / pieces * together);
-        if (wide) {
+        if (lone) {
+            direct_blocks<BITS, Math, SPLIT, CENTRED, 1>(w, p, x, first, last);
+        } else if (rows < 4) {
             direct_blocks<BITS, Math, SPLIT, CENTRED, 4>(w, p, x, first, last);
         } else {
             direct_blocks<BITS, Math, SPLIT, CENTRED, 3>(w, p, x, first, last);
@@ -250,7 +184,7 @@ public:
         for (int64_t n = 0; n < blocks_; n++)
             for (size_t s = 0; s < segments.size(); s++) {
                 const Segment& segment = segments[s];
-                const Grid grid(w_, segment.group, block_ + n, FOLDED<Math, SPLIT> ? 0 : Math::CENTRE);
+                const Grid grid(w_, segment.group, block_ + n, FOLDED<Math, SPLIT> ? 0 : Math::CENTRE, FOLDED<Math, SPLIT> ? 1 : Math::UNIT);
                 grids_[s * PANEL_BLOCKS + static_cast<size_t>(n)] = grid;
                 for (int64_t i = segment.first_tile; i < segment.last_tile; i++)
                     unpack_tile(Tile<BITS>(w_.tiles + (block_ + n) * w_.block_bytes() + i * tile_bytes(BITS)), grid,
@@ -310,26 +244,25 @@ private:
     static constexpr int64_t WORDS = tile_inputs(BITS) / Math::PER_WORD;  // of a lane in a tile
 
     void unpack_tile(const Tile<BITS>& tile, const Grid& grid, uint32_t* words) const {
-        if constexpr (Math::INT8) {
-            each<Tile<BITS>::QUADS>([&](auto k) {
-                _mm512_storeu_si512(words + decltype(k)::value * 16, tile.template quad<decltype(k)::value>());
+        if constexpr (!FOLDED<Math, SPLIT>) {
+            each<static_cast<int>(WORDS)>([&](auto k) {
+                _mm512_storeu_si512(words + decltype(k)::value * 16, math_.template word<decltype(k)::value, 1>(tile));
             });
         } else {
-            const __m512 scale = FOLDED<Math, SPLIT> ? grid.scale : _mm512_set1_ps(1.0f);
-            const __m512 zero = FOLDED<Math, SPLIT> ? grid.zero : _mm512_set1_ps(static_cast<float>(Math::CENTRE));
-            const __m512 shift = _mm512_mul_ps(scale, zero);
+            const __m512 shift = _mm512_mul_ps(grid.scale, grid.zero);
             const __m512i mask = _mm512_set1_epi32((1 << BITS) - 1);
-            each<Tile<BITS>::PAIRS>([&](auto k) {
+            each<static_cast<int>(WORDS)>([&](auto k) {
                 const __m512i v = tile.template pair<decltype(k)::value>();
                 const __m512 even = _mm512_cvtepi32_ps(_mm512_and_si512(v, mask));
                 const __m512 odd = _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(v, 16), mask));
-                const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_fmsub_ps(even, scale, shift)));
-                const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_fmsub_ps(odd, scale, shift)));
+                const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_fmsub_ps(even, grid.scale, shift)));
+                const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_fmsub_ps(odd, grid.scale, shift)));
                 _mm512_storeu_si512(words + decltype(k)::value * 16, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
             });
         }
     }
 
+    const Math math_{};
     const PackedWeight& w_;
     int64_t block_, blocks_, first_tile_ = 0, stride_ = 0;
     uint32_t* words_;
@@ -391,7 +324,7 @@ void many_tokens(const PackedWeight& w, const MatMul& p, const Activations& x, i
 template <int BITS, class Math, bool SPLIT, bool CENTRED = false>
 void run(const PackedWeight& w, const MatMul& p, int threads) {
     // From here on unpacking once is faster than unpacking for every few rows (benchmarks/kernels_cpu.py).
-    constexpr int64_t PANEL_FROM = Math::INT8 ? 40 : SPLIT ? 32 : BITS == 8 ? 16 : 64;
+    constexpr int64_t PANEL_FROM = Math::INT8 ? 40 : SPLIT ? 32 : 64;
     const Activations x = Activations::make<BITS, Math, SPLIT>(w, p, threads);
     if (p.tokens >= PANEL_FROM) {
         many_tokens<BITS, Math, SPLIT, CENTRED>(w, p, x, threads);

@@ -33,11 +33,13 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
+using Product = void (*)(const PackedWeight&, const MatMul&, int);
+
 struct Kernels {
     const char* isa;
+    Product matmul, matmul_int8;
     void (*grid_rows)(const GridProblem&, int64_t, float*);
     void (*ldlq_rows)(const LdlqProblem&, int64_t);
-    void (*matmul)(const PackedWeight&, const MatMul&, int);
     void (*pack_tiles)(const PackedWeight&, const uint32_t*, uint8_t*, int);
     void (*unpack_tiles)(const PackedWeight&, uint32_t*, int);
     void (*dequantize_tiles)(const PackedWeight&, void*, Number, int);
@@ -47,21 +49,31 @@ struct Kernels {
     void (*prompt_attention)(const Attention&, int);
 };
 
-#define FEWBIT_ENTRY(NAME, ISA, PRODUCT) \
-    {NAME, ISA::grid_rows, ISA::ldlq_rows, PRODUCT::matmul, ISA::pack_tiles, ISA::unpack_tiles, ISA::dequantize_tiles, \
+#define FEWBIT_ENTRY(NAME, ISA, PRODUCT, INT8_PRODUCT)                                                              \
+    {NAME, PRODUCT, INT8_PRODUCT, ISA::grid_rows, ISA::ldlq_rows, ISA::pack_tiles, ISA::unpack_tiles, ISA::dequantize_tiles, \
      ISA::rms_norm, ISA::silu_gate, ISA::token_attention, ISA::prompt_attention}
 
 std::vector<Kernels> find_kernels() {
     std::vector<Kernels> found;
 #if defined(FEWBIT_HAVE_BF16)
     if (cpu().avx512_bf16 && cpu().avx512_vnni)
-        found.push_back(FEWBIT_ENTRY("avx512_vnni", avx512, vnni));
+        found.push_back(FEWBIT_ENTRY("avx512_vnni", avx512, vnni::matmul, vnni::matmul));
 #endif
-#if defined(FEWBIT_HAVE_X86)
-    if (cpu().avx512) found.push_back(FEWBIT_ENTRY("avx512", avx512, avx512));
-    if (cpu().avx2) found.push_back(FEWBIT_ENTRY("avx2", avx2, avx2));
+#if defined(FEWBIT_HAVE_INT8_X86)
+    if (cpu().avx512_vnni) found.push_back(FEWBIT_ENTRY("avx512_int8", avx512, avx512::matmul, avx512_vnni::matmul_int8));
+    if (cpu().avx512) found.push_back(FEWBIT_ENTRY("avx512", avx512, avx512::matmul, avx512::matmul_int8));
+#if defined(FEWBIT_HAVE_AVX_VNNI)
+    if (cpu().avx_vnni) found.push_back(FEWBIT_ENTRY("avx_vnni", avx2, avx2::matmul, avx_vnni::matmul_int8));
 #endif
-    found.push_back(FEWBIT_ENTRY("generic", generic, generic));
+    if (cpu().avx2) found.push_back(FEWBIT_ENTRY("avx2", avx2, avx2::matmul, avx2::matmul_int8));
+#elif defined(FEWBIT_HAVE_X86)
+    if (cpu().avx512) found.push_back(FEWBIT_ENTRY("avx512", avx512, avx512::matmul, avx512::matmul));
+    if (cpu().avx2) found.push_back(FEWBIT_ENTRY("avx2", avx2, avx2::matmul, avx2::matmul));
+#elif defined(FEWBIT_HAVE_INT8_ARM)
+    if (cpu().dotprod) found.push_back(FEWBIT_ENTRY("dotprod", generic, generic::matmul, dotprod::matmul_int8));
+    found.push_back(FEWBIT_ENTRY("neon", generic, generic::matmul, neon::matmul_int8));
+#endif
+    found.push_back(FEWBIT_ENTRY("generic", generic, generic::matmul, generic::matmul));
     return found;
 }
 
@@ -143,7 +155,8 @@ struct Packed {
                 const char* isa) const {
         const MatMul product{at<const void>(x), at<void>(y), static_cast<Number>(type), tokens,
                              at<const void>(bias), static_cast<Number>(bias_type), int8};
-        choose(isa).matmul(weight, product, threads);
+        const Kernels& kernels = choose(isa);
+        (int8 ? kernels.matmul_int8 : kernels.matmul)(weight, product, threads);
     }
 };
 
@@ -187,6 +200,9 @@ void forget_pages(Address address, size_t bytes) {
 #endif
 }
 
+// Whether the best of them has a product of its own for 8-bit activations.
+bool own_int8() { return choose("best").matmul_int8 != choose("best").matmul; }
+
 nb::list instruction_sets() {
     nb::list names;
     for (const Kernels& candidate : kernels()) names.append(candidate.isa);
@@ -202,6 +218,7 @@ nb::list instruction_sets() {
 NB_MODULE(_native, m) {
     using release = nb::call_guard<nb::gil_scoped_release>;
     m.def("instruction_sets", &fewbit::instruction_sets);
+    m.def("own_int8", &fewbit::own_int8);
     m.def("fit_grid", &fewbit::fit_grid, release());
     m.def("ldlq_block", &fewbit::ldlq_block, release());
     m.def("rms_norm", &fewbit::rms_norm, release());

@@ -3,9 +3,7 @@
 
 #include <immintrin.h>
 
-#include <utility>
-
-#include "numbers.h"
+#include "each.h"
 
 namespace fewbit {
 namespace FEWBIT_ISA {
@@ -13,7 +11,7 @@ namespace {
 
 template <int BITS>
 struct Tile {
-    static constexpr int PAIRS = tile_inputs(BITS) / 2, QUADS = tile_inputs(BITS) / 4;
+    static constexpr int QUADS = tile_inputs(BITS) / 4;
     __m512i v[BITS == 3 ? 3 : 1];
 
     Tile() = default;
@@ -21,13 +19,13 @@ struct Tile {
         for (int i = 0; i < (BITS == 3 ? 3 : 1); i++) v[i] = _mm512_loadu_si512(p + 64 * i);
     }
 
-    // Pair I of the inputs: codes in the low bits of the 16-bit words. Above them is anything.
-    template <int I>
+    // Pair I of the inputs: codes from bit AT of the 16-bit words on. Around them is anything.
+    template <int I, int AT = 0>
     __m512i pair() const {
         if constexpr (BITS == 3) {
-            return I % 2 ? _mm512_srli_epi16(joined<I / 2>(), 8) : joined<I / 2>();
+            return shifted<I % 2 ? 8 : 0>(joined<I / 2, AT>());
         } else {
-            return _mm512_srli_epi16(v[0], I * BITS);
+            return shifted<I * BITS - AT>(v[0]);
         }
     }
 
@@ -44,25 +42,20 @@ struct Tile {
     }
 
 private:
-    // 3 bits: quad I, with anything above the codes.
-    template <int I>
+    template <int RIGHT>
+    static __m512i shifted(__m512i words) {
+        if constexpr (RIGHT > 0) return _mm512_srli_epi16(words, RIGHT);
+        if constexpr (RIGHT < 0) return _mm512_slli_epi16(words, -RIGHT);
+        return words;
+    }
+
+    // 3 bits: quad I, codes from bit AT of the bytes on, with anything around them.
+    template <int I, int AT = 0>
     __m512i joined() const {
-        const __m512i low = _mm512_srli_epi16(v[I / 4], 2 * (I % 4));
-        const __m512i high = I < 2 ? _mm512_slli_epi16(v[2], I < 2 ? 2 - I : 0) : _mm512_srli_epi16(v[2], I < 2 ? 0 : I - 2);
-        return _mm512_ternarylogic_epi32(_mm512_set1_epi8(3), low, high, 0xca);  // where 3: low, elsewhere: high
+        const __m512i low = shifted<2 * (I % 4) - AT>(v[I / 4]), high = shifted<I - 2 - AT>(v[2]);
+        return _mm512_ternarylogic_epi32(_mm512_set1_epi8(3 << AT), low, high, 0xca);  // where 3: low, elsewhere: high
     }
 };
-
-template <int... I, class F>
-inline void each_index(std::integer_sequence<int, I...>, F f) {
-    (f(std::integral_constant<int, I>()), ...);
-}
-
-// f(integral_constant) for 0 … COUNT − 1.
-template <int COUNT, class F>
-inline void each(F f) {
-    each_index(std::make_integer_sequence<int, COUNT>(), f);
-}
 
 // The positions of 16 consecutive values in the order in which the dot products meet them.
 template <int BITS>
@@ -80,23 +73,27 @@ __m512i sequence(bool int8) {
 
 // ---- The two kinds of dot products ----
 
+// Codes as bfloat16: (code − CENTRE) / UNIT. In the dot products of few rows what counts is to get them with few shifts
+// and permutations, which are done where the dot products are; logic goes everywhere.
 template <int BITS>
 struct Bfloat16 {
     using Sum = __m512;
     static constexpr bool INT8 = false;
     static constexpr int PER_WORD = 2;
     static constexpr int64_t MOST_ROWS = 8;  // with three blocks of outputs, the sums fill the registers
-    static constexpr int CENTRE = 1 << (BITS - 1);
+    // 2 and 3 bits: the code is put into the fraction of 1.0, which it makes 1 + code / 8.
+    static constexpr bool FRACTION = BITS < 4;
+    static constexpr int CENTRE = FRACTION ? -8 : 1 << (BITS - 1), UNIT = FRACTION ? 8 : 1;
 
-    // Codes − CENTRE by the low five bits of a word; at 8 bits those of the low and of the high digit.
+    // 4 bits: codes less CENTRE by the low five bits of a word. 8 bits: the same of the low and of the high digit.
     __m512i low, high;
 
     Bfloat16() {
         alignas(64) uint16_t words[32], high_words[32];
         for (int i = 0; i < 32; i++) {
-            const int code = i & (BITS == 8 ? 15 : (1 << BITS) - 1);
-            words[i] = to_bfloat16(static_cast<float>(code - (BITS == 8 ? 0 : CENTRE)));
-            high_words[i] = to_bfloat16(static_cast<float>(16 * code - CENTRE));
+            const int digit = i & 15;
+            words[i] = to_bfloat16(static_cast<float>(digit - (BITS == 8 ? 0 : CENTRE)));
+            high_words[i] = to_bfloat16(static_cast<float>(16 * digit - CENTRE));
         }
         low = _mm512_load_si512(words);
         high = _mm512_load_si512(high_words);
@@ -107,14 +104,31 @@ struct Bfloat16 {
     static Sum add(Sum a, Sum b) { return _mm512_add_ps(a, b); }
     static __m512 value(Sum sum) { return sum; }
 
-    // Dot product I of a tile is with word I / DIGITS of x.
-    static constexpr int DIGITS = BITS == 8 ? 2 : 1, DOTS = Tile<BITS>::PAIRS * DIGITS;
+    // 8 bits, few rows: two dot products per pair, one for each digit. With more rows it pays to make one number of them.
+    static constexpr int digits(int rows) { return BITS == 8 && rows < 4 ? 2 : 1; }
 
-    template <int I>
+    // Dot product I of a tile is with word I / DIGITS of x.
+    template <int I, int DIGITS>
     __m512i word(const Tile<BITS>& tile) const {
-        const __m512i codes = tile.template pair<I / DIGITS>();
-        if constexpr (I % DIGITS == 1) return _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), high);
-        return _mm512_permutexvar_epi16(codes, low);
+        if constexpr (FRACTION) {
+            const __m512i code = _mm512_set1_epi16(((1 << BITS) - 1) << 4), one = _mm512_set1_epi16(0x3f80);
+            return _mm512_ternarylogic_epi32(tile.template pair<I, 4>(), code, one, 0xea);  // a and b, or c
+        } else if constexpr (DIGITS == 2) {
+            const __m512i codes = tile.template pair<I / 2>();
+            return I % 2 ? _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), high) : _mm512_permutexvar_epi16(codes, low);
+        } else if constexpr (BITS == 8) {
+            const __m512i first = number(_mm512_srli_epi32(tile.v[0], 8 * I)), second = number(_mm512_srli_epi32(tile.v[0], 8 * I + 16));
+            return _mm512_mask_mov_epi16(_mm512_srli_epi32(first, 16), 0xaaaaaaaau, second);
+        } else {
+            return _mm512_permutexvar_epi16(tile.template pair<I>(), low);
+        }
+    }
+
+private:
+    // The low byte less CENTRE, exact in the upper half: the byte is put into the fraction of 2²³.
+    static __m512i number(__m512i bytes) {
+        const __m512i bits = _mm512_ternarylogic_epi32(bytes, _mm512_set1_epi32(255), _mm512_set1_epi32(0x4b000000), 0xea);
+        return (__m512i)_mm512_sub_ps((__m512)bits, _mm512_set1_ps(8388608.0f + CENTRE));
     }
 };
 
@@ -124,16 +138,16 @@ struct Int8 {
     static constexpr bool INT8 = true;
     static constexpr int PER_WORD = 4;
     static constexpr int64_t MOST_ROWS = 4;  // leaves registers for the totals: every group ends in scaling
-    static constexpr int CENTRE = 0;
+    static constexpr int CENTRE = 0, UNIT = 1;
 
     static Sum zero() { return _mm512_setzero_si512(); }
     static Sum dot(Sum sum, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(sum, w, x); }
     static Sum add(Sum a, Sum b) { return _mm512_add_epi32(a, b); }
     static __m512 value(Sum sum) { return _mm512_cvtepi32_ps(sum); }
 
-    static constexpr int DIGITS = 1, DOTS = Tile<BITS>::QUADS;
+    static constexpr int digits(int) { return 1; }
 
-    template <int I>
+    template <int I, int DIGITS>
     __m512i word(const Tile<BITS>& tile) const {
         return tile.template quad<I>();
     }

@@ -1,4 +1,5 @@
 // The portable products against double, as a program: for processors that the test machine is not (test_other_processors.py).
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -6,6 +7,9 @@
 
 #include "matmul.h"
 
+namespace fewbit {
+FEWBIT_MATMUL_INT8(generic)
+}
 using namespace fewbit;
 
 static uint32_t state = 1;
@@ -22,7 +26,22 @@ struct Case {
     bool ordered;
 };
 
-static double worst(const Case& c, int64_t tokens) {
+// x as the products of 8-bit activations see it.
+static void round_to_int8(std::vector<float>& x, const Case& c, const std::vector<int>& group_of, int64_t groups) {
+    for (size_t row = 0; row < x.size(); row += c.inputs)
+        for (int64_t g = 0; g < groups; g++) {
+            float most = 0;
+            for (int64_t i = 0; i < c.inputs; i++)
+                if (group_of[i] == g) most = std::max(most, std::fabs(x[row + i]));
+            for (int64_t i = 0; i < c.inputs; i++)
+                if (group_of[i] == g && most > 0) {
+                    const float scaled = x[row + i] * (127.0f / most);
+                    x[row + i] = std::nearbyint(scaled) * (most / 127.0f);
+                }
+        }
+}
+
+static double worst(const Case& c, int64_t tokens, bool int8) {
     const int64_t groups = (c.inputs + c.group - 1) / c.group, per_tile = tile_inputs(c.bits);
     std::vector<int> group_of(c.inputs), codes(c.outputs * c.inputs);
     for (int64_t i = 0; i < c.inputs; i++) group_of[i] = static_cast<int>(i / c.group);
@@ -56,7 +75,9 @@ static double worst(const Case& c, int64_t tokens) {
     std::vector<float> x(tokens * c.inputs), y(tokens * c.outputs), bias(c.outputs), dense(c.outputs * c.inputs);
     for (float& v : x) v = static_cast<float>(draw(2001)) / 1000.0f - 1.0f;
     for (float& v : bias) v = static_cast<float>(draw(100)) / 100.0f;
-    generic::matmul(w, MatMul{x.data(), y.data(), Number::float32, tokens, bias.data(), Number::float32, false}, 2);
+    const MatMul product{x.data(), y.data(), Number::float32, tokens, bias.data(), Number::float32, int8};
+    (int8 ? generic::matmul_int8 : generic::matmul)(w, product, 2);
+    if (int8) round_to_int8(x, c, group_of, groups);
     generic::dequantize_tiles(w, dense.data(), Number::float32, 2);
     double most = 0;
     for (int64_t t = 0; t < tokens; t++)
@@ -78,8 +99,9 @@ int main() {
     double most = 0;
     for (int bits : {2, 3, 4, 8})
         for (const Case& c : {Case{bits, 16, 32, 32, false}, Case{bits, 37, 100, 24, false}, Case{bits, 37, 100, 24, true},
-                              Case{bits, 1, 7, 7, false}, Case{bits, 50, 130, 130, true}})
-            for (int64_t tokens : {1, 3, 7}) most = std::max(most, worst(c, tokens));
+                              Case{bits, 1, 7, 7, false}, Case{bits, 50, 130, 130, true}, Case{bits, 100, 300, 300, false}})
+            for (int64_t tokens : {1, 3, 7, 45})
+                for (bool int8 : {false, true}) most = std::max(most, worst(c, tokens, int8));
     std::printf("largest relative error %g\n", most);
     return most < 2e-6 ? 0 : 1;
 }

@@ -75,6 +75,40 @@ def test_products_against_float64(bits, group_size, dtype, int8):
                 )
 
 
+def rounded_to_int8(x, codes):
+    """x as every instruction set must round it: per token and group, half to even, in float32."""
+    x = x.float().clone()
+    for group in range(codes.scales.shape[1]):
+        columns = codes.g_idx == group
+        most = x[:, columns].abs().amax(1, keepdim=True)
+        inverse = torch.tensor(127.0) / most  # a plain 127 would multiply with the reciprocal
+        x[:, columns] = (x[:, columns] * inverse).round() * (most / 127)
+    return x
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", [-1, 24])
+def test_activations_of_8_bits_are_the_same_numbers_everywhere(bits, group_size):
+    torch.manual_seed(bits)
+    for sym, columns in itertools.product((False, True), (100, 2000)):
+        codes = make(100, columns, bits, group_size, sym=sym, order=True)
+        codes.codes[:3] = 2**bits - 1  # the largest sums
+        _, weight = weight_of(codes)
+        dense = codes.dequantize(torch.float64)
+        groups = codes.g_idx.long()
+        terms = codes.scales.double()[:, groups] * (codes.codes + codes.zeros[:, groups])
+        for tokens in (1, 6, 45):
+            x = torch.randn(tokens, columns)
+            x[0] = 1.0
+            rounded = rounded_to_int8(x, codes).double()
+            size = rounded.abs() @ terms.t()
+            for isa in isas():
+                found = packed.multiply(x, weight, None, True, isa).double()
+                error = ((found - rounded @ dense.t()).abs() / size).max().item()
+                # Only "generic" sums in float32.
+                assert error < (5e-5 if isa == "generic" else 2e-6), (sym, columns, tokens, isa)
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_dequantizing_tiles_is_exact(bits):
     for order, group_size in itertools.product((False, True), GROUPS):

@@ -204,7 +204,7 @@ def multiply(
     if bias is not None and (bias.shape != (out_features,) or bias.dtype not in NUMBERS):
         raise KernelError(f"bias is {bias.dtype} {tuple(bias.shape)}; the layer has {out_features} outputs")
     tokens = x.numel() // shape[-1]
-    if isa == "best" and tokens >= _dense_from():
+    if isa == "best" and tokens >= _dense_from(int8):
         return functional.linear(x, _dequantize(weight, x.dtype), None if bias is None else bias.to(x.dtype))
     y = torch.empty((*shape[:-1], out_features), dtype=x.dtype)
     if tokens:
@@ -217,8 +217,8 @@ def multiply(
 
 
 @functools.cache
-def _dense_from() -> float:
-    return float("inf") if fast_isa() == _VNNI else _DENSE_FROM
+def _dense_from(int8: bool) -> float:
+    return float("inf") if fast_isa() == _VNNI or (int8 and _module().own_int8()) else _DENSE_FROM
 
 
 def _dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
