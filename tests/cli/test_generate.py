@@ -29,9 +29,11 @@ def test_writes_text_and_speed(folder):
     assert "prompt: 3 tokens in " in result.stderr
     assert "then 5 tokens: " in result.stderr
     assert "14 layers: cpu" in result.stderr
-    assert "not compiled: it would pay from about 14,000 tokens on" in result.stderr
+    assert "not compiled: its steps are fused, which is faster" in result.stderr
     assert "tokens/s" not in result.stdout
     assert run(folder, "-p", "the", "--max-new-tokens", "5", "--device", "cpu", "-q").stderr == ""
+    plain = run(folder, "-p", "the", "--max-new-tokens", "5", "--device", "cpu", "--no-fuse")
+    assert "not compiled: it would pay from about 14,000 tokens on" in plain.stderr
 
 
 def test_text_is_that_of_transformers(folder):
@@ -39,11 +41,13 @@ def test_text_is_that_of_transformers(folder):
 
     import fewbit
 
-    model, tokenizer = fewbit.load(folder, dtype="bfloat16"), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = fewbit.load(folder, dtype="float32"), AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("the", return_tensors="pt")
     tokens = model.generate(**ids, max_new_tokens=20, do_sample=False)[0, 3:]
     text = tokenizer.decode(tokens, skip_special_tokens=True)
-    assert run(folder, "-p", "the", "--max-new-tokens", "20", "--device", "cpu", "-q").stdout == text + "\n"
+    arguments = ("-p", "the", "--max-new-tokens", "20", "--device", "cpu", "--dtype", "float32", "-q")
+    for option in ("--fuse", "--no-fuse"):
+        assert run(folder, *arguments, option).stdout == text + "\n"
 
 
 def test_several_prompts_in_their_order(folder):

@@ -4,7 +4,7 @@ Sampling, stopping and masks are transformers' own. What is added around its ``g
 
 - no autograd bookkeeping at all (``torch.inference_mode``), which custom operators feel most;
 - a cache with room for the whole text, written in place (`cache`);
-- the step of one token compiled, where that wins the time back (`compiled`).
+- the step of one token compiled, where that wins the time back (`compiled`): in models loaded without ``fuse=True``.
 
     generation = generate(model, tokenizer(["Once"], return_tensors="pt"), max_new_tokens=200)
     print(tokenizer.decode(generation.tokens[0]), generation.decode_rate)
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..runtime.steps import ATTENTION
 from .cache import ReservedCache, reserved_cache
 from .compiled import CompiledModel, compiled_model
 
@@ -75,7 +76,7 @@ def generate(
         model: of transformers, quantized or not.
         inputs: what its tokenizer returns; several prompts are padded on the left, with an attention mask.
         max_new_tokens: at most so many for each prompt.
-        compile: compile the step of one token; None: from `COMPILE_FROM` tokens on.
+        compile: compile the step of one token; None: from `COMPILE_FROM` tokens on, if the model is not fused.
         streamer: gets the prompts, then one token per prompt at a time.
         options: for transformers' ``generate``: ``do_sample``, ``temperature``, ``eos_token_id`` and so on.
 
@@ -119,6 +120,8 @@ def _compiled(
         return None, "not asked for"
     if cache is None:
         return None, no_cache
+    if compile is None and model.config._attn_implementation == ATTENTION:
+        return None, "its steps are fused, which is faster"
     if compile is None and tokens < COMPILE_FROM:
         return None, f"it would pay from about {COMPILE_FROM:,} tokens on"
     return compiled_model(model)
