@@ -131,3 +131,22 @@ def test_a_weight_that_does_not_fit_is_refused_before_anything_is_done():
     wrong.weights[0] = torch.zeros(4, 47)
     with pytest.raises(SolverError, match="47 input features, but its Hessian has 48"):
         quantize_together([family((4,)), wrong], SETTINGS)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("case", ["plain", "8 bits"])
+def test_on_a_gpu_the_codes_are_those_of_the_cpu(case):
+    settings, accuracy = CASES[case]
+    families = [family((40, 33), n=300, tokens=900 + seed, seed=seed, full=False) for seed in range(3)]
+    on_gpu = []
+    for one in families:
+        H = Hessian(300, device="cuda")
+        H.matrix().copy_(one.hessian.matrix())
+        H.tokens = one.hessian.tokens
+        on_gpu.append(Siblings([W.cuda() for W in one.weights], H, FactorCache(), None, one.totals))
+    for one, solutions in zip(families, quantize_together(on_gpu, settings), strict=True):
+        for solution, other in zip(solutions, alone(one, settings, accuracy), strict=True):
+            same = (solution.codes.codes.cpu() == other.codes.codes).float().mean()
+            assert same > 0.9  # where a tie is broken the other way, the rest of the row may differ
+            assert solution.loss == pytest.approx(other.loss, rel=0.02)
+            assert solution.fallbacks == other.fallbacks

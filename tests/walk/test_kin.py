@@ -142,3 +142,22 @@ def test_a_gpu_without_the_kernels_is_told_of_once(monkeypatch):
     ]
     monkeypatch.setattr(run, "why_no_triton", lambda device: "")
     assert run._solver_notes(gpu, 7) == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_the_second_block_is_solved_in_company(monkeypatch):
+    together = []
+    solve = solving.LayerSolver._together
+
+    def spy(self, layers, shared):
+        together.append([layer.name.rpartition(".")[2] for layer in layers])
+        return solve(self, layers, shared)
+
+    monkeypatch.setattr(solving.LayerSolver, "_together", spy)
+    losses = {
+        device: [layer["loss"] for layer in quantized(tiny_model("llama").to(device)).fewbit_report.layers]
+        for device in ("cpu", "cuda")
+    }
+    assert ["q_proj", "k_proj", "v_proj"] in together
+    assert ["gate_proj", "up_proj"] in together
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.1)
