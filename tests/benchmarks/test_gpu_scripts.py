@@ -14,6 +14,7 @@ import quantize_gpu
 from transformers import LlamaConfig
 
 from fewbit.bench.layers import Shape
+from fewbit.bench.machine import Machine
 
 
 def seconds(value, error=1e-3):
@@ -63,7 +64,7 @@ def test_kernel_tables_say_what_was_missed():
 
 
 def test_kernels_from_measuring_to_the_document(tmp_path, monkeypatch):
-    monkeypatch.setattr("fewbit.bench.machine._BUFFER", 1 << 20)
+    monkeypatch.setattr(kernels_gpu, "measure_machine", lambda rounds: Machine(1, 1e10, {"bfloat16": 1e11}))
     monkeypatch.setattr("fewbit.bench.layers.cold_bytes", lambda: 1)
     monkeypatch.setattr(kernels_gpu, "TOKENS", (1, 3))
     monkeypatch.setattr(

@@ -117,7 +117,7 @@ def test_layers(folder, monkeypatch):
 
 def test_shapes_of_models_need_no_checkpoint(monkeypatch):
     monkeypatch.setattr("fewbit.bench.layers.cold_bytes", lambda: 1)
-    monkeypatch.setattr("fewbit.bench.machine._BUFFER", 1 << 20)
+    monkeypatch.setattr("fewbit.bench.machine.measure_machine", lambda: Machine(1, 1e10, {"bfloat16": 1e11}))
     monkeypatch.setitem(llama_shapes._MODELS, "1b", (64, 128, 32, 2))
     options = (
         "--shapes",

@@ -1,5 +1,6 @@
 """The Triton kernel, in Triton's interpreter where there is no GPU."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -172,6 +173,29 @@ def test_the_kernel_adds_the_bias_and_keeps_the_shape(fmt):
         < 2e-3
     )
     assert TritonKernel().linear(x[:, :0], layer).shape == (2, 0, 24)
+
+
+@pytest.mark.parametrize("order", [False, True])
+def test_a_layers_life_with_the_kernel(monkeypatch, order):
+    monkeypatch.setattr("fewbit.runtime.triton._DEVICES", (DEVICE,))
+    codes = random_codes(20, 70, 3, 32, order=order)
+    layer = QuantLinear.from_codes(codes, torch.randn(20), compute_dtype=torch.float16).to(DEVICE)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    layer.prepare("triton")
+    assert layer.kernel.name == "triton"
+    assert "qweight" not in dict(layer.named_buffers())
+    x = torch.randn(3, 70).to(DEVICE, torch.float16)
+    truth = x.double() @ codes.dequantize(torch.float64).t().to(DEVICE) + layer.bias.double()
+    assert relative(layer(x), truth) < 2e-3
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x), layer(x))
+    twin.to(torch.bfloat16)
+    assert twin.kernel.name == "triton"
+    assert relative(twin(x.bfloat16()), truth) < 2e-2
+    for saved in (layer.state_dict(), twin.state_dict()):
+        assert saved.keys() == before.keys()
+        assert all(torch.equal(saved[name], before[name]) for name in before if name != "bias")
+    assert torch.equal(layer.codes().codes, codes.codes.to(DEVICE))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -121,9 +121,9 @@ def _few(
     N: tl.constexpr = 32 * TILES
     K: tl.constexpr = 16 * AT_ONCE * BLOCKS
     TWO: tl.constexpr = BITS == 8 and BF16
-    # What 0 is as such a number, and by what a step is multiplied.
-    ZERO: tl.constexpr = (2176 if TWO else 128) if BF16 else 0
-    A: tl.constexpr = 1.0 if BF16 else -16777216.0
+    # b / a and 1 / a of the formula above.
+    OFFSET: tl.constexpr = (2176 if TWO else 128) if BF16 else 0
+    FACTOR: tl.constexpr = 1.0 if BF16 else -16777216.0
     piece = tl.program_id(1)
     m = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     tile = _tile(outputs, TILES)
@@ -147,7 +147,7 @@ def _few(
             known = (group[:, None] < groups) & (n[None, :] < outputs)
             at = group[:, None] * outputs + n[None, :]
             s = tl.load(scales + at, mask=known, other=0.0).to(tl.float32)
-            z = tl.load(zeros + at, mask=known, other=0).to(tl.float32) + ZERO
+            z = tl.load(zeros + at, mask=known, other=0).to(tl.float32) + OFFSET
             a = _x(x, order, m[None, :, None].to(tl.int64), (start[:, None] + tl.arange(0, K)[None, :])[:, None, :],
                    tokens, inputs, length, ORDERED, EVEN).permute(0, 2, 1)  # fmt: skip
             q = _codes(w0, w1, w2, part * AT_ONCE, AT_ONCE, BITS, BF16, False, SLICES, BLOCKS, N).permute(
@@ -164,7 +164,7 @@ def _few(
                     q = q.to(tl.float32)
                 found = tl.dot(q, a, found, input_precision="ieee")
             total = tl.max(tl.dot(ones, a, input_precision="ieee"), 1)  # Σ x, the same in all rows
-            sums += (found * A - total[:, None, :] * z[:, :, None]) * s[:, :, None]
+            sums += (found * FACTOR - total[:, None, :] * z[:, :, None]) * s[:, :, None]
     at = y + (piece.to(tl.int64) * tokens + m[:, None]) * outputs + n[None, :]
     tl.store(
         at,
