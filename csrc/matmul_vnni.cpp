@@ -94,7 +94,7 @@ void direct(const PackedWeight& w, const MatMul& p, const RowTile& tile, int64_t
 #pragma GCC unroll 4
             for (int n = 0; n < BLOCKS; n++) finished[r][n] = sum[r][n];
 #pragma GCC unroll 4
-        for (int n = 0; n < BLOCKS; n++) grid[n] = Grid(w, g, block + n, Math::CENTRE, Math::UNIT);
+        for (int n = 0; n < BLOCKS; n++) grid[n] = Grid(w, g, block + n, Math::CENTRE);
         if constexpr (ROWS * BLOCKS > 12) {
             add_group_apart<Math, ROWS, BLOCKS, SPLIT, CENTRED>(grid, tile, g, true, finished, total);
         } else {
@@ -184,7 +184,7 @@ public:
         for (int64_t n = 0; n < blocks_; n++)
             for (size_t s = 0; s < segments.size(); s++) {
                 const Segment& segment = segments[s];
-                const Grid grid(w_, segment.group, block_ + n, FOLDED<Math, SPLIT> ? 0 : Math::CENTRE, FOLDED<Math, SPLIT> ? 1 : Math::UNIT);
+                const Grid grid(w_, segment.group, block_ + n, FOLDED<Math, SPLIT> ? 0 : Math::CENTRE);
                 grids_[s * PANEL_BLOCKS + static_cast<size_t>(n)] = grid;
                 for (int64_t i = segment.first_tile; i < segment.last_tile; i++)
                     unpack_tile(Tile<BITS>(w_.tiles + (block_ + n) * w_.block_bytes() + i * tile_bytes(BITS)), grid,

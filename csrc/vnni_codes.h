@@ -73,17 +73,17 @@ __m512i sequence(bool int8) {
 
 // ---- The two kinds of dot products ----
 
-// Codes as bfloat16: (code − CENTRE) / UNIT. In the dot products of few rows what counts is to get them with few shifts
-// and permutations, which are done where the dot products are; logic goes everywhere.
+// Codes less CENTRE as bfloat16. For few rows what counts is to make them with few shifts and permutations, which the
+// processor does where it does dot products; logic is done everywhere.
 template <int BITS>
 struct Bfloat16 {
     using Sum = __m512;
     static constexpr bool INT8 = false;
     static constexpr int PER_WORD = 2;
     static constexpr int64_t MOST_ROWS = 8;  // with three blocks of outputs, the sums fill the registers
-    // 2 and 3 bits: the code is put into the fraction of 1.0, which it makes 1 + code / 8.
+    // 2 and 3 bits: the code is put into the fraction of 8.0, which it makes 8 + code.
     static constexpr bool FRACTION = BITS < 4;
-    static constexpr int CENTRE = FRACTION ? -8 : 1 << (BITS - 1), UNIT = FRACTION ? 8 : 1;
+    static constexpr int CENTRE = FRACTION ? -8 : 1 << (BITS - 1);
 
     // 4 bits: codes less CENTRE by the low five bits of a word. 8 bits: the same of the low and of the high digit.
     __m512i low, high;
@@ -111,8 +111,8 @@ struct Bfloat16 {
     template <int I, int DIGITS>
     __m512i word(const Tile<BITS>& tile) const {
         if constexpr (FRACTION) {
-            const __m512i code = _mm512_set1_epi16(((1 << BITS) - 1) << 4), one = _mm512_set1_epi16(0x3f80);
-            return _mm512_ternarylogic_epi32(tile.template pair<I, 4>(), code, one, 0xea);  // a and b, or c
+            const __m512i code = _mm512_set1_epi16(((1 << BITS) - 1) << 4), eight = _mm512_set1_epi16(0x4100);
+            return _mm512_ternarylogic_epi32(tile.template pair<I, 4>(), code, eight, 0xea);  // a and b, or c
         } else if constexpr (DIGITS == 2) {
             const __m512i codes = tile.template pair<I / 2>();
             return I % 2 ? _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), high) : _mm512_permutexvar_epi16(codes, low);
@@ -138,7 +138,7 @@ struct Int8 {
     static constexpr bool INT8 = true;
     static constexpr int PER_WORD = 4;
     static constexpr int64_t MOST_ROWS = 4;  // leaves registers for the totals: every group ends in scaling
-    static constexpr int CENTRE = 0, UNIT = 1;
+    static constexpr int CENTRE = 0;
 
     static Sum zero() { return _mm512_setzero_si512(); }
     static Sum dot(Sum sum, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(sum, w, x); }

@@ -29,17 +29,13 @@ struct Grid {
     __m512 scale, zero;
 
     Grid() = default;
-    // For sums of (code − centre) / unit.
-    Grid(const PackedWeight& w, int64_t group, int64_t block, int centre, int unit) {
+    // For sums of codes less `centre`.
+    Grid(const PackedWeight& w, int64_t group, int64_t block, int centre) {
         const __mmask16 mask = existing(w.outputs - block * BLOCK);
         const int64_t at = group * w.outputs + block * BLOCK;
         scale = read16(w.scales, w.scale_type, at, mask);
         const __m512i z = w.zeros ? _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w.zeros + at)) : _mm512_set1_epi32(w.zero);
         zero = _mm512_cvtepi32_ps(_mm512_sub_epi32(z, _mm512_set1_epi32(centre)));
-        if (unit != 1) {
-            scale = _mm512_mul_ps(scale, _mm512_set1_ps(static_cast<float>(unit)));
-            zero = _mm512_mul_ps(zero, _mm512_set1_ps(1.0f / static_cast<float>(unit)));
-        }
     }
 };
 
