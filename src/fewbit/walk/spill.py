@@ -181,7 +181,7 @@ class Spill(InMemory):
 
     def notes(self) -> list[str]:
         """Sentences about what was done."""
-        if not self.written:
+        if not self.written and not isinstance(self._store, File):  # a folder was asked for
             return []
         written, read, peak = (size(count) for count in (self.written, self.read, self.peak))
         which = "that had no room on the device " if self._budget else ""
