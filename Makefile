@@ -40,7 +40,7 @@ test-memory: torch
 	rm -f $(SANITIZED)/path/fewbit/_native*.so && cp $(SANITIZED)/_native*.so $(SANITIZED)/path/fewbit/
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=$(SANITIZED)/path \
-	  $(BIN)/python -m pytest -p no:cacheprovider tests/runtime/test_packed.py tests/runtime/test_kernels.py tests/solver
+	  $(BIN)/python -m pytest -p no:cacheprovider tests/runtime/test_packed.py tests/runtime/test_kernels.py tests/runtime/test_steps.py tests/solver
 
 # With the torch that is there: it must see the GPU. What was measured is written before a failed test ends this.
 GPU := build/gpu
