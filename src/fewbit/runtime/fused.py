@@ -91,8 +91,8 @@ def fuse(model: nn.Module) -> dict[str, int]:
     choosing another kernel for it, undoes it for that layer.
 
     Returns:
-        What was done, and how often: "calls saved" by joining, and what `fuse_steps` returns; all 0 without layers
-        that run on one of fewbit's own kernels for CPUs.
+        What was done, and how often: "calls saved" by joining, and what `fuse_steps` returns; only the first, and 0,
+        without layers that run on one of fewbit's own kernels for CPUs.
     """
     saved = 0
     for module in model.modules():

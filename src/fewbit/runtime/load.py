@@ -59,8 +59,8 @@ def load(
         max_memory: device → bytes, for a `device_map` by name.
         quantization_config: of an old checkpoint that has none of its own.
         fuse: fewer calls per token, on the CPU: layers with the same input (q, k, v; gate, up) are multiplied in one,
-            norms, gated MLPs and the attention of a new token are one each. Numbers stay the same up to rounding,
-            names and what is saved stay the same.
+            norms, gated MLPs and attention are one each. Numbers stay the same up to rounding, names and what is
+            saved stay the same.
         lm_head_runtime: 8 multiplies with the output layer in 8 bits, which is what a token waits for in small models.
             Its own weight stays in the model and is what is saved.
 

@@ -70,10 +70,10 @@ def quantize_layers(
 
     Raises:
         ModelError: a weight cannot be quantized.
-        CalibrationError: `tune`, and a single calibration sequence.
+        CalibrationError: `tune`, and a single calibration sequence; or the activations fit neither on the device nor in
+            host memory.
         SolverError: in strict mode, a layer needed a fallback.
         OutputError: activations cannot be written to `offload_dir`.
-        CalibrationError: they fit neither on the device nor in host memory.
     """
     modules = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
     weights, ranks = weights or Weights(model), ranks or Ranks()

@@ -249,16 +249,10 @@ class StreamedWeights(Weights):
             return
         following = blocks[blocks.index(unit) + 1 :] if unit in blocks else blocks
         if following and following[0] not in self._loaded:
-            sources = [
-                source
-                for name in self._members[following[0]]
-                for source in [
-                    self._plain.get(name),
-                    *(self._files[s] for s in self._converted.get(name, ())),
-                ]
-                if source is not None
-            ]
-            self._ahead.start(following[0], list(dict.fromkeys(sources)))
+            names = self._members[following[0]]
+            plain = [self._plain[name] for name in names if name in self._plain]
+            merged = [self._files[source] for name in names for source in self._converted.get(name, ())]
+            self._ahead.start(following[0], list(dict.fromkeys([*plain, *merged])))
 
     def _read(self, unit: str, without: Collection[str], held: Held) -> None:
         """Read a unit's tensors, but for those that are `held` in host memory, and put all on the device."""
