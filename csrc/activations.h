@@ -1,4 +1,5 @@
-// The rows of x as the kernels read them: gathered into the order of the weight's positions, in float32.
+// What the kernels read beside the tiles, in float32: rows of x, gathered into the order of the weight's positions, and the
+// scales and zero points of a block.
 #pragma once
 
 #include <cstdint>
@@ -58,6 +59,13 @@ private:
     const PackedWeight& weight_;
     Buffer<float> source_, values_;
 };
+
+// Scales and zero points of one block in one group.
+static inline void read_grid(const PackedWeight& w, int64_t block, int64_t group, float* scales, float* zeros) {
+    const int64_t at = w.grid(block, group);
+    read_numbers(w.scales, w.scale_type, at, BLOCK, scales);
+    for (int64_t n = 0; n < BLOCK; n++) zeros[n] = static_cast<float>(w.zeros ? w.zeros[at + n] : w.zero);
+}
 
 }  // namespace FEWBIT_ISA
 }  // namespace fewbit

@@ -80,11 +80,9 @@ void multiply(const PackedWeight& w, const MatMul& p, const Rows& rows, int64_t 
                     for (int t = 0; t < TOKENS; t++) sum[t][part] = sum[t][part] + times(codes, x[t]);
                 }
         }
-        float scale[BLOCK] = {}, zero[BLOCK], sums[TOKENS][BLOCK];
+        float scale[BLOCK], zero[BLOCK], sums[TOKENS][BLOCK];
         std::memcpy(sums, sum, sizeof sums);
-        read_numbers(w.scales, w.scale_type, g * w.outputs + first, count, scale);
-        for (int64_t n = 0; n < BLOCK; n++)
-            zero[n] = static_cast<float>(w.zeros && n < count ? w.zeros[g * w.outputs + first + n] : w.zero);
+        read_grid(w, block, g, scale, zero);
         for (int t = 0; t < TOKENS; t++) {
             const float x_sum = rows.sums[g * TOKENS + t], x_scale = rows.scales[g * TOKENS + t];
             for (int64_t n = 0; n < BLOCK; n++) totals[t][n] += (sums[t][n] - zero[n] * x_sum) * scale[n] * x_scale;

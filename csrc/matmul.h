@@ -5,7 +5,8 @@
 // the checkpoint: input i of the tile at bit bits·i. At 3 bits the two low bits of inputs 0–15 and of 16–31
 // are two vectors and the high bits a third one, laid out so that one byte-wise operation joins them.
 // A row of tiles holds the inputs group by group; a group that does not fill its last tile is padded.
-// Tiles of one block of 16 outputs follow each other, then comes the next block.
+// Tiles of one block of 16 outputs follow each other, then comes the next block. So do its scales and zero points, which
+// are read as a second stream beside the tiles; those of outputs that do not exist are 0.
 #pragma once
 
 #include <cstdint>
@@ -22,9 +23,9 @@ constexpr int64_t tile_bytes(int bits) { return bits == 3 ? 192 : 64; }
 
 struct PackedWeight {
     const uint8_t* tiles;
-    const void* scales;  // (groups, outputs)
+    const void* scales;  // (blocks, groups, BLOCK)
     Number scale_type;
-    const uint8_t* zeros;  // (groups, outputs), or null where every zero point is `zero`
+    const uint8_t* zeros;  // (blocks, groups, BLOCK), or null where every zero point is `zero`
     int zero;
     const int32_t* order;   // (positions) the input at each position of a row of tiles, `inputs` for padding;
                             // null where position i is input i
@@ -36,6 +37,8 @@ struct PackedWeight {
     int64_t positions() const { return tiles_per_block() * tile_inputs(bits); }
     int64_t blocks() const { return (outputs + BLOCK - 1) / BLOCK; }
     int64_t block_bytes() const { return tiles_per_block() * tile_bytes(bits); }
+    // The first of the scales and zero points of a group.
+    int64_t grid(int64_t block, int64_t group) const { return (block * groups + group) * BLOCK; }
 };
 
 struct MatMul {

@@ -9,7 +9,6 @@
 #include <algorithm>
 
 #include "each.h"
-#include "grids.h"
 #include "int8_activations.h"
 
 namespace fewbit {
@@ -50,16 +49,16 @@ struct Words {
     }
 };
 
-// Scales and zero points (less the centre of the codes) of one group: for a single row, which needs them once.
-inline void read_once(const PackedWeight& w, int64_t group, int64_t output, int64_t outputs, int centre, float* scales, float* zeros) {
-    const int64_t at = group * w.outputs + output, count = std::min(outputs, w.outputs - output);
-    if (count == outputs) {
-        read_numbers(w.scales, w.scale_type, at, outputs, scales);
-    } else if (count > 0) {
-        read_numbers(w.scales, w.scale_type, at, count, scales);
+// Scales and, where they differ, zero points (less the centre of the codes) of one group, from `output` on.
+template <int OUTPUTS>
+inline void read_grids(const PackedWeight& w, int64_t group, int64_t output, int centre, float* scales, float* zeros) {
+    constexpr int64_t SOME = std::min<int64_t>(OUTPUTS, BLOCK);
+    for (int64_t first = 0; first < OUTPUTS; first += SOME) {
+        const int64_t at = w.grid((output + first) / BLOCK, group) + output % BLOCK;
+        read_numbers(w.scales, w.scale_type, at, SOME, scales + first);
+        if (w.zeros)
+            for (int64_t n = 0; n < SOME; n++) zeros[first + n] = static_cast<float>(w.zeros[at + n] - centre);
     }
-    if (w.zeros)
-        for (int64_t n = 0; n < count; n++) zeros[n] = static_cast<float>(w.zeros[at + n] - centre);
 }
 
 // `count` outputs of one token.
@@ -79,7 +78,7 @@ __attribute__((noinline)) void write_result(const PackedWeight& w, const MatMul&
 // Consecutive outputs from `output` on, for the rows of a tile. Where all zero points are the same, the sums start with
 // them.
 template <int BITS, class Tile, int ROWS, int VECTORS>
-void multiply(const PackedWeight& w, const MatMul& p, const RowTile& rows, const Words& words, const Grids& grids, int64_t output) {
+void multiply(const PackedWeight& w, const MatMul& p, const RowTile& rows, const Words& words, int64_t output) {
     using Sums = Dots<BITS>;
     constexpr int CHAINS = ROWS * VECTORS < 4 && Tile::WORDS > 1 ? 2 : 1;  // to hide the latency of a dot product
     constexpr int TILE_WORDS = Tile::WORDS;
@@ -139,15 +138,14 @@ void multiply(const PackedWeight& w, const MatMul& p, const RowTile& rows, const
                     if constexpr (CHAINS == 2) sum[r][n] += Sums::add(Ints{}, part[1][r][n]);
                 }
         }
-        if constexpr (ROWS == 1) read_once(w, g, output, VECTORS * WIDTH, Sums::CENTRE, scales, zeros);
+        read_grids<VECTORS * WIDTH>(w, g, output, Sums::CENTRE, scales, zeros);
 #pragma GCC unroll 4
         for (int n = 0; n < VECTORS; n++) {
-            const int64_t block = output / BLOCK + n / PARTS, lane = output % BLOCK + n % PARTS * WIDTH;
-            const Floats scale = floats_at(ROWS == 1 ? scales + n * WIDTH : grids.scales(block, g) + lane);
+            const Floats scale = floats_at(scales + n * WIDTH), zero = floats_at(zeros + n * WIDTH);
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; r++) {
                 Floats value = to_float(sum[r][n]);
-                if (w.zeros) value -= floats_at(ROWS == 1 ? zeros + n * WIDTH : grids.zeros(block, g) + lane) * rows.sums[g * ROWS + r];
+                if (w.zeros) value -= zero * rows.sums[g * ROWS + r];
                 total[r][n] += value * (scale * rows.scales[g * ROWS + r]);
             }
         }
@@ -176,8 +174,7 @@ void unpack(const PackedWeight& w, int64_t block, int64_t blocks, uint8_t* words
 
 // All rows with `blocks` blocks (at most those of VECTORS vectors) from `block` on.
 template <int BITS, class Tile>
-void multiply_blocks(const PackedWeight& w, const MatMul& p, const Activations& x, Words words, const Grids& grids, int64_t block,
-                     int64_t blocks) {
+void multiply_blocks(const PackedWeight& w, const MatMul& p, const Activations& x, Words words, int64_t block, int64_t blocks) {
     words.passes = static_cast<int64_t>(x.tiles.size());
     for (words.pass = 0; words.pass < words.passes; words.pass++) {
         const RowTile& rows = x.tiles[static_cast<size_t>(words.pass)];
@@ -188,7 +185,7 @@ void multiply_blocks(const PackedWeight& w, const MatMul& p, const Activations& 
             const auto step = [&](auto size) {
                 constexpr int SIZE = decltype(size)::value;
                 here.first = words.first + done * WIDTH / BLOCK * words.block_bytes;
-                multiply<BITS, Tile, ROWS, SIZE>(w, p, rows, here, grids, block * BLOCK + done * WIDTH);
+                multiply<BITS, Tile, ROWS, SIZE>(w, p, rows, here, block * BLOCK + done * WIDTH);
                 done += SIZE;
             };
             while (done + VECTORS <= blocks * PARTS) step(std::integral_constant<int, VECTORS>());
@@ -213,20 +210,15 @@ void run(const PackedWeight& w, const MatMul& p, int threads) {
     parallel_for(pieces, threads, [&](int64_t piece) {
         const int64_t bytes = w.positions() * BLOCK;  // of an unpacked block
         const Buffer<uint8_t> panel(unpacked ? together * bytes : 0);
-        Grids grids(w);
         const int64_t first = units * piece / pieces * together, last = std::min(w.blocks(), units * (piece + 1) / pieces * together);
-        for (int64_t some = first; some < last; some += Grids::BLOCKS / together * together) {
-            if (p.tokens > 1) grids.read(some, Dots<BITS>::CENTRE);
-            const int64_t end = std::min(last, some + Grids::BLOCKS / together * together);
-            for (int64_t block = some; block < end; block += together) {
-                const int64_t blocks = std::min(together, end - block);
-                if (unpacked) {
-                    unpack<BITS>(w, block, blocks, panel.data());
-                    multiply_blocks<BITS, Unpacked>(w, p, x, {panel.data(), bytes, 0, 1}, grids, block, blocks);
-                } else {
-                    const Words words{w.tiles + block * w.block_bytes(), w.block_bytes(), 0, 1};
-                    multiply_blocks<BITS, Packed<BITS>>(w, p, x, words, grids, block, blocks);
-                }
+        for (int64_t block = first; block < last; block += together) {
+            const int64_t blocks = std::min(together, last - block);
+            if (unpacked) {
+                unpack<BITS>(w, block, blocks, panel.data());
+                multiply_blocks<BITS, Unpacked>(w, p, x, {panel.data(), bytes, 0, 1}, block, blocks);
+            } else {
+                const Words words{w.tiles + block * w.block_bytes(), w.block_bytes(), 0, 1};
+                multiply_blocks<BITS, Packed<BITS>>(w, p, x, words, block, blocks);
             }
         }
     });

@@ -21,12 +21,10 @@ namespace {
 
 // ---- Few tokens: tiles unpacked on the way ----
 
-// Scales and zero points of a few blocks are far from those of the next group: no hardware foresees them.
-void expect_group(const PackedWeight& w, int64_t group, int64_t block, int64_t blocks) {
-    if (group >= w.groups) return;
-    const int64_t at = group * w.outputs + block * BLOCK, size = w.scale_type == Number::float32 ? 4 : 2;
-    const char* scales = static_cast<const char*>(w.scales) + at * size;
-    for (int64_t byte = 0; byte < blocks * BLOCK * size; byte += 64) _mm_prefetch(scales + byte, _MM_HINT_T0);
+// Fetches the scales and zero points of a group; past the last one it is those of the next block.
+void expect_group(const PackedWeight& w, int64_t group, int64_t block) {
+    const int64_t at = w.grid(block, group), size = w.scale_type == Number::float32 ? 4 : 2;
+    _mm_prefetch(static_cast<const char*>(w.scales) + at * size, _MM_HINT_T0);
     if (w.zeros) _mm_prefetch(reinterpret_cast<const char*>(w.zeros + at), _MM_HINT_T0);
 }
 
@@ -47,7 +45,8 @@ void direct(const PackedWeight& w, const MatMul& p, const RowTile& tile, int64_t
         for (int n = 0; n < BLOCKS; n++) total[t][n] = _mm512_setzero_ps();
     const int64_t groups_ahead = 1 + AHEAD * w.groups / block_bytes;
     for (int64_t g = 0; g < w.groups; g++) {
-        if constexpr (ROWS <= 4) expect_group(w, g + groups_ahead, block, BLOCKS);
+        if constexpr (ROWS <= 4)
+            for (int n = 0; n < BLOCKS; n++) expect_group(w, g + groups_ahead, block + n);
         typename Math::Sum sum[ROWS * CHAINS][BLOCKS];
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS * CHAINS; r++) {

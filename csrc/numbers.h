@@ -6,6 +6,8 @@
 
 #if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #include "matmul.h"
@@ -65,11 +67,13 @@ static inline float number_at(const void* p, Number type, int64_t i) {
     }
 }
 
-// As many of `count` numbers as the processor converts by itself, eight at a time. Returns how many.
+// As many of `count` numbers as the processor converts by itself, several at a time. Returns how many.
 static inline int64_t convert_float16(const uint16_t* h, int64_t count, float* out) {
     int64_t i = 0;
 #if defined(__F16C__)
     for (; i + 8 <= count; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(h + i))));
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+    for (; i + 4 <= count; i += 4) vst1q_f32(out + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(h + i))));
 #else
     (void)h, (void)count, (void)out;
 #endif

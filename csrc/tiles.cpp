@@ -118,10 +118,8 @@ void dequantize_tiles(const PackedWeight& w, void* out, Number type, int threads
         const int64_t stride = (w.inputs + 16) / 16 * 16 + (w.inputs / 16 % 2 ? 0 : 16);
         const Buffer<float> rows(BLOCK * stride);
         for (int64_t g = 0; g < w.groups; g++) {
-            float scale[BLOCK] = {}, zero[BLOCK];
-            read_numbers(w.scales, w.scale_type, g * w.outputs + first, count, scale);
-            for (int64_t n = 0; n < BLOCK; n++)
-                zero[n] = static_cast<float>(w.zeros && n < count ? w.zeros[g * w.outputs + first + n] : w.zero);
+            float scale[BLOCK], zero[BLOCK];
+            read_grid(w, block, g, scale, zero);
             for (int64_t position = w.starts[g] * inputs; position < w.starts[g + 1] * inputs; position++) {
                 const uint8_t* tile = w.tiles + block * w.block_bytes() + position / inputs * bytes;
                 const Lanes16 codes = take(reinterpret_cast<const uint32_t*>(tile), BLOCK, BLOCK,

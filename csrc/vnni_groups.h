@@ -31,10 +31,9 @@ struct Grid {
     Grid() = default;
     // For sums of codes less `centre`.
     Grid(const PackedWeight& w, int64_t group, int64_t block, int centre) {
-        const __mmask16 mask = existing(w.outputs - block * BLOCK);
-        const int64_t at = group * w.outputs + block * BLOCK;
-        scale = read16(w.scales, w.scale_type, at, mask);
-        const __m512i z = w.zeros ? _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w.zeros + at)) : _mm512_set1_epi32(w.zero);
+        const int64_t at = w.grid(block, group);
+        scale = read16(w.scales, w.scale_type, at, 0xffff);
+        const __m512i z = w.zeros ? _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(w.zeros + at))) : _mm512_set1_epi32(w.zero);
         zero = _mm512_cvtepi32_ps(_mm512_sub_epi32(z, _mm512_set1_epi32(centre)));
     }
 };

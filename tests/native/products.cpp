@@ -65,8 +65,17 @@ static double worst(const Case& c, int64_t tokens, bool int8) {
         while (order.size() % per_tile) order.push_back(static_cast<int32_t>(c.inputs));
         starts.push_back(static_cast<int32_t>(order.size() / per_tile));
     }
-    PackedWeight w{nullptr, scales.data(), Number::float16, zeros.data(), 0, order.data(), starts.data(), c.outputs, c.inputs, groups, c.bits};
-    std::vector<uint8_t> tiles(w.blocks() * w.block_bytes());
+    PackedWeight w{nullptr, nullptr, Number::float16, nullptr, 0, order.data(), starts.data(), c.outputs, c.inputs, groups, c.bits};
+    std::vector<uint16_t> block_scales(w.blocks() * groups * BLOCK);
+    std::vector<uint8_t> block_zeros(block_scales.size()), tiles(w.blocks() * w.block_bytes());
+    for (int64_t g = 0; g < groups; g++)
+        for (int64_t o = 0; o < c.outputs; o++) {
+            const int64_t at = w.grid(o / BLOCK, g) + o % BLOCK;
+            block_scales[at] = scales[g * c.outputs + o];
+            block_zeros[at] = zeros[g * c.outputs + o];
+        }
+    w.scales = block_scales.data();
+    w.zeros = block_zeros.data();
     w.tiles = tiles.data();
     generic::pack_tiles(w, qweight.data(), tiles.data(), 2);
     std::vector<uint32_t> back(qweight.size());

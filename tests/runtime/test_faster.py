@@ -10,11 +10,12 @@ from torch import nn
 
 import fewbit
 from fewbit.errors import ConfigError
-from fewbit.runtime.fused import FusedCpu
+from fewbit.runtime.fused import FusedCpu, fuse
 from fewbit.runtime.head import RuntimeHead, round_to_8_bits
+from fewbit.runtime.linear import QuantLinear
 from fewbit.runtime.packed import dequantize_packed
 from fewbit.solver import native
-from tiny_gptq import FAMILIES, llama, logits, write_checkpoint
+from tiny_gptq import FAMILIES, llama, logits, random_codes, write_checkpoint
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not() or "compiled module")
 
@@ -53,6 +54,32 @@ def test_joined_layers_give_the_same_numbers(tmp_path, kernel, order):
         pickle.loads(pickle.dumps(joined)),
     ):  # their attention is torch's again
         assert close(decode(same), decode(apart), share)
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "cpu_a8"])
+def test_joined_layers_of_all_sizes_and_zero_points(kernel):
+    module = nn.Module()
+    for seed, (name, outputs, sym) in enumerate(
+        [("q_proj", 32, True), ("k_proj", 48, False), ("v_proj", 37, True)]
+    ):
+        layer = QuantLinear.from_codes(random_codes(outputs, 100, 4, 24, sym=sym, seed=seed))
+        layer.prepare(kernel)
+        module.add_module(name, layer)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    x = torch.randn(1, 1, 100)
+    with torch.no_grad():
+        apart = [layer(x) for layer in module.children()]
+        assert fuse(module)["calls saved"] == 2
+        joined = [layer(x) for layer in module.children()]
+    together = module.q_proj.kernel.together.weight
+    assert together.out_features == 117
+    assert together.scales.shape == together.zeros.shape == (2 + 3 + 3, 5, 16)
+    assert module.v_proj.block_scales.data_ptr() == together.scales[5].data_ptr()  # a part of it, not a copy
+    for a, b in zip(apart, joined, strict=True):
+        torch.testing.assert_close(a, b)
+    for layer in module.children():
+        layer.restore()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
 def test_nothing_to_join_is_said(tmp_path, caplog):

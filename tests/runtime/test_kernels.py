@@ -1,3 +1,7 @@
+import copy
+import pickle
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional
@@ -104,6 +108,32 @@ def test_repacking_is_undone_bit_for_bit(bits, order, out_features, kernel):
         assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.parametrize("kernel", ["cpu", "cpu_a8"])
+@pytest.mark.parametrize("out_features", [1, 37, 48])
+@pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16, torch.float32])
+def test_scales_are_held_once_and_come_back_bit_for_bit(kernel, out_features, scales):
+    for group_size in (-1, 24):
+        codes = random_codes(out_features, 100, 4, group_size)
+        layer = QuantLinear.from_codes(replace(codes, scales=codes.scales.to(scales)))
+        before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+        expected = layer.dequantize()
+        layer.prepare(kernel)
+        assert "scales" not in dict(layer.named_buffers())
+        assert layer.block_scales.numel() == -(-out_features // 16) * 16 * before["scales"].shape[0]
+        for same in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert torch.equal(same.scales, before["scales"])
+            assert torch.equal(same.dequantize(), expected)
+            assert all(torch.equal(tensor, before[name]) for name, tensor in same.state_dict().items())
+        other = QuantLinear.from_codes(random_codes(out_features, 100, 4, group_size, seed=1))
+        other.prepare(kernel)
+        other.load_state_dict(layer.state_dict())
+        x = torch.randn(3, 100)
+        assert (other(x) - layer(x)).norm() <= 5e-3 * layer(x).norm()
+        layer.restore()
+        assert layer.state_dict().keys() == before.keys()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+
+
 @pytest.mark.parametrize("kernel", ["reference", "torch_int4", "cpu"])
 def test_operators_are_well_formed(kernel):
     layer = layer_of(random_codes(32, 64, 4, 32, order=True), torch.bfloat16, kernel)
@@ -116,12 +146,13 @@ def test_operators_are_well_formed(kernel):
         args = (
             x,
             layer.tiles,
-            layer.scales,
+            layer.block_scales,
             layer.zeros,
             layer.order,
             layer.starts,
             4,
             64,
+            32,
             torch.randn(32),
             False,
         )

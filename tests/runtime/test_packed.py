@@ -109,12 +109,41 @@ def test_activations_of_8_bits_are_the_same_numbers_everywhere(bits, group_size)
                 assert error < (5e-5 if isa == "generic" else 2e-6), (sym, columns, tokens, isa)
 
 
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.uint8])  # bits of any number
+def test_scales_in_blocks_come_back_bit_for_bit(dtype):
+    limits = torch.iinfo(dtype)
+    for groups, out_features in itertools.product((1, 3), (1, 16, 37, 48)):
+        values = torch.randint(limits.min, limits.max, (groups, out_features)).to(dtype)
+        blocks = packed.to_blocks(values)
+        assert blocks.shape == (-(-out_features // 16), groups, 16)
+        assert blocks.is_contiguous()
+        for output in range(out_features):
+            assert torch.equal(blocks[output // 16, :, output % 16], values[:, output])
+        assert blocks.flatten().count_nonzero() == values.count_nonzero()  # the padding is 0
+        assert torch.equal(packed.from_blocks(blocks, out_features), values)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("blocks", [2, 4, 5, 9])
+def test_blocks_that_are_multiplied_together_and_those_left_over(bits, blocks):
+    torch.manual_seed(bits + blocks)
+    for group_size, sym, int8 in itertools.product((-1, 40), (False, True), (False, True)):
+        codes = make(16 * blocks - 3, 120, bits, group_size, sym=sym, order=True)
+        _, weight = weight_of(codes)
+        for tokens in (1, 2, 4, 8, 50):
+            x = torch.randn(tokens, 120)
+            truth = x.double() @ codes.dequantize(torch.float64).t()
+            for isa in isas():
+                error = (packed.multiply(x, weight, None, int8, isa).double() - truth).norm() / truth.norm()
+                assert error < (3e-2 if int8 else 1e-4), (group_size, sym, int8, tokens, isa)
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_dequantizing_tiles_is_exact(bits):
     for order, group_size in itertools.product((False, True), GROUPS):
         codes = make(37, 100, bits, group_size, sym=False, order=order)
         _, weight = weight_of(codes)
-        parts = (*weight[:5], bits, 100)
+        parts = (*weight[:5], bits, 100, 37)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             found = torch.ops.fewbit.dequantize_packed(*parts, dtype)
             assert torch.equal(found, codes.dequantize(dtype))
@@ -183,6 +212,8 @@ def test_wrong_inputs_are_refused_in_words():
         packed.multiply(torch.randn(2, 64).double(), weight, None, False)
     for damaged in (
         weight._replace(tiles=weight.tiles[1:]),
+        weight._replace(scales=weight.scales[:, :1].contiguous()),
+        weight._replace(out_features=33),
         weight._replace(zeros=weight.zeros.int()),
         weight._replace(starts=weight.starts + 1),
         weight._replace(order=weight.order.new_zeros(5)),

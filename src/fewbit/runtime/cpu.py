@@ -24,6 +24,7 @@ class Cpu(Kernel):
 
     name = "cpu"
     summary = "fewbit's own: reads each packed weight once; 16-bit activations"
+    repacks_scales = True
     int8 = False
 
     def why_not(
@@ -41,19 +42,30 @@ class Cpu(Kernel):
         return None
 
     def repack(self, layer: QuantizedBuffers) -> dict[str, Tensor]:
-        """Buffers: tiles, zeros, order, starts, as in `packed.PackedWeight`; the scales stay where they are."""
+        """Buffers: tiles, block_scales, zeros, order, starts, as in `packed.PackedWeight`."""
         spec, tensors = layer.spec, layer.tensors
         zeros = layout.unpack_zeros(tensors[layout.QZEROS], spec.bits, spec.format, spec.out_features)
         weight = packed.pack(
             tensors[layout.QWEIGHT], tensors[layout.SCALES], zeros, tensors[layout.G_IDX], spec.bits
         )
         forget(tensors[layout.QWEIGHT])
-        return {"tiles": weight.tiles, "zeros": weight.zeros, "order": weight.order, "starts": weight.starts}
+        forget(tensors[layout.SCALES])
+        return {
+            "tiles": weight.tiles,
+            "block_scales": weight.scales,
+            "zeros": weight.zeros,
+            "order": weight.order,
+            "starts": weight.starts,
+        }
 
     def restore(self, layer: QuantizedBuffers) -> Tensor:
         """See `Kernel.restore`."""
         words = layout.word_count(layer.spec.in_features, layer.spec.bits)
         return packed.unpack(packed_weight(layer), words)
+
+    def restore_scales(self, layer: QuantizedBuffers) -> Tensor:
+        """See `Kernel.restore_scales`."""
+        return packed.from_blocks(layer.tensors["block_scales"], layer.spec.out_features)
 
     def linear(self, x: Tensor, layer: QuantizedBuffers) -> Tensor:
         """See `Kernel.linear`."""
@@ -81,15 +93,16 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None, *, int8: bool)
 
 def packed_weight(layer: QuantizedBuffers) -> PackedWeight:
     """The tensors of a layer that one of these kernels holds."""
-    tensors = layer.tensors
+    tensors, spec = layer.tensors, layer.spec
     return PackedWeight(
         tensors["tiles"],
-        tensors[layout.SCALES],
+        tensors["block_scales"],
         tensors["zeros"],
         tensors["order"],
         tensors["starts"],
-        layer.spec.bits,
-        layer.spec.in_features,
+        spec.bits,
+        spec.in_features,
+        spec.out_features,
     )
 
 

@@ -1,9 +1,9 @@
 """Less work around the products of a token: layers that read the same input (q, k, v; gate, up) in one call.
 
 The layers stay where they are, with their names and their own tensors: the tiles of all of them lie one after the
-other in one tensor, of which each has its part. The first layer that sees an input computes for all; the others find
-their part of the result. Whoever calls them in another order, or one alone, gets the same numbers. `steps` does the
-same for what lies between the products.
+other in one tensor, of which each has its part, and so do their scales and zero points. The first layer that sees an
+input computes for all; the others find their part of the result. Whoever calls them in another order, or one alone,
+gets the same numbers. `steps` does the same for what lies between the products.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import layout
 from ..solver import native
 from . import packed
 from .cpu import Cpu, CpuInt8, packed_weight, plain
@@ -116,7 +115,7 @@ def _what_must_be_alike(layer: QuantLinear) -> object:
         type(layer.kernel),
         spec.bits,
         spec.in_features,
-        tensors[layout.SCALES].dtype,
+        tensors["block_scales"].dtype,
         tuple(tensors["starts"].tolist()),
         tuple(tensors["order"].tolist()),
     )
@@ -127,35 +126,35 @@ def _join(layers: list[QuantLinear]) -> int:
     if len(layers) < 2 or any(layer.out_features % 16 for layer in layers[:-1]):
         return 0
     first = layers[0]
-    scales = torch.cat([layer.tensors[layout.SCALES] for layer in layers], dim=1)
-    parts = [layer.tensors["zeros"] for layer in layers]
-    if all(torch.equal(part, parts[0]) for part in parts) and parts[0].numel() == 1:
-        zeros = parts[0]
-    else:
-        zeros = torch.cat(
-            [part.expand_as(layer.tensors[layout.SCALES]) for part, layer in zip(parts, layers, strict=True)],
-            dim=1,
-        ).contiguous()
-    own = [layer.tensors["tiles"] for layer in layers]
-    tiles = own[0].new_empty((sum(len(part) for part in own), *own[0].shape[1:]))
-    native.advise_huge_pages(tiles)
-    torch.cat(own, out=tiles)
     weight = PackedWeight(
-        tiles,
-        scales,
-        zeros,
+        _one_after_the_other(layers, "tiles"),
+        _one_after_the_other(layers, "block_scales"),
+        _one_after_the_other(layers, "zeros"),
         first.tensors["order"],
         first.tensors["starts"],
         first.spec.bits,
         first.in_features,
+        sum(layer.out_features for layer in layers),
     )
-    block = 0
-    for layer in layers:
-        blocks = layer.tensors["tiles"].shape[0]
-        layer._buffers["tiles"] = tiles[block : block + blocks]
-        block += blocks
     _take(layers, weight)
     return len(layers) - 1
+
+
+def _one_after_the_other(layers: list[QuantLinear], name: str) -> Tensor:
+    """The blocks of all layers in one tensor, of which each gets its part as its buffer."""
+    own = [layer.tensors[name] for layer in layers]
+    if all(part.numel() == 1 and torch.equal(part, own[0]) for part in own):
+        return own[0]  # the zero point of all of them
+    if name == "zeros":
+        own = [part.expand_as(layer.tensors["block_scales"]) for part, layer in zip(own, layers, strict=True)]
+    joined = own[0].new_empty((sum(map(len, own)), *own[0].shape[1:]))
+    native.advise_huge_pages(joined)
+    torch.cat(own, out=joined)
+    block = 0
+    for layer, part in zip(layers, own, strict=True):
+        layer._buffers[name] = joined[block : block + len(part)]
+        block += len(part)
+    return joined
 
 
 def _take(layers: list[QuantLinear], weight: PackedWeight) -> None:

@@ -1,7 +1,8 @@
 """What a kernel is: a way to multiply with a quantized weight, and the conditions under which it can.
 
 A kernel of fewbit's own holds no state. What it needs at run time lies in the layer's buffers: the canonical tensors
-of the checkpoint, or the kernel's own form of ``qweight``, from which ``qweight`` can be restored bit for bit.
+of the checkpoint, or the kernel's own form of ``qweight``, and perhaps of ``scales``, from which they can be restored
+bit for bit.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class Kernel(ABC):
 
     name: str
     summary: str
+    repacks_scales = False
 
     @abstractmethod
     def why_not(
@@ -88,12 +90,19 @@ class Kernel(ABC):
         return None
 
     def repack(self, layer: QuantizedBuffers) -> dict[str, Tensor]:
-        """Buffers that take the place of ``qweight``; empty where the kernel reads ``qweight`` itself."""
+        """Buffers that take the place of ``qweight``; empty where the kernel reads ``qweight`` itself.
+
+        Where `repacks_scales`, they take the place of ``scales`` too.
+        """
         return {}
 
     def restore(self, layer: QuantizedBuffers) -> Tensor:
         """Inverse of `repack`: ``qweight``, int32 (words, out), without what some writers pad it with."""
         raise TypeError(f"kernel {self.name!r} reads qweight itself: there is nothing to restore")
+
+    def restore_scales(self, layer: QuantizedBuffers) -> Tensor:
+        """Inverse of `repack` where `repacks_scales`: ``scales``, (groups, out)."""
+        raise TypeError(f"kernel {self.name!r} reads scales themselves: there is nothing to restore")
 
     @abstractmethod
     def linear(self, x: Tensor, layer: QuantizedBuffers) -> Tensor:

@@ -1,7 +1,7 @@
 """Layers whose weight stays quantized: `QuantLinear`, and what it shares with `QuantConv2d`.
 
-A layer holds the canonical tensors of the checkpoint, or a kernel's form of ``qweight`` from which it can be
-restored bit for bit: never both. What is saved is always canonical: the bytes that were loaded, whatever
+A layer holds the canonical tensors of the checkpoint, or a kernel's form of ``qweight`` (and of ``scales``) from which
+they can be restored bit for bit: never both. What is saved is always canonical: the bytes that were loaded, whatever
 dtype or device the model was cast to in between.
 """
 
@@ -149,7 +149,7 @@ class QuantizedLayer(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the quantized tensors lie."""
-        return self.get_buffer(layout.SCALES).device
+        return self.get_buffer(layout.QZEROS).device
 
     @property
     def weight(self) -> Tensor:
@@ -165,9 +165,9 @@ class QuantizedLayer(nn.Module):
         return self.spec.out_features, self.spec.in_features
 
     def __getattr__(self, name: str) -> Any:
-        # Reached only where no such buffer exists: while a kernel holds the codes in its own form.
-        if name == layout.QWEIGHT and "kernel" in self.__dict__ and self._repacked():
-            return self._restored_qweight()
+        # While a kernel holds the codes, or the scales, in its own form.
+        if name in layout.PARTS and "kernel" in self.__dict__ and name in self._repacked():
+            return self._restored(name)
         return super().__getattr__(name)
 
     def codes(self) -> Codes:
@@ -220,23 +220,28 @@ class QuantizedLayer(nn.Module):
             words = layout.word_count(self.spec.in_features, self.spec.bits)
             packed[_PADDING] = self.qweight[words:].clone()
             del self._buffers[layout.QWEIGHT]
+            if chosen.repacks_scales:
+                del self._buffers[layout.SCALES]
         for name, tensor in packed.items():
             self.register_buffer(name, tensor, persistent=False)
 
     def restore(self) -> None:
         """Go back to the canonical tensors and the reference kernel."""
-        if self._repacked():
-            qweight = self._restored_qweight()
+        canonical = {name: self._restored(name) for name in self._repacked()}
+        if canonical:
             for name in set(self._buffers) - set(layout.PARTS):
                 del self._buffers[name]
                 self._non_persistent_buffers_set.discard(name)
-            self._buffers[layout.QWEIGHT] = qweight
+            self._buffers.update(canonical)
         self.kernel = registry.get("reference")
 
-    def _repacked(self) -> bool:
-        return layout.QWEIGHT not in self._buffers
+    def _repacked(self) -> list[str]:
+        """The canonical tensors that the kernel holds in its own form."""
+        return [name for name in layout.PARTS if name not in self._buffers]
 
-    def _restored_qweight(self) -> Tensor:
+    def _restored(self, name: str) -> Tensor:
+        if name == layout.SCALES:
+            return self.kernel.restore_scales(self)
         return torch.cat([self.kernel.restore(self), self.get_buffer(_PADDING)]).contiguous()
 
     def _sequential(self) -> Tensor:
@@ -274,8 +279,8 @@ class QuantizedLayer(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._repacked():
-            destination[prefix + layout.QWEIGHT] = self._restored_qweight()
+        for name in self._repacked():
+            destination[prefix + name] = self._restored(name)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         self.restore()

@@ -1,9 +1,10 @@
 """Weights in tiles, and products with them: the operators of the compiled module (csrc/matmul.h has the layout).
 
-A packed weight is five tensors and two numbers (`PackedWeight`). Codes lie in tiles; scales are the checkpoint's own
-tensor. Activations may be float32, float16 or bfloat16. In bfloat16, products are those of bfloat16 numbers with
-integer codes, summed in float32; float32 and float16 activations enter as the sum of two bfloat16 numbers, so that
-they keep 16 bits. With ``int8`` they are rounded to 8 bits per token and group.
+A packed weight is five tensors and three numbers (`PackedWeight`). Codes lie in tiles, block by block of 16 outputs;
+scales and zero points lie in the same order, so that a product reads both from front to back. Activations may be
+float32, float16 or bfloat16. In bfloat16, products are those of bfloat16 numbers with integer codes, summed in float32;
+float32 and float16 activations enter as the sum of two bfloat16 numbers, so that they keep 16 bits. With ``int8`` they
+are rounded to 8 bits per token and group.
 Threads follow `torch.get_num_threads()`; results depend on neither the threads nor the other tokens of the call.
 """
 
@@ -33,13 +34,14 @@ class PackedWeight(NamedTuple):
 
     Attributes:
         tiles: uint8 (blocks, tiles per block, bytes); a block is 16 outputs.
-        scales: (groups, out), float16, bfloat16 or float32.
-        zeros: uint8 (groups, out), or (1, 1) where all zero points are the same.
+        scales: (blocks, groups, 16), float16, bfloat16 or float32; 0 for outputs that do not exist.
+        zeros: uint8 (blocks, groups, 16), or (1, 1, 1) where all zero points are the same.
         order: int32 (positions), the input at each position, `in_features` for padding; empty where input i
             is at position i.
         starts: int32 (groups + 1), group g is tiles ``starts[g] … starts[g + 1]``.
         bits: 2, 3, 4 or 8.
         in_features: inputs.
+        out_features: outputs.
     """
 
     tiles: Tensor
@@ -49,11 +51,7 @@ class PackedWeight(NamedTuple):
     starts: Tensor
     bits: int
     in_features: int
-
-    @property
-    def out_features(self) -> int:
-        """Outputs."""
-        return self.scales.shape[1]
+    out_features: int
 
 
 def tile_inputs(bits: int) -> int:
@@ -90,11 +88,24 @@ def positions(g_idx: Tensor, groups: int, bits: int) -> tuple[Tensor, Tensor]:
     return order, starts.int()
 
 
+def to_blocks(values: Tensor) -> Tensor:
+    """(groups, out) → (blocks, groups, 16), padded with 0."""
+    groups, out_features = values.shape
+    padded = functional.pad(values, (0, -out_features % _BLOCK))
+    return padded.view(groups, -1, _BLOCK).transpose(0, 1).contiguous()
+
+
+def from_blocks(values: Tensor, out_features: int) -> Tensor:
+    """Inverse of `to_blocks`."""
+    groups = values.shape[1]
+    return values.transpose(0, 1).reshape(groups, -1)[:, :out_features].contiguous()
+
+
 def pack(qweight: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor, bits: int) -> PackedWeight:
     """A packed weight from the tensors of a checkpoint.
 
     Args:
-        qweight: int32 (words, out). scales: (groups, out), kept as it is. zeros: (groups, out), 0 … 2^bits − 1.
+        qweight: int32 (words, out). scales: (groups, out). zeros: (groups, out), 0 … 2^bits − 1.
         g_idx: (in,).
     """
     groups, out_features = scales.shape
@@ -104,12 +115,13 @@ def pack(qweight: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor, bits: in
         zeros = zeros[:1, :1]
     weight = PackedWeight(
         tiles=torch.empty((blocks, per_block, tile_bytes(bits)), dtype=torch.uint8),
-        scales=scales.contiguous(),
-        zeros=zeros.to(torch.uint8).contiguous(),
+        scales=to_blocks(scales),
+        zeros=zeros.to(torch.uint8).view(1, 1, 1) if zeros.numel() == 1 else to_blocks(zeros.to(torch.uint8)),
         order=order,
         starts=starts,
         bits=bits,
         in_features=g_idx.numel(),
+        out_features=out_features,
     )
     native.advise_huge_pages(weight.tiles)
     words = qweight.contiguous()
@@ -132,11 +144,11 @@ def _check(weight: PackedWeight) -> PackedWeight:
     Raises:
         KernelError: they do not, or do not lie in CPU memory.
     """
-    tiles, scales, zeros, order, starts, bits, _ = weight
-    groups, out_features = scales.shape
+    tiles, scales, zeros, order, starts, bits, _, out_features = weight
     blocks, per_block, width = tiles.shape
     sound = (
-        (blocks, width, starts.numel()) == (-(-out_features // _BLOCK), tile_bytes(bits), groups + 1)
+        (blocks, width) == (-(-out_features // _BLOCK), tile_bytes(bits))
+        and scales.shape == (blocks, starts.numel() - 1, _BLOCK)
         and (not order.numel() or order.numel() == per_block * tile_inputs(bits))
         and (zeros.shape == scales.shape or zeros.numel() == 1)
         and tiles.dtype == zeros.dtype == torch.uint8
@@ -158,13 +170,12 @@ def native_view(weight: PackedWeight) -> Any:
     Raises:
         KernelError: `starts` does not fit the tiles.
     """
-    tiles, scales, zeros, order, starts, bits, in_features = weight
-    groups, out_features = scales.shape
+    tiles, scales, zeros, order, starts, bits, in_features, out_features = weight
     try:
         return _module().Packed(
             tiles.data_ptr(), scales.data_ptr(), NUMBERS[scales.dtype], zeros.data_ptr(), zeros.shape == scales.shape,
-            order.data_ptr() if order.numel() else 0, starts.data_ptr(), out_features, in_features, groups, bits,
-            tiles.shape[1],
+            order.data_ptr() if order.numel() else 0, starts.data_ptr(), out_features, in_features, scales.shape[1],
+            bits, tiles.shape[1],
         )  # fmt: skip
     except ValueError as error:
         raise KernelError(f"these tensors are not a packed weight: {error}; load it again") from error
@@ -236,10 +247,12 @@ def dequantize_packed(
     starts: Tensor,
     bits: int,
     in_features: int,
+    out_features: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """The weight (out, in), computed in float32 and rounded once to `dtype`."""
-    return _dequantize(_check(PackedWeight(tiles, scales, zeros, order, starts, bits, in_features)), dtype)
+    weight = PackedWeight(tiles, scales, zeros, order, starts, bits, in_features, out_features)
+    return _dequantize(_check(weight), dtype)
 
 
 @dequantize_packed.register_fake
@@ -251,9 +264,10 @@ def _(
     starts: Tensor,
     bits: int,
     in_features: int,
+    out_features: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    return scales.new_empty((scales.shape[1], in_features), dtype=dtype)
+    return scales.new_empty((out_features, in_features), dtype=dtype)
 
 
 @torch.library.custom_op("fewbit::linear_packed", mutates_args=())
@@ -266,11 +280,12 @@ def linear_packed(
     starts: Tensor,
     bits: int,
     in_features: int,
+    out_features: int,
     bias: Tensor | None,
     int8: bool,
 ) -> Tensor:
     """``x @ weightᵀ + bias``: (…, in) → (…, out) in x's dtype."""
-    weight = _check(PackedWeight(tiles, scales, zeros, order, starts, bits, in_features))
+    weight = _check(PackedWeight(tiles, scales, zeros, order, starts, bits, in_features, out_features))
     return multiply(x, weight, bias, int8)
 
 
@@ -284,25 +299,28 @@ def _(
     starts: Tensor,
     bits: int,
     in_features: int,
+    out_features: int,
     bias: Tensor | None,
     int8: bool,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], scales.shape[1]))
+    return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, *tensors, ctx.bits, ctx.in_features, bias, _ = inputs
+    _, *tensors, ctx.bits, ctx.in_features, ctx.out_features, bias, _ = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(*tensors)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    weight = torch.ops.fewbit.dequantize_packed(*ctx.saved_tensors, ctx.bits, ctx.in_features, grad.dtype)
+    weight = torch.ops.fewbit.dequantize_packed(
+        *ctx.saved_tensors, ctx.bits, ctx.in_features, ctx.out_features, grad.dtype
+    )
     to_bias = None
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[8]:
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[9]:
         to_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
     to_x = grad @ weight if ctx.needs_input_grad[0] else None
-    return (to_x, *(None,) * 7, to_bias, None)
+    return (to_x, *(None,) * 8, to_bias, None)
 
 
 linear_packed.register_autograd(_gradients, setup_context=_save_weight)
