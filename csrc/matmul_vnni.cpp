@@ -33,7 +33,7 @@ void direct(const PackedWeight& w, const MatMul& p, const RowTile& tile, int64_t
     constexpr int TOKENS = ROWS / (SPLIT ? 2 : 1);
     constexpr int DIGITS = Math::digits(ROWS);
     constexpr int CHAINS = ROWS > 1 ? 1 : BLOCKS > 1 ? 2 : 4;  // enough independent sums to hide the latency of a dot product
-    constexpr int64_t BYTES = tile_bytes(BITS), WORDS = tile_inputs(BITS) / Math::PER_WORD, AHEAD = 1536;
+    constexpr int64_t BYTES = tile_bytes(BITS), WORDS = tile_inputs(BITS) / Math::PER_WORD, AHEAD = 384;
     const Math math;
     const uint8_t* weights = w.tiles + block * w.block_bytes();
     const int64_t block_bytes = w.block_bytes();
@@ -136,19 +136,15 @@ void direct_blocks(const PackedWeight& w, const MatMul& p, const Activations& x,
 template <int BITS, class Math, bool SPLIT, bool CENTRED>
 void few_tokens(const PackedWeight& w, const MatMul& p, const Activations& x, int threads) {
     // Eight rows and three blocks fill the registers, and so do four rows with their totals; fewer leave room for four blocks.
-    // One row waits for memory, which is read fastest from one place at a time, unless the scales of short groups come
-    // between; 2-bit codes as bfloat16 are work enough to be done for four blocks together.
+    // Rows of several blocks are read side by side: each is a stream of its own, and memory serves several at once.
     const int64_t rows = x.tiles.front().tokens * (SPLIT ? 2 : 1);
-    const bool lone = rows == 1 && w.positions() >= 128 * w.groups && (Math::INT8 || BITS > 2);
-    const int64_t together = lone ? 1 : rows < 4 ? 4 : 3, units = (w.blocks() + together - 1) / together;
+    const int64_t together = rows < 4 ? 4 : 3, units = (w.blocks() + together - 1) / together;
     // A few long pieces per thread: neighbours are read by the same thread, and a late thread leaves work to the others.
     const int64_t pieces = threads == 1 ? 1 : std::min<int64_t>(units, 4 * threads);
     parallel_for(pieces, threads, [&](int64_t piece) {
         const int64_t first = units * piece / pieces * together;
         const int64_t last = std::min(w.blocks(), units * (piece + 1) / pieces * together);
-        if (lone) {
-            direct_blocks<BITS, Math, SPLIT, CENTRED, 1>(w, p, x, first, last);
-        } else if (rows < 4) {
+        if (rows < 4) {
             direct_blocks<BITS, Math, SPLIT, CENTRED, 4>(w, p, x, first, last);
         } else {
             direct_blocks<BITS, Math, SPLIT, CENTRED, 3>(w, p, x, first, last);
