@@ -81,17 +81,16 @@ struct Bfloat16 {
     static constexpr bool INT8 = false;
     static constexpr int PER_WORD = 2;
     static constexpr int64_t MOST_ROWS = 8;  // with three blocks of outputs, the sums fill the registers
-    // 2 and 3 bits: the code is put into the fraction of 8.0, which it makes 8 + code.
-    static constexpr bool FRACTION = BITS < 4;
-    static constexpr int CENTRE = FRACTION ? -8 : 1 << (BITS - 1);
+    // 3 bits: the code is put into the fraction of 8.0, which it makes 8 + code.
+    static constexpr int CENTRE = BITS == 3 ? -8 : 1 << (BITS - 1);
 
-    // 4 bits: codes less CENTRE by the low five bits of a word. 8 bits: the same of the low and of the high digit.
+    // 2 and 4 bits: codes less CENTRE by the low five bits of a word. 8 bits: the same of the low and of the high digit.
     __m512i low, high;
 
     Bfloat16() {
         alignas(64) uint16_t words[32], high_words[32];
         for (int i = 0; i < 32; i++) {
-            const int digit = i & 15;
+            const int digit = i & (BITS == 2 ? 3 : 15);
             words[i] = to_bfloat16(static_cast<float>(digit - (BITS == 8 ? 0 : CENTRE)));
             high_words[i] = to_bfloat16(static_cast<float>(16 * digit - CENTRE));
         }
@@ -110,8 +109,8 @@ struct Bfloat16 {
     // Dot product I of a tile is with word I / DIGITS of x.
     template <int I, int DIGITS>
     __m512i word(const Tile<BITS>& tile) const {
-        if constexpr (FRACTION) {
-            const __m512i code = _mm512_set1_epi16(((1 << BITS) - 1) << 4), eight = _mm512_set1_epi16(0x4100);
+        if constexpr (BITS == 3) {
+            const __m512i code = _mm512_set1_epi16(7 << 4), eight = _mm512_set1_epi16(0x4100);
             return _mm512_ternarylogic_epi32(tile.template pair<I, 4>(), code, eight, 0xea);  // a and b, or c
         } else if constexpr (DIGITS == 2) {
             const __m512i codes = tile.template pair<I / 2>();
