@@ -12,15 +12,15 @@
 namespace fewbit {
 namespace FEWBIT_ISA {
 
-// Zeroed memory at a multiple of 64 bytes. Not std::vector: this is compiled once per instruction set, and the linker keeps
+// Memory at a multiple of 64 bytes, zeroed unless all of it is written before it is read. Not std::vector: this is compiled once per instruction set, and the linker keeps
 // only one copy of a standard template, perhaps one that this processor cannot run.
 template <class T>
 class Buffer {
 public:
-    explicit Buffer(int64_t count = 0) : data_(nullptr) {
+    explicit Buffer(int64_t count = 0, bool zeroed = true) : data_(nullptr) {
         const size_t bytes = static_cast<size_t>(count) * sizeof(T) + 64;  // whole vectors may be written at the end
         data_ = static_cast<T*>(::operator new(bytes, std::align_val_t(64)));
-        std::memset(static_cast<void*>(data_), 0, bytes);
+        if (zeroed) std::memset(static_cast<void*>(data_), 0, bytes);
     }
     ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
     Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }

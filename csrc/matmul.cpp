@@ -51,13 +51,13 @@ Rows read_rows(const PackedWeight& w, const MatMul& p, int64_t token, int64_t to
     Buffer<float> scales(w.groups);
     for (int64_t t = 0; t < tokens; t++) {
         float* values = row.read(p, token + t);
-        if (p.int8) round_to_int8(w, values, scales.data());
+        if (p.rounding == Rounding::int8) round_to_int8(w, values, scales.data());
         for (int64_t i = 0; i < positions; i++) rows.values[i * tokens + t] = values[i];
         for (int64_t g = 0; g < w.groups; g++) {
             float sum = 0.0f;
             for (int64_t i = w.starts[g] * inputs; i < w.starts[g + 1] * inputs; i++) sum += values[i];
             rows.sums[g * tokens + t] = sum;
-            rows.scales[g * tokens + t] = p.int8 ? scales[g] : 1.0f;
+            rows.scales[g * tokens + t] = p.rounding == Rounding::int8 ? scales[g] : 1.0f;
         }
     }
     return rows;

@@ -41,6 +41,10 @@ struct PackedWeight {
     int64_t grid(int64_t block, int64_t group) const { return (block * groups + group) * BLOCK; }
 };
 
+// What becomes of x: 16 bits of every number are kept; for many tokens it is rounded to 8 bits per token and 16 inputs,
+// where that is fast and x is not float32; it is rounded to 8 bits per token and group.
+enum class Rounding : int { none = 0, fine_if_many = 1, int8 = 2 };
+
 struct MatMul {
     const void* x;  // (tokens, inputs)
     void* y;        // (tokens, outputs)
@@ -48,7 +52,7 @@ struct MatMul {
     int64_t tokens;
     const void* bias;  // (outputs), or null
     Number bias_type;
-    bool int8;  // round x to 8 bits per token and group
+    Rounding rounding;
 };
 
 #define FEWBIT_MATMUL(ISA) \
@@ -72,7 +76,7 @@ void matmul(const PackedWeight& weight, const MatMul& product, int threads);
 }
 #endif
 
-// The same with `int8`, faster.
+// The same with Rounding::int8, faster.
 #define FEWBIT_MATMUL_INT8(ISA) \
     namespace ISA {             \
     void matmul_int8(const PackedWeight& weight, const MatMul& product, int threads); \

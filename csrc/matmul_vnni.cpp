@@ -1,6 +1,7 @@
 // y = x Ŵᵀ with the dot products of AVX-512: pairs of bfloat16 (x as it is; float32 and float16 as the sum of two
-// bfloat16) or quadruples of int8 (x rounded per token and group). Codes enter the products exactly; scales and
-// zero points are applied to the sums of a group in float32, the zero points through the sums of x:
+// bfloat16) or quadruples of int8 (x rounded per token and group, or finer: per token and 16 inputs). Codes enter the
+// products exactly; scales and zero points are applied to the sums of a group in float32, the zero points through
+// the sums of x:
 //
 //   y_n = Σ_g s_gn · (Σ_k x_k (q_kn − c) − (z_gn − c) Σ_k x_k)
 //
@@ -134,7 +135,8 @@ void direct_blocks(const PackedWeight& w, const MatMul& p, const Activations& x,
 }
 
 template <int BITS, class Math, bool SPLIT, bool CENTRED>
-void few_tokens(const PackedWeight& w, const MatMul& p, const Activations& x, int threads) {
+void few_tokens(const PackedWeight& w, const MatMul& p, int threads) {
+    const Activations x = Activations::make<BITS, Math, SPLIT>(w, p, threads);
     // Eight rows and three blocks fill the registers, and so do four rows with their totals; fewer leave room for four blocks.
     // Rows of several blocks are read side by side: each is a stream of its own, and memory serves several at once.
     const int64_t rows = x.tiles.front().tokens * (SPLIT ? 2 : 1);
@@ -157,15 +159,56 @@ void few_tokens(const PackedWeight& w, const MatMul& p, const Activations& x, in
 constexpr int PANEL_BLOCKS = 3;
 constexpr int64_t PANEL_POSITIONS = 5120;  // at 2 bytes and 48 outputs half of a one-megabyte cache
 
-// Part of a group in a panel. Folded weights have no groups: their scale is in them.
+// Part of a group in a panel: whole steps, or all that is left. Folded weights have no groups: their scale is in them.
 struct Segment {
-    int64_t group, first_tile, last_tile;
+    int64_t group, first_tile, last_tile, first_step;
     bool last;
 };
 
 // Whether weights are unpacked with their scale: one rounding to bfloat16, as in a dense bfloat16 weight.
 template <class Math, bool SPLIT>
 constexpr bool FOLDED = !Math::INT8 && !SPLIT;
+
+// A step of `words` words: its sums, scaled, are added to those of the group.
+template <class Math, int ROWS>
+inline void add_step(const uint32_t* x, const uint32_t* weights, int64_t stride, const float* scales, int words, __m512 (&group)[ROWS][PANEL_BLOCKS]) {
+    typename Math::Sum sum[ROWS][PANEL_BLOCKS];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 3
+        for (int n = 0; n < PANEL_BLOCKS; n++) sum[r][n] = Math::zero();
+#pragma GCC unroll 4
+    for (int i = 0; i < words; i++) {
+        __m512i v[PANEL_BLOCKS];
+#pragma GCC unroll 3
+        for (int n = 0; n < PANEL_BLOCKS; n++) v[n] = _mm512_loadu_si512(weights + n * stride + i * 16);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++) {
+            const __m512i broadcast = _mm512_set1_epi32(static_cast<int>(x[i * ROWS + r]));
+#pragma GCC unroll 3
+            for (int n = 0; n < PANEL_BLOCKS; n++) sum[r][n] = Math::dot(sum[r][n], v[n], broadcast);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++) {
+        const __m512 scale = _mm512_set1_ps(scales[r]);
+#pragma GCC unroll 3
+        for (int n = 0; n < PANEL_BLOCKS; n++) group[r][n] = _mm512_fmadd_ps(Math::value(sum[r][n]), scale, group[r][n]);
+    }
+}
+
+// The last step of a group, shorter than others, is added to the totals by itself: this is rare, and here it takes no registers.
+template <class Math, int ROWS>
+__attribute__((noinline)) void add_rest(const uint32_t* x, const uint32_t* weights, int64_t stride, const float* scales, int words,
+                                        const Grid* grids, float* totals) {
+    __m512 group[ROWS][PANEL_BLOCKS];
+    for (int r = 0; r < ROWS; r++)
+        for (int n = 0; n < PANEL_BLOCKS; n++) group[r][n] = _mm512_setzero_ps();
+    add_step<Math, ROWS>(x, weights, stride, scales, words, group);
+    for (int r = 0; r < ROWS; r++)
+        for (int n = 0; n < PANEL_BLOCKS; n++, totals += 16)
+            _mm512_storeu_ps(totals, _mm512_fmadd_ps(group[r][n], grids[n].scale, _mm512_loadu_ps(totals)));
+}
 
 template <int BITS, class Math, bool SPLIT>
 class Panel {
@@ -235,6 +278,38 @@ public:
             for (int n = 0; n < PANEL_BLOCKS; n++) _mm512_storeu_ps(totals + (t * PANEL_BLOCKS + n) * 16, total[t][n]);
     }
 
+    // The same where every STEP inputs have a scale of their own: the sums of steps are added up in float32.
+    template <int ROWS>
+    __attribute__((noinline)) void multiply_steps(const RowTile& tile, const std::vector<Segment>& segments, float* totals) const {
+        constexpr int STEP_WORDS = static_cast<int>(Math::STEP) / Math::PER_WORD;
+        const Grid* grids = grids_;
+        for (const Segment& segment : segments) {
+            const uint32_t* x = tile.words + segment.first_tile * WORDS * ROWS;
+            const uint32_t* weights = words_ + (segment.first_tile - first_tile_) * WORDS * 16;
+            const float* scales = tile.scales + segment.first_step * ROWS;
+            int64_t count = (segment.last_tile - segment.first_tile) * WORDS;
+            __m512 group[ROWS][PANEL_BLOCKS];
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 3
+                for (int n = 0; n < PANEL_BLOCKS; n++) group[r][n] = _mm512_setzero_ps();
+            for (; count >= STEP_WORDS; count -= STEP_WORDS, x += STEP_WORDS * ROWS, weights += STEP_WORDS * 16, scales += ROWS)
+                add_step<Math, ROWS>(x, weights, stride_, scales, STEP_WORDS, group);
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; r++) {
+                const __m512 x_sum = _mm512_set1_ps(segment.last ? tile.sums[segment.group * ROWS + r] : 0.0f);
+#pragma GCC unroll 3
+                for (int n = 0; n < PANEL_BLOCKS; n++) {
+                    float* const total = totals + (r * PANEL_BLOCKS + n) * 16;
+                    const __m512 value = _mm512_fnmadd_ps(grids[n].zero, x_sum, group[r][n]);
+                    _mm512_storeu_ps(total, _mm512_fmadd_ps(value, grids[n].scale, _mm512_loadu_ps(total)));
+                }
+            }
+            if (count > 0) add_rest<Math, ROWS>(x, weights, stride_, scales, static_cast<int>(count), grids, totals);
+            grids += PANEL_BLOCKS;
+        }
+    }
+
 private:
     static constexpr int64_t WORDS = tile_inputs(BITS) / Math::PER_WORD;  // of a lane in a tile
 
@@ -265,24 +340,29 @@ private:
 };
 
 // The groups, cut where a panel is full.
+template <class Math>
 std::vector<std::vector<Segment>> panel_segments(const PackedWeight& w) {
-    const int64_t limit = PANEL_POSITIONS / tile_inputs(w.bits);
+    const int64_t inputs = tile_inputs(w.bits), limit = PANEL_POSITIONS / inputs;
+    const int64_t unit = std::max<int64_t>(1, Math::STEP / inputs);  // what is cut off has whole steps
+    int64_t step = 0, used = 0;
     std::vector<std::vector<Segment>> panels(1);
-    int64_t used = 0;
-    for (int64_t g = 0; g < w.groups; g++)
+    for (int64_t g = 0; g < w.groups; g++) {
         for (int64_t first = w.starts[g]; first < w.starts[g + 1];) {
-            if (used == limit) panels.emplace_back(), used = 0;
-            const int64_t last = std::min<int64_t>(w.starts[g + 1], first + limit - used);
-            panels.back().push_back({g, first, last, last == w.starts[g + 1]});
+            if (limit - used < unit) panels.emplace_back(), used = 0;
+            const int64_t last = std::min<int64_t>(w.starts[g + 1], first + (limit - used) / unit * unit);
+            const int64_t before = Math::STEP ? (first - w.starts[g]) * inputs / Math::STEP : 0;
+            panels.back().push_back({g, first, last, step + before, last == w.starts[g + 1]});
             used += last - first;
             first = last;
         }
+        step += steps_of<Math>(w, g);
+    }
     return panels;
 }
 
 template <int BITS, class Math, bool SPLIT, bool CENTRED>
 void panel_tasks(const PackedWeight& w, const MatMul& p, const Activations& x, std::atomic<int64_t>& next) {
-    const auto panels = panel_segments(w);
+    const auto panels = panel_segments<Math>(w);
     const int64_t positions = std::min(PANEL_POSITIONS, w.positions()), total_size = PANEL_BLOCKS * 16;
     Buffer<uint32_t> words(positions / Math::PER_WORD * total_size);
     Buffer<float> totals(p.tokens * total_size);
@@ -300,7 +380,11 @@ void panel_tasks(const PackedWeight& w, const MatMul& p, const Activations& x, s
                 with_rows<SPLIT>(tile, [&](auto rows) {
                     float* at = totals.data() + tile.token * total_size;
                     constexpr int ROWS = decltype(rows)::value;
-                    panel.template multiply<ROWS, CENTRED>(tile, segments, at);
+                    if constexpr (Math::STEP > 0) {
+                        panel.template multiply_steps<ROWS>(tile, segments, at);
+                    } else {
+                        panel.template multiply<ROWS, CENTRED>(tile, segments, at);
+                    }
                 });
             }
         }
@@ -311,33 +395,35 @@ void panel_tasks(const PackedWeight& w, const MatMul& p, const Activations& x, s
 }
 
 template <int BITS, class Math, bool SPLIT, bool CENTRED>
-void many_tokens(const PackedWeight& w, const MatMul& p, const Activations& x, int threads) {
+void many_tokens(const PackedWeight& w, const MatMul& p, int threads) {
+    const Activations x = Activations::make<BITS, Math, SPLIT>(w, p, threads);
     std::atomic<int64_t> next{0};
     parallel_for(threads, threads, [&](int64_t) { panel_tasks<BITS, Math, SPLIT, CENTRED>(w, p, x, next); });
 }
 
+// From `from` tokens on unpacking once is faster than unpacking for every few rows (benchmarks/kernels_cpu.py).
 template <int BITS, class Math, bool SPLIT, bool CENTRED = false>
-void run(const PackedWeight& w, const MatMul& p, int threads) {
-    // From here on unpacking once is faster than unpacking for every few rows (benchmarks/kernels_cpu.py).
-    constexpr int64_t PANEL_FROM = Math::INT8 ? 40 : SPLIT ? 32 : 64;
-    const Activations x = Activations::make<BITS, Math, SPLIT>(w, p, threads);
-    if (p.tokens >= PANEL_FROM) {
-        many_tokens<BITS, Math, SPLIT, CENTRED>(w, p, x, threads);
+void multiply_all(const PackedWeight& w, const MatMul& p, int64_t from, int threads) {
+    if (p.tokens >= from) {
+        many_tokens<BITS, Math, SPLIT, CENTRED>(w, p, threads);
     } else {
-        few_tokens<BITS, Math, SPLIT, CENTRED>(w, p, x, threads);
+        few_tokens<BITS, Math, SPLIT, CENTRED>(w, p, threads);
     }
 }
 
 template <int BITS>
-void run_bits(const PackedWeight& w, const MatMul& p, int threads) {
-    if (p.int8 && !w.zeros) {
-        run<BITS, Int8<BITS>, false, true>(w, p, threads);
-    } else if (p.int8) {
-        run<BITS, Int8<BITS>, false>(w, p, threads);
+void run(const PackedWeight& w, const MatMul& p, int threads) {
+    constexpr int64_t PANEL_FROM_INT8 = 40;
+    if (p.rounding == Rounding::fine_if_many && p.tokens >= PANEL_FROM_INT8 && p.type != Number::float32) {
+        many_tokens<BITS, FineInt8<BITS>, false, false>(w, p, threads);
+    } else if (p.rounding == Rounding::int8 && w.zeros) {
+        multiply_all<BITS, Int8<BITS>, false>(w, p, PANEL_FROM_INT8, threads);
+    } else if (p.rounding == Rounding::int8) {
+        multiply_all<BITS, Int8<BITS>, false, true>(w, p, PANEL_FROM_INT8, threads);
     } else if (p.type == Number::bfloat16) {
-        run<BITS, Bfloat16<BITS>, false>(w, p, threads);
+        multiply_all<BITS, Bfloat16<BITS>, false>(w, p, 64, threads);
     } else {
-        run<BITS, Bfloat16<BITS>, true>(w, p, threads);
+        multiply_all<BITS, Bfloat16<BITS>, true>(w, p, 32, threads);
     }
 }
 
@@ -345,10 +431,10 @@ void run_bits(const PackedWeight& w, const MatMul& p, int threads) {
 
 void matmul(const PackedWeight& w, const MatMul& p, int threads) {
     switch (w.bits) {
-        case 2: run_bits<2>(w, p, threads); break;
-        case 3: run_bits<3>(w, p, threads); break;
-        case 4: run_bits<4>(w, p, threads); break;
-        default: run_bits<8>(w, p, threads);
+        case 2: run<2>(w, p, threads); break;
+        case 3: run<3>(w, p, threads); break;
+        case 4: run<4>(w, p, threads); break;
+        default: run<8>(w, p, threads);
     }
 }
 

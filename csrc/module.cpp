@@ -151,12 +151,12 @@ struct Packed {
     void dequantize(Address out, int type, int threads) const {
         choose("best").dequantize_tiles(weight, at<void>(out), static_cast<Number>(type), threads);
     }
-    void matmul(Address x, Address y, int type, int64_t tokens, Address bias, int bias_type, bool int8, int threads,
+    void matmul(Address x, Address y, int type, int64_t tokens, Address bias, int bias_type, int rounding, int threads,
                 const char* isa) const {
         const MatMul product{at<const void>(x), at<void>(y), static_cast<Number>(type), tokens,
-                             at<const void>(bias), static_cast<Number>(bias_type), int8};
+                             at<const void>(bias), static_cast<Number>(bias_type), static_cast<Rounding>(rounding)};
         const Kernels& kernels = choose(isa);
-        (int8 ? kernels.matmul_int8 : kernels.matmul)(weight, product, threads);
+        (product.rounding == Rounding::int8 ? kernels.matmul_int8 : kernels.matmul)(weight, product, threads);
     }
 };
 

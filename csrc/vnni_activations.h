@@ -18,10 +18,16 @@ __mmask16 existing(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0
 struct RowTile {
     int64_t token, tokens;
     uint32_t* words;   // [positions / PER_WORD][rows]
-    float* sums;       // [groups][tokens]
-    float* scales;     // [groups][tokens], int8 only
+    float* sums;       // [groups][tokens]; where steps have scales, of x as it was rounded, otherwise of what enters the products
+    float* scales;     // [steps][tokens], int8 only
 };
 
+// Inputs of a group that have a scale of their own: all, or STEP of them and at its end the rest.
+template <class Math>
+int64_t steps_of(const PackedWeight& w, int64_t group) {
+    const int64_t inputs = (w.starts[group + 1] - w.starts[group]) * tile_inputs(w.bits);
+    return !Math::INT8 ? 0 : Math::STEP ? (inputs + Math::STEP - 1) / Math::STEP : 1;
+}
 
 float sum16(const float* p, int64_t count) {
     __m512 sum = _mm512_setzero_ps();
@@ -74,7 +80,7 @@ void bfloat16_row(const PackedWeight& w, float* values, uint32_t* words, uint32_
 }
 
 // int8 words of one row, one scale per group.
-void int8_row(const PackedWeight& w, float* values, uint32_t* words, int64_t stride, float* sums, float* scales, int64_t sum_stride) {
+void int8_row(const PackedWeight& w, const float* values, uint32_t* words, int64_t stride, float* sums, float* scales) {
     const int64_t inputs = tile_inputs(w.bits);
     for (int64_t g = 0; g < w.groups; g++) {
         const int64_t first = w.starts[g] * inputs, last = w.starts[g + 1] * inputs;
@@ -89,8 +95,46 @@ void int8_row(const PackedWeight& w, float* values, uint32_t* words, int64_t str
             _mm_store_si128((__m128i*)parts, _mm512_cvtepi32_epi8(q));
             for (int64_t j = 0; j < std::min<int64_t>(4, (last - i) / 4); j++) words[(i / 4 + j) * stride] = parts[j];
         }
-        sums[g * sum_stride] = static_cast<float>(_mm512_reduce_add_epi32(sum));
-        scales[g * sum_stride] = most / 127.0f;
+        sums[g * stride] = static_cast<float>(_mm512_reduce_add_epi32(sum));
+        scales[g * stride] = most / 127.0f;
+    }
+}
+
+// One row as bytes, one scale for 16 inputs or the last ones of a group.
+void int8_steps_row(const PackedWeight& w, const float* values, int8_t* bytes, int64_t stride, float* sums, float* scales) {
+    const int64_t inputs = tile_inputs(w.bits);
+    for (int64_t g = 0; g < w.groups; g++) {
+        const int64_t last = w.starts[g + 1] * inputs;
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t i = w.starts[g] * inputs; i < last; i += 16, scales += stride) {
+            const __m512 v = _mm512_maskz_loadu_ps(existing(last - i), values + i);
+            // As integers magnitudes are in their order, and not-a-number is above all.
+            const uint32_t bits = _mm512_reduce_max_epu32(_mm512_castps_si512(_mm512_abs_ps(v)));
+            const float most = from_bits(bits);
+            const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
+            const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(inverse)));
+            _mm_storeu_si128((__m128i*)(bytes + i), _mm512_cvtepi32_epi8(q));  // what is too much is written over
+            *scales = most / 127.0f;
+            sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(q), _mm512_set1_ps(*scales), sum);
+        }
+        sums[g * stride] = _mm512_reduce_add_ps(sum);
+    }
+}
+
+// Rows of bytes, `stride` apart, as words side by side.
+void interleave(const int8_t* bytes, int64_t stride, int64_t rows, int64_t count, uint32_t* words) {
+    if (rows != 4) {
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t r = 0; r < rows; r++) std::memcpy(words + i * rows + r, bytes + r * stride + 4 * i, 4);
+        return;
+    }
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    for (int64_t i = 0; i < count; i += 4) {
+        __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)(bytes + 4 * i)));
+        v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(bytes + stride + 4 * i)), 1);
+        v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(bytes + 2 * stride + 4 * i)), 2);
+        v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(bytes + 3 * stride + 4 * i)), 3);
+        _mm512_mask_storeu_epi32(words + 4 * i, existing(4 * (count - i)), _mm512_permutexvar_epi32(order, v));
     }
 }
 
@@ -98,18 +142,22 @@ template <int BITS, class Math, bool SPLIT>
 void prepare(const PackedWeight& w, const MatMul& p, const RowTile& tile) {
     Row row(w);
     const __m512i order = sequence<BITS>(Math::INT8);
-    const int64_t rows = tile.tokens * (SPLIT ? 2 : 1);
+    const int64_t rows = tile.tokens * (SPLIT ? 2 : 1), positions = w.positions(), stride = positions + 16;
+    const Buffer<int8_t> bytes(Math::STEP ? rows * stride : 0, false);
     for (int64_t t = 0; t < tile.tokens; t++) {
         float* values = row.read(p, tile.token + t);
-        for (int64_t i = 0; i < w.positions(); i += 16)
+        for (int64_t i = 0; i < positions; i += 16)
             _mm512_storeu_ps(values + i, _mm512_permutexvar_ps(order, _mm512_loadu_ps(values + i)));
         uint32_t* words = tile.words + t * (SPLIT ? 2 : 1);
-        if constexpr (Math::INT8) {
-            int8_row(w, values, words, rows, tile.sums + t, tile.scales + t, tile.tokens);
+        if constexpr (Math::STEP > 0) {
+            int8_steps_row(w, values, bytes.data() + t * stride, rows, tile.sums + t, tile.scales + t);
+        } else if constexpr (Math::INT8) {
+            int8_row(w, values, words, rows, tile.sums + t, tile.scales + t);
         } else {
             bfloat16_row(w, values, words, SPLIT ? words + 1 : nullptr, rows, tile.sums + t, tile.tokens);
         }
     }
+    if constexpr (Math::STEP > 0) interleave(bytes.data(), stride, rows, positions / 4, tile.words);
 }
 
 // All rows of x, in tiles.
@@ -119,12 +167,14 @@ public:
     static Activations make(const PackedWeight& w, const MatMul& p, int threads) {
         constexpr int64_t rows_per_token = SPLIT ? 2 : 1;
         const int64_t row_words = w.positions() / Math::PER_WORD;
-        Activations all(p.tokens * rows_per_token * row_words, 2 * p.tokens * w.groups);
+        int64_t steps = 0;
+        for (int64_t g = 0; g < w.groups; g++) steps += steps_of<Math>(w, g);
+        Activations all(p.tokens * rows_per_token * row_words, p.tokens * (w.groups + steps));
         for (int64_t token = 0; token < p.tokens;) {
             int64_t count = Math::MOST_ROWS / rows_per_token;
             while (count > p.tokens - token) count /= 2;
             all.tiles.push_back({token, count, all.words_.data() + token * rows_per_token * row_words,
-                                 all.numbers_.data() + token * w.groups, all.numbers_.data() + (p.tokens + token) * w.groups});
+                                 all.numbers_.data() + token * w.groups, all.numbers_.data() + p.tokens * w.groups + token * steps});
             token += count;
         }
         parallel_for(static_cast<int64_t>(all.tiles.size()), threads,
@@ -135,7 +185,7 @@ public:
     std::vector<RowTile> tiles;
 
 private:
-    Activations(int64_t words, int64_t numbers) : words_(words), numbers_(numbers) {}
+    Activations(int64_t words, int64_t numbers) : words_(words, false), numbers_(numbers, false) {}
 
     Buffer<uint32_t> words_;
     Buffer<float> numbers_;

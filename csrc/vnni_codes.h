@@ -81,6 +81,7 @@ struct Bfloat16 {
     static constexpr bool INT8 = false;
     static constexpr int PER_WORD = 2;
     static constexpr int64_t MOST_ROWS = 8;  // with three blocks of outputs, the sums fill the registers
+    static constexpr int64_t STEP = 0;
     // 3 bits: the code is put into the fraction of 8.0, which it makes 8 + code.
     static constexpr int CENTRE = BITS == 3 ? -8 : 1 << (BITS - 1);
 
@@ -137,6 +138,7 @@ struct Int8 {
     static constexpr bool INT8 = true;
     static constexpr int PER_WORD = 4;
     static constexpr int64_t MOST_ROWS = 4;  // leaves registers for the totals: every group ends in scaling
+    static constexpr int64_t STEP = 0;       // inputs with a scale of their own; 0: all of a group
     static constexpr int CENTRE = 0;
 
     static Sum zero() { return _mm512_setzero_si512(); }
@@ -150,6 +152,12 @@ struct Int8 {
     __m512i word(const Tile<BITS>& tile) const {
         return tile.template quad<I>();
     }
+};
+
+// x rounded in finer steps: a third of the squared error, at three quarters of the speed.
+template <int BITS>
+struct FineInt8 : Int8<BITS> {
+    static constexpr int64_t STEP = 16;
 };
 
 }  // namespace

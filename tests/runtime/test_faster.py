@@ -85,7 +85,7 @@ def test_joined_layers_of_all_sizes_and_zero_points(kernel):
 def test_nothing_to_join_is_said(tmp_path, caplog):
     write_checkpoint(tmp_path, llama())
     fewbit.load(tmp_path, kernel="reference", fuse=True)
-    assert "fuse: 0 calls saved; it takes kernel cpu or cpu_a8" in caplog.text
+    assert "fuse: 0 calls saved; it takes kernel cpu, cpu_a16 or cpu_a8" in caplog.text
 
 
 def test_joined_layers_are_saved_and_cast_as_before(tmp_path):

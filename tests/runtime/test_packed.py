@@ -9,7 +9,9 @@ from fewbit.checkpoint import layout
 from fewbit.codes import Codes, group_count, sequential_groups
 from fewbit.errors import KernelError
 from fewbit.runtime import packed
+from fewbit.runtime.cpu import packed_weight
 from fewbit.runtime.linear import QuantLinear
+from fewbit.runtime.packed import Rounding
 from fewbit.solver import native
 from tiny_gptq import random_codes
 
@@ -49,8 +51,8 @@ def make(out_features, in_features, bits, group_size, *, sym, order):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("int8", [False, True])
-def test_products_against_float64(bits, group_size, dtype, int8):
+@pytest.mark.parametrize("rounding", Rounding)
+def test_products_against_float64(bits, group_size, dtype, rounding):
     torch.manual_seed(bits + group_size)
     for (rows, columns), sym, order in itertools.product(SHAPES, (False, True), (False, True)):
         codes = make(rows, columns, bits, group_size, sym=sym, order=order)
@@ -63,9 +65,9 @@ def test_products_against_float64(bits, group_size, dtype, int8):
             truth = x.double() @ dense.t() + bias.double()
             size = x.double().abs() @ dense.abs().t() + bias.double().abs()
             for isa in isas():
-                found = packed.multiply(x, weight, bias, int8, isa).double()
+                found = packed.multiply(x, weight, bias, rounding, isa).double()
                 error = ((found - truth).abs() / size).max().item()
-                assert error < TOLERANCE[dtype] + (INT8 if int8 else 0), (
+                assert error < TOLERANCE[dtype] + (INT8 if rounding else 0), (
                     rows,
                     columns,
                     sym,
@@ -75,14 +77,14 @@ def test_products_against_float64(bits, group_size, dtype, int8):
                 )
 
 
-def rounded_to_int8(x, codes):
-    """x as every instruction set must round it: per token and group, half to even, in float32."""
+def rounded_to_int8(x, codes, step):
+    """x as every instruction set must round it: per token and `step` inputs of a group, half to even, in float32."""
     x = x.float().clone()
     for group in range(codes.scales.shape[1]):
-        columns = codes.g_idx == group
-        most = x[:, columns].abs().amax(1, keepdim=True)
-        inverse = torch.tensor(127.0) / most  # a plain 127 would multiply with the reciprocal
-        x[:, columns] = (x[:, columns] * inverse).round() * (most / 127)
+        for columns in (codes.g_idx == group).nonzero()[:, 0].split(step):
+            most = x[:, columns].abs().amax(1, keepdim=True)
+            inverse = torch.tensor(127.0) / most  # a plain 127 would multiply with the reciprocal
+            x[:, columns] = (x[:, columns] * inverse).round() * (most / 127)
     return x
 
 
@@ -91,20 +93,15 @@ def rounded_to_int8(x, codes):
 def test_activations_of_8_bits_are_the_same_numbers_everywhere(bits, group_size):
     torch.manual_seed(bits)
     for sym, columns in itertools.product((False, True), (100, 2000)):
-        codes = make(100, columns, bits, group_size, sym=sym, order=True)
-        codes.codes[:3] = 2**bits - 1  # the largest sums
-        _, weight = weight_of(codes)
-        dense = codes.dequantize(torch.float64)
-        groups = codes.g_idx.long()
-        terms = codes.scales.double()[:, groups] * (codes.codes + codes.zeros[:, groups])
+        codes, weight, sizes = with_large_sums(bits, group_size, columns, sym)
         for tokens in (1, 6, 45):
             x = torch.randn(tokens, columns)
             x[0] = 1.0
-            rounded = rounded_to_int8(x, codes).double()
-            size = rounded.abs() @ terms.t()
+            rounded = rounded_to_int8(x, codes, columns).double()
+            truth = rounded @ codes.dequantize(torch.float64).t()
             for isa in isas():
-                found = packed.multiply(x, weight, None, True, isa).double()
-                error = ((found - rounded @ dense.t()).abs() / size).max().item()
+                found = packed.multiply(x, weight, None, Rounding.INT8, isa).double()
+                error = ((found - truth).abs() / (rounded.abs() @ sizes)).max().item()
                 # Only "generic" sums in float32.
                 assert error < (5e-5 if isa == "generic" else 2e-6), (sym, columns, tokens, isa)
 
@@ -130,12 +127,58 @@ def test_blocks_that_are_multiplied_together_and_those_left_over(bits, blocks):
     for group_size, sym, int8 in itertools.product((-1, 40), (False, True), (False, True)):
         codes = make(16 * blocks - 3, 120, bits, group_size, sym=sym, order=True)
         _, weight = weight_of(codes)
+        how = Rounding.INT8 if int8 else Rounding.NONE
         for tokens in (1, 2, 4, 8, 50):
             x = torch.randn(tokens, 120)
             truth = x.double() @ codes.dequantize(torch.float64).t()
             for isa in isas():
-                error = (packed.multiply(x, weight, None, int8, isa).double() - truth).norm() / truth.norm()
+                error = (packed.multiply(x, weight, None, how, isa).double() - truth).norm() / truth.norm()
                 assert error < (3e-2 if int8 else 1e-4), (group_size, sym, int8, tokens, isa)
+
+
+@pytest.mark.skipif("avx512_vnni" not in native.instruction_sets(), reason="no dot products of bytes here")
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", [-1, 24, 32, 7])
+def test_activations_in_fine_steps(bits, group_size):
+    torch.manual_seed(bits)
+    for sym, columns in itertools.product((False, True), (100, 6000)):
+        codes, weight, sizes = with_large_sums(bits, group_size, columns, sym)
+        for tokens in (40, 45, 67):
+            x = ((torch.randn(tokens, columns) + 0.1) / 64).half()  # so that float16 holds the results
+            x[0] = 1 / 64
+            rounded = rounded_to_int8(x, codes, 16).double()
+            truth = rounded @ codes.dequantize(torch.float64).t()
+            found = packed.multiply(x, weight, None, Rounding.FINE_IF_MANY, "avx512_vnni").double()
+            error = (found - truth).abs() - truth.abs() * 2**-11
+            assert (error / (rounded.abs() @ sizes)).max() < 2e-6, (sym, columns, tokens)
+
+
+def with_large_sums(bits, group_size, columns, sym):
+    """Codes, packed, and float64 (in, out): what the terms of a sum are at most, for x = 1."""
+    codes = make(100, columns, bits, group_size, sym=sym, order=True)
+    codes.codes[:3] = 2**bits - 1
+    groups = codes.g_idx.long()
+    sizes = codes.scales.double()[:, groups] * (codes.codes + codes.zeros[:, groups])
+    return codes, weight_of(codes)[1], sizes.t()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_only_many_tokens_of_16_bits_are_rounded_and_only_where_that_is_fast(bits):
+    codes = make(50, 96, bits, 32, sym=True, order=False)
+    _, weight = weight_of(codes)
+    x = torch.randn(64, 96)
+
+    def same(x, isa="best"):
+        rounded, kept = (
+            packed.multiply(x, weight, None, how, isa) for how in (Rounding.FINE_IF_MANY, Rounding.NONE)
+        )
+        return torch.equal(rounded, kept)
+
+    assert same(x)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert same(x[:8].to(dtype))
+        assert same(x.to(dtype)) == (packed.fast_isa() != "avx512_vnni")
+        assert same(x.to(dtype), "generic")
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -158,12 +201,14 @@ def test_scales_of_every_dtype_and_subnormal_ones(scales):
     dense = torch.ops.fewbit.dequantize_packed(*tiny, torch.float32).double()
     truth = x.double() @ dense.t()
     for isa in isas():
-        assert (packed.multiply(x, tiny, None, False, isa).double() - truth).norm() < 1e-4 * truth.norm()
+        assert (
+            packed.multiply(x, tiny, None, Rounding.NONE, isa).double() - truth
+        ).norm() < 1e-4 * truth.norm()
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("int8", [False, True])
-def test_a_token_does_not_depend_on_threads_or_the_others_in_its_tile(bits, int8, request):
+@pytest.mark.parametrize("rounding", Rounding)
+def test_a_token_does_not_depend_on_threads_or_the_others_in_its_tile(bits, rounding, request):
     codes = make(200, 96, bits, 32, sym=False, order=True)
     _, weight = weight_of(codes)
     x = torch.randn(130, 96).bfloat16()
@@ -172,21 +217,21 @@ def test_a_token_does_not_depend_on_threads_or_the_others_in_its_tile(bits, int8
     results = []
     for count in (1, 2, 5):
         torch.set_num_threads(count)
-        results.append(packed.multiply(x, weight, None, int8))
+        results.append(packed.multiply(x, weight, None, rounding))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
     other = x.clone()
     other[1:] = 7.0
-    assert torch.equal(packed.multiply(other, weight, None, int8)[0], results[0][0])
+    assert torch.equal(packed.multiply(other, weight, None, rounding)[0], results[0][0])
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("rounding", Rounding)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_visible(int8, value):
+def test_what_is_not_finite_stays_visible(rounding, value):
     _, weight = weight_of(make(20, 64, 4, 32, sym=True, order=False))
     x = torch.randn(2, 64)
     x[1, 5] = value
-    y = packed.multiply(x, weight, None, int8)
+    y = packed.multiply(x, weight, None, rounding)
     assert y[0].isfinite().all()
     assert not y[1].isfinite().any()
 
@@ -202,14 +247,25 @@ def test_gradients_are_those_of_a_dense_layer():
     torch.testing.assert_close(layer.bias.grad, grad.sum((0, 1)))
 
 
+def test_where_gradients_are_wanted_activations_keep_16_bits():
+    layer = QuantLinear.from_codes(random_codes(32, 64, 4, 32))
+    layer.prepare("cpu")
+    x = torch.randn(50, 64).bfloat16()
+    exact = packed.multiply(x, packed_weight(layer), None, Rounding.NONE)
+    y = layer(x.clone().requires_grad_())
+    assert torch.equal(y, exact)
+    with torch.no_grad():
+        assert torch.equal(layer(x.clone().requires_grad_()), layer(x))
+
+
 def test_wrong_inputs_are_refused_in_words():
     _, weight = weight_of(make(20, 64, 4, 32, sym=True, order=False))
     with pytest.raises(
         KernelError, match=r"x is torch.float32 \(2, 63\).*takes float32, float16 or bfloat16"
     ):
-        packed.multiply(torch.randn(2, 63), weight, None, False)
+        packed.multiply(torch.randn(2, 63), weight, None, Rounding.NONE)
     with pytest.raises(KernelError, match=r"x is torch.float64"):
-        packed.multiply(torch.randn(2, 64).double(), weight, None, False)
+        packed.multiply(torch.randn(2, 64).double(), weight, None, Rounding.NONE)
     for damaged in (
         weight._replace(tiles=weight.tiles[1:]),
         weight._replace(scales=weight.scales[:, :1].contiguous()),
@@ -219,21 +275,21 @@ def test_wrong_inputs_are_refused_in_words():
         weight._replace(order=weight.order.new_zeros(5)),
     ):
         with pytest.raises(KernelError, match="not a packed weight"):
-            torch.ops.fewbit.linear_packed(torch.randn(2, 64), *damaged, None, False)
+            torch.ops.fewbit.linear_packed(torch.randn(2, 64), *damaged, None, Rounding.NONE)
     with pytest.raises(KernelError, match="bias"):
-        packed.multiply(torch.randn(2, 64), weight, torch.zeros(19), False)
+        packed.multiply(torch.randn(2, 64), weight, torch.zeros(19), Rounding.NONE)
 
 
 def test_no_tokens_and_many_dimensions():
     _, weight = weight_of(make(20, 64, 4, 32, sym=True, order=False))
-    assert packed.multiply(torch.randn(0, 64), weight, None, False).shape == (0, 20)
+    assert packed.multiply(torch.randn(0, 64), weight, None, Rounding.NONE).shape == (0, 20)
     x = torch.randn(2, 3, 64)
     assert torch.equal(
-        packed.multiply(x, weight, None, False).view(6, 20),
-        packed.multiply(x.view(6, 64), weight, None, False),
+        packed.multiply(x, weight, None, Rounding.NONE).view(6, 20),
+        packed.multiply(x.view(6, 64), weight, None, Rounding.NONE),
     )
     column_major = torch.randn(64, 5).t()
     assert torch.equal(
-        packed.multiply(column_major, weight, None, False),
-        packed.multiply(column_major.contiguous(), weight, None, False),
+        packed.multiply(column_major, weight, None, Rounding.NONE),
+        packed.multiply(column_major.contiguous(), weight, None, Rounding.NONE),
     )

@@ -25,6 +25,13 @@ def test_auto_takes_the_first_that_fits_and_keeps_why_others_do_not():
     assert "dtype=torch.bfloat16" in tried[1][1]
 
 
+def test_who_asks_for_16_bit_activations_gets_them():
+    kernel, tried = registry.choose(SPEC, CPU, torch.bfloat16, "auto_a16")
+    assert (kernel.name, tried) == ("cpu_a16", (("cpu_a16", None),))
+    kernel, _ = registry.choose(SPEC, CPU, torch.float64, "auto_a16")
+    assert kernel.name == "reference"
+
+
 def test_without_the_compiled_module_torch_has_a_kernel(monkeypatch):
     monkeypatch.setattr(native, "_load", lambda: (None, "the compiled module cannot be imported"))
     kernel, tried = registry.choose(SPEC, CPU, torch.bfloat16)
@@ -54,7 +61,8 @@ def test_int4_refuses_other_devices():
 def test_names_of_other_tools():
     assert [kernel.name for kernel in registry.meant("gptq_marlin")] == ["marlin"]
     assert [kernel.name for kernel in registry.meant("exllama_v2")] == ["exllamav2"]
-    assert registry.meant("AUTO_TRAINABLE") == registry.meant("auto") == registry.KERNELS
+    assert registry.meant("AUTO_TRAINABLE") == registry.meant("auto")
+    assert [kernel.name for kernel in registry.meant("auto")] == ["cpu", "torch_int4", "triton", "reference"]
     with pytest.raises(
         KernelError, match=r"vllm is an engine, not a kernel: it serves the checkpoint's folder"
     ):

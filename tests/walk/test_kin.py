@@ -74,9 +74,10 @@ def company(monkeypatch):
     together = []
     solve = solving.LayerSolver._together
 
-    def spy(self, layers, shared):
-        together.append([layer.name for layer in layers])
-        return solve(self, layers, shared)
+    def spy(self, families):
+        [family] = families
+        together.append([layer.name for layer in family.layers])
+        return solve(self, families)
 
     monkeypatch.setattr(solving, "gains_from_company", lambda device: True)
     monkeypatch.setattr(solving.LayerSolver, "_together", spy)
@@ -149,9 +150,9 @@ def test_on_a_gpu_the_second_block_is_solved_in_company(monkeypatch):
     together = []
     solve = solving.LayerSolver._together
 
-    def spy(self, layers, shared):
-        together.append([layer.name.rpartition(".")[2] for layer in layers])
-        return solve(self, layers, shared)
+    def spy(self, families):
+        together.extend([layer.name.rpartition(".")[2] for layer in family.layers] for family in families)
+        return solve(self, families)
 
     monkeypatch.setattr(solving.LayerSolver, "_together", spy)
     losses = {

@@ -59,7 +59,10 @@ def eval_(
     bos: Annotated[bool, typer.Option("--bos", help="Begin every window with the BOS token.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu or mps.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Of the forward pass; auto keeps the model's.")] = "auto",
-    kernel: Annotated[str, typer.Option(help="auto, or one that `fewbit inspect` lists.")] = "auto",
+    kernel: Annotated[
+        str,
+        typer.Option(help="auto_a16 (no activation in 8 bits), auto, or one that `fewbit inspect` lists."),
+    ] = "auto_a16",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the model's own code.")
     ] = False,

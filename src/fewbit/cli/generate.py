@@ -71,7 +71,7 @@ def generate(
     from ..generation import generate as write
     from ..generation.text_stream import OrderedStream
     from ..preparation import resolve_device
-    from ..runtime.cpu import Cpu, CpuInt8
+    from ..runtime.cpu import NAMES
     from ..runtime.load import kernels, load
 
     quiet_libraries()
@@ -79,7 +79,7 @@ def generate(
         raise ConfigError("the prompt is empty; give some text to go on from: -p TEXT")
     place = resolve_device(device)
     wanted = "bfloat16" if dtype == "auto" and place.type == "cpu" else dtype
-    fused = fuse and place.type == "cpu" and kernel in ("auto", Cpu.name, CpuInt8.name)
+    fused = fuse and place.type == "cpu" and kernel in ("auto", "auto_a16", *NAMES)
     faster: dict[str, Any] = {"fuse": fused, "lm_head_runtime": lm_head_runtime}
     model = load(checkpoint, place, wanted, kernel, trust_remote_code, **faster)
     if not model.can_generate():

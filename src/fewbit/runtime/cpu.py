@@ -1,7 +1,7 @@
 """fewbit's own kernels for CPUs: every bit width, group size, zero point, column order, shape and float dtype.
 
-Both read the tiles of `packed`. They differ in the activations: 16 bits (`packed` says how), or 8 bits per token and
-group, which is faster from a few tokens on and costs a little accuracy (docs/performance.md).
+All read the tiles of `packed`. They differ in the activations: 16 bits, 8 bits, or 16 bits for a few tokens and 8 for a
+prompt, which is measured not to cost accuracy (docs/performance.md). `packed.Rounding` says how they are rounded.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ from ..solver import native
 from . import packed
 from .kernel import Kernel, KernelSpec, QuantizedBuffers
 from .mapped import forget
-from .packed import PackedWeight
+from .packed import PackedWeight, Rounding
+
+NAMES = ("cpu", "cpu_a16", "cpu_a8")
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Cpu(Kernel):
-    """Integer codes times 16-bit activations, summed in float32."""
+    """Integer codes times 16-bit activations, summed in float32; prompts with 8-bit activations."""
 
     name = "cpu"
-    summary = "fewbit's own: reads each packed weight once; 16-bit activations"
+    summary = "fewbit's own: reads each packed weight once; 16-bit activations, for prompts 8-bit ones in fine steps"
     repacks_scales = True
-    int8 = False
+    rounding = Rounding.FINE_IF_MANY
 
     def why_not(
         self, spec: KernelSpec, device: torch.device, dtype: torch.dtype, trainable: bool
@@ -69,7 +71,15 @@ class Cpu(Kernel):
 
     def linear(self, x: Tensor, layer: QuantizedBuffers) -> Tensor:
         """See `Kernel.linear`."""
-        return product(x, packed_weight(layer), layer.bias, int8=self.int8)
+        return product(x, packed_weight(layer), layer.bias, rounding=self.rounding)
+
+
+class Cpu16(Cpu):
+    """Integer codes times 16-bit activations, summed in float32, however many tokens there are."""
+
+    name = "cpu_a16"
+    summary = "fewbit's own with 16-bit activations for prompts too"
+    rounding = Rounding.NONE
 
 
 class CpuInt8(Cpu):
@@ -79,15 +89,20 @@ class CpuInt8(Cpu):
     summary = (
         "fewbit's own with activations rounded to 8 bits per token and group: faster from a few tokens on"
     )
-    int8 = True
+    rounding = Rounding.INT8
 
 
-def product(x: Tensor, weight: PackedWeight, bias: Tensor | None, *, int8: bool) -> Tensor:
-    """``x @ weightᵀ + bias``, with gradients where they are wanted."""
+def product(x: Tensor, weight: PackedWeight, bias: Tensor | None, *, rounding: Rounding) -> Tensor:
+    """``x @ weightᵀ + bias``, with gradients where they are wanted.
+
+    Gradients are those of 16-bit activations: where they are wanted, `Rounding.FINE_IF_MANY` rounds nothing.
+    """
     if plain(x, bias):
         # Dispatching a custom operator takes longer than multiplying with a small weight.
-        return packed.multiply(x, weight, bias, int8)
-    y: Tensor = torch.ops.fewbit.linear_packed(x, *weight, bias, int8)
+        return packed.multiply(x, weight, bias, rounding)
+    if rounding is Rounding.FINE_IF_MANY and _wants_gradients(x, bias):
+        rounding = Rounding.NONE
+    y: Tensor = torch.ops.fewbit.linear_packed(x, *weight, bias, rounding)
     return y
 
 
@@ -110,5 +125,8 @@ def plain(x: Tensor, bias: Tensor | None) -> bool:
     """Whether nobody watches: no compiler, no tracer, no gradients, no other kind of tensor."""
     if type(x) is not Tensor or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    gradients = x.requires_grad or (bias is not None and bias.requires_grad)
-    return not (gradients and torch.is_grad_enabled())
+    return not _wants_gradients(x, bias)
+
+
+def _wants_gradients(x: Tensor, bias: Tensor | None) -> bool:
+    return (x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled()

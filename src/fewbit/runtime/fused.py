@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from ..solver import native
 from . import packed
-from .cpu import Cpu, CpuInt8, packed_weight, plain
+from .cpu import Cpu, packed_weight, plain
 from .kernel import QuantizedBuffers
 from .linear import QuantLinear
-from .packed import PackedWeight
+from .packed import PackedWeight, Rounding
 from .steps import fuse_steps
 
 # Names of siblings that transformers' models call with the same input, in the order of the calls.
@@ -39,17 +39,17 @@ MOST_TOKENS = 8
 class Together:
     """One layer or several as one weight, and the result that some of them have not fetched yet."""
 
-    def __init__(self, weight: PackedWeight, int8: bool) -> None:
-        self.weight, self.int8 = weight, int8
+    def __init__(self, weight: PackedWeight, rounding: Rounding) -> None:
+        self.weight, self.rounding = weight, rounding
         self.pending: tuple[Tensor, int, Tensor] | None = None
         self._view = packed.native_view(weight)  # making one takes as long as a small product
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Together, (self.weight, self.int8)
+        return Together, (self.weight, self.rounding)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """All outputs for x (…, in). No gradients."""
-        return packed.multiply(x, self.weight, bias, self.int8, view=self._view)
+        return packed.multiply(x, self.weight, bias, self.rounding, view=self._view)
 
     def part(self, x: Tensor, first: int, last: int) -> Tensor:
         """Outputs first … last for x (…, in)."""
@@ -67,7 +67,7 @@ class FusedCpu(Cpu):
     summary = "fewbit's own, one call for layers with the same input"
 
     def __init__(self, together: Together, alone: Cpu, first: int, last: int) -> None:
-        self.name, self.int8 = alone.name, alone.int8
+        self.name, self.rounding = alone.name, alone.rounding
         self.together, self._first, self._last = together, first, last
 
     def linear(self, x: Tensor, layer: QuantizedBuffers) -> Tensor:
@@ -101,7 +101,11 @@ def fuse(model: nn.Module) -> dict[str, int]:
             for _, alike in groupby(layers, _what_must_be_alike):
                 saved += _join(list(alike))
     for layer in model.modules():
-        if isinstance(layer, QuantLinear) and type(layer.kernel) in (Cpu, CpuInt8):
+        if (
+            isinstance(layer, QuantLinear)
+            and isinstance(layer.kernel, Cpu)
+            and not isinstance(layer.kernel, FusedCpu)
+        ):
             _take([layer], packed_weight(layer))
     ours = any(isinstance(getattr(module, "kernel", None), FusedCpu) for module in model.modules())
     return {"calls saved": saved, **(fuse_steps(model) if ours else {})}
@@ -161,7 +165,7 @@ def _take(layers: list[QuantLinear], weight: PackedWeight) -> None:
     """Give each layer its part of the weight."""
     kernel, start = layers[0].kernel, 0
     assert isinstance(kernel, Cpu)
-    together = Together(weight, kernel.int8)
+    together = Together(weight, kernel.rounding)
     for layer in layers:
         layer.kernel = FusedCpu(together, kernel, start, start + layer.out_features)
         start += layer.out_features

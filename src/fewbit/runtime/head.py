@@ -18,6 +18,7 @@ from ..solver import native
 from . import packed
 from .cpu import product
 from .linear import QuantizedLayer
+from .packed import Rounding
 
 BITS, GROUP = 8, 64
 _ROWS = 4096  # rounded at a time
@@ -44,7 +45,7 @@ class RuntimeHead(nn.Linear):
         current = torch.compiler.is_compiling() or (weight.data_ptr(), weight._version) == self._copied
         trained = torch.is_grad_enabled() and weight.requires_grad
         if input.is_cpu and current and not trained:
-            return product(input, self.copy, self.bias, int8=False)
+            return product(input, self.copy, self.bias, rounding=Rounding.NONE)
         return functional.linear(input, weight, self.bias)
 
     def extra_repr(self) -> str:

@@ -51,8 +51,8 @@ def load(
         device: where the model goes.
         dtype: of the activations and of what is not quantized; None or "auto" keeps the checkpoint's. On CPU,
             bfloat16 is the fast one.
-        kernel: "auto", "auto_trainable" (one that gives gradients to its inputs), or the name of one that all layers
-            must use (`fewbit.runtime.registry`).
+        kernel: "auto", "auto_a16" (activations keep 16 bits), "auto_trainable" (gradients to the inputs), or the
+            name of one that all layers must use (`fewbit.runtime.registry`).
         trust_remote_code: run the model's own code where the checkpoint has some.
         device_map: spreads the model over several devices, in place of `device`; what transformers takes, "auto"
             for example. Needs accelerate.
@@ -103,7 +103,7 @@ def load(
         said = ", ".join(f"{count} {what}" for what, count in found.items())
         _LOG.log(
             logging.INFO if any(found.values()) else logging.WARNING,
-            "fuse: %s; it takes kernel cpu or cpu_a8",
+            "fuse: %s; it takes kernel cpu, cpu_a16 or cpu_a8",
             said,
         )
     if lm_head_runtime is not None:

@@ -3,14 +3,16 @@
 A packed weight is five tensors and three numbers (`PackedWeight`). Codes lie in tiles, block by block of 16 outputs;
 scales and zero points lie in the same order, so that a product reads both from front to back. Activations may be
 float32, float16 or bfloat16. In bfloat16, products are those of bfloat16 numbers with integer codes, summed in float32;
-float32 and float16 activations enter as the sum of two bfloat16 numbers, so that they keep 16 bits. With ``int8`` they
-are rounded to 8 bits per token and group.
-Threads follow `torch.get_num_threads()`; results depend on neither the threads nor the other tokens of the call.
+float32 and float16 activations enter as the sum of two bfloat16 numbers, so that they keep 16 bits.
+Or they are rounded to 8 bits (`Rounding`).
+Threads follow `torch.get_num_threads()`, and results do not depend on them. They depend on how many tokens there are,
+for that decides how they are computed, but not on what the other tokens are.
 """
 
 from __future__ import annotations
 
 import functools
+from enum import IntEnum
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +29,22 @@ _VNNI = "avx512_vnni"
 
 # Without instructions for these products, unpacking and a dense product is faster from so many tokens on.
 _DENSE_FROM = 24
+
+
+class Rounding(IntEnum):
+    """What becomes of the activations; the numbers of csrc/matmul.h.
+
+    Attributes:
+        NONE: 16 bits of each are kept.
+        FINE_IF_MANY: those of many tokens (a prompt; the compiled module decides from how many on) are rounded to 8
+            bits with a scale for each token and 16 inputs, if they are bfloat16 or float16 and the processor has
+            AVX-512 with VNNI and BF16. Otherwise as `NONE`.
+        INT8: rounded to 8 bits with a scale for each token and group.
+    """
+
+    NONE = 0
+    FINE_IF_MANY = 1
+    INT8 = 2
 
 
 class PackedWeight(NamedTuple):
@@ -193,12 +211,13 @@ def fast_isa() -> str:
 
 
 def multiply(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None, int8: bool, isa: str = "best", view: Any = None
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, rounding: int, isa: str = "best", view: Any = None
 ) -> Tensor:
     """``x @ weightᵀ + bias``: (…, in) → (…, out) in x's dtype. No gradient; see `linear_packed`.
 
     Args:
         weight: from `pack`; its tensors are not checked again.
+        rounding: a `Rounding`.
         isa: one of `native.instruction_sets`, or "best".
         view: `native_view` of the weight, where it was made before.
 
@@ -215,21 +234,22 @@ def multiply(
     if bias is not None and (bias.shape != (out_features,) or bias.dtype not in NUMBERS):
         raise KernelError(f"bias is {bias.dtype} {tuple(bias.shape)}; the layer has {out_features} outputs")
     tokens = x.numel() // shape[-1]
-    if isa == "best" and tokens >= _dense_from(int8):
+    if isa == "best" and tokens >= _dense_from(rounding):
         return functional.linear(x, _dequantize(weight, x.dtype), None if bias is None else bias.to(x.dtype))
     y = torch.empty((*shape[:-1], out_features), dtype=x.dtype)
     if tokens:
         x = x.contiguous()
         (view or native_view(weight)).matmul(
             x.data_ptr(), y.data_ptr(), kind, tokens, 0 if bias is None else bias.data_ptr(),
-            0 if bias is None else NUMBERS[bias.dtype], int8, torch.get_num_threads(), isa,
+            0 if bias is None else NUMBERS[bias.dtype], rounding, torch.get_num_threads(), isa,
         )  # fmt: skip
     return y
 
 
 @functools.cache
-def _dense_from(int8: bool) -> float:
-    return float("inf") if fast_isa() == _VNNI or (int8 and _module().own_int8()) else _DENSE_FROM
+def _dense_from(rounding: int) -> float:
+    int8 = rounding == Rounding.INT8 and _module().own_int8()
+    return float("inf") if fast_isa() == _VNNI or int8 else _DENSE_FROM
 
 
 def _dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -282,11 +302,11 @@ def linear_packed(
     in_features: int,
     out_features: int,
     bias: Tensor | None,
-    int8: bool,
+    rounding: int,
 ) -> Tensor:
     """``x @ weightᵀ + bias``: (…, in) → (…, out) in x's dtype."""
     weight = _check(PackedWeight(tiles, scales, zeros, order, starts, bits, in_features, out_features))
-    return multiply(x, weight, bias, int8)
+    return multiply(x, weight, bias, rounding)
 
 
 @linear_packed.register_fake
@@ -301,7 +321,7 @@ def _(
     in_features: int,
     out_features: int,
     bias: Tensor | None,
-    int8: bool,
+    rounding: int,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 

@@ -1,7 +1,7 @@
 """All kernels, in order of preference, and the one choice among them.
 
-"auto" takes the first that can run the layer and passes its self-check, if it has one. A kernel asked for by name runs
-or says which condition fails.
+"auto" takes the first that can run the layer and passes its self-check, if it has one; "auto_a16" takes none that
+rounds activations to 8 bits. A kernel asked for by name runs or says which condition fails.
 Kernels of other packages (`providers`) run only where they are asked for by name.
 """
 
@@ -10,15 +10,19 @@ from __future__ import annotations
 import torch
 
 from ..errors import KernelError
-from .cpu import Cpu, CpuInt8
+from .cpu import Cpu, Cpu16, CpuInt8
 from .kernel import Kernel, KernelSpec
 from .providers import PROVIDERS, Provider
 from .reference import Reference
 from .torch_int4 import TorchInt4
 from .triton import TritonKernel
 
-# The reference kernel can always run. The one after it rounds more: it is taken only where it is asked for by name.
-KERNELS: tuple[Kernel, ...] = (Cpu(), TorchInt4(), TritonKernel(), Reference(), CpuInt8())
+# The reference kernel can always run.
+_OTHERS = (TorchInt4(), TritonKernel(), Reference())
+_AUTO: tuple[Kernel, ...] = (Cpu(), *_OTHERS)
+_AUTO_A16: tuple[Kernel, ...] = (Cpu16(), *_OTHERS)
+
+KERNELS: tuple[Kernel, ...] = (*_AUTO, Cpu16(), CpuInt8())
 
 _ENTRIES: tuple[Kernel | Provider, ...] = (*KERNELS, *PROVIDERS)
 
@@ -29,7 +33,7 @@ _ENGINES = ("vllm", "sglang", "mlx")
 
 
 def names() -> tuple[str, ...]:
-    """Every kernel's name, fewbit's own first. `choose` also understands "auto", "auto_trainable" and "torch"."""
+    """Every kernel's name, fewbit's own first. `meant` knows further words."""
     return tuple(entry.name for entry in _ENTRIES)
 
 
@@ -48,13 +52,17 @@ def get(name: str) -> Kernel:
 def meant(name: str) -> tuple[Kernel | Provider, ...]:
     """The kernels that a name of fewbit's, GPTQModel's or transformers' stands for, the preferred one first.
 
+    Beside kernels' names: "auto", "auto_a16", "auto_trainable" and "torch".
+
     Raises:
         KernelError: it is no kernel's name.
     """
     short = name.lower().removeprefix("gptq_")
     short = _ALIASES.get(short, short)
     if short in ("auto", "auto_trainable"):
-        return KERNELS
+        return _AUTO
+    if short == "auto_a16":
+        return _AUTO_A16
     if short == "torch":
         return tuple(kernel for kernel in KERNELS if kernel.name in _TORCH)
     if short in _ENGINES:

@@ -154,6 +154,7 @@ class HessianPool:
             decoder receives.
         ranks: the processes; all of them make a pool, and get the same layers' Hessians.
         routed: what the rows are that came to a layer in a job; None where they are simply the tokens.
+        kept: how many Hessians wait for other layers at a time.
 
     Attributes:
         unmaskable: layers whose rows are not the tokens → rows among which padding could not be told apart.
@@ -165,8 +166,10 @@ class HessianPool:
         is_encoder_output: Callable[[Tensor], bool] = lambda x: False,
         ranks: Ranks | None = None,
         routed: Callable[[str, int], RoutedRows | None] = lambda layer, job: None,
+        kept: int = KEPT,
     ) -> None:
         self._batches = batches
+        self._kept = kept
         self._routed = routed
         self._is_encoder_output = is_encoder_output
         self._ranks = ranks or Ranks()
@@ -182,7 +185,7 @@ class HessianPool:
         if same is not None:
             return same
         entry = self._accumulate(name, module, arrivals)
-        self._pool = [*self._pool[1 - KEPT :], entry]
+        self._pool = [*self._pool[1 - self._kept :], entry]
         return entry
 
     def prune(self) -> None:

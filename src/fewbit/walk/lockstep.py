@@ -30,10 +30,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Arrival:
-    """The input `x` that job number `job` brought to a layer."""
+    """The input `x` that job number `job` brought to a layer, and what else it brought by position."""
 
     job: int
     x: Tensor
+    others: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,14 @@ class Traffic:
     late_references: Counter[str] = field(default_factory=Counter)
     unreached: list[str] = field(default_factory=list)
 
+    def forget(self, points: Collection[str]) -> None:
+        """Leave out meeting points that are no layers of interest."""
+        for point in points:
+            self.late.pop(point, None)
+            self.late_references.pop(point, None)
+        self.met = [name for name in self.met if name not in points]
+        self.unreached = [name for name in self.unreached if name not in points]
+
 
 @dataclass
 class _Call:
@@ -78,10 +87,9 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    @property
-    def x(self) -> Tensor:
+    def arrival(self, job: int) -> Arrival:
         first: Tensor = self.args[0] if self.args else next(iter(self.kwargs.values()))
-        return first
+        return Arrival(job, first, self.args[1:])
 
 
 @dataclass
@@ -194,7 +202,7 @@ class _Walk:
         module = self.layers[name]
         before = dict(module._parameters)
         if name in self.unmet:
-            self.meet(name, [Arrival(job, self.call(job).x) for job in group])
+            self.meet(name, [self.call(job).arrival(job) for job in group])
             self.unmet.remove(name)
             self.traffic.met.append(name)
         else:

@@ -1,7 +1,8 @@
 """What happens at a meeting point: Hessian, solve, quantized weight in place, block to the sink.
 
 `LayerQuantizer.meet` is given to the walk. Layers found in the journal are put in place without being
-solved. When all layers of a block are done, their packed tensors go to the sink.
+solved. When all layers of a block are done, their packed tensors go to the sink. `LayerQuantizer.solve_ahead` is for
+meeting points where the inputs of many layers are at hand: what it finds, each of them gets when it is met.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from ..solver import Accuracy, Solution
 from ..solver.hessian import usable_rows
 from ..timers import Timers
 from ..tune import TuneResult
+from .companies import Party
 from .hessians import HessianPool, SharedHessian
 from .layers import input_rows, set_weight_matrix, weight_matrix
 from .lockstep import Arrival
 from .ranks import Ranks
-from .solving import LayerSolver
+from .solving import Family, LayerSolver
 
 Progress = Callable[[str, int, int], None]
 
@@ -204,6 +206,31 @@ class LayerQuantizer:
         self._met.add(name)
         self._done_weights += layer.weights
         self.progress("quantize", self._done_weights, self.plan.weights)
+
+    def solve_ahead(self, parties: Sequence[Party]) -> None:
+        """Solve layers together that are about to be met; not those that are finished, or that no token comes to."""
+        unreached = self.ranks.all(*(not party.arrivals for party in parties))
+        due = [
+            (layers, party.arrivals)
+            for party, nowhere in zip(parties, unreached, strict=True)
+            if not nowhere and (layers := self._to_solve(party.layers))
+        ]
+        if not due:
+            return
+        start = time.perf_counter()
+        with self.timers.time("hessian"):
+            families = [
+                Family(layers, self.hessians.get(layers[0].name, self.modules[layers[0].name], arrivals))
+                for layers, arrivals in due
+            ]
+        seconds = time.perf_counter() - start
+        with self.timers.time("solve"):
+            self._solver.solve_ahead(families, seconds)
+
+    def _to_solve(self, names: Sequence[str]) -> list[LayerPlan]:
+        """Those layers of the plan that need a Hessian and have not been met."""
+        layers = [self._layers[name] for name in names if name in self._layers and not self._is_done(name)]
+        return [layer for layer in layers if layer.settings.method == "gptq"]
 
     def _solve(self, layer: LayerPlan, module: nn.Module, arrivals: Sequence[Arrival]) -> None:
         start = time.perf_counter()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .experts import ROUTING, Route, RoutingPoint, routes_of, unfused_modules
 from .hessians import RoutedRows, Rows
-from .lockstep import Arrival, Traffic
+from .lockstep import Arrival
 from .ranks import Ranks
 
 # An expert with fewer tokens than this for each of its input features is starved. Chosen by measurement:
@@ -87,15 +87,6 @@ class Routing:
         """What the rows of an expert's input are in a quantized job; None for layers that are no experts."""
         known = self._rows.get(_module_of(layer), {}).get(job)
         return None if known is None else known[int(layer.split(".")[-2])]
-
-    def without_points(self, traffic: Traffic) -> Traffic:
-        """The traffic of the layers alone."""
-        for point in self.points:
-            traffic.late.pop(point, None)
-            traffic.late_references.pop(point, None)
-        traffic.met = [name for name in traffic.met if name not in self.points]
-        traffic.unreached = [name for name in traffic.unreached if name not in self.points]
-        return traffic
 
     def _added(self, module: str, choices: Mapping[int, Tensor], wanted: int) -> dict[int, list[Tensor]]:
         """Job → for each expert the tokens that it computes besides those that are sent to it.

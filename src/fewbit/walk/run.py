@@ -25,11 +25,14 @@ from ..errors import CalibrationError, FewbitError
 from ..plan import Plan, output_embedding_name
 from ..solver import Accuracy, native, why_no_triton
 from ..timers import Timers
-from .hessians import HessianPool, Rows, hold_out
+from .companies import Companies, formed
+from .experts import unfused_modules
+from .hessians import KEPT, HessianPool, Rows, hold_out
+from .kin import gains_from_company
 from .lockstep import Arrival, Leave, Meet, Passage, Traffic, walk
 from .quantizer import LayerQuantizer, Progress, Sink
 from .ranks import Ranks
-from .room import room_on_device
+from .room import companies_on_device, room_on_device
 from .routing import Routing
 from .spill import activations
 from .tuning import BlockTuner
@@ -53,6 +56,7 @@ def quantize_layers(
     weights: Weights | None = None,
     ranks: Ranks | None = None,
     offload_dir: str | Path | None = None,
+    company: int | None = None,
 ) -> list[str]:
     """Put the quantized weight of every layer of the plan in place, and its tensors into the sink.
 
@@ -64,6 +68,8 @@ def quantize_layers(
             with all layers quantized.
         offload_dir: folder for the activations of batches that wait; None keeps them in memory. On a CUDA device
             those that it has no room for are kept there, or else in host memory.
+        company: experts of a layer that run and are solved together; None: as many as the device gains from and has
+            room for, on a CPU 1.
 
     Returns:
         Sentences about anything a user should know.
@@ -84,8 +90,11 @@ def quantize_layers(
     paired = needs_full_precision(config)
     all_rows = _rows(calibration.batches, config)
     rows = ranks.share(all_rows)
+    streams = 2 if paired else 1
+    together = _companies(model, plan, weights, rows, streams, ranks, company)
     routing = Routing(model, rows, ranks)
-    hessians = HessianPool(rows, encoder_outputs.has, ranks, routing.rows)
+    kept = max([KEPT, *together.values()])
+    hessians = HessianPool(rows, encoder_outputs.has, ranks, routing.rows, kept)
     quantizer = LayerQuantizer(
         plan,
         modules,
@@ -104,18 +113,19 @@ def quantize_layers(
         if not calibration.batches:
             _meet_without_inputs(modules, quantizer, weights)
             return notes
-        room = room_on_device(model, plan, weights, rows, streams=2 if paired else 1)
+        room = room_on_device(model, plan, weights, rows, streams, together)
         spill = activations(offload_dir, timers, room)
-        with encoder_outputs, weights.on_demand(quantizer.restore, spill.unrecorded), spill:
+        on_demand = weights.on_demand(quantizer.restore, spill.unrecorded)
+        with formed(model, together) as companies, encoder_outputs, on_demand, spill:
             jobs = [_job(model, batch) for batch in batches]
             references = range(len(batches), 2 * len(batches) if paired else len(batches))
             jobs += [jobs[reference - len(batches)] for reference in references]
             tuner = BlockTuner(rows, steps=config.tune_steps, seed=config.seed, ranks=ranks)
             leave = _leaving(blocks, quantizer, tuner, timers) if blocks else None
             traffic = walk(
-                routing.meeting_points(modules),
+                companies.meeting_points(routing.meeting_points(modules)),
                 jobs,
-                _meeting(routing, quantizer, weights),
+                _meeting(routing, companies, quantizer, weights),
                 references=references,
                 blocks=blocks,
                 leave=leave,
@@ -123,7 +133,8 @@ def quantize_layers(
                 earliest=ranks.first,
                 running=spill.running,
             )
-        traffic = _of_all(routing.without_points(traffic), ranks)
+        traffic.forget({*routing.points, *companies.points})
+        traffic = _of_all(traffic, ranks)
         _meet_without_inputs(traffic.unreached, quantizer, weights)
         for block in blocks:  # those that no batch went through as a whole
             quantizer.close(block)
@@ -134,15 +145,39 @@ def quantize_layers(
     return notes + (_pairing_notes(traffic, sink.records) if paired else [])
 
 
-def _meeting(routing: Routing, quantizer: LayerQuantizer, weights: Weights) -> Meet:
-    """What happens where batches wait: their tokens are given to experts, or a layer is quantized."""
+def _companies(
+    model: nn.Module,
+    plan: Plan,
+    weights: Weights,
+    batches: Sequence[Rows],
+    streams: int,
+    ranks: Ranks,
+    size: int | None,
+) -> dict[str, int]:
+    """Module of experts → how many of them run together: the same in all processes, and none that run alone."""
+    if size is not None:
+        sizes = dict.fromkeys(unfused_modules(model), size)
+    elif gains_from_company(weights.device):
+        sizes = companies_on_device(model, plan, weights, batches, streams)
+    else:
+        sizes = {}
+    everyones = ranks.collect(sizes)
+    smallest = {name: min(one.get(name, 1) for one in everyones) for name in sizes}
+    return {name: size for name, size in smallest.items() if size > 1}
+
+
+def _meeting(routing: Routing, companies: Companies, quantizer: LayerQuantizer, weights: Weights) -> Meet:
+    """What happens where batches wait: tokens are given to experts, layers solved ahead, or one is quantized."""
 
     def meet(name: str, arrivals: list[Arrival]) -> None:
         if name in routing.points:
             routing.meet(name, arrivals)
             return
         weights.require(name)  # where no batch of this process came, nothing was read yet
-        quantizer.meet(name, arrivals)
+        if name in companies.points:
+            quantizer.solve_ahead(companies.parties(name, arrivals))
+        else:
+            quantizer.meet(name, arrivals)
 
     return meet
 
