@@ -10,8 +10,9 @@ BASE = "Linear"
 _OTHER_BASE = "Linear (GPTQModel's torch)"
 _OF_GPTQMODEL = ("torch_cpu_avx512", "torch_aten")
 _LABELS = {
-    "cpu": "**fewbit, 16-bit activations** (`cpu`)",
-    "cpu_a8": "**fewbit, 8-bit activations** (`cpu_a8`)",
+    "cpu": "**fewbit** (`cpu`)",
+    "cpu_a16": "fewbit, 16-bit activations (`cpu_a16`)",
+    "cpu_a8": "fewbit, 8-bit activations (`cpu_a8`)",
     "torch_int4": "fewbit on torch's operator (`torch_int4`)",
     "Linear": "bfloat16 Linear",
     "torch operator": "torch's int4 operator",
