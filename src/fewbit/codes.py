@@ -18,10 +18,12 @@ def group_count(in_features: int, group_size: int) -> int:
     return 1 if group_size == -1 else math.ceil(in_features / group_size)
 
 
-def sequential_groups(in_features: int, group_size: int) -> Tensor:
+def sequential_groups(
+    in_features: int, group_size: int, *, device: torch.device | str | None = None
+) -> Tensor:
     """The group of each input without act-order: ``i // group_size``, int32 of shape (in,)."""
     size = in_features if group_size == -1 else group_size
-    return torch.arange(in_features, dtype=torch.int32) // max(size, 1)
+    return torch.arange(in_features, dtype=torch.int32, device=device) // max(size, 1)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import summing
 from fewbit.config import LayerSettings
 from fewbit.errors import SolverError
 from fewbit.solver import Accuracy, FactorCache, Hessian, Probe, fallback, quantize_weight
-from fewbit.solver.correction import RIDGE, Drift, best_alpha, output_error
+from fewbit.solver.correction import RIDGE, alpha_figures, best_alpha, drifts_of, error_figures, steps_of
 
 SETTINGS = LayerSettings(bits=3, group_size=16, sym=True, act_order="group", damp=0.01, method="gptq")
 
@@ -29,38 +29,52 @@ def hessian_of(X, X_full):
     return summing.hessian_of(X.split(250), X_full.split(250))
 
 
+def step_of(hessian, W):
+    [[step]] = steps_of([W[None]], drifts_of([hessian]))
+    return step
+
+
+def alpha_of(W, step, probe):
+    [figures] = alpha_figures(W[None], step[None], probe.X[None], probe.X_full[None])
+    return best_alpha(*figures.sum(0).tolist())
+
+
+def output_error(W, W_hat, probe):
+    return float(error_figures(W[None], W_hat[None], probe.X[None], probe.X_full[None]).sum())
+
+
 def test_the_step_is_the_damped_least_squares_solution():
     W, X, X_full = problem()
     H = X.double().T @ X.double()
     ridge = RIDGE * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
     C = (X_full - X).double().T @ X.double()
     want = W.double() @ C @ torch.linalg.inv(H + ridge)
-    got = Drift(hessian_of(X, X_full)).step(W)
+    got = step_of(hessian_of(X, X_full), W)
     assert float((got - want).norm() / want.norm()) < 1e-4
 
 
 def test_a_full_step_undoes_a_drift_that_is_linear():
     W, X, X_full = problem(tokens=4000)
-    step = Drift(hessian_of(X, X_full)).step(W)
+    step = step_of(hessian_of(X, X_full), W)
     probe = Probe(X, X_full)
     assert output_error(W, W + step, probe) < 0.2 * output_error(W, W, probe)
 
 
 def test_best_alpha_is_the_best_of_a_fine_list():
     W, X, X_full = problem()
-    step = 3 * Drift(hessian_of(X[:300], X_full[:300])).step(W)  # too long on purpose
+    step = 3 * step_of(hessian_of(X[:300], X_full[:300]), W)  # too long on purpose
     probe = Probe(X[300:], X_full[300:])
     errors = {a / 100: output_error(W, W + a / 100 * step, probe) for a in range(101)}
     best = min(errors, key=errors.get)
     assert 0 < best < 1
-    assert best_alpha(W, step, probe) == pytest.approx(best, abs=0.0051)
+    assert alpha_of(W, step, probe) == pytest.approx(best, abs=0.0051)
 
 
 @pytest.mark.parametrize(("scale", "expected"), [(-1.0, 0.0), (0.01, 1.0), (0.0, 0.0)])
 def test_alpha_stays_between_0_and_1(scale, expected):
     W, X, X_full = problem()
-    step = Drift(hessian_of(X, X_full)).step(W)
-    assert best_alpha(W, scale * step, Probe(X, X_full)) == expected
+    step = step_of(hessian_of(X, X_full), W)
+    assert alpha_of(W, scale * step, Probe(X, X_full)) == expected
 
 
 @pytest.mark.parametrize("correction", [0.5, 1.0, "auto"])

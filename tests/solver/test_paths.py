@@ -28,7 +28,12 @@ def kernels(monkeypatch):
         )
 
     monkeypatch.setattr(triton, "ldlq_block", block)
-    monkeypatch.setitem(grid.SEARCHES, "triton", grid.SEARCHES["torch"])
+
+    def search(W, D, *rest):
+        found = [grid.SEARCHES["torch"](w, d, *rest) for w, d in zip(W, D, strict=True)]
+        return tuple(map(torch.stack, zip(*found, strict=True)))
+
+    monkeypatch.setitem(grid.SEARCHES, "triton", search)
     return triton
 
 
@@ -75,9 +80,12 @@ def test_errors_and_losses_are_checked_too(kernels, monkeypatch, which):
 def test_a_worse_grid_is_found(kernels, monkeypatch):
     from fewbit.solver import grid
 
+    right = grid.SEARCHES["triton"]
+
     def wrong(W, D, starts, tried, bits, sym):
-        scales, zeros = grid.SEARCHES["torch"](W, D, starts, tried, bits, sym)
-        return scales * (1 if sym else 1.25), zeros
+        scales, zeros = right(W, D, starts, tried, bits, sym)
+        scales[1] *= 1 if sym else 1.25
+        return scales, zeros
 
     monkeypatch.setitem(grid.SEARCHES, "triton", wrong)
     assert disagreement(CPU) == (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..config import LayerSettings
 from ..errors import SolverError
-from .correction import Drift
+from .correction import Drift, drifts_of
 from .fallback import Prepared, prepare
 from .hessian import Hessian
 
@@ -54,8 +54,22 @@ class FactorCache:
         """
         self._belongs_to(hessian)
         if self._drift is None:
-            self._drift = Drift(hessian)
+            [self._drift] = drifts_of([hessian])
         return self._drift
+
+    @property
+    def has_drift(self) -> bool:
+        """Whether the direction of the correction is there."""
+        return self._drift is not None
+
+    def put_drift(self, hessian: Hessian, drift: Drift) -> None:
+        """Keep a direction that was computed together with others.
+
+        Raises:
+            SolverError: the cache belongs to another Hessian.
+        """
+        self._belongs_to(hessian)
+        self._drift = drift
 
     def _belongs_to(self, hessian: Hessian) -> None:
         if self._hessian is not None and self._hessian is not hessian:

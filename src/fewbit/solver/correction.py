@@ -13,12 +13,13 @@ and Qronos (arXiv:2505.11695) are special cases.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .batches import product, stacked, worked
 from .hessian import Hessian
 
 # Sums figures of the rows of W, float64 (rows, …), over all rows of the layer, of which W may be a part: always in
@@ -50,27 +51,44 @@ class Probe:
         return self.X.shape[0]
 
 
+@dataclass(frozen=True)
 class Drift:
     """The direction of the correction, for the layers that share a Hessian.
 
-    Args:
-        hessian: with full-precision inputs.
+    Attributes:
+        C: float32 (n, n). L: the Cholesky factor of H + λI; None where it cannot be factored.
     """
 
-    def __init__(self, hessian: Hessian) -> None:
+    C: Tensor
+    L: Tensor | None
+
+
+def drifts_of(hessians: Sequence[Hessian]) -> list[Drift]:
+    """Of Hessians of one size, all with full-precision inputs: factored as one batch."""
+    means = torch.stack([hessian.matrix().diagonal().mean() for hessian in hessians])
+    A = torch.stack([hessian.matrix() for hessian in hessians])
+    A.diagonal(dim1=-2, dim2=-1).add_(RIDGE * means[:, None])
+    L, info = torch.linalg.cholesky_ex(A)
+    del A
+    drifts = []
+    for hessian, factor, is_factor in zip(hessians, L, worked(L, info).tolist(), strict=True):
         C = hessian.drift()
         assert C is not None
-        self.C = C
-        H = hessian.matrix().clone()
-        H.diagonal().add_(RIDGE * H.diagonal().mean())
-        L, info = torch.linalg.cholesky_ex(H)
-        self.L: Tensor | None = L if int(info) == 0 and bool(torch.isfinite(L.diagonal()).all()) else None
+        drifts.append(Drift(C, factor if is_factor else None))
+    return drifts
 
-    def step(self, W: Tensor) -> Tensor | None:
-        """W C (H + λI)⁻¹, float32 (m, n); None where H + λI cannot be factored."""
-        if self.L is None:
-            return None
-        return torch.cholesky_solve((W @ self.C).T, self.L).T.contiguous()
+
+def steps_of(weights: Sequence[Tensor], drifts: Sequence[Drift]) -> list[Tensor]:
+    """W C (H + λI)⁻¹ for every W, float32 (B, m, n): batches, of which each matrix has a drift that has an L."""
+    C = stacked([drift.C for drift in drifts])
+    steps = [product(W, C) for W in weights]
+    del C
+    for step in steps:
+        # One after the other: for many right-hand sides torch's batch is such a loop, too, and needs copies of every L.
+        for part, drift in zip(step, drifts, strict=True):
+            assert drift.L is not None
+            part.copy_(torch.cholesky_solve(part.T, drift.L).T)
+    return steps
 
 
 def whole(figures: Tensor) -> Tensor:
@@ -78,32 +96,49 @@ def whole(figures: Tensor) -> Tensor:
     return figures.sum(0)
 
 
-def best_alpha(W: Tensor, step: Tensor, probe: Probe, total: Total = whole) -> float:
-    """The α in 0 … 1 that minimises ‖W X̃ − (W + α step) X‖² on the probe.
+# Figures are float64, for each row of a batch of weights (B, m, n). X and X̃ are those of the probes, (B, tokens, n):
+# rows of zeros add nothing to any of them.
 
-    In closed form: with A = W (X̃ − X) and B = step X the minimum of ‖A − αB‖² is at ⟨A, B⟩ / ‖B‖².
+
+def alpha_figures(W: Tensor, step: Tensor, X: Tensor, X_full: Tensor) -> Tensor:
+    """⟨A, B⟩ and ‖B‖² of every row, (B, m, 2), with A = W (X̃ − X) and B = step X."""
+    A = product(W, (X_full - X).mT)
+    B = product(step, X.mT)
+    return torch.stack([_sums(A * B), _sums(B.square())], dim=-1)
+
+
+def best_alpha(inner: float, norm: float) -> float:
+    """The α in 0 … 1 that minimises ‖W X̃ − (W + α step) X‖² = ‖A − αB‖²: at ⟨A, B⟩ / ‖B‖².
+
+    Args:
+        inner, norm: sums of `alpha_figures` over the rows.
     """
-    A = W @ (probe.X_full - probe.X).T
-    B = step @ probe.X.T
-    product, norm = total(torch.stack([_sums(A * B), _sums(B.square())], dim=1)).tolist()
-    return min(1.0, max(0.0, product / norm)) if norm > 0 else 0.0
+    return min(1.0, max(0.0, inner / norm)) if norm > 0 else 0.0
 
 
-def output_error(W: Tensor, W_hat: Tensor, probe: Probe, total: Total = whole) -> float:
-    """‖W X̃ − Ŵ X‖² on the probe."""
-    E = (W @ probe.X_full.T).sub_(W_hat @ probe.X.T)
-    return float(total(_sums(E.square_())))
+def error_figures(W: Tensor, W_hat: Tensor, X: Tensor, X_full: Tensor) -> Tensor:
+    """‖W X̃ − Ŵ X‖² of every row, (B, m)."""
+    E = product(W, X_full.mT).sub_(product(W_hat, X.mT))
+    return _sums(E.square_())
 
 
-def relative_error(W: Tensor, W_hat: Tensor, probe: Probe, total: Total = whole) -> float | None:
-    """‖W X̃ − Ŵ X‖ / ‖W X̃‖ on the probe; None where W X̃ carries no signal."""
-    Y = W @ probe.X_full.T
+def relative_figures(W: Tensor, W_hat: Tensor, X: Tensor, X_full: Tensor) -> Tensor:
+    """‖W X̃ − Ŵ X‖² and ‖W X̃‖² of every row, (B, m, 2)."""
+    Y = product(W, X_full.mT)
     norms = _sums(Y.square())
-    errors = _sums(Y.sub_(W_hat @ probe.X.T).square_())
-    error, norm = total(torch.stack([errors, norms], dim=1)).tolist()
+    errors = _sums(Y.sub_(product(W_hat, X.mT)).square_())
+    return torch.stack([errors, norms], dim=-1)
+
+
+def relative_error(error: float, norm: float) -> float | None:
+    """‖W X̃ − Ŵ X‖ / ‖W X̃‖; None where W X̃ carries no signal.
+
+    Args:
+        error, norm: sums of `relative_figures` over the rows.
+    """
     return math.sqrt(error / norm) if norm > 0 else None
 
 
 def _sums(Y: Tensor) -> Tensor:
     """The sum of every row, float64."""
-    return Y.sum(dim=1, dtype=torch.float64)
+    return Y.sum(dim=-1, dtype=torch.float64)

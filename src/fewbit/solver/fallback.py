@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .batches import in_batches
 from .hessian import Hessian
-from .ldlq import Factor, factor, factor_all, in_batches, order
+from .ldlq import Factor, factor, factor_all, order
 
 TOKENS_DROPPED = "non-finite tokens dropped"
 STARVED = "tokens of other experts added"  # by the walk, before the solver sees the Hessian
@@ -47,18 +48,24 @@ class Prepared:
 
 
 def prepare(
-    hessian: Hessian, group_size: int, act_order: str, damp: float, factored: Factor | None = None
+    hessian: Hessian,
+    group_size: int,
+    act_order: str,
+    damp: float,
+    factored: Factor | None = None,
+    dead: int | None = None,
 ) -> Prepared:
     """Order the columns and factor H, going down the ladder as far as needed.
 
     Args:
-        factored: the plain factorization, where it is there already.
+        factored: the plain factorization, where it is there already. dead: columns that never were active, where they
+            are counted already.
     """
     fallbacks = (TOKENS_DROPPED,) if hessian.dropped else ()
     H = hessian.matrix()
     diag = hessian.diagonal()
     perm, g_idx = order(diag, group_size, act_order)
-    dead = int((diag == 0).sum())
+    dead = int(_dead(diag)) if dead is None else dead
     if hessian.tokens == 0 or dead == len(diag):
         names = (*fallbacks, NO_TOKENS, ROUND_TO_NEAREST)
         return Prepared(torch.ones_like(diag), g_idx, None, damp, dead, names)
@@ -71,14 +78,20 @@ def prepare_all(hessians: Sequence[Hessian], group_size: int, act_order: str, da
     sizes: dict[int, list[int]] = {}
     for i, hessian in enumerate(hessians):
         sizes.setdefault(hessian.n, []).append(i)
+    dead = torch.stack([_dead(hessian.matrix().diagonal()) for hessian in hessians]).tolist()
     prepared: dict[int, Prepared] = {}
     for n, members in sizes.items():
         for some in in_batches(members, n):
             H = [hessians[i].matrix() for i in some]
             perms = [order(h.diagonal(), group_size, act_order)[0] for h in H]
             for i, factored in zip(some, factor_all(H, perms, damp), strict=True):
-                prepared[i] = prepare(hessians[i], group_size, act_order, damp, factored)
+                prepared[i] = prepare(hessians[i], group_size, act_order, damp, factored, dead[i])
     return [prepared[i] for i in range(len(hessians))]
+
+
+def _dead(diag: Tensor) -> Tensor:
+    """How many columns never were active."""
+    return (diag == 0).sum()
 
 
 def grid_weights(diag: Tensor, damp: float) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .batches import stacked
 from .native import Backend
 from .paths import path_for
 
@@ -66,24 +67,41 @@ def fit_grid(W: Tensor, D: Tensor, g_idx: Tensor, bits: int, *, sym: bool, backe
     Returns:
         The grid. A group of zeros gets scale 1.
     """
+    [grid] = fit_grids(W[None], D[None], g_idx[None], bits, sym=sym, backend=backend)
+    return grid
+
+
+def fit_grids(
+    W: Tensor, D: Tensor, g_idx: Tensor, bits: int, *, sym: bool, backend: Backend = "auto"
+) -> list[Grid]:
+    """As `fit_grid` for each of a batch: W (B, m, n), D (B, n), g_idx (B, n), in all of which groups have one size.
+
+    With Triton it is one search.
+    """
     # Where groups begin decides the shapes below: one look at it from the CPU, instead of several.
     groups = g_idx.cpu().long()
-    columns, counts = torch.argsort(groups, stable=True), torch.bincount(groups)
+    columns, counts = torch.argsort(groups, stable=True), torch.bincount(groups[0])
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    if not torch.equal(columns, torch.arange(len(columns))):
+    if not bool((columns == torch.arange(columns.shape[1])).all()):
         columns = columns.to(W.device)
-        W, D = W[:, columns], D[columns]
+        W, D = W.gather(2, columns[:, None].expand_as(W)), D.gather(1, columns)
     tried = candidates(bits, sym)
-    search = SEARCHES[path_for(backend, W)]
-    scales, zeros = search(W, _with_idle_groups(D, counts), starts, tried, bits, sym)
-    return Grid(scales.half(), zeros.short(), g_idx.int())
+    path = path_for(backend, W)
+    search = SEARCHES[path]
+    D = _with_idle_groups(D, counts)
+    if path == "triton":
+        scales, zeros = search(W, D, starts, tried, bits, sym)
+    else:
+        found = [search(w, d, starts, tried, bits, sym) for w, d in zip(W, D, strict=True)]
+        scales, zeros = map(stacked, zip(*found, strict=True))
+    return [Grid(*grid) for grid in zip(scales.half(), zeros.short(), g_idx.int(), strict=True)]
 
 
 def _with_idle_groups(D: Tensor, counts: Tensor) -> Tensor:
-    """D with ones in groups that have no weight in it (inputs that never were active): there all matter alike."""
+    """D (B, n) with ones in groups without any weight in it (inputs that never were active): there all matter alike."""
     group = torch.repeat_interleave(torch.arange(len(counts)), counts).to(D.device)
-    idle = D.new_zeros(len(counts)).index_add_(0, group, D) == 0
-    return torch.where(idle[group], torch.ones_like(D), D)
+    idle = D.new_zeros(len(D), len(counts)).index_add_(1, group, D) == 0
+    return torch.where(idle[:, group], torch.ones_like(D), D)
 
 
 def nearest(W: Tensor, grid: Grid, bits: int) -> Tensor:

@@ -14,23 +14,20 @@ tr((W − Ŵ) H_λ (W − Ŵ)ᵀ) = Σ_i R_ii² ‖r_i‖², so the loss costs n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ..codes import sequential_groups
+from ..codes import group_count, sequential_groups
 from . import native
+from .batches import in_batches, worked
 from .grid import Grid
 from .native import Backend
 from .paths import path_for
 
-Item = TypeVar("Item")
-
 BLOCK = 128
-_BATCH_ELEMENTS = 1 << 28  # of the factors in a batch: with what belongs to them a few GB
 
 
 @dataclass(frozen=True)
@@ -80,9 +77,7 @@ def order(diag: Tensor, group_size: int, act_order: str) -> tuple[Tensor, Tensor
         perm int64 (n,), perm[k] is the column processed k-th; g_idx int32 (n,), the group of each column.
     """
     n = diag.shape[0]
-    groups = sequential_groups(n, group_size)
-    count = int(groups[-1]) + 1
-    groups = groups.to(diag.device)
+    groups, count = sequential_groups(n, group_size, device=diag.device), group_count(n, group_size)
     if act_order == "none":
         return torch.arange(n, device=diag.device), groups
     descending = torch.argsort(diag, descending=True, stable=True)
@@ -109,7 +104,7 @@ def factor(H: Tensor, perm: Tensor, damp: float, dtype: torch.dtype = torch.floa
     A.diagonal().add_(added)
     L, info = torch.linalg.cholesky_ex(A)
     del A
-    if not bool(_worked(L, info)):
+    if not bool(worked(L, info)):
         return None
     R, d = _unit_upper(L)
     return Factor(perm, R.float(), d.float(), added)
@@ -122,10 +117,10 @@ def factor_all(H: Sequence[Tensor], perm: Sequence[Tensor], damp: float) -> list
     A.diagonal(dim1=-2, dim2=-1).add_((damp * means).float()[:, None])
     L, info = torch.linalg.cholesky_ex(A)
     del A
-    worked, added = torch.stack([_worked(L, info).double(), damp * means]).tolist()
+    succeeded, added = torch.stack([worked(L, info).double(), damp * means]).tolist()
     R, d = _unit_upper(L)
     return [
-        Factor(perm[i], R[i], d[i], added[i]) if worked[i] and math.isfinite(added[i]) else None
+        Factor(perm[i], R[i], d[i], added[i]) if succeeded[i] and math.isfinite(added[i]) else None
         for i in range(len(H))
     ]
 
@@ -134,11 +129,6 @@ def _backwards(H: Tensor, perm: Tensor) -> Tensor:
     """H in processing order, backwards: its Cholesky factor, turned again, is upper triangular."""
     backwards = perm.flip(0)
     return H.index_select(0, backwards).index_select(1, backwards)
-
-
-def _worked(L: Tensor, info: Tensor) -> Tensor:
-    """Whether a Cholesky factorization succeeded, bool, for each of a batch."""
-    return (info == 0) & torch.isfinite(L.diagonal(dim1=-2, dim2=-1)).all(-1)
 
 
 def _unit_upper(L: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,19 +214,14 @@ def solve_all(problems: Sequence[Problem], bits: int, *, backend: Backend = "aut
     return results
 
 
-def in_batches(items: Sequence[Item], n: int) -> Iterator[Sequence[Item]]:
-    """As many at a time as matrices (n, n) may be held together."""
-    step = max(1, _BATCH_ELEMENTS // (n * n))
-    return (items[a : a + step] for a in range(0, len(items), step))
-
-
 def _solve_batch(problems: Sequence[Problem], bits: int) -> list[list[Sweep]]:
     """`solve` with one dimension more, for problems of one shape."""
     from . import triton
 
     count = len(problems[0].grids)
-    W = torch.stack([problem.W.repeat(count, 1) for problem in problems])
-    batch, m, n = W.shape
+    W = torch.stack([problem.W for problem in problems])
+    batch, rows, n = W.shape
+    m = count * rows
     perm, F, d = (
         torch.stack([getattr(problem.factor, part) for problem in problems]) for part in ("perm", "F", "d")
     )
@@ -250,7 +235,7 @@ def _solve_batch(problems: Sequence[Problem], bits: int) -> list[list[Sweep]]:
     for a in range(0, n, BLOCK):
         b = min(a + BLOCK, n)
         columns = perm[:, a:b]
-        W_block = W.gather(2, columns[:, None].expand(-1, m, -1)).mT.contiguous()
+        W_block = W.gather(2, columns[:, None].expand(-1, rows, -1)).mT.repeat(1, 1, count)
         T = torch.baddbmm(W_block, F[:, :a, a:b].mT, E[:, :a]) if a else W_block
         q = torch.empty_like(W_block, dtype=torch.uint8)
         F_block, d_block, of_block = (

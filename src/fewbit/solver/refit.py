@@ -27,8 +27,8 @@ def refit_scales(T: Tensor, codes: Codes, H: Tensor, sweeps: int = 1) -> Tensor:
     scales = codes.scales.float()
     Z = codes.codes.float() - codes.zeros.float()[:, groups]
     EH = (T - Z * scales[:, groups]) @ H
-    counts = torch.bincount(groups, minlength=scales.shape[1]).tolist()
-    members = torch.split(torch.argsort(groups, stable=True), counts)
+    size = len(groups) if codes.group_size == -1 else codes.group_size
+    members = torch.split(torch.argsort(groups, stable=True), size)
     for _ in range(sweeps):
         for g, columns in enumerate(members):
             Z_g = Z[:, columns]

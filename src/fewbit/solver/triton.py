@@ -161,11 +161,13 @@ def _search(
     W, D, starts, coarse, fine, offsets, scales, zeros, m, n, G, coarse_count, fine_count, offset_count,
     BITS: tl.constexpr, SYM: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """`grid._Search` for some rows of one group."""
+    """`grid._Search` for some rows of one group of one matrix."""
     levels: tl.constexpr = (1 << BITS) - 1
     half: tl.constexpr = 1 << (BITS - 1)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     group = tl.program_id(1)
+    matrix = tl.program_id(2).to(tl.int64)
+    W, D, scales, zeros = W + matrix * m * n, D + matrix * n, scales + matrix * m * G, zeros + matrix * m * G
     place = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     column = (tl.load(starts + group) + place)[:, :, None]
     inside = column < tl.load(starts + group + 1)
@@ -235,17 +237,21 @@ def fit_grid(
 ) -> tuple[Tensor, Tensor]:
     """As `native.fit_grid`: scales and zeros, float32 (m, G).
 
+    For one weight or for a batch of them: W and D may have one dimension in front, and what is returned then has.
+
     Args:
         W … offsets: all on one device. widest: columns of the largest group.
     """
-    (m, n), G = W.shape, starts.numel() - 1
+    *batch, m, n = W.shape
+    G = starts.numel() - 1
     lanes, rows = (4, 8) if widest <= _NARROW else (32, 1)
     depth = triton.next_power_of_2(triton.cdiv(widest, lanes))
     warps = max(1, depth * lanes * rows // (32 * _COLUMNS_PER_THREAD))
-    scales = torch.empty(m, G, dtype=torch.float32, device=W.device)
+    scales = torch.empty(*batch, m, G, dtype=torch.float32, device=W.device)
     zeros = torch.empty_like(scales)
+    programs = (triton.cdiv(m, rows), G, *(batch or [1]))
     with _on(W.device):
-        _search[(triton.cdiv(m, rows), G)](
+        _search[programs](
             W, D, starts, coarse, fine, offsets, scales, zeros, m, n, G, coarse.numel(), fine.numel(),
             offsets.numel(), BITS=bits, SYM=sym, DEPTH=depth, LANES=lanes, ROWS=rows,
             num_warps=min(warps, _MOST_WARPS), enable_fp_fusion=True,
