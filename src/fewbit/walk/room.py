@@ -34,6 +34,10 @@ _MATRICES = {1: 5, 2: 9}
 # Bytes in float32 and in codes for every weight of the layer that is solved.
 _SOLVER_BYTES = {1: 15, 2: 26}
 
+# The same where layers are solved as one batch. In the sweep: the weight, the target, the batch of targets, and for
+# each of three grids the errors, and codes in two orders. While targets are judged: the weight and the target.
+_BATCH_SWEEP, _BATCH_JUDGED = 30, 8
+
 # Values for every token that a paused batch holds at most: of the widest layer's input or output, a gate beside it, and
 # of states between layers (the residual, the layer's input, queries, keys).
 _WIDEST, _STATES = 1.5, 4
@@ -156,7 +160,7 @@ class CompanyCost:
         shapes = {layer: matrix_shape(child) for layer, child in expert.named_children()}
         H, inner = module.hidden_size, shapes[DOWN][1]
         halves = [(sum(shapes[layer][0] for layer in expert.first), H), (H, inner)]
-        probe = 2 * 4 * PROBE_TOKENS if streams == 2 else 0
+        probe = 4 * PROBE_TOKENS if streams == 2 else 0  # bytes for each input or output of its tokens
         return cls(
             experts=module.num_experts,
             choices=_choices(model, module.num_experts),
@@ -167,7 +171,10 @@ class CompanyCost:
             streams=streams,
             rows=max(rows for rows, _ in halves),
             solver=max(
-                _MATRICES[streams] * 4 * n**2 + _SOLVER_BYTES[streams] * n * rows + probe * n
+                _MATRICES[streams] * 4 * n**2
+                + 2 * probe * n
+                # The probes as a batch, and three products of each with the weights.
+                + max(_BATCH_SWEEP * n * rows, _BATCH_JUDGED * n * rows + probe * (2 * n + 3 * rows))
                 for rows, n in halves
             ),
         )
