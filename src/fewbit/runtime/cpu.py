@@ -16,8 +16,6 @@ from .kernel import Kernel, KernelSpec, QuantizedBuffers
 from .mapped import forget
 from .packed import PackedWeight, Rounding
 
-NAMES = ("cpu", "cpu_a16", "cpu_a8")
-
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -90,6 +88,9 @@ class CpuInt8(Cpu):
         "fewbit's own with activations rounded to 8 bits per token and group: faster from a few tokens on"
     )
     rounding = Rounding.INT8
+
+
+NAMES = tuple(kernel.name for kernel in (Cpu, Cpu16, CpuInt8))
 
 
 def product(x: Tensor, weight: PackedWeight, bias: Tensor | None, *, rounding: Rounding) -> Tensor:
