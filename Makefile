@@ -40,7 +40,7 @@ test-memory: torch
 	rm -f $(SANITIZED)/path/fewbit/_native*.so && cp $(SANITIZED)/_native*.so $(SANITIZED)/path/fewbit/
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=$(SANITIZED)/path \
-	  $(BIN)/python -m pytest -p no:cacheprovider tests/runtime/test_packed.py tests/runtime/test_kernels.py tests/runtime/test_steps.py tests/solver
+	  $(BIN)/python -m pytest -p no:cacheprovider tests/kernels/test_packed.py tests/kernels/test_kernels.py tests/kernels/test_steps.py tests/gptq
 
 # With the torch that is there: it must see the GPU. What was measured is written before a failed test ends this.
 GPU := build/gpu
@@ -48,7 +48,7 @@ gpu: $(BIN)/python
 	$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'this torch sees no GPU')"
 	$(PIP) install --quiet '.[test]'
 	mkdir -p $(GPU)
-	$(BIN)/python -m pytest tests/runtime tests/solver tests/walk tests/bench tests/test_timers.py \
+	$(BIN)/python -m pytest tests/kernels tests/gptq tests/pipeline tests/bench tests/test_timers.py \
 	  tests/cli/test_bench_command.py > $(GPU)/tests.txt; echo $$? > $(GPU)/failed; tail -20 $(GPU)/tests.txt
 	$(BIN)/python benchmarks/kernels_gpu.py --results $(GPU)/kernels.json
 	$(BIN)/python benchmarks/kernels_gpu.py --results $(GPU)/kernels.json --into docs/gpu.md

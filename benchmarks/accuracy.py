@@ -6,7 +6,7 @@
 
 A cell is one model, row, bit width, group size, symmetry and seed. Its model is quantized in a process of
 its own (seconds and peak memory are that process's) and scored in another, in float32, by the protocol of
-fewbit.evaluate. All rows of a seed get exactly the same calibration tokens. Each cell's result is appended
+fewbit.evaluation. All rows of a seed get exactly the same calibration tokens. Each cell's result is appended
 to a file of JSON lines at once, and cells found there are not run again: a killed run goes on. The original's
 logits are kept in benchmarks/data/logits (SmolLM2: 1.6 GB per text of 16 × 512 tokens).
 
@@ -115,7 +115,7 @@ class Job:
 def quantize_with_fewbit(job: Job, cell: Cell) -> dict[str, Any]:
     """The public API, as a user calls it."""
     import fewbit
-    import fewbit.api
+    import fewbit.quantization
 
     protocol = job.protocol
     config = fewbit.QuantConfig(
@@ -204,7 +204,7 @@ def score_original(job: Job) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from fewbit.evaluate import evaluate
+    from fewbit.evaluation import evaluate
 
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32).eval()
     scores = {}
@@ -224,7 +224,7 @@ def score(job: Job, cell: Cell) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     import fewbit
-    from fewbit.evaluate import evaluate
+    from fewbit.evaluation import evaluate
 
     if ROWS[cell.row].tool == "plain":
         model = AutoModelForCausalLM.from_pretrained(job.output, dtype=torch.float32).eval()
@@ -271,7 +271,7 @@ def continuation(job: Job, model: Any) -> str:
 def evaluation_windows(job: Job, text: Path) -> Any:
     from transformers import AutoTokenizer
 
-    from fewbit.evaluate import windows
+    from fewbit.evaluation import windows
 
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     return windows(str(text), tokenizer, seq_len=job.protocol.seq_len, num_windows=job.protocol.windows)

@@ -26,9 +26,9 @@ import performance_tables
 import torch
 
 from fewbit.bench import layers
+from fewbit.bench.baselines import GPTQMODEL, all_rivals
 from fewbit.bench.layers import Candidate, Shape
 from fewbit.bench.machine import measure_machine
-from fewbit.bench.rivals import GPTQMODEL, all_rivals
 
 # (out, in): Llama-2-7B and -3-8B, then SmolLM2-135M.
 MAIN = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096))

@@ -25,7 +25,7 @@ from fewbit.bench import layers, llama
 from fewbit.bench.gpu import check_device, cuda_clock, measure_gpu
 from fewbit.bench.layers import Candidate, Shape
 from fewbit.bench.machine import measure_machine
-from fewbit.bench.rounds import seconds_per_call
+from fewbit.bench.timing import seconds_per_call
 from fewbit.errors import FewbitError
 
 TOKENS = (1, 16, 64, 256, 2048)

@@ -38,7 +38,7 @@ def quantized(options: dict[str, Any]) -> tuple[Any, Any]:
 
 def measure(model: Any, base: Any, text: torch.Tensor) -> list[dict[str, Any]]:
     """Scores window by window."""
-    from fewbit.evaluate import evaluate
+    from fewbit.evaluation import evaluate
 
     return [evaluate(model, window[None], against=base).to_dict() for window in text]
 
@@ -91,7 +91,7 @@ def main() -> None:
     prepare.ensure()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fewbit.evaluate import windows
+    from fewbit.evaluation import windows
 
     text = windows(
         arguments.text,

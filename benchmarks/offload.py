@@ -26,7 +26,7 @@ def quantize(output: str, samples: int, offload_dir: str | None, options: dict) 
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import fewbit
-    import fewbit.api
+    import fewbit.quantization
 
     config = fewbit.QuantConfig(
         num_samples=samples, seq_len=SEQ_LEN, group_size=64, dtype="bfloat16", **options

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.config import QuantConfig
-from fewbit.plan import make_plan
-from fewbit.walk.layers import input_rows, set_weight_matrix, weight_matrix
-from fewbit.walk.lockstep import Arrival, walk
+from fewbit.modeling.layers import input_rows, set_weight_matrix, weight_matrix
+from fewbit.pipeline.scheduler import Arrival, walk
+from fewbit.planning import make_plan
 
 _BLOCK_COLUMNS = 128
 

@@ -57,7 +57,7 @@ def arguments_of(model: str, text: str, options: dict[str, Any]) -> tuple[Any, A
 def predict(model: str, text: str, options: dict[str, Any], output: str, cpu_clock: bool) -> dict[str, Any]:
     """The forecast, and the seconds that it took."""
     start(cpu_clock)
-    from fewbit.forecast import forecast
+    from fewbit.estimate import forecast
 
     began = time.perf_counter()
     name, config, arguments = arguments_of(model, text, options)

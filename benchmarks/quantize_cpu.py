@@ -47,7 +47,7 @@ def quantize(output: str, options: dict) -> dict:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import fewbit
-    import fewbit.api
+    import fewbit.quantization
 
     config = fewbit.QuantConfig(num_samples=SAMPLES, seq_len=SEQ_LEN, **options)
     return fewbit.quantize(prepare.MODEL, config, dataset=str(prepare.TRAIN), output=output).to_dict()

@@ -66,7 +66,7 @@ def run(name: str, job: Job, output: Path, options: list[str]) -> dict[str, Any]
     command = [sys.executable, *start, "quantize", job.model, "-o", output, "-q", *text, *options]
     load = os.getloadavg()[0]
     started = processes + (processes > 1)  # torchrun itself
-    idle = cpu_seconds([sys.executable, "-c", "import fewbit.api, torch.distributed.run"], 1)
+    idle = cpu_seconds([sys.executable, "-c", "import fewbit.quantization, torch.distributed.run"], 1)
     cpu = cpu_seconds(command, threads) - started * idle
     return {**json.loads((output / "fewbit_report.json").read_text()), "cpu": cpu, "load": load}
 
@@ -105,7 +105,7 @@ def perplexity(folder: Path, job: Job) -> float:
     from transformers import AutoTokenizer
 
     import fewbit
-    from fewbit.evaluate import evaluate, windows
+    from fewbit.evaluation import evaluate, windows
 
     text = windows(str(job.test), AutoTokenizer.from_pretrained(folder), job.seq_len, 16)
     return evaluate(fewbit.load(folder, device="cpu"), text).perplexity

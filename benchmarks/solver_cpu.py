@@ -15,10 +15,11 @@ from collections.abc import Callable
 
 import torch
 
+from fewbit import native
 from fewbit.config import LayerSettings
-from fewbit.solver import FactorCache, Hessian, native, quantize_weight
-from fewbit.solver.grid import fit_grid
-from fewbit.solver.ldlq import factor, order, solve
+from fewbit.gptq import FactorCache, Hessian, quantize_weight
+from fewbit.gptq.gptq import factor, order, solve
+from fewbit.gptq.grid import fit_grid
 
 
 def seconds(work: Callable[[], object], repeats: int = 5) -> float:

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from fewbit.config import LayerSettings
-from fewbit.solver import STRETCHES, FactorCache, Hessian, Siblings, quantize_together, why_no_triton
-from fewbit.solver.correction import whole
-from fewbit.solver.fallback import prepare
-from fewbit.solver.grid import candidates, fit_grid
-from fewbit.solver.ldlq import BLOCK, block_for
-from fewbit.solver.paths import full_float32, path_for
+from fewbit.gptq import STRETCHES, FactorCache, Hessian, Siblings, quantize_together, why_no_triton
+from fewbit.gptq.backends import full_float32, path_for
+from fewbit.gptq.cholesky import prepare
+from fewbit.gptq.correction import whole
+from fewbit.gptq.gptq import BLOCK, block_for
+from fewbit.gptq.grid import candidates, fit_grid
 
 TORCH_ROWS = 4096  # the torch grid search is measured on so many rows at most
 STEPS_OF_AN_ATTEMPT = 8  # multiply, clamp twice, round twice, subtract the weight, square, weigh and sum

@@ -67,7 +67,7 @@ def libraries() -> int:
     """Peak memory of a process that has only imported what a run needs."""
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    import fewbit.api  # noqa: F401
+    import fewbit.quantization  # noqa: F401
 
     return peak()
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fewbit
 from fewbit import demo
-from fewbit.evaluate import Evaluation, evaluate, windows
+from fewbit.evaluation import Evaluation, evaluate, windows
 
 
 @dataclass(frozen=True)

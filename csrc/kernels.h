@@ -5,7 +5,7 @@
 
 namespace fewbit {
 
-// One call of fit_grid; see src/fewbit/solver/grid.py for the mathematics.
+// One call of fit_grid; see src/fewbit/gptq/grid.py for the mathematics.
 struct GridProblem {
     const float* W;         // (m, n)
     const float* D;         // (n)
@@ -23,7 +23,7 @@ struct GridProblem {
     float* zeros;   // (m, G)
 };
 
-// One call of ldlq_block; see src/fewbit/solver/ldlq.py. Matrices with m as the last dimension hold one
+// One call of ldlq_block; see src/fewbit/gptq/gptq.py. Matrices with m as the last dimension hold one
 // column of the weight per row.
 struct LdlqProblem {
     const float* W;         // (k, m)

@@ -1,4 +1,4 @@
-// The Python module fewbit._native: pointers in, nothing out. src/fewbit/solver/native.py checks shapes and
+// The Python module fewbit._native: pointers in, nothing out. src/fewbit/native.py checks shapes and
 // types and is its only caller. No torch headers, so that one build serves every version of torch.
 #include <nanobind/nanobind.h>
 
@@ -131,7 +131,7 @@ void product(Address A, Address B, Address C, Address ends, int64_t batches, int
 }
 #endif
 
-// What the three functions of a packed weight have in common; src/fewbit/runtime/packed.py makes it.
+// What the three functions of a packed weight have in common; src/fewbit/kernels/cpu/layout.py makes it.
 struct Packed {
     PackedWeight weight;
 

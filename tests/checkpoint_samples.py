@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewbit.checkpoint.layout import pack
-from fewbit.checkpoint.quantization import build
+from fewbit.checkpoint.quantization_config import build
 from fewbit.checkpoint.writer import CheckpointWriter
-from fewbit.codes import Codes, group_count, sequential_groups
 from fewbit.config import QuantConfig
+from fewbit.quantized_matrix import Codes, group_count, sequential_groups
 
 LAYERS = {"model.layers.0.self_attn.q_proj": (32, 64), "model.layers.1.mlp.down_proj": (64, 96)}
 # Two layers are no model that transformers knows.

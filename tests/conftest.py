@@ -1,12 +1,8 @@
 import logging
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is defined: without a GPU, its interpreter runs them on CPU tensors.

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from fewbit.distributed import current
 from fewbit.errors import FewbitError
-from fewbit.walk.ranks import current
 
 
 def run_ranks(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:

@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 from fewbit import QuantConfig
-from fewbit.plan import block_of
+from fewbit.planning import block_of
 
 DENSE = {
     "self_attn.q_proj": (576, 576), "self_attn.k_proj": (192, 576), "self_attn.v_proj": (192, 576),
@@ -19,7 +19,7 @@ EXPERT = {"gate_proj": (768, 576), "up_proj": (768, 576), "down_proj": (576, 768
 
 
 def layer(name: str, shape: tuple[int, int] = (576, 576), **changes: Any) -> dict[str, Any]:
-    """One record, as `walk.quantizer.LayerRecord` has it."""
+    """One record, as `pipeline.layer_quantizer.LayerRecord` has it."""
     bits, group_size = changes.get("bits", 4), changes.get("group_size", 64)
     groups = 1 if group_size == -1 else math.ceil(shape[1] / group_size)
     return {

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fewbit.solver import Hessian
+from fewbit.gptq import Hessian
 
 
 def hessian_of(X: Sequence[Tensor], full: Sequence[Tensor] | None = None, **options: Any) -> Hessian:

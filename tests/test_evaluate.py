@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForCon
 
 from fewbit import demo
 from fewbit.errors import CalibrationError, ModelError
-from fewbit.evaluate import evaluate, windows
+from fewbit.evaluation import evaluate, windows
 
 PROSE = demo.evaluation_text().read_text(encoding="utf-8")
 
@@ -58,7 +58,7 @@ def slow(model, windows, base=None):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_scores_equal_the_slow_loop(batch_size, model, worse, tokenizer, monkeypatch):
-    monkeypatch.setattr("fewbit.evaluate._CHUNK_ELEMENTS", 1024 * 7)  # many chunks, the last one smaller
+    monkeypatch.setattr("fewbit.evaluation._CHUNK_ELEMENTS", 1024 * 7)  # many chunks, the last one smaller
     text = windows([PROSE], tokenizer, 33, 5)
     (nll, kl, same), (nll_error, kl_error, _) = slow(worse, text, model)
     result = evaluate(worse, text, against=model, batch_size=batch_size)

@@ -14,8 +14,8 @@ from fewbit.checkpoint.layout import PARTS, QWEIGHT
 from fewbit.checkpoint.verify import verify
 from fewbit.cli.main import app
 from fewbit.errors import CheckpointError, SolverError
-from fewbit.runtime.linear import QuantLinear
-from fewbit.solver import fallback
+from fewbit.gptq import cholesky as fallback
+from fewbit.kernels.linear import QuantLinear
 from models import random_sequences
 from moe_models import EXPERTS, MOE_SHAPES, STARVED, UNREACHED, save_tiny_moe, tiny_moe
 from rank_processes import run_ranks
@@ -234,7 +234,7 @@ def test_resumed_in_the_middle_it_is_the_same_to_the_byte(run, tmp_path):
 
 
 def test_experts_that_cannot_be_taken_apart_are_told_when_loading(run, monkeypatch):
-    monkeypatch.setattr("fewbit.walk.experts.why_not", lambda *_: "they are not known")
+    monkeypatch.setattr("fewbit.modeling.experts.why_not", lambda *_: "they are not known")
     message = r"layer .*experts\.0\.\w+ is stored by itself, but .* take apart: they are not known"
     with pytest.raises(CheckpointError, match=message):
         fewbit.load(run[2])

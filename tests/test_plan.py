@@ -4,7 +4,7 @@ from torch import nn
 
 from fewbit import QuantConfig
 from fewbit.errors import ConfigError, ModelError
-from fewbit.plan import block_of, make_plan
+from fewbit.planning import block_of, make_plan
 from models import tiny_model
 
 

@@ -193,7 +193,7 @@ def test_a_tensor_changed_in_place_gets_its_own_hessian():
     model = Partial()
     W = model.second.weight.detach().clone()
     fewbit.quantize(model, fewbit.QuantConfig(bits=2, group_size=32, fast=True), dataset=[{"x": x.clone()}])
-    from fewbit.solver import Hessian, quantize_weight
+    from fewbit.gptq import Hessian, quantize_weight
 
     H = Hessian(32)
     H.add(changed)
@@ -315,7 +315,7 @@ def test_rtn_needs_no_dataset(tmp_path, folder):
 
 
 def test_layers_with_one_input_share_one_hessian(monkeypatch):
-    from fewbit.walk import hessians
+    from fewbit.pipeline import statistics as hessians
 
     made = []
     original = hessians.Hessian
@@ -632,7 +632,7 @@ def test_a_model_in_memory_carries_its_report_and_logs_its_notes(caplog):
 
 
 def test_without_the_compiled_solver_there_is_one_warning(caplog, monkeypatch, tmp_path, text, folder):
-    from fewbit.solver import native
+    from fewbit import native
 
     monkeypatch.setattr(native, "_load", lambda: (None, "no compiler was found at install time"))
     with caplog.at_level("WARNING", logger="fewbit"):

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from torch import nn
-
-from fewbit.checkpoint.quantization import LayerFormat
-from fewbit.config import QuantConfig
-from fewbit.plan import make_plan
-from fewbit.readers.rules import Contents, of_plan, why_not
-from fewbit.readers.table import READERS, reader
-from fewbit.runtime.kernel import KernelSpec
-
-sys.path.insert(0, str(Path(__file__).parent / "readers"))
-
 from cells import CELLS, MATRIX, Cell, build_model
 from matrix import PAGE, page_with
 from measure import MEASURED
+from torch import nn
+
+from fewbit.checkpoint.quantization_config import LayerFormat
+from fewbit.config import QuantConfig
+from fewbit.engines.rules import Contents, of_plan, why_not
+from fewbit.engines.table import READERS, reader
+from fewbit.kernels.spec import KernelSpec
+from fewbit.planning import make_plan
 
 RECORD = json.loads(MEASURED.read_text())
 LINEAR = KernelSpec(bits=4, group_size=128, sym=True, act_order=False, in_features=256, out_features=256)

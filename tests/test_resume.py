@@ -156,7 +156,7 @@ def sending(name, blocks, where):
     return f"""
 import os, signal
 import torch.nn.functional as functional
-from fewbit.walk.journal import Journal
+from fewbit.pipeline.journal import Journal
 append, silu, done = Journal.append, functional.silu, []
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts without it
 
@@ -255,7 +255,7 @@ def stepped(function):
 
 os.fsync, os.replace = stepped(os.fsync), stepped(os.replace)
 sys.addaudithook(opened)
-from fewbit.walk.journal import Journal
+from fewbit.pipeline.journal import Journal
 remove = Journal.remove
 def told(self):
     remove(self)

@@ -2,7 +2,7 @@ import pytest
 
 import models
 from fewbit.errors import ModelError
-from fewbit.source import open_source
+from fewbit.modeling.source import open_source
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"version": 3}', '{"model": {"type": "BPE"}}'])

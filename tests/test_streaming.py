@@ -6,20 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from streaming import random_llama
 
 import fewbit
-from fewbit.api import quantize
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-from streaming import random_llama
+from fewbit.quantization import quantize
 
 LIMITED = """
 import resource, sys
 from pathlib import Path
 import torch
-import fewbit, fewbit.api
-from fewbit.walk import weights
+import fewbit, fewbit.quantization
+from fewbit.pipeline import streaming
 from transformers.models.llama import modeling_llama
 
 folder, output, headroom, whole, settings = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5]

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fewbit import timers as timers_module
+from fewbit import profiling as timers_module
 from fewbit.errors import ModelError
-from fewbit.timers import Memory, Timers
+from fewbit.profiling import Memory, Timers
 
 
 class Clock:

@@ -17,7 +17,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 KILLED = """
 import os, signal, sys
 from fewbit.cli.main import run
-from fewbit.walk.quantizer import LayerQuantizer
+from fewbit.pipeline.layer_quantizer import LayerQuantizer
 
 rank, blocks = sys.argv.pop(1), int(sys.argv.pop(1))
 solve = LayerQuantizer._solve

@@ -7,8 +7,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 import fewbit
 from fewbit.errors import CalibrationError
-from fewbit.plan import make_plan
-from fewbit.towers import parts_of
+from fewbit.modeling.multimodal import parts_of
+from fewbit.planning import make_plan
 from models import save_tiny, tiny_model, tiny_tokenizer
 from vision_models import (
     llava_samples,

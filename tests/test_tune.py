@@ -11,16 +11,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from fewbit import demo, tune
-from fewbit.codes import Codes
+from fewbit import demo
 from fewbit.config import LayerSettings
+from fewbit.distributed import Ranks
 from fewbit.errors import CalibrationError, ModelError
-from fewbit.evaluate import windows
-from fewbit.solver import quantize_weight
-from fewbit.solver.grid import LARGEST_SCALE, SMALLEST_SCALE
-from fewbit.tune import BlockCall, tune_block
-from fewbit.walk.layers import is_layer, set_weight_matrix, weight_matrix
-from fewbit.walk.ranks import Ranks
+from fewbit.evaluation import windows
+from fewbit.gptq import quantize_weight
+from fewbit.gptq.grid import LARGEST_SCALE, SMALLEST_SCALE
+from fewbit.modeling.layers import is_layer, set_weight_matrix, weight_matrix
+from fewbit.pipeline import tune_block as tune
+from fewbit.pipeline.tune_block import BlockCall, tune_block
+from fewbit.quantized_matrix import Codes
 from models import random_sequences, tiny_model
 from summing import hessian_of
 

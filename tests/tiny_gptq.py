@@ -19,7 +19,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from fewbit.checkpoint import layout
-from fewbit.codes import Codes, group_count, sequential_groups
+from fewbit.quantized_matrix import Codes, group_count, sequential_groups
 
 
 def random_codes(out_features, in_features, bits=4, group_size=32, *, order=False, sym=False, seed=0):

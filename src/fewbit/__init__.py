@@ -1,6 +1,6 @@
 """fewbit: quantize large language models to 2, 3, 4 or 8 bits with GPTQ, and run them.
 
-The public names are here; importing them has no effects. See `fewbit.api` for the whole story.
+The public names are here; importing them has no effects. See `fewbit.quantization` for the whole story.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from .errors import FewbitError
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .api import quantize
-    from .integrations.transformers import register, unregister
-    from .runtime.load import load
+    from .hf.load import load
+    from .hf.quantizer import register, unregister
+    from .quantization import quantize
 
 # Loaded when first used, so that `import fewbit` does not import transformers.
 _LAZY = {
-    "quantize": "api",
-    "load": "runtime.load",
-    "register": "integrations.transformers",
-    "unregister": "integrations.transformers",
+    "quantize": "quantization",
+    "load": "hf.load",
+    "register": "hf.quantizer",
+    "unregister": "hf.quantizer",
 }
 
 __all__ = ["FewbitError", "QuantConfig", "__version__", "load", "quantize", "register", "unregister"]

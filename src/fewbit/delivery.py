@@ -9,19 +9,20 @@ from typing import Any
 
 from torch import nn
 
-from . import __version__, budget
+from . import __version__
+from . import mixed_precision as budget
 from .calibration import Calibration
 from .checkpoint import manifest
 from .checkpoint.assemble import checkpoint_tensors, names_on_disk
-from .checkpoint.quantization import build
+from .checkpoint.quantization_config import build
 from .checkpoint.writer import CONFIG, MARKER, CheckpointWriter
 from .config import QuantConfig
 from .errors import OutputError
-from .plan import Plan, output_embedding_name
+from .modeling.source import Source
+from .pipeline.journal import Journal
+from .pipeline.streaming import Weights
+from .planning import Plan, output_embedding_name
 from .report.collect import PAGE_NAME, REPORT_NAME
-from .source import Source
-from .walk.journal import Journal
-from .walk.weights import Weights
 
 
 def write_checkpoint(

@@ -19,12 +19,12 @@ from . import __version__
 from .calibration import Calibration, prepare
 from .config import QuantConfig
 from .errors import CalibrationError, ConfigError, ModelError
-from .evaluate import windows
-from .source import Source
-from .timers import Timers
-from .walk.experts import unfuse
-from .walk.run import check_weights
-from .walk.weights import StreamedWeights, Weights
+from .evaluation import windows
+from .modeling.experts import unfuse
+from .modeling.source import Source
+from .pipeline.quantize_layers import check_weights
+from .pipeline.streaming import StreamedWeights, Weights
+from .profiling import Timers
 
 # What `evaluate_on` measures.
 EVALUATION_SEQ_LEN = 512

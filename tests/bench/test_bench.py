@@ -5,7 +5,7 @@ import torch
 
 from fewbit.bench import layers, machine
 from fewbit.bench.models import Candidate, WorkerProcess, measure_models
-from fewbit.bench.rounds import Times, in_turns, seconds_per_call
+from fewbit.bench.timing import Times, in_turns, seconds_per_call
 from fewbit.checkpoint.reader import open_checkpoint
 from fewbit.errors import KernelError
 from tiny_gptq import llama, write_checkpoint

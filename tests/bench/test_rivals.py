@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fewbit.bench import layers, rivals
+from fewbit.bench import baselines as rivals
+from fewbit.bench import layers
 from fewbit.errors import DependencyError, KernelError
 
 

@@ -4,17 +4,14 @@ import json
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
-from fewbit.evaluate import evaluate
-from models import save_tiny
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 import accuracy
 import accuracy_tables
 import prepare
+import pytest
+import torch
+
+from fewbit.evaluation import evaluate
+from models import save_tiny
 
 
 @pytest.fixture

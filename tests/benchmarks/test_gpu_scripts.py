@@ -2,15 +2,11 @@
 
 import json
 import sys
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import kernels_gpu
+import pytest
 import quantize_gpu
+import torch
 from transformers import LlamaConfig
 
 from fewbit.bench.layers import Shape

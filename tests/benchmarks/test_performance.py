@@ -1,19 +1,14 @@
 """What the tables of docs/performance.md are made of."""
 
 import json
-import sys
-from pathlib import Path
 
+import performance_tables
 import pytest
+import random_models
 import torch
 from transformers import LlamaConfig
 
 import fewbit
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import performance_tables
-import random_models
 
 KERNELS = {
     "machine": {"threads": 2, "read_bandwidth": 10e9, "peaks": {"bfloat16": 4e11}},

@@ -1,17 +1,11 @@
 """The baseline against an elimination in float64, column by column, without any Cholesky factor."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from plain_gptq import Recipe, gptq, min_max_grid, quantize, round_to_nearest
 from torch import Tensor
 
 from models import tiny_model
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from plain_gptq import Recipe, gptq, min_max_grid, quantize, round_to_nearest
 
 
 def eliminate(W: Tensor, H: Tensor, recipe: Recipe) -> Tensor:

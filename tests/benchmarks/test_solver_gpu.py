@@ -40,7 +40,7 @@ def test_every_phase_of_every_layer_is_in_the_table(solver_gpu, capsys, monkeypa
 
 def test_attempts_are_those_of_the_search(solver_gpu, monkeypatch):
     from fewbit.config import LayerSettings
-    from fewbit.solver import grid
+    from fewbit.gptq import grid
 
     count = 0
     attempt = grid._Search.attempt

@@ -20,9 +20,9 @@ from checkpoint_samples import (
 from fewbit.checkpoint.convert import convert
 from fewbit.checkpoint.reader import open_checkpoint
 from fewbit.checkpoint.verify import verify
-from fewbit.codes import Codes
 from fewbit.config import QuantConfig
 from fewbit.errors import CheckpointError, ConfigError, OutputError
+from fewbit.quantized_matrix import Codes
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

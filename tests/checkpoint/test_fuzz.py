@@ -29,7 +29,7 @@ from fewbit.checkpoint.verify import verify
 from fewbit.cli.display import quiet_libraries
 from fewbit.cli.main import app
 from fewbit.errors import FewbitError
-from fewbit.integrations.layers import quantized_layers
+from fewbit.hf.layers import quantized_layers
 from tiny_gptq import llama, write_checkpoint
 
 STYLES: dict[str, dict[str, Any]] = {

@@ -15,8 +15,8 @@ from fewbit.checkpoint.layout import (
     without_zero_point_0,
     word_count,
 )
-from fewbit.codes import Codes, group_count, sequential_groups
 from fewbit.errors import CheckpointError
+from fewbit.quantized_matrix import Codes, group_count, sequential_groups
 
 BITS = (2, 3, 4, 8)
 WIDTHS = (1, 2, 7, 31, 32, 33, 63, 96, 100)

@@ -8,7 +8,7 @@ import re
 import pytest
 
 import fewbit
-from fewbit.checkpoint.quantization import build, parse
+from fewbit.checkpoint.quantization_config import build, parse
 from fewbit.config import LayerSettings, QuantConfig
 from fewbit.errors import CheckpointError
 

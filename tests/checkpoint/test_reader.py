@@ -19,9 +19,9 @@ from checkpoint_samples import (
 from fewbit.checkpoint.header import read_header
 from fewbit.checkpoint.layout import pack
 from fewbit.checkpoint.reader import open_checkpoint, open_weights
-from fewbit.codes import Codes
 from fewbit.config import QuantConfig
 from fewbit.errors import CheckpointError
+from fewbit.quantized_matrix import Codes
 
 Q = "model.layers.0.self_attn.q_proj"
 

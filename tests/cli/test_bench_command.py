@@ -8,7 +8,7 @@ from fewbit.bench import llama as llama_shapes
 from fewbit.bench.layers import Measured, Shape
 from fewbit.bench.machine import Machine
 from fewbit.bench.models import Result
-from fewbit.bench.rounds import Times
+from fewbit.bench.timing import Times
 from fewbit.cli.bench_layers import Found
 from fewbit.cli.main import app
 from fewbit.errors import ConfigError, KernelError

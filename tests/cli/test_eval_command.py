@@ -88,7 +88,7 @@ def test_trust_in_a_checkpoints_code_reaches_the_loader(tmp_path, monkeypatch):
         trusted.append(trust_remote_code)
         return llama()
 
-    monkeypatch.setattr("fewbit.runtime.load.load", load)
+    monkeypatch.setattr("fewbit.hf.load.load", load)
     assert run(str(tmp_path), *EVAL, "--trust-remote-code").exit_code == 0
     assert run(str(tmp_path), *EVAL).exit_code == 0
     assert trusted == [True, False]
@@ -103,8 +103,8 @@ def test_a_gguf_file_beside_a_quantize_config_is_what_is_evaluated(tmp_path, mon
         opened.append(source.gguf)
         return llama()
 
-    monkeypatch.setattr("fewbit.source.Source.load_model", load_model)
-    monkeypatch.setattr("fewbit.source.Source.load_tokenizer", lambda source: tiny_tokenizer())
+    monkeypatch.setattr("fewbit.modeling.source.Source.load_model", load_model)
+    monkeypatch.setattr("fewbit.modeling.source.Source.load_tokenizer", lambda source: tiny_tokenizer())
     result = run(str(tmp_path / "model.gguf"), *EVAL)
     assert result.exit_code == 0, result.output
     assert opened == ["model.gguf"]

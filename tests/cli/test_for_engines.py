@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 from checkpoint_samples import write_fewbit
 from fewbit.cli.main import app
 from fewbit.config import QuantConfig
-from fewbit.readers.table import READERS
+from fewbit.engines.table import READERS
 from models import save_tiny
 
 NAMES = [entry.name for entry in READERS]

@@ -84,7 +84,7 @@ def test_faster_loading_is_passed_on(folder, monkeypatch):
         given.update(options)
         return llama()
 
-    monkeypatch.setattr("fewbit.runtime.load.load", load)
+    monkeypatch.setattr("fewbit.hf.load.load", load)
     options = ("-p", "the", "--max-new-tokens", "2", "--device", "cpu")
     run(folder, *options, "--fuse", "--lm-head-runtime", "8")
     assert given == {"fuse": True, "lm_head_runtime": 8}

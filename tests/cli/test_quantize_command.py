@@ -221,8 +221,8 @@ def test_the_check_of_the_import_sees_effects(effect):
 
 
 def test_the_demo_says_when_the_compiled_solver_is_missing(monkeypatch):
+    from fewbit import native
     from fewbit.demo import showcase
-    from fewbit.solver import native
 
     monkeypatch.setattr(native, "_load", lambda: (None, "no compiler was found at install time"))
     monkeypatch.setattr(showcase.Showcase, "__init__", lambda self, progress: None)

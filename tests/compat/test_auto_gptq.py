@@ -21,15 +21,8 @@ from fewbit.compat.auto_gptq import (
     get_gptq_peft_model,
 )
 from fewbit.compat.auto_gptq.modeling import BaseGPTQForCausalLM
-from fewbit.errors import (
-    CalibrationError,
-    CheckpointError,
-    ConfigError,
-    KernelError,
-    ModelError,
-    OutputError,
-)
-from fewbit.runtime.linear import QuantizedLayer
+from fewbit.errors import CalibrationError, CheckpointError, ConfigError, KernelError, ModelError, OutputError
+from fewbit.kernels.linear import QuantizedLayer
 from models import TEXT, random_sequences, save_tiny, tiny_model, tiny_tokenizer
 
 IDS = torch.arange(5, 25)[None]

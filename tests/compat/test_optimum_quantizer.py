@@ -15,8 +15,8 @@ from fewbit.checkpoint.verify import verify
 from fewbit.compat.optimum import GPTQQuantizer, load_quantized_model
 from fewbit.compat.optimum.utils import get_layers
 from fewbit.errors import CalibrationError, CheckpointError, ConfigError, KernelError, ModelError
-from fewbit.runtime import registry
-from fewbit.runtime.linear import QuantizedLayer, QuantLinear
+from fewbit.kernels import registry
+from fewbit.kernels.linear import QuantizedLayer, QuantLinear
 from models import TEXT, random_sequences, save_tiny, tiny_model, tiny_tokenizer
 from moe_models import tiny_moe
 

@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fewbit import demo
-from fewbit.evaluate import evaluate, windows
+from fewbit.evaluation import evaluate, windows
 
 
 def test_everything_is_there_and_small():

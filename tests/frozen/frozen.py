@@ -1,8 +1,8 @@
 """The frozen reference of the restructuring: SHA-256 of what some 70 quantizations write.
 
-    python tests/frozen/frozen.py          # compare with hashes.json, exit 1 if any differs
-    python tests/frozen/frozen.py --write  # freeze
-    python tests/frozen/frozen.py -k moe   # cases whose name contains a text
+python tests/frozen/frozen.py          # compare with hashes.json, exit 1 if any differs
+python tests/frozen/frozen.py --write  # freeze
+python tests/frozen/frozen.py -k moe   # cases whose name contains a text
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
-from models import TEXT, save_tiny
-from moe_models import save_tiny_moe
+from models import TEXT, save_tiny  # noqa: E402
+from moe_models import save_tiny_moe  # noqa: E402
 
 HASHES = Path(__file__).parent / "hashes.json"
 WIDE = {"hidden_size": 160, "intermediate_size": 272}  # more than one block of 128 columns
@@ -37,8 +37,15 @@ def cases() -> dict[str, tuple[str, dict[str, Any]]]:
     for bits in (2, 3, 4, 8):
         for sym in (True, False):
             for group_size in (16, 32, 20, -1):
-                settings = {"bits": bits, "sym": sym, "group_size": group_size, "act_order": orders[i % 3],
-                            "correction": corrections[(i // 2) % 3], "seq_len": 32, "num_samples": 6}
+                settings = {
+                    "bits": bits,
+                    "sym": sym,
+                    "group_size": group_size,
+                    "act_order": orders[i % 3],
+                    "correction": corrections[(i // 2) % 3],
+                    "seq_len": 32,
+                    "num_samples": 6,
+                }
                 if i % 4 == 3:
                     settings["dtype"] = "bfloat16"
                 result[f"wide-{bits}-{'sym' if sym else 'asym'}-{group_size}"] = ("wide", settings)
@@ -55,7 +62,10 @@ def cases() -> dict[str, tuple[str, dict[str, Any]]]:
         "lm_head": ("llama", {**SMALL, "bits": 4, "lm_head": True}),
         "v2": ("llama", {**SMALL, "bits": 4, "sym": False, "format": "gptq_v2"}),
         "batches": ("llama", {**SMALL, "bits": 3, "batch_size": 3}),
-        "override": ("llama", {**SMALL, "override": {"mlp": {"bits": 8, "group_size": -1}, "q_proj": "skip"}}),
+        "override": (
+            "llama",
+            {**SMALL, "override": {"mlp": {"bits": 8, "group_size": -1}, "q_proj": "skip"}},
+        ),
         "ignore": ("gpt2", {**SMALL, "ignore": "attn"}),
         "damp": ("wide", {**SMALL, "bits": 2, "damp": 0.1}),
         "seed": ("wide", {**SMALL, "bits": 2, "seed": 5}),
@@ -63,8 +73,8 @@ def cases() -> dict[str, tuple[str, dict[str, Any]]]:
         "tune-2": ("wide", {**SMALL, "bits": 2, "tune": True, "tune_steps": 6}),
         "tune-3-asym": ("llama", {**SMALL, "bits": 3, "sym": False, "tune": True, "tune_steps": 6}),
         "tune-moe": ("mixtral", {**SMALL, "bits": 2, "tune": True, "tune_steps": 4}),
-        "target": ("llama", {**SMALL, "target_bits": 3.9}),
-        "target-moe": ("mixtral", {**SMALL, "target_bits": 4.4}),
+        "target": ("llama", {**SMALL, "target_bits": 5.0, "group_size": 32}),
+        "target-moe": ("mixtral", {**SMALL, "target_bits": 5.0, "group_size": 32}),
         "ranks-2": ("wide", {**SMALL, "bits": 3}),
         "ranks-2-moe": ("mixtral", {**SMALL, "bits": 3}),
         "ranks-2-tune": ("llama", {**SMALL, "bits": 2, "tune": True, "tune_steps": 4}),
@@ -94,17 +104,35 @@ def run(name: str, model: str, settings: dict[str, Any], folder: Path) -> dict[s
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         loaded = AutoModelForCausalLM.from_pretrained(path)
-        fewbit.quantize(loaded, fewbit.QuantConfig(**settings), dataset=text, tokenizer=AutoTokenizer.from_pretrained(path))
+        fewbit.quantize(
+            loaded,
+            fewbit.QuantConfig(**settings),
+            dataset=text,
+            tokenizer=AutoTokenizer.from_pretrained(path),
+        )
         loaded.save_pretrained(output)
     elif name.startswith("ranks"):
         script = (
-            "import sys, json, torch, fewbit, torch.distributed as dist; torch.set_num_threads(1); dist.init_process_group('gloo');"
+            "import sys, json, torch, fewbit, torch.distributed as dist; torch.set_num_threads(1);"
+            "dist.init_process_group('gloo');"
             "s, m, t, o = sys.argv[1:]; fewbit.quantize(m, fewbit.QuantConfig(**json.loads(s)), dataset=t, output=o)"
         )
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+        start = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "--no-python",
+        ]
         arguments = [sys.executable, "-c", script, json.dumps(settings), path, text, output]
-        done = subprocess.run([str(part) for part in [*start, *arguments]], capture_output=True, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            [str(part) for part in [*start, *arguments]],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         assert done.returncode == 0, done.stderr
     else:
         fewbit.quantize(path, fewbit.QuantConfig(**settings), dataset=text, output=output)
@@ -133,12 +161,11 @@ def main() -> int:
             found = run(name, model, settings, folder)
             if options.write:
                 frozen[name] = found
+                HASHES.write_text(json.dumps(frozen, indent=1) + "\n")
             elif frozen[name] != found:
                 wrong += 1
                 parts = [key for key in frozen[name] if found.get(key) != frozen[name][key]]
                 print(f"{name}: differs in {', '.join(parts) or 'its files'}")
-    if options.write:
-        HASHES.write_text(json.dumps(frozen, indent=1) + "\n")
     print(f"{wrong} differ")
     return int(wrong > 0)
 

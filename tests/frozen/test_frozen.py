@@ -9,5 +9,7 @@ import pytest
 
 @pytest.mark.slow
 def test_frozen():
-    done = subprocess.run([sys.executable, Path(__file__).parent / "frozen.py"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "frozen.py"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fewbit.solver import native
+from fewbit import native
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [

@@ -6,11 +6,11 @@ import re
 
 import pytest
 
+from fewbit.gptq import cholesky as fallback
 from fewbit.report.explain import explain
 from fewbit.report.html import page, view
 from fewbit.report.layers import COLUMNS
 from fewbit.report.sections import corrections, phases, skipped_groups, tiles
-from fewbit.solver import fallback
 from report_samples import dense_layers, evaluation, expert_layers, layer, report
 
 VOID = {"meta", "link", "input", "br", "wbr"}

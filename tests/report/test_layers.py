@@ -2,7 +2,7 @@
 
 import pytest
 
-from fewbit.plan import block_of
+from fewbit.planning import block_of
 from fewbit.report.layers import (
     OUTSIDE,
     Place,

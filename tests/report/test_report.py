@@ -118,7 +118,7 @@ def test_a_run_killed_in_its_evaluation_is_resumed_with_the_same_command(run, in
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("fewbit.api.evaluate", killed)
+        patched.setattr("fewbit.quantization.evaluate", killed)
         with pytest.raises(KeyboardInterrupt):
             fewbit.quantize(model, fewbit.QuantConfig(**SMALL), **options)
     assert (tmp_path / "out" / "config.json").exists()
@@ -138,7 +138,7 @@ def test_an_interrupt_in_the_evaluation_says_how_to_go_on(inputs, tmp_path, monk
     def stopped(*_args, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fewbit.api.evaluate", stopped)
+    monkeypatch.setattr("fewbit.quantization.evaluate", stopped)
     arguments = [
         "quantize",
         model,
@@ -163,7 +163,7 @@ def test_an_evaluation_that_fails_leaves_checkpoint_report_and_card(inputs, tmp_
     def fails(*_args, **_options):
         raise ModelError("the model gives logits that are not finite")
 
-    monkeypatch.setattr("fewbit.api.evaluate", fails)
+    monkeypatch.setattr("fewbit.quantization.evaluate", fails)
     with pytest.raises(ModelError, match="not finite"):
         fewbit.quantize(
             model, fewbit.QuantConfig(**SMALL), dataset=text, output=tmp_path / "out", evaluate_on=text
@@ -214,7 +214,7 @@ def test_a_model_in_memory_has_a_report_that_can_be_written(tmp_path):
 def test_a_hub_id_is_named_and_the_uploaded_folder_leaves_the_report_behind(inputs, tmp_path, monkeypatch):
     model, text = inputs
     uploaded = {}
-    monkeypatch.setattr("fewbit.source.download", lambda name, error, allow_pickle: model)
+    monkeypatch.setattr("fewbit.modeling.source.download", lambda name, error, allow_pickle: model)
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, repo, **k: None)
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **k: uploaded.update(k))
     report = fewbit.quantize(

@@ -14,14 +14,14 @@ from fewbit.report.reproduce import reproduce
 
 
 def called_by(command, monkeypatch):
-    """The model, configuration and other arguments with which the command line calls `fewbit.api.quantize`."""
+    """The model, configuration and other arguments with which the command line calls `fewbit.quantization.quantize`."""
     calls = []
 
     def quantize(model, config, **arguments):
         calls.append((model, config, arguments))
         raise fewbit.errors.ModelError("seen enough")
 
-    monkeypatch.setattr("fewbit.api.quantize", quantize)
+    monkeypatch.setattr("fewbit.quantization.quantize", quantize)
     words = shlex.split(command)
     assert words[0] == "fewbit"
     result = CliRunner().invoke(app, words[1:])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fewbit.report import words
+from fewbit import formatting as words
 
 
 @pytest.mark.parametrize(

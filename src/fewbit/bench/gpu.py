@@ -16,7 +16,7 @@ import torch
 
 from ..errors import KernelError
 from .machine import Machine
-from .rounds import Stopwatch
+from .timing import Stopwatch
 
 _FLUSH = 256 << 20  # bytes, several times any L2
 _FLUSHES = 8  # some 500 microseconds on an H200

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..checkpoint.reader import LayerSpec
-from ..codes import Codes, group_count, sequential_groups
 from ..errors import DependencyError, KernelError
-from ..runtime import registry
-from ..runtime.kernel import KernelSpec
-from ..runtime.linear import QuantLinear
+from ..kernels import registry
+from ..kernels.linear import QuantLinear
+from ..kernels.spec import KernelSpec
+from ..quantized_matrix import Codes, group_count, sequential_groups
 from .machine import last_level_cache
-from .rounds import Stopwatch, Times, in_turns, seconds_per_call
+from .timing import Stopwatch, Times, in_turns, seconds_per_call
 
 Run = Callable[[Tensor], Tensor]
 Candidate = Callable[[Codes, torch.dtype], Run]
@@ -126,7 +126,7 @@ def random_weight(shape: Shape, seed: int = 0) -> Codes:
 
 
 def registered(kernel: str) -> Candidate:
-    """A kernel of `fewbit.runtime.registry`, by name.
+    """A kernel of `fewbit.kernels.registry`, by name.
 
     The candidate raises KernelError where the kernel cannot run the layer.
     """

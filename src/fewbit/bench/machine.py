@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .rounds import in_turns, seconds_per_call
+from .timing import in_turns, seconds_per_call
 
 _BUFFER = 512 << 20  # bytes; several times any last-level cache
 _CACHE_SIZES = Path("/sys/devices/system/cpu/cpu0/cache")

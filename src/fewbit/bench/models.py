@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import KernelError
-from .rounds import Times, in_turns
+from .timing import Times, in_turns
 
 FEWBIT_WORKER = (sys.executable, "-m", "fewbit.bench.worker")
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from ..errors import FewbitError
-from ..timers import memory_in_use_bytes, peak_memory_bytes
+from ..profiling import memory_in_use_bytes, peak_memory_bytes
 
 _PROMPT = 16
 
@@ -50,8 +50,8 @@ class Worker:
     def _load(
         self, model: str, dtype: str, kernel: str | None, threads: int, options: dict[str, Any]
     ) -> dict[str, Any]:
-        from ..runtime.load import kernels, load
-        from ..source import open_source
+        from ..hf.load import kernels, load
+        from ..modeling.source import open_source
 
         torch.set_num_threads(threads)
         start = time.perf_counter()
@@ -74,7 +74,7 @@ class Worker:
 
     def _decode(self, tokens: int) -> dict[str, Any]:
         """The original as its users run it, with transformers' generate; the quantized with fewbit's."""
-        from ..generation import Clock, generate
+        from ..hf.generate import Clock, generate
 
         # An end token that the model cannot choose: every run writes as many.
         options: dict[str, Any] = {"do_sample": False, "eos_token_id": self._vocabulary(), "pad_token_id": 0}

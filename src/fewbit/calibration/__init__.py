@@ -17,14 +17,7 @@ from torch import Tensor
 from ..errors import CalibrationError
 from .inputs import Batch, count_sequences, count_tokens, is_more_than_tokens
 from .sampling import choose, sample_windows, thin
-from .sequences import (
-    add_decoder_inputs,
-    check_ids,
-    collate,
-    fingerprint,
-    read_item,
-    truncate,
-)
+from .sequences import add_decoder_inputs, check_ids, collate, fingerprint, read_item, truncate
 from .sources import NAMED, Corpus, RetiredDatasetError, Sequences, open_source
 
 __all__ = ["NAMED", "Calibration", "RetiredDatasetError", "prepare"]

@@ -17,14 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..errors import CalibrationError
-from .inputs import (
-    Batch,
-    add_decoder_inputs_from_labels,
-    as_batch,
-    is_input,
-    is_more_than_tokens,
-    to_tensor,
-)
+from .inputs import Batch, add_decoder_inputs_from_labels, as_batch, is_input, is_more_than_tokens, to_tensor
 
 
 def read_item(item: Any, position: int, tokenizer: Any) -> Iterator[Batch]:

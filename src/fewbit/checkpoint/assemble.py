@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..walk.weights import Weights
+from ..pipeline.streaming import Weights
 
 
 def checkpoint_tensors(

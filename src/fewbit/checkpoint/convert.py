@@ -18,10 +18,11 @@ from torch import Tensor
 from .. import __version__
 from ..config import FORMATS
 from ..errors import CheckpointError, ConfigError, OutputError
-from . import layout, manifest, quantization
+from . import layout, manifest
+from . import quantization_config as quantization
 from .header import TensorInfo
 from .layout import G_IDX, PARTS, QWEIGHT, QZEROS
-from .quantization import CheckpointSettings
+from .quantization_config import CheckpointSettings
 from .reader import LayerSpec, find_config, layer_names, layer_spec, open_weights, read_weight_map
 from .verify import overwritten_words
 from .writer import CONFIG, MARKER, QUANTIZE_CONFIG, CheckpointWriter

@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 import torch
 
 from ..errors import CheckpointError
-from .untrusted import LARGEST_JSON, is_tensor_name, open_regular, parse_json, shown
+from .safe_io import LARGEST_JSON, is_tensor_name, open_regular, parse_json, shown
 
 DTYPES = {
     "F64": torch.float64,

@@ -22,9 +22,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..codes import Codes, group_count, sequential_groups
 from ..config import FORMATS
 from ..errors import CheckpointError
+from ..quantized_matrix import Codes, group_count, sequential_groups
 
 QWEIGHT, QZEROS, SCALES, G_IDX = PARTS = ("qweight", "qzeros", "scales", "g_idx")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import CheckpointError, OutputError
-from .untrusted import read_bytes, stays_inside
+from .safe_io import read_bytes, stays_inside
 
 NAME = "fewbit_manifest.json"
 _CHUNK = 1 << 23

@@ -15,13 +15,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..codes import Codes, group_count
 from ..errors import CheckpointError
-from . import layout, quantization
+from ..quantized_matrix import Codes, group_count
+from . import layout
+from . import quantization_config as quantization
 from .header import TensorInfo, read_header
 from .layout import G_IDX, PARTS, QWEIGHT, QZEROS, SCALES
-from .quantization import CheckpointSettings
-from .untrusted import is_plain_name, read_json, shown
+from .quantization_config import CheckpointSettings
+from .safe_io import is_plain_name, read_json, shown
 from .writer import CONFIG, INDEX, MARKER, QUANTIZE_CONFIG, SINGLE
 
 _PICKLES = ("*.bin", "*.pt", "*.pth")

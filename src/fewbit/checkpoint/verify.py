@@ -20,12 +20,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..codes import sequential_groups
 from ..errors import CheckpointError
-from . import layout, manifest, quantization
+from ..quantized_matrix import sequential_groups
+from . import layout, manifest
+from . import quantization_config as quantization
 from .header import TensorInfo, read_header
 from .layout import G_IDX, PARTS, QZEROS, SCALES
-from .quantization import CheckpointSettings
+from .quantization_config import CheckpointSettings
 from .reader import (
     Checkpoint,
     LayerSpec,
@@ -37,7 +38,7 @@ from .reader import (
     open_weights,
     read_weight_map,
 )
-from .untrusted import read_json
+from .safe_io import read_json
 from .writer import QUANTIZE_CONFIG
 
 # Writers that take 1 off whole words in format "gptq": what looks overwritten is exact in their files.
@@ -203,7 +204,7 @@ def _left_over(tensors: dict[str, TensorInfo]) -> Iterator[Problem]:
 
 def _missing(folder: Path, weights: Weights) -> Iterator[Problem]:
     """What the model needs and no file has; if transformers does not know it, what its blocks lack."""
-    from ..integrations.expected import expected
+    from ..hf.model_check import expected
 
     config = find_config(folder)[0]
     try:

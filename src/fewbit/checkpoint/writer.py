@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from ..durable import sync_folder
+from ..atomic_io import sync_folder
 from ..errors import CheckpointError, ConfigError, OutputError
 from . import manifest
 from .header import DTYPE_NAMES, encode_header

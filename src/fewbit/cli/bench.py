@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .. import formatting as words
 from ..errors import ConfigError, KernelError
-from ..report import words
 from .bench_layers import measure_layers
 from .display import console, plain, progress_bar, quiet_libraries
 from .options import Dtype
@@ -95,8 +95,8 @@ def bench(
     """
     import torch
 
+    from ..bench.baselines import all_rivals
     from ..bench.gpu import check_device
-    from ..bench.rivals import all_rivals
 
     quiet_libraries()
     where = torch.device(device)
@@ -164,7 +164,7 @@ def _shapes(checkpoint: Path | None, named: list[str] | None, bits: int, group_s
 def _kernels(shapes: list[Shape], named: list[str] | None, every: bool, dtype: Any, device: Any) -> list[str]:
     """The kernels to measure: those named, or all that can run every layer, or what "auto" takes."""
     from ..bench.layers import able_kernels
-    from ..runtime import registry
+    from ..kernels import registry
 
     if every:
         return able_kernels(shapes, dtype, device)

@@ -136,7 +136,7 @@ def measure_layers(
     from ..bench import layers
     from ..bench.gpu import cuda_clock, measure_gpu
     from ..bench.machine import measure_machine
-    from ..bench.rounds import seconds_per_call
+    from ..bench.timing import seconds_per_call
 
     candidates = {name: layers.registered(name) for name in kernels}
     candidates |= {_LINEAR: layers.dense(dtype), _INT4: layers.torch_operator, **(rivals or {})}

@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .. import formatting as words
 from ..checkpoint import convert as checkpoint_convert
-from ..report import words
 
 _EXAMPLES = """
 Examples:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..report import words
+from .. import formatting as words
 from .display import console, progress_bar, quiet_libraries
 
 _EXAMPLES = """
@@ -30,8 +30,8 @@ def demo(
     ] = False,
 ) -> None:
     """Quantize the model inside the package to 4, 3 and 2 bits and show what that costs."""
+    from .. import native
     from ..demo.showcase import SETTINGS, Showcase
-    from ..solver import native
 
     quiet_libraries()
     if not native.available():

@@ -27,8 +27,8 @@ def env(
     """Show versions, devices and what is compiled: paste this into a bug report."""
     import torch
 
+    from .. import native
     from ..report.collect import versions
-    from ..solver import native
 
     facts = versions()
     if quiet:

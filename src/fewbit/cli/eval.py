@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..checkpoint.untrusted import read_json
+from ..checkpoint.safe_io import read_json
 from ..errors import CalibrationError, ConfigError
-from ..evaluate import Evaluation, evaluate, windows
-from ..integrations.lm_eval import Score, require_harness, run_tasks
-from ..source import Source, open_source
+from ..evaluation import Evaluation, evaluate, windows
+from ..hf.lm_eval import Score, require_harness, run_tasks
+from ..modeling.source import Source, open_source
 from .display import console, plain, progress_bar, quiet_libraries
 from .options import Dtype
 
@@ -124,7 +124,7 @@ def _load(source: Source, dtype: str, device: torch.device, kernel: str) -> nn.M
     """Through fewbit's runtime if the folder is a GPTQ checkpoint, else through transformers."""
     if source.gguf is not None or not _is_gptq(source.folder):
         return source.load_model(dtype, device)
-    from ..runtime.load import load
+    from ..hf.load import load
 
     model: nn.Module = load(source.folder, device, dtype, kernel, source.trust_remote_code)
     return model
@@ -143,7 +143,7 @@ def _perplexity(models: list[nn.Module], text: Tensor, batch_size: int, *, hidde
 
 
 def _show_setup(model: nn.Module, device: torch.device) -> None:
-    from ..runtime.load import kernels
+    from ..hf.load import kernels
 
     console.print(f"{type(model).__name__} on {device}", markup=False, highlight=False)
     for line in kernels(model):

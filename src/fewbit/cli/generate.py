@@ -13,7 +13,7 @@ from .display import console, quiet_libraries
 from .options import Dtype
 
 if TYPE_CHECKING:
-    from ..generation import Generation
+    from ..hf.generate import Generation
 
 _EXAMPLES = """
 Examples:
@@ -67,12 +67,12 @@ def generate(
     """
     import torch
 
-    from ..generation import end_tokens
-    from ..generation import generate as write
-    from ..generation.text_stream import OrderedStream
+    from ..hf.generate import end_tokens
+    from ..hf.generate import generate as write
+    from ..hf.load import kernels, load
+    from ..hf.text_stream import OrderedStream
+    from ..kernels.cpu.kernel import NAMES
     from ..preparation import resolve_device
-    from ..runtime.cpu import NAMES
-    from ..runtime.load import kernels, load
 
     quiet_libraries()
     if not all(prompt):

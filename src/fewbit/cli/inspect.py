@@ -12,15 +12,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .. import formatting as words
 from ..checkpoint.reader import Checkpoint, LayerSpec, open_checkpoint
 from ..errors import CheckpointError
-from ..report import words
-from ..runtime import registry
+from ..kernels import registry
 from .display import plain, quiet_libraries
 from .verdicts import NO, ForReaders, verdict_table, verdicts
 
 if TYPE_CHECKING:  # transformers takes seconds to import: not for --help
-    from ..readers.rules import Contents
+    from ..engines.rules import Contents
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -49,7 +49,7 @@ def inspect(
     Only headers are read; `fewbit verify` looks at the contents. Exit code 1 if one that is named by --for cannot load
     it.
     """
-    from ..readers.rules import of_checkpoint
+    from ..engines.rules import of_checkpoint
 
     opened = open_checkpoint(checkpoint)
     if quiet and not as_json and not for_:
@@ -157,7 +157,7 @@ def _kernels(checkpoint: Checkpoint, contents: Contents) -> list[dict[str, Any]]
 
 def _kinds(checkpoint: Checkpoint) -> dict[str, str]:
     """Layer → "linear" or "conv2d", which only the model knows; empty where transformers cannot build it."""
-    from ..integrations.expected import expected
+    from ..hf.model_check import expected
 
     try:
         model = expected(checkpoint.path, checkpoint.config, checkpoint.tensors)

@@ -14,15 +14,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from ..readers.table import reader
-from ..report import words
+from .. import formatting as words
+from ..engines.table import reader
 from .display import console, quiet_libraries
 from .options import Job, with_options
 from .verdicts import NO, ForReaders, verdicts
 
 if TYPE_CHECKING:  # transformers takes seconds to import: not for --help
-    from ..forecast import Forecast
-    from ..plan import LayerPlan, Plan
+    from ..estimate import Forecast
+    from ..planning import LayerPlan, Plan
 
 _EXAMPLES = """
 Examples:
@@ -67,8 +67,8 @@ def show_forecast(
     Raises:
         typer.Exit: it cannot work, or one of them could not.
     """
-    from ..forecast import forecast
-    from ..readers.rules import of_plan
+    from ..engines.rules import of_plan
+    from ..estimate import forecast
 
     quiet_libraries()
     found = forecast(job.model, job.config, **job.arguments, processes=processes)

@@ -39,7 +39,7 @@ def quantize(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only errors.")] = False,
 ) -> None:
     """Quantize a model with GPTQ into a checkpoint that transformers, vLLM, SGLang and GPTQModel read."""
-    from ..walk.ranks import joined, launched_processes, launched_rank
+    from ..distributed import joined, launched_processes, launched_rank
 
     if dry_run:
         if launched_rank() in (None, 0):
@@ -47,7 +47,7 @@ def quantize(
         return
     if job.output is None:
         raise typer.BadParameter("the folder to write is missing", param_hint="'-o' / '--output'")
-    from .. import api
+    from .. import quantization as api
 
     quiet_libraries()
     with joined(job.arguments["device"]) as speaks:  # of several processes, one
@@ -81,7 +81,7 @@ def _after_interrupt(output: Path) -> str:
 
 
 def _show(report: Any, verbose: bool) -> None:
-    from ..report import words
+    from .. import formatting as words
     from ..report.collect import PAGE_NAME
     from ..report.layers import MEASURES, error_measure, is_known, mean
 
@@ -123,7 +123,7 @@ def _show(report: Any, verbose: bool) -> None:
 
 
 def _layer_table(report: Any) -> Table:
-    from ..report import words
+    from .. import formatting as words
 
     headings = ("shape", "bits", "group", "tokens", "own error", "true error", "α", "refit", "fallbacks")
     table = Table(Column("layer", overflow="fold"), *headings)

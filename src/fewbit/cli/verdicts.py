@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Column, Table
 
-from ..readers.table import READERS, reader
+from ..engines.table import READERS, reader
 
 if TYPE_CHECKING:  # transformers takes seconds to import: not for --help
-    from ..readers.rules import Contents
+    from ..engines.rules import Contents
 
 NO = 1  # exit code where the answer is no
 
@@ -35,7 +35,7 @@ ForReaders = Annotated[
 
 def verdicts(contents: Contents) -> dict[str, list[str]]:
     """Reader → why it cannot load it; empty where nothing is known against it."""
-    from ..readers.rules import why_not
+    from ..engines.rules import why_not
 
     return {entry.name: why_not(entry, contents) for entry in READERS}
 

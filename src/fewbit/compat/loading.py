@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.reader import find_weights
 from ..errors import CheckpointError, ConfigError
-from ..integrations.layers import quantized_layers
+from ..hf.layers import quantized_layers
+from ..hf.load import load
+from ..modeling.source import download
 from ..preparation import resolve_device
-from ..runtime.load import load
-from ..source import download
 
 # Arguments that say where on the Hub a repository is and how to get it.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")

@@ -13,10 +13,10 @@ from torch import nn
 
 from ..config import QuantConfig
 from ..errors import ConfigError, ModelError
-from ..plan import make_plan, output_embedding_name
+from ..modeling.experts import unfuse
+from ..modeling.layers import is_layer
+from ..planning import make_plan, output_embedding_name
 from ..preparation import resolve_device
-from ..walk.experts import unfuse
-from ..walk.layers import is_layer
 
 LOG = logging.getLogger("fewbit")
 

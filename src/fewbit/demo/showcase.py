@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import api
+from .. import quantization as api
 from ..config import QuantConfig
-from ..evaluate import evaluate, windows
-from ..runtime.load import load
-from ..source import open_source
+from ..evaluation import evaluate, windows
+from ..hf.load import load
+from ..modeling.source import open_source
 from . import calibration_text, evaluation_text, model_path
 
 BITS = (4, 3, 2)

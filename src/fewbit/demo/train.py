@@ -108,7 +108,7 @@ def train(
 
 @torch.no_grad()
 def perplexity(model: LlamaForCausalLM, windows: Tensor) -> float:
-    """On windows (count, SEQ_LEN), for watching the training; `fewbit.evaluate` has the exact protocol."""
+    """On windows (count, SEQ_LEN), for watching the training; `fewbit.evaluation` has the exact protocol."""
     with torch.autocast("cpu", torch.bfloat16):
         losses = [model(w[None], labels=w[None], use_cache=False).loss.item() for w in windows]
     return math.exp(sum(losses) / len(losses))

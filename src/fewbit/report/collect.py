@@ -23,8 +23,8 @@ from .. import __version__
 from ..calibration import Calibration
 from ..config import QuantConfig
 from ..errors import OutputError
-from ..plan import Plan
-from ..timers import Timers, peak_memory_bytes
+from ..planning import Plan
+from ..profiling import Timers, peak_memory_bytes
 from .html import page
 
 REPORT_NAME = "fewbit_report.json"
@@ -74,7 +74,7 @@ class Report:
     Attributes:
         output: folder of the checkpoint, or None for a model quantized in memory.
         model: the model before the run, see `Origin`.
-        layers: one record per quantized layer (see `walk.quantizer.LayerRecord`).
+        layers: one record per quantized layer (see `pipeline.layer_quantizer.LayerRecord`).
         skipped: weight matrices left as they are: name, shape, reason.
         bits_per_weight: stored bits of the quantized layers (codes, scales, zeros, g_idx) per weight.
         quantized_bytes: of those layers. result_bytes: of the whole result's weights.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..solver import fallback
+from ..gptq import cholesky as fallback
 
 
 class Explanation(NamedTuple):

@@ -16,7 +16,8 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from . import sections, words
+from .. import formatting as words
+from . import sections
 from .layers import (
     MEASURES,
     Place,

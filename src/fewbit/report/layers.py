@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..plan import block_of
+from ..planning import block_of
 
 OUTSIDE = ""  # the stack of layers that are in no numbered block
 _MOST_KINDS = 40

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from . import words
+from .. import formatting as words
 from .layers import error_measure, mean, setting
 
 CARD_NAME = "README.md"

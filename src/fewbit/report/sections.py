@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .. import formatting as words
 from ..config import QuantConfig
-from ..plan import block_of
-from . import words
+from ..planning import block_of
 from .explain import explain
 from .layers import MEASURES, error_measure, is_known, mean, setting
 

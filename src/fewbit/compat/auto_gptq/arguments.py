@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint.untrusted import read_json
+from ...checkpoint.safe_io import read_json
 from ...errors import CalibrationError, ConfigError
 from ..settings import PadToken, say
 from .config import QUANTIZE_CONFIG, BaseQuantizeConfig

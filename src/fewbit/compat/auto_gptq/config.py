@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint.quantization import CheckpointSettings, parse
-from ...checkpoint.untrusted import read_json
+from ...checkpoint.quantization_config import CheckpointSettings, parse
+from ...checkpoint.safe_io import read_json
 from ...config import QuantConfig
 from ...errors import CheckpointError
 from ..loading import local_folder

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint.untrusted import read_json
+from ...checkpoint.safe_io import read_json
 from ...checkpoint.writer import INDEX, SINGLE
 from ...errors import ConfigError, OutputError
 

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ...api import quantize
 from ...checkpoint.reader import find_weights
 from ...errors import ConfigError, ModelError
+from ...quantization import quantize
 from ..loading import (
     HUB_ARGUMENTS,
     check_weights_name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...errors import ConfigError, DependencyError
-from ...integrations.layers import quantized_layers
+from ...hf.layers import quantized_layers
 from .modeling import BaseGPTQForCausalLM
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ...evaluate import evaluate, windows
+from ...evaluation import evaluate, windows
 
 _SEQ_LEN = 512
 

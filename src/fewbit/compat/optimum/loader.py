@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...checkpoint.untrusted import read_json
+from ...checkpoint.safe_io import read_json
 from ...errors import CheckpointError, ConfigError
 from ..loading import check_weights_name, load_quantized, placement
 from ..settings import kernel_name, say

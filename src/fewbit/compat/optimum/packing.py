@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoint import layout
-from ...codes import Codes, group_count, sequential_groups
 from ...config import LayerSettings
-from ...plan import LayerPlan, Plan, Skipped
-from ...runtime import registry
-from ...runtime.replace import kernel_spec
-from ...walk.layers import weight_matrix
+from ...hf.replace import kernel_spec
+from ...kernels import registry
+from ...modeling.layers import weight_matrix
+from ...planning import LayerPlan, Plan, Skipped
+from ...quantized_matrix import Codes, group_count, sequential_groups
 
 
 def packed_tensors(

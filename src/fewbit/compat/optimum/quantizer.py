@@ -13,17 +13,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from ... import __version__
-from ...api import quantize
 from ...calibration.sources import NAMED
 from ...config import QuantConfig
 from ...delivery import quantization_config
 from ...errors import CalibrationError, ConfigError, ModelError
-from ...plan import Plan, make_plan
+from ...hf.replace import replace_layers
+from ...kernels.linear import QuantizedLayer, QuantLinear
+from ...modeling.experts import unfuse
+from ...modeling.source import load_tokenizer, open_source
+from ...planning import Plan, make_plan
 from ...preparation import resolve_device
-from ...runtime.linear import QuantizedLayer, QuantLinear
-from ...runtime.replace import replace_layers
-from ...source import load_tokenizer, open_source
-from ...walk.experts import unfuse
+from ...quantization import quantize
 from ..loading import prepare
 from ..settings import (
     PadToken,

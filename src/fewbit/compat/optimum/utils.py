@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import ConfigError
-from ...runtime.linear import QuantizedLayer
+from ...kernels.linear import QuantizedLayer
 from ..settings import LOG
 from .constants import BLOCK_PATTERNS, SEQLEN_KEYS_TRANSFORMERS
 

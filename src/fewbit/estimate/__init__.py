@@ -1,0 +1,280 @@
+"""What a run would do, need and take, before any work: every module, memory, disk, time, and what cannot work.
+
+    source ─ text ─ model ─ plan ─ trial (one batch through the first blocks) ─ rates ─ memory, time, disk
+
+The steps are those of `api.quantize`, and so are the checks: where one of them refuses, its message becomes a
+problem of the forecast, and what does not depend on it goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+
+from .. import mixed_precision as budget
+from .. import preparation
+from ..calibration import Calibration
+from ..checkpoint.writer import parse_size
+from ..config import QuantConfig
+from ..distributed import threads_of_each
+from ..errors import FewbitError
+from ..gptq import Accuracy
+from ..modeling.source import Source, load_tokenizer, open_source
+from ..pipeline.journal import Journal, check_output
+from ..pipeline.memory import HOLES
+from ..pipeline.offload import check_folder
+from ..pipeline.quantize_layers import arguments_for
+from ..pipeline.streaming import StreamedWeights, Weights
+from ..planning import Plan, make_plan
+from ..profiling import Timers, memory_in_use_bytes
+from . import limits, problems
+from .extras import Extra, of_budget, of_evaluation, of_tuning
+from .memory import Memory, predict_memory, spilled_notes
+from .rates import Kind, LayerRate, measure_disk, measure_layers
+from .result import Forecast
+from .sizes import Sizes, largest_tensor, sizes_of, untie_head
+from .timing import predict_seconds
+from .trial import Trial, run_trial, tokens_of
+from .work import Work, of_one_process, offloaded, work_of
+
+__all__ = ["Forecast", "forecast"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Opened = tuple[nn.Module, Weights]
+
+
+def forecast(
+    model: str | Path,
+    config: QuantConfig | None = None,
+    *,
+    dataset: Any = None,
+    tokenizer: Any = None,
+    output: str | Path | None = None,
+    device: str = "auto",
+    resume: bool = True,
+    max_shard_size: int | str = "5GB",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    evaluate_on: Any = None,
+    offload_dir: str | Path | None = None,
+    processes: int = 1,
+) -> Forecast:
+    """Foresee what `fewbit.quantize` would do with the same arguments. Writes nothing that stays.
+
+    With several `processes` memory and time are those of each. They are taken to be on this machine: without GPUs they
+    share its cores and its memory.
+
+    Takes a few seconds: one calibration batch runs through the first blocks, and a layer of every width is solved.
+    Without a dataset it plans with as many tokens as the configuration asks for.
+    """
+    job = _Job(config or QuantConfig(), None if output is None else Path(output), resume, processes)
+    attempt = job.attempt
+    attempt(preparation.check_processes, dataset, processes)
+    if job.problems:
+        dataset = None  # planned without it
+    if job.output is not None:
+        attempt(check_output, job.output)
+    if offload_dir is not None:
+        attempt(check_folder, offload_dir)
+        job.offload = Path(offload_dir)
+    job.shard_bytes = attempt(parse_size, max_shard_size) or 0
+    where = attempt(preparation.resolve_device, device)
+    source = attempt(open_source, model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    if source is None or where is None:
+        return job.forecast()
+    if isinstance(tokenizer, (str, Path)):
+        tokenizer = attempt(load_tokenizer, tokenizer)
+    if evaluate_on is not None:
+        job.evaluation = attempt(preparation.evaluation_windows, source, evaluate_on, tokenizer)
+    start = time.perf_counter()
+    calibration = attempt(job.calibrate, source, dataset, tokenizer)
+    calibrated = time.perf_counter() - start
+    timers = Timers(where)
+    opened = attempt(preparation.open_model, source, job.config.dtype, where, timers)
+    if opened is None:
+        return job.forecast()
+    job.notes += source.notes
+    plan = attempt(make_plan, opened[0], job.config)
+    if plan is None:
+        return job.forecast()
+    job.plan = plan
+    job.notes += plan.notes
+    attempt(budget.check, plan, job.config)
+    if calibration is not None:
+        attempt(job.check_resume, source, calibration, dataset is not None)
+        with _threads(processes if where.type == "cpu" else 1):
+            job.predict(source, calibration, opened, timers, calibrated if dataset is not None else 0.0)
+    return job.forecast()
+
+
+class _Job:
+    """What is known so far; a step that is refused leaves a problem."""
+
+    def __init__(self, config: QuantConfig, output: Path | None, resume: bool, processes: int) -> None:
+        self.config, self.output, self.resume, self.processes = config, output, resume, processes
+        self.shard_bytes = 0
+        self.offload: Path | None = None
+        self.evaluation: preparation.Evaluation | None = None
+        self.plan: Plan | None = None
+        self.memory: Memory | None = None
+        self.sizes: Sizes | None = None
+        self.seconds: dict[str, float] | None = None
+        self.notes: list[str] = []
+        self.problems: list[str] = []
+
+    def attempt(self, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """What `step` returns; None where it refuses, which then is a problem."""
+        try:
+            return step(*args, **kwargs)
+        except FewbitError as error:
+            if str(error) not in self.problems:
+                self.problems.append(str(error))
+            return None
+
+    def forecast(self) -> Forecast:
+        """What was found."""
+        notes = tuple(dict.fromkeys(self.notes))
+        problems = tuple(self.problems)
+        return Forecast(self.plan, self.memory, self.sizes, self.seconds, notes, problems, self.processes)
+
+    def calibrate(self, source: Source, dataset: Any, tokenizer: Any) -> Calibration:
+        """The batches of a run; without a dataset as many tokens as it would use at most."""
+        model_config = source.load_config()
+        tokenizer = tokenizer or source.load_tokenizer()
+        if dataset is not None or self.config.method == "rtn":
+            calibration = preparation.calibrate(self.config, dataset, tokenizer, model_config)
+            self.notes += calibration.notes
+            return calibration
+        if tokenizer is None:
+            self.notes.append("no tokenizer lies beside the model: text needs one, token ids do not")
+        self.notes.append(
+            f"no dataset was given: planned with {self.config.num_samples} sequences of {self.config.seq_len} tokens"
+        )
+        ids = torch.arange(self.config.seq_len) % 16
+        nominal = [{"input_ids": ids}] * self.config.num_samples
+        return preparation.calibrate(self.config, nominal, None, model_config)
+
+    def check_resume(self, source: Source, calibration: Calibration, is_known: bool) -> None:
+        """Whether an interrupted run in the output folder can be gone on with."""
+        if self.output is None or not is_known or not self.output.exists() or not check_output(self.output):
+            return
+        fingerprint = preparation.fingerprint_of(self.config, calibration, source.fingerprint())
+        journal = Journal(self.output, fingerprint, self.resume)
+        journal.close()
+        self.notes.append(
+            f"goes on with an interrupted run, in which {len(journal.records)} layers are done; the times are those of "
+            "a new one"
+        )
+
+    def predict(
+        self, source: Source, calibration: Calibration, opened: Opened, timers: Timers, calibrated: float
+    ) -> None:
+        """Disk, memory and time. `calibrated`: the seconds that the text took."""
+        assert self.plan is not None
+        model, weights = opened
+        loading = timers.seconds["load"]
+        untie_head(model, self.plan, weights)
+        units, baseline = weights.units(), memory_in_use_bytes()
+        if not isinstance(weights, StreamedWeights) and weights.device.type == "cpu":
+            baseline -= sum(units.values())  # they are counted as weights
+        self.sizes = self.attempt(sizes_of, model, self.plan, self.config, source, self.shard_bytes)
+        self.problems += problems.of_disk(self.output, self.sizes)
+        too_large = problems.of_units(units, weights.device) if source.streams else []
+        self.problems += too_large
+        largest: Mapping[str, torch.Tensor] = max(calibration.batches, key=tokens_of, default={})
+        batch = self.attempt(arguments_for, model, largest, weights.device)
+        if too_large or self.sizes is None or batch is None:
+            return
+        trial = run_trial(model, weights, self.plan, batch, timers)
+        work = work_of(model, self.plan, self.config, calibration, trial)
+        if self.processes > 1:
+            work = of_one_process(work, self.processes, len(calibration.batches))
+        if self.offload is not None:
+            work = offloaded(work, trial, next(model.parameters()).dtype)
+            self.problems += problems.of_scratch(self.offload, work.scratch * self.processes)
+        extras = self.extras(model, calibration, trial, work, units)
+        file, tensor = largest_tensor(source)
+        on_device = limits.device_left(weights.device)
+        self.memory = predict_memory(
+            self.plan,
+            work,
+            units,
+            baseline=baseline,
+            largest_tensor=tensor.nbytes if tensor else 0,
+            dtype=next(model.parameters()).dtype,
+            device=weights.device,
+            extras={name: extra.parts for name, extra in extras.items()},
+            device_free=round((1 - HOLES) * on_device.bytes) if on_device else None,
+        )
+        self.notes += spilled_notes(self.memory)
+        self.problems += problems.of_memory(
+            self.memory,
+            memory_in_use_bytes(),
+            self.config,
+            weights.device,
+            offloaded=self.offload is not None,
+            processes=self.processes,
+        )
+        disk = self.attempt(measure_disk, limits.existing(self.output or Path()), file, tensor)
+        if disk is None:
+            return
+        self.seconds = predict_seconds(
+            self.plan,
+            work,
+            trial,
+            self.rates(model, weights.device, work),
+            disk,
+            self.sizes,
+            calibration=calibrated,
+            load=loading,
+            source_bytes=sum(path.stat().st_size for path in source.weight_files()),
+            weight_bytes=sum(units.values()),
+            ahead=source.streams and weights.device.type != "cpu",
+        ) | {name: extra.seconds for name, extra in extras.items()}
+
+    def rates(self, model: nn.Module, device: torch.device, work: Work) -> dict[Kind, LayerRate]:
+        """How fast this machine solves layers like those of `model`."""
+        return measure_layers(
+            work.layers,
+            dtype=next(model.parameters()).dtype,
+            device=device,
+            streams=work.streams,
+            accuracy=Accuracy(self.config.effective_correction, self.config.refit),
+            probe=work.probe,
+            fmt=self.config.format,
+        )
+
+    def extras(
+        self, model: nn.Module, calibration: Calibration, trial: Trial, work: Work, units: Mapping[str, int]
+    ) -> dict[str, Extra]:
+        """What the options beyond the plain run add, by phase."""
+        assert self.plan is not None
+        found, everything = {}, sum(units.values())
+        if self.config.target_bits is not None:
+            found["measuring the cost of bits"] = of_budget(
+                model, self.plan, self.config, calibration, trial, everything
+            )
+        if self.config.tune:
+            found["tuning"] = of_tuning(self.plan, self.config, trial, work, units)
+        if self.evaluation is not None:
+            windows = self.evaluation.windows
+            found["evaluation"] = of_evaluation(model, self.plan, trial, windows.numel(), windows.shape[1])
+        return found
+
+
+@contextmanager
+def _threads(processes: int) -> Iterator[None]:
+    """While entered, torch has as many threads as one of so many processes on this machine would."""
+    before, threads = torch.get_num_threads(), threads_of_each(processes) if processes > 1 else None
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

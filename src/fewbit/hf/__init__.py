@@ -1,0 +1,1 @@
+"""Everything that touches transformers: loading, saving, generating, quantizing through `GPTQConfig`."""

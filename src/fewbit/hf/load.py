@@ -1,0 +1,242 @@
+"""``fewbit.load``: a quantized checkpoint as a transformers model.
+
+The folder is checked first (`fewbit.checkpoint.reader`), and that config.json describes what is in it; transformers
+then builds the model and reads the memory-mapped files tensor by tensor, so that the checkpoint is in memory once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..checkpoint import layout
+from ..checkpoint.reader import Checkpoint, open_checkpoint
+from ..errors import CheckpointError, ConfigError, DependencyError, FewbitError
+from ..kernels import registry
+from ..modeling.source import download
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LOG = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    kernel: str = "auto",
+    trust_remote_code: bool = False,
+    *,
+    device_map: Any = None,
+    max_memory: Mapping[Any, Any] | None = None,
+    quantization_config: Mapping[str, Any] | None = None,
+    fuse: bool = False,
+    lm_head_runtime: int | None = None,
+) -> PreTrainedModel:
+    """Load a GPTQ checkpoint, whoever wrote it.
+
+    Args:
+        path: its folder, or a Hub id.
+        device: where the model goes.
+        dtype: of the activations and of what is not quantized; None or "auto" keeps the checkpoint's. On CPU,
+            bfloat16 is the fast one.
+        kernel: "auto", "auto_a16" (activations keep 16 bits), "auto_trainable" (gradients to the inputs), or the
+            name of one that all layers must use (`fewbit.kernels.registry`).
+        trust_remote_code: run the model's own code where the checkpoint has some.
+        device_map: spreads the model over several devices, in place of `device`; what transformers takes, "auto"
+            for example. Needs accelerate.
+        max_memory: device → bytes, for a `device_map` by name.
+        quantization_config: of an old checkpoint that has none of its own.
+        fuse: fewer calls per token, on the CPU: layers with the same input (q, k, v; gate, up) are multiplied in one,
+            norms, gated MLPs and attention are one each. Numbers stay the same up to rounding, names and what is
+            saved stay the same.
+        lm_head_runtime: 8 multiplies with the output layer in 8 bits, which is what a token waits for in small models.
+            Its own weight stays in the model and is what is saved.
+
+    Returns:
+        A model of the class that config.json names, in eval mode. `kernels` says what its layers run on.
+
+    Raises:
+        CheckpointError: not a quantized checkpoint, damaged, incomplete, or of another model than its config.json
+            says.
+        KernelError: the kernel asked for does not exist or cannot run here.
+        ConfigError: an unknown dtype, a `device_map` with disk entries, or an output layer that cannot have 8 bits.
+        DependencyError: a `device_map`, and accelerate is missing.
+    """
+    from ..kernels.cpu.lm_head import shrink_head
+    from ..kernels.cpu.merged import fuse as fuse_model
+    from .quantizer import offer
+
+    registry.meant(kernel)
+    folder = Path(path)
+    folder = folder if folder.exists() else download(str(path), CheckpointError)
+    checkpoint = open_checkpoint(folder, quantization_config)
+    compute_dtype = _dtype(dtype, checkpoint)
+    offer()
+    config = _config(checkpoint, kernel, trust_remote_code)
+    _check_fit(checkpoint)
+    model_class = _model_class(checkpoint, config, trust_remote_code)
+    options: dict[str, Any] = {"config": config, "dtype": compute_dtype}
+    if trust_remote_code:
+        options["trust_remote_code"] = True
+    if device_map is not None:
+        _check_accelerate()
+        options |= {"device_map": device_map, "max_memory": max_memory}
+    model = _build(checkpoint, model_class, options)
+    if hasattr(model.config, "transformers_weights"):
+        del model.config.transformers_weights
+    if device_map is None:
+        model = model.to(device)
+    if fuse:
+        found = fuse_model(model)
+        said = ", ".join(f"{count} {what}" for what, count in found.items())
+        _LOG.log(
+            logging.INFO if any(found.values()) else logging.WARNING,
+            "fuse: %s; it takes kernel cpu, cpu_a16 or cpu_a8",
+            said,
+        )
+    if lm_head_runtime is not None:
+        shrink_head(model, lm_head_runtime)
+    return model
+
+
+def _check_accelerate() -> None:
+    if importlib.util.find_spec("accelerate") is None:
+        raise DependencyError("a device_map needs the package accelerate: pip install accelerate")
+
+
+def _build(checkpoint: Checkpoint, model_class: Any, options: Mapping[str, Any]) -> PreTrainedModel:
+    from .model_check import UNBUILDABLE
+
+    try:
+        model, info = model_class.from_pretrained(str(checkpoint.path), output_loading_info=True, **options)
+    except FewbitError:
+        raise
+    except UNBUILDABLE as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"transformers cannot load {checkpoint.path}: {reason}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise CheckpointError(
+            f"{checkpoint.path} lacks {len(missing)} weights of {type(model).__name__}, for example {missing[0]}: "
+            "get it again; `fewbit verify` lists what is wrong"
+        )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _check_fit(checkpoint: Checkpoint) -> None:
+    """Refuse a config.json of another model before transformers makes room for that one."""
+    from .model_check import expected
+
+    model = expected(checkpoint.path, checkpoint.config, checkpoint.tensors)
+    for name, what in model.misfits.items() if model else ():
+        raise CheckpointError(
+            f"{checkpoint.path} and its config.json do not fit together: {name} {what}; get both again"
+        )
+
+
+def kernels(model: nn.Module) -> list[str]:
+    """What the quantized layers of `model` run on, one line per kernel and reason, most layers first."""
+    from .layers import quantized_layers
+
+    counts: Counter[str] = Counter()
+    for _, layer in quantized_layers(model):
+        refused = "; ".join(f"{name}: {reason}" for name, reason in layer.kernel_reasons if reason)
+        counts[layer.kernel.name + (f" ({refused})" if refused else "")] += 1
+    return [f"{count} layers: {line}" for line, count in counts.most_common()]
+
+
+def _dtype(dtype: torch.dtype | str | None, checkpoint: Checkpoint) -> torch.dtype | str:
+    if dtype is None or dtype == "auto":
+        if checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"):
+            return "auto"
+        # transformers would take the first tensor's, which may be that of quantized scales.
+        dense = (i.dtype for n, i in checkpoint.tensors.items() if n.rpartition(".")[2] not in layout.PARTS)
+        return next((found for found in dense if found.is_floating_point), "auto")
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype must be auto, {', '.join(_DTYPES)} or a torch.dtype; got {dtype!r}")
+    return _DTYPES[dtype]
+
+
+def _config(checkpoint: Checkpoint, kernel: str, trust_remote_code: bool) -> Any:
+    """The model's configuration, with the quantization under the name that leads to fewbit."""
+    from transformers import AutoConfig
+
+    from .model_check import UNBUILDABLE, check_numbers
+
+    if not isinstance(checkpoint.config.get("model_type"), str):
+        raise CheckpointError(
+            f"{checkpoint.path} has no config.json that names a model_type: copy the original model's into it"
+        )
+    check_numbers(checkpoint.config, len(checkpoint.tensors))
+    try:
+        config = AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=trust_remote_code)
+    except (*UNBUILDABLE, ImportError) as error:
+        raise CheckpointError(_config_advice(checkpoint, trust_remote_code, error)) from error
+    quantization = json.loads(json.dumps(checkpoint.quantization))
+    config.quantization_config = {**quantization, "quant_method": "fewbit", "backend": kernel}
+    weights = checkpoint.weights
+    config.transformers_weights = (weights.index or weights.files[0]).name
+    return config
+
+
+def _config_advice(checkpoint: Checkpoint, trust_remote_code: bool, error: Exception) -> str:
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = checkpoint.config["model_type"]
+    if checkpoint.config.get("auto_map") and not trust_remote_code:
+        return (
+            f"{checkpoint.path} needs its own code for model_type {model_type!r}; "
+            "if you trust it, pass trust_remote_code=True (--trust-remote-code)"
+        )
+    if model_type not in CONFIG_MAPPING and not trust_remote_code:
+        return (
+            f"transformers {transformers.__version__} does not know model_type {model_type!r}, "
+            f"which {checkpoint.path} needs; a newer transformers may"
+        )
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"cannot read the configuration in {checkpoint.path}: {reason}"
+
+
+def _model_class(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> Any:
+    """The class that ``architectures`` names: transformers' own, or the checkpoint's code."""
+    import transformers
+
+    from .model_check import is_model_class
+
+    stated = getattr(config, "architectures", None)
+    names = [str(name) for name in stated] if isinstance(stated, list) else []
+    auto_map = getattr(config, "auto_map", None) or {}
+    if trust_remote_code and names:
+        for auto_class, reference in auto_map.items():
+            if str(reference).rpartition(".")[2] == names[0]:
+                return getattr(transformers, auto_class)
+    known = [getattr(transformers, name, None) for name in names]
+    if any(map(is_model_class, known)):
+        return next(filter(is_model_class, known))
+    if names and auto_map:
+        raise CheckpointError(
+            f"{checkpoint.path} needs its own code for {names[0]}; "
+            "if you trust it, pass trust_remote_code=True"
+        )
+    if names:
+        raise CheckpointError(
+            f"transformers {transformers.__version__} has no model class {names[0]}, "
+            f"which {checkpoint.path} needs"
+        )
+    return transformers.AutoModelForCausalLM

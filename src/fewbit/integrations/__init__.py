@@ -1,1 +1,0 @@
-"""Where fewbit meets other libraries; nothing here acts on being imported."""

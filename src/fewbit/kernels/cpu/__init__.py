@@ -1,0 +1,1 @@
+"""Kernels for CPUs: packed weights, multiplied in compiled code."""

@@ -1,0 +1,133 @@
+"""fewbit's own kernels for CPUs: every bit width, group size, zero point, column order, shape and float dtype.
+
+All read the tiles of `packed`. They differ in the activations: 16 bits, 8 bits, or 16 bits for a few tokens and 8 for a
+prompt, which is measured not to cost accuracy (docs/performance.md). `packed.Rounding` says how they are rounded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import native
+from ...checkpoint import layout
+from ..spec import Kernel, KernelSpec, QuantizedBuffers
+from . import layout as packed
+from .layout import PackedWeight, Rounding
+from .page_cache import forget
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Cpu(Kernel):
+    """Integer codes times 16-bit activations, summed in float32; prompts with 8-bit activations."""
+
+    name = "cpu"
+    summary = "fewbit's own: reads each packed weight once; 16-bit activations, for prompts 8-bit ones in fine steps"
+    repacks_scales = True
+    rounding = Rounding.FINE_IF_MANY
+
+    def why_not(
+        self, spec: KernelSpec, device: torch.device, dtype: torch.dtype, trainable: bool
+    ) -> str | None:
+        """See `Kernel.why_not`."""
+        if spec.kind != "linear":
+            return f"the layer is a {spec.kind}, not a linear layer"
+        if device.type != "cpu":
+            return f"device is {device.type}, not cpu"
+        if dtype not in _DTYPES:
+            return f"activations are {str(dtype).removeprefix('torch.')}, not float32, float16 or bfloat16"
+        if not native.available():
+            return native.why_not()
+        return None
+
+    def repack(self, layer: QuantizedBuffers) -> dict[str, Tensor]:
+        """Buffers: tiles, block_scales, zeros, order, starts, as in `packed.PackedWeight`."""
+        spec, tensors = layer.spec, layer.tensors
+        zeros = layout.unpack_zeros(tensors[layout.QZEROS], spec.bits, spec.format, spec.out_features)
+        weight = packed.pack(
+            tensors[layout.QWEIGHT], tensors[layout.SCALES], zeros, tensors[layout.G_IDX], spec.bits
+        )
+        forget(tensors[layout.QWEIGHT])
+        forget(tensors[layout.SCALES])
+        return {
+            "tiles": weight.tiles,
+            "block_scales": weight.scales,
+            "zeros": weight.zeros,
+            "order": weight.order,
+            "starts": weight.starts,
+        }
+
+    def restore(self, layer: QuantizedBuffers) -> Tensor:
+        """See `Kernel.restore`."""
+        words = layout.word_count(layer.spec.in_features, layer.spec.bits)
+        return packed.unpack(packed_weight(layer), words)
+
+    def restore_scales(self, layer: QuantizedBuffers) -> Tensor:
+        """See `Kernel.restore_scales`."""
+        return packed.from_blocks(layer.tensors["block_scales"], layer.spec.out_features)
+
+    def linear(self, x: Tensor, layer: QuantizedBuffers) -> Tensor:
+        """See `Kernel.linear`."""
+        return product(x, packed_weight(layer), layer.bias, rounding=self.rounding)
+
+
+class Cpu16(Cpu):
+    """Integer codes times 16-bit activations, summed in float32, however many tokens there are."""
+
+    name = "cpu_a16"
+    summary = "fewbit's own with 16-bit activations for prompts too"
+    rounding = Rounding.NONE
+
+
+class CpuInt8(Cpu):
+    """Integer codes times 8-bit activations, with integer sums."""
+
+    name = "cpu_a8"
+    summary = (
+        "fewbit's own with activations rounded to 8 bits per token and group: faster from a few tokens on"
+    )
+    rounding = Rounding.INT8
+
+
+NAMES = tuple(kernel.name for kernel in (Cpu, Cpu16, CpuInt8))
+
+
+def product(x: Tensor, weight: PackedWeight, bias: Tensor | None, *, rounding: Rounding) -> Tensor:
+    """``x @ weightᵀ + bias``, with gradients where they are wanted.
+
+    Gradients are those of 16-bit activations: where they are wanted, `Rounding.FINE_IF_MANY` rounds nothing.
+    """
+    if plain(x, bias):
+        # Dispatching a custom operator takes longer than multiplying with a small weight.
+        return packed.multiply(x, weight, bias, rounding)
+    if rounding is Rounding.FINE_IF_MANY and _wants_gradients(x, bias):
+        rounding = Rounding.NONE
+    y: Tensor = torch.ops.fewbit.linear_packed(x, *weight, bias, rounding)
+    return y
+
+
+def packed_weight(layer: QuantizedBuffers) -> PackedWeight:
+    """The tensors of a layer that one of these kernels holds."""
+    tensors, spec = layer.tensors, layer.spec
+    return PackedWeight(
+        tensors["tiles"],
+        tensors["block_scales"],
+        tensors["zeros"],
+        tensors["order"],
+        tensors["starts"],
+        spec.bits,
+        spec.in_features,
+        spec.out_features,
+    )
+
+
+def plain(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether nobody watches: no compiler, no tracer, no gradients, no other kind of tensor."""
+    if type(x) is not Tensor or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    return not _wants_gradients(x, bias)
+
+
+def _wants_gradients(x: Tensor, bias: Tensor | None) -> bool:
+    return (x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled()

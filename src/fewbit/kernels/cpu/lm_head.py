@@ -1,0 +1,101 @@
+"""An output layer that multiplies with 8 bits while the model keeps its weight.
+
+In a small model the output layer is most of what a token has to read, and it is rarely quantized. Here a copy of its
+weight, rounded to 8 bits in groups of 64 inputs, serves the products on the CPU. The weight itself stays what it was:
+it may be the embeddings', it is saved, moved and trained as before, and where the copy cannot serve, it does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ... import native
+from ...checkpoint import layout
+from ...errors import ConfigError
+from ...quantized_matrix import group_count, sequential_groups
+from ..linear import QuantizedLayer
+from . import layout as packed
+from .kernel import product
+from .layout import Rounding
+
+BITS, GROUP = 8, 64
+_ROWS = 4096  # rounded at a time
+
+
+class RuntimeHead(nn.Linear):
+    """The output layer with its weight, and with an 8-bit copy of it that serves while the weight is not trained.
+
+    Args:
+        linear: the layer; its parameters are taken over, not copied.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's: there is no weight to make
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.copy = round_to_8_bits(linear.weight.detach())
+        self._copied = (linear.weight.data_ptr(), linear.weight._version)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, in) → (…, out), in the input's dtype."""
+        weight = self.weight
+        # A compiler cannot look at addresses: a graph of it is for the weights as they are.
+        current = torch.compiler.is_compiling() or (weight.data_ptr(), weight._version) == self._copied
+        trained = torch.is_grad_enabled() and weight.requires_grad
+        if input.is_cpu and current and not trained:
+            return product(input, self.copy, self.bias, rounding=Rounding.NONE)
+        return functional.linear(input, weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Shape and bits."""
+        return f"{super().extra_repr()}, runtime_bits={BITS}"
+
+
+def round_to_8_bits(weight: Tensor) -> packed.PackedWeight:
+    """A packed copy of a weight (out, in), each group of 64 inputs rounded to the nearest multiple of max|w| / 127."""
+    out_features, in_features = weight.shape
+    groups = group_count(in_features, GROUP)
+    words = torch.empty((layout.word_count(in_features, BITS), out_features), dtype=torch.int32)
+    scales = torch.empty((groups, out_features), dtype=torch.bfloat16)
+    for first in range(0, out_features, _ROWS):
+        rows = weight[first : first + _ROWS].float()
+        padded = functional.pad(rows, (0, groups * GROUP - in_features)).reshape(len(rows), groups, GROUP)
+        scale = (padded.abs().amax(dim=2) / 127).bfloat16()
+        inverse = torch.where(scale > 0, 1 / scale.float(), 0.0).unsqueeze(2)
+        codes = (padded * inverse).round().clamp(-127, 127).add(128).to(torch.uint8)
+        words[:, first : first + _ROWS] = layout.pack_rows(codes.flatten(1)[:, :in_features], BITS).t()
+        scales[:, first : first + _ROWS] = scale.t()
+    zeros = torch.full((1, 1), 128)
+    return packed.pack(words, scales, zeros, sequential_groups(in_features, GROUP), BITS)
+
+
+def shrink_head(model: nn.Module, bits: int) -> None:
+    """Give a model's output layer an 8-bit copy of its weight to multiply with.
+
+    Raises:
+        ConfigError: `bits` is not 8, the model has no output layer or has it on another device, the layer is quantized
+            already, or the compiled module is missing.
+    """
+    if bits != BITS:
+        raise ConfigError(f"lm_head_runtime must be 8, got {bits!r}")
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if get is not None else None
+    if head is None:
+        raise ConfigError(f"{type(model).__name__} has no output layer: leave out lm_head_runtime")
+    if isinstance(head, QuantizedLayer):
+        raise ConfigError("the output layer is quantized in the checkpoint: leave out lm_head_runtime")
+    if not isinstance(head, nn.Linear):
+        raise ConfigError(
+            f"the output layer is a {type(head).__name__}, not a linear layer: leave out lm_head_runtime"
+        )
+    if head.weight.device.type != "cpu":
+        raise ConfigError(
+            f"lm_head_runtime is for CPUs, and the output layer is on {head.weight.device}: leave it out"
+        )
+    if not native.available():
+        raise ConfigError(f"lm_head_runtime cannot work: {native.why_not()}")
+    for name, module in model.named_modules():
+        if module is head:
+            model.set_submodule(name, RuntimeHead(head))

@@ -1,0 +1,157 @@
+"""Mixed precision by budget: bits and group size for every layer, so that the whole fits `target_bits`.
+
+    units (what must be alike) ─ sensitivity (cost of each choice) ─ allocate (least cost that fits) ─ plan
+
+`check` refuses an impossible budget before any work; `meet` returns the plan with its new settings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import nn
+
+from ..calibration import Calibration
+from ..config import QuantConfig
+from ..errors import ConfigError
+from ..pipeline.streaming import Weights
+from ..planning import Plan, with_settings
+from ..profiling import Timers
+from .allocate import Option, allocate
+from .record import Allocation, Store
+from .sensitivity import Costs, measure
+from .units import Choice, make_units, stored_bytes
+
+__all__ = ["Store", "check", "meet", "stated"]
+
+Progress = Callable[[str, int, int], None]
+
+# Marlin, which vLLM and SGLang take for a whole model by the bits that its configuration states.
+_MARLIN_BITS = (4, 8)
+
+
+def check(plan: Plan, config: QuantConfig) -> None:
+    """Raises ConfigError if no choice meets `config.target_bits`; the message names the smallest possible."""
+    if config.target_bits is None:
+        return
+    units = make_units(plan, config)
+    least = sum(min(unit.bytes(choice) for choice in unit.choices) for unit in units)
+    if least > _budget(plan, config.target_bits):
+        raise ConfigError(
+            f"target_bits {config.target_bits} cannot be met: with scales, zero points and overrides these layers take "
+            f"at least {math.ceil(8000 * least / plan.weights) / 1000} bits per weight. Raise target_bits to that, or "
+            "give fewer bits in override"
+        )
+
+
+def meet(
+    model: nn.Module,
+    plan: Plan,
+    config: QuantConfig,
+    calibration: Calibration,
+    timers: Timers,
+    progress: Progress,
+    store: Store | None = None,
+    weights: Weights | None = None,
+) -> tuple[Plan, list[str]]:
+    """Choose bits and group sizes that meet `config.target_bits` at the least predicted KL divergence.
+
+    What an override says of a layer's bits or group size stays. Without `target_bits` the plan stays as it is.
+
+    Args:
+        model: in evaluation mode, with its original weights; it is not changed.
+        progress: called as ``progress("measure", done, total)``.
+        store: where a run that can be resumed keeps the choice.
+        weights: of the model, if they are not all in memory: gradients need them all at once.
+
+    Returns:
+        The plan with the chosen settings, and sentences about the choice.
+
+    Raises:
+        ConfigError: no choice meets the budget.
+        ModelError: no gradients can be computed through the model.
+        ResumeError: the stored choice is lost, and a new one differs from that of the layers already solved.
+    """
+    if config.target_bits is None:
+        return plan, []
+    allocation = store.read() if store else None
+    if allocation is None:
+        if weights is not None:
+            weights.require_all()
+        with timers.time("measure"):
+            allocation = _choose(model, plan, config, config.target_bits, calibration, progress)
+        if store:
+            store.write(allocation)
+    return with_settings(plan, allocation.layers), list(allocation.notes)
+
+
+def stated(plan: Plan) -> Choice:
+    """The bits and group size that a configuration states for the layers that no rule names.
+
+    The most frequent ones by weights. vLLM and SGLang choose their kernels by them, once for the whole model: if
+    any layer has 2 or 3 bits, the most frequent of these, so that they do not choose Marlin, which lacks them.
+    """
+    weights: Counter[Choice] = Counter()
+    for layer in plan.layers:
+        weights[Choice(layer.settings.bits, layer.settings.group_size)] += layer.weights
+    kept = {choice: count for choice, count in weights.items() if choice.bits not in _MARLIN_BITS} or weights
+    by_bits: Counter[int] = Counter()
+    for choice, count in kept.items():
+        by_bits[choice.bits] += count
+    bits = by_bits.most_common(1)[0][0]
+    return max((choice for choice in kept if choice.bits == bits), key=lambda choice: kept[choice])
+
+
+def _choose(
+    model: nn.Module,
+    plan: Plan,
+    config: QuantConfig,
+    target_bits: float,
+    calibration: Calibration,
+    progress: Progress,
+) -> Allocation:
+    check(plan, config)
+    units = make_units(plan, config)
+    costs = measure(
+        model, plan, units, calibration, config.seed, lambda done, total: progress("measure", done, total)
+    )
+    options = [
+        [Option(unit.bytes(choice), cost) for choice, cost in zip(unit.choices, of_unit, strict=True)]
+        for unit, of_unit in zip(units, costs.by_unit, strict=True)
+    ]
+    chosen = allocate(options, _budget(plan, target_bits))
+    layers = {
+        layer.name: unit.choices[index]
+        for unit, index in zip(units, chosen, strict=True)
+        for layer in unit.layers
+    }
+    predicted = sum(of_unit[index] for of_unit, index in zip(costs.by_unit, chosen, strict=True))
+    return Allocation(layers, tuple(_notes(plan, target_bits, layers, predicted, costs)))
+
+
+def _budget(plan: Plan, target_bits: float) -> int:
+    return int(target_bits * plan.weights / 8)
+
+
+def _notes(
+    plan: Plan, target: float, layers: Mapping[str, Choice], predicted: float, costs: Costs
+) -> Sequence[str]:
+    stored = sum(
+        stored_bytes(layer.out_features, layer.in_features, layers[layer.name]) for layer in plan.layers
+    )
+    weights: Counter[int] = Counter()
+    for layer in plan.layers:
+        weights[layers[layer.name].bits] += layer.weights
+    shares = ", ".join(f"{bits} bits {weights[bits] / plan.weights:.0%}" for bits in sorted(weights))
+    notes = [
+        f"bits chosen for a budget of {target:g}: {8 * stored / plan.weights:.3f} per weight ({shares} of the "
+        f"weights); predicted KL divergence {predicted:.3f} nats per token, without correction"
+    ]
+    if costs.unreached:
+        notes.append(
+            f"no usable token reached {len(costs.unreached)} layers, for example {costs.unreached[0]}: their bits "
+            "were chosen as if their weights mattered like the average weight"
+        )
+    return notes

@@ -1,0 +1,152 @@
+"""What each choice for each unit would cost: a prediction of the KL divergence in nats per token.
+
+    cost = 1/(2 N) Σ_t (g_tᵀ (W − Ŵ) x_t)²                      (x, g, N: see `gradients`)
+
+Ŵ is W rounded to nearest on the grid that the solver would fit. docs/mixed-precision.md compares the
+prediction with the measured KL of single units, and round-to-nearest with a GPTQ solve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration import Calibration
+from ..errors import ModelError
+from ..gptq.cholesky import grid_weights
+from ..gptq.grid import fit_grid, nearest
+from ..gptq.hessian import usable_rows
+from ..modeling.layers import is_layer, weight_matrix
+from ..planning import Plan, block_of
+from ..quantized_matrix import Codes, sequential_groups
+from .gradients import Probe, collect
+from .units import Choice, Unit
+
+# Calibration tokens that are run backward, at least, in so many batches; and of each layer the rows kept.
+TOKENS = 4096
+BATCHES = 8
+ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Predicted nats per token, `by_unit[i][j]` of choice j for unit i; and layers without any usable token."""
+
+    by_unit: list[list[float]]
+    unreached: list[str]
+
+
+def measure(
+    model: nn.Module,
+    plan: Plan,
+    units: Sequence[Unit],
+    calibration: Calibration,
+    seed: int,
+    progress: Callable[[int, int], None],
+) -> Costs:
+    """Predict the cost of every choice of every unit.
+
+    A layer that no usable token reached counts as if its weights mattered as much as the average weight.
+
+    Raises:
+        ModelError: no gradients can be computed through the model, or none is finite.
+    """
+    layers = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
+    batches = measured_batches(calibration, next(model.parameters()).device)
+    half = len(layers)  # the two halves of the work take about the same time
+    probes, positions = collect(
+        model,
+        layers,
+        _blocks(model, plan),
+        batches,
+        rows=-(-ROWS // len(batches)),
+        seed=seed,
+        progress=lambda done, total: progress(half * done // total, 2 * half),
+    )
+    errors: dict[str, list[_Error]] = {}
+    for unit in units:
+        for layer in unit.layers:
+            W = weight_matrix(layers[layer.name])
+            errors[layer.name] = _errors(
+                W, probes.pop(layer.name), unit.choices, layer.settings.sym, layer.settings.damp, positions
+            )
+            progress(half + len(errors), 2 * half)
+    return _sum_up(units, errors)
+
+
+@dataclass(frozen=True)
+class _Error:
+    """Of one choice for one layer: predicted nats per token (None: no usable token came here), and ‖W − Ŵ‖²."""
+
+    cost: float | None
+    weight: float
+
+
+@torch.no_grad()
+def _errors(
+    W: Tensor, probe: Probe, choices: Sequence[Choice], sym: bool, damp: float, positions: int
+) -> list[_Error]:
+    W = W.float()
+    x, g = probe.rows() if probe.x else (W.new_zeros(0, W.shape[1]), W.new_zeros(0, W.shape[0]))
+    good = usable_rows(x) & usable_rows(g)
+    x, g = x[good], g[good].float()
+    # Products of bfloat16 are exact in float32; float16 could not hold small errors.
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    x = x.to(dtype)
+    D = grid_weights(x.float().square().sum(0), damp) if len(x) else W.new_ones(W.shape[1])
+    found = []
+    for choice in choices:
+        E = W - _rounded(W, D, choice, sym)
+        s = ((x @ E.to(dtype).T).float() * g).sum(dim=1)
+        cost = float(s.square().sum(dtype=torch.float64)) / (2 * positions) if len(x) else None
+        found.append(_Error(cost, float(E.square().sum(dtype=torch.float64))))
+    return found
+
+
+def _rounded(W: Tensor, D: Tensor, choice: Choice, sym: bool) -> Tensor:
+    """Ŵ: round-to-nearest on the grid fitted with the weights D, in groups of consecutive inputs."""
+    groups = sequential_groups(W.shape[1], choice.group_size).to(W.device)
+    grid = fit_grid(W, D, groups, choice.bits, sym=sym)
+    q = nearest(W, grid, choice.bits)
+    return Codes(q, grid.scales, grid.zeros, grid.g_idx, choice.bits, choice.group_size).dequantize()
+
+
+def _sum_up(units: Sequence[Unit], errors: Mapping[str, list[_Error]]) -> Costs:
+    known = [error for found in errors.values() for error in found if error.cost is not None]
+    if not known:
+        raise ModelError(
+            "target_bits found no token with finite inputs and gradients at any layer: try dtype float32 or other "
+            "text, or leave target_bits out and choose bits with override"
+        )
+    average = sum(error.cost or 0.0 for error in known) / max(sum(error.weight for error in known), 1e-30)
+    by_unit = [
+        [
+            sum(
+                error.weight * average if error.cost is None else error.cost
+                for error in (errors[layer.name][index] for layer in unit.layers)
+            )
+            for index in range(len(unit.choices))
+        ]
+        for unit in units
+    ]
+    return Costs(by_unit, [name for name, found in errors.items() if found[0].cost is None])
+
+
+def measured_batches(calibration: Calibration, device: torch.device) -> list[dict[str, Tensor]]:
+    """Batches evenly from the calibration set: `BATCHES` of them, or more if these are fewer than `TOKENS` tokens."""
+    count = len(calibration.batches)
+    # Ready-made batches may hold no tokens.
+    for_tokens = -(-TOKENS * count // calibration.tokens) if calibration.tokens else 0
+    wanted = min(count, max(BATCHES, for_tokens))
+    chosen = [calibration.batches[i * count // wanted] for i in range(wanted)]
+    return [{key: value.to(device) for key, value in batch.items()} for batch in chosen]
+
+
+def _blocks(model: nn.Module, plan: Plan) -> list[nn.Module]:
+    """The repeated blocks that hold layers of the plan; a layer outside of blocks is none."""
+    names = dict.fromkeys(block_of(layer.name) for layer in plan.layers)
+    modules = [model.get_submodule(name) for name in names]
+    return [module for module in modules if not is_layer(module)]

@@ -1,0 +1,381 @@
+"""The model to be quantized, as it lies on disk: a transformers folder, a Hub id or a GGUF file.
+
+Everything that is downloaded becomes a local folder first; from there on there is one path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint.file_tensor import FileTensor, scan
+from ..checkpoint.header import TensorInfo
+from ..checkpoint.reader import open_weights
+from ..errors import CheckpointError, DependencyError, FewbitError, ModelError
+from ..pipeline.streaming import quietly
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+_NOT_COPIED = ("README.md", ".gitattributes", "config.json", "quantize_config.json", "fewbit_manifest.json")
+_COPIED = (
+    "*token*.json", "*config*.json", "*template*", "vocab.*", "merges.txt", "*.model", "*.jinja", "*.tiktoken",
+    "*.spm", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+)
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk.
+
+    Attributes:
+        gguf: the file's name inside `folder`, or None for a transformers folder.
+        notes: what `load_model` found that a user should know.
+    """
+
+    folder: Path
+    gguf: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    notes: list[str] = field(default_factory=list, compare=False)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.gguf is not None:
+            options["gguf_file"] = self.gguf
+        return options
+
+    def weight_files(self) -> list[Path]:
+        """The files that hold the weights, sorted by name."""
+        if self.gguf is not None:
+            return [self.folder / self.gguf]
+        files = sorted(self.folder.glob("*.safetensors"))
+        if not files and self.allow_pickle:
+            files = sorted(path for suffix in _PICKLE_SUFFIXES for path in self.folder.glob(f"*{suffix}"))
+        return files
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the configuration and every byte of the weight files.
+
+        Raises:
+            ModelError: a safetensors file holds NaN or infinite values: found now, not after hours.
+        """
+        digest = hashlib.sha256()
+        config = self.folder / "config.json"
+        if self.gguf is None:
+            digest.update(config.read_bytes())
+        for path in self.weight_files():
+            if path.suffix == ".safetensors":
+                scan(path, digest)
+                continue
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+    def load_config(self) -> Any:
+        """The transformers configuration."""
+        from transformers import AutoConfig
+
+        if self.gguf is not None:
+            _gguf_dequantize()  # says so if the package is missing
+        try:
+            return AutoConfig.from_pretrained(self.folder, **self._options)
+        except (ValueError, OSError, KeyError) as error:
+            code = "trust_remote_code" in str(error)
+            advice = ". If you trust the code that comes with it, pass --trust-remote-code" if code else ""
+            raise ModelError(
+                f"cannot read the configuration in {self.folder}: {_first_line(error)}{advice}"
+            ) from error
+
+    @property
+    def streams(self) -> bool:
+        """Whether the weights can be read block by block: those in safetensors files can."""
+        return self.gguf is None and bool(list(self.folder.glob("*.safetensors")))
+
+    def load_model(self, dtype: str, device: torch.device) -> nn.Module:
+        """The whole model in evaluation mode; `dtype` "auto" keeps the stored one.
+
+        Raises:
+            ModelError: the weights cannot be read, are missing, or are already quantized.
+        """
+        config = self.load_config()
+        options = dict(self._options, dtype=_dtype(dtype))
+        if self.gguf is not None:
+            options["quantization_config"] = _gguf_dequantize()
+        elif not self.allow_pickle:
+            options["use_safetensors"] = True
+        model = self._from_pretrained(self._model_class(config), self.folder, options)
+        if self.gguf is not None and hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        loaded: nn.Module = model.to(device).eval()
+        return loaded
+
+    def build_model(self, dtype: str) -> tuple[nn.Module, dict[str, FileTensor]]:
+        """The model on the meta device, in evaluation mode, and where its weights lie.
+
+        What is in no file, such as the tables of rotary embeddings, is computed and on the CPU.
+
+        Raises:
+            ModelError: the headers cannot be read, weights are missing, or they are already quantized.
+        """
+        config = self.load_config()
+        try:
+            files = open_weights(self.folder)
+        except CheckpointError as error:
+            raise ModelError(f"cannot load the weights in {self.folder}: {error}") from error
+        tensors = {name: FileTensor(files.place[name], info) for name, info in files.tensors.items()}
+        if dtype == "auto":
+            own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+            dtype = str(own or _first_float(tensors)).removeprefix("torch.")
+        options = {
+            "config": config,
+            "dtype": _dtype(dtype),
+            "state_dict": {name: _Placeholder(tensor.info) for name, tensor in tensors.items()},
+        }
+        with quietly():
+            model = self._from_pretrained(self._concrete_class(config), None, options)
+        _untie_different(model, tensors)
+        return model.eval(), tensors
+
+    def _from_pretrained(self, model_class: Any, folder: Path | None, options: dict[str, Any]) -> Any:
+        from safetensors import SafetensorError
+
+        try:
+            model, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
+        except (SafetensorError, UnpicklingError, OSError, ValueError, RuntimeError) as error:
+            raise ModelError(f"cannot load the weights in {self.folder}: {_first_line(error)}") from error
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ModelError(
+                f"{self.folder} lacks {len(missing)} weights of {type(model).__name__}, for example {missing[0]}: "
+                "the download may be incomplete, or the architecture in config.json is wrong"
+            )
+        if info["unexpected_keys"]:
+            extra = sorted(info["unexpected_keys"])
+            self.notes.append(
+                f"{len(extra)} tensors of the source have no place in {type(model).__name__} and are not in the "
+                f"result, for example {extra[0]}"
+            )
+        return model
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer that lies beside the model; None where there is none.
+
+        Raises:
+            ModelError: there is one, but it cannot be loaded.
+        """
+        if self.gguf is None and not any((self.folder / name).is_file() for name in _TOKENIZER_FILES):
+            return None
+        return load_tokenizer(self.folder, **self._options)
+
+    def config_dict(self, model: nn.Module) -> dict[str, Any]:
+        """``config.json`` of the result: the source's own where there is one, else the model's."""
+        path = self.folder / "config.json"
+        if self.gguf is None:
+            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            config: Any = model.config
+            values = json.loads(config.to_json_string(use_diff=True))
+            for private in ("_name_or_path", "_model_name_or_path"):
+                values.pop(private, None)
+        values.setdefault("architectures", [type(model).__name__])
+        key = "torch_dtype" if "torch_dtype" in values else "dtype"
+        values[key] = str(next(model.parameters()).dtype).removeprefix("torch.")
+        return values
+
+    def files_to_copy(self) -> dict[str, Path]:
+        """Tokenizer, generation config, chat template, processor and, if it was trusted, the model's code."""
+        if self.gguf is not None:
+            return {}
+        patterns = (*_COPIED, "*.py") if self.trust_remote_code else _COPIED
+        return {
+            path.name: path
+            for path in sorted(self.folder.iterdir())
+            if path.is_file()
+            and any(fnmatch(path.name, pattern) for pattern in patterns)
+            and path.name not in _NOT_COPIED
+            and path.suffix not in _WEIGHT_SUFFIXES
+        }
+
+    def _model_class(self, config: Any) -> Any:
+        import transformers
+
+        if getattr(config, "quantization_config", None) and self.gguf is None:
+            method = config.quantization_config
+            method = method.get("quant_method") if isinstance(method, dict) else method.quant_method
+            raise ModelError(
+                f"{self.folder} is already quantized ({method}): quantize the original model, "
+                "or use `fewbit convert` to change the format"
+            )
+        names = getattr(config, "architectures", None) or []
+        if self.trust_remote_code and getattr(config, "auto_map", None):
+            return getattr(transformers, _auto_class(config))
+        found = getattr(transformers, names[0], None) if names else None
+        return found or transformers.AutoModelForCausalLM
+
+    def _concrete_class(self, config: Any) -> Any:
+        """The class itself, where `_model_class` leaves the choice to an automatic one."""
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        found = self._model_class(config)
+        if not hasattr(found, "_model_mapping"):
+            return found
+        if self.trust_remote_code and getattr(config, "auto_map", None):
+            reference = config.auto_map[_auto_class(config)]
+            return get_class_from_dynamic_module(reference, str(self.folder))
+        mapping = found._model_mapping
+        if type(config) not in mapping:
+            raise ModelError(
+                f"transformers knows no causal language model for {type(config).__name__} in {self.folder}: name its "
+                "class under architectures in config.json, or pass --trust-remote-code if its code lies beside it"
+            )
+        return mapping[type(config)]
+
+
+@dataclass(frozen=True)
+class _Placeholder:
+    """Stands for a tensor of the source while transformers lays the model out: it becomes an empty one."""
+
+    info: TensorInfo
+
+    def __getitem__(self, index: object) -> _Placeholder:
+        return self
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.empty(self.info.shape, dtype=dtype or self.info.dtype, device="meta")
+
+
+def _first_float(tensors: Mapping[str, FileTensor]) -> torch.dtype:
+    dtypes = (tensor.info.dtype for tensor in tensors.values())
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+
+def _dtype(name: str) -> Any:
+    return name if name == "auto" else getattr(torch, name)
+
+
+def _auto_class(config: Any) -> str:
+    """The automatic class of transformers that a model with code of its own is registered for."""
+    known = [key for key in config.auto_map if key.startswith("AutoModel")]
+    return known[0] if known else "AutoModelForCausalLM"
+
+
+def _untie_different(model: Any, tensors: Mapping[str, FileTensor]) -> None:
+    """Tie weights that the files hold twice, if they are equal; transformers could not compare empty ones."""
+    for target, source in list(getattr(model, "all_tied_weights_keys", {}).items()):
+        if model.get_parameter(target) is model.get_parameter(source):
+            continue
+        if (
+            target in tensors
+            and source in tensors
+            and torch.equal(tensors[target][...], tensors[source][...])
+        ):
+            module, _, key = target.rpartition(".")
+            setattr(model.get_submodule(module), key, model.get_parameter(source))
+        else:
+            model.all_tied_weights_keys.pop(target)
+
+
+def open_source(model: str | Path, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> Source:
+    """Find `model`: a folder, a ``.gguf`` file, or a Hub id, which is downloaded.
+
+    Raises:
+        ModelError: it is none of these, or the folder lacks its configuration or weights.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{path} is a file but not a .gguf file; give the folder that holds config.json")
+        return Source(path.parent, path.name, trust_remote_code, allow_pickle)
+    if not path.is_dir():
+        path = download(str(model), ModelError, allow_pickle=allow_pickle)
+    source = Source(path, None, trust_remote_code, allow_pickle)
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} has no config.json: it is not a transformers model folder")
+    if not source.weight_files():
+        pickled = sorted(p.name for suffix in _PICKLE_SUFFIXES for p in path.glob(f"*{suffix}"))
+        hint = (
+            f"only pickle files ({pickled[0]} …), which can run code when opened; pass --allow-pickle "
+            "(allow_pickle=True) if you trust them"
+            if pickled
+            else "no .safetensors files"
+        )
+        raise ModelError(f"{path} holds {hint}")
+    return source
+
+
+def load_tokenizer(name: str | Path, **options: Any) -> Any:
+    """The tokenizer in a folder or of a Hub id.
+
+    Raises:
+        ModelError: it cannot be found or loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(name), **options)
+    except Exception as error:  # the tokenizers library raises no narrower class than Exception itself
+        if type(error) is not Exception and not isinstance(
+            error, (ValueError, OSError, KeyError, TypeError, ImportError)
+        ):
+            raise
+        raise ModelError(f"no tokenizer can be loaded from {name}: {_first_line(error)}") from error
+
+
+def download(
+    name: str, error_class: type[FewbitError], *, allow_pickle: bool = False, **options: Any
+) -> Path:
+    """The files of a Hub repository, in the local cache; `options` are those of `snapshot_download`.
+
+    Raises:
+        FewbitError: of `error_class`: `name` is no Hub id, or cannot be downloaded.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    ignored = [f"*{suffix}" for suffix in _WEIGHT_SUFFIXES if suffix != ".safetensors"]
+    if allow_pickle:
+        ignored = [pattern for pattern in ignored if pattern[1:] not in _PICKLE_SUFFIXES]
+    try:
+        return Path(snapshot_download(name, ignore_patterns=ignored, **options))
+    except HFValidationError as error:
+        raise error_class(f"{name} is neither a folder, a .gguf file nor a Hub id") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise error_class(
+            f"{name} is no local folder and cannot be downloaded from the Hub: {_first_line(error)}"
+        ) from error
+
+
+def _gguf_dequantize() -> Any:
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise DependencyError(
+            "reading .gguf files needs the gguf package: pip install 'fewbit[gguf]'"
+        ) from error
+    from transformers import GgufConfig
+
+    return GgufConfig(dequantize=True)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

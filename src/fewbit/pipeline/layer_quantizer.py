@@ -1,0 +1,363 @@
+"""What happens at a meeting point: Hessian, solve, quantized weight in place, block to the sink.
+
+`LayerQuantizer.meet` is given to the walk. Layers found in the journal are put in place without being
+solved. When all layers of a block are done, their packed tensors go to the sink. `LayerQuantizer.solve_ahead` is for
+meeting points where the inputs of many layers are at hand: what it finds, each of them gets when it is met.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ..checkpoint.layout import pack, unpack
+from ..distributed import Ranks
+from ..errors import RankError
+from ..gptq import Accuracy, Solution
+from ..gptq.hessian import usable_rows
+from ..modeling.layers import input_rows, set_weight_matrix, weight_matrix
+from ..planning import LayerPlan, Plan
+from ..profiling import Timers
+from ..quantized_matrix import Codes
+from .companies import Party
+from .scheduler import Arrival
+from .solving import Family, LayerSolver
+from .statistics import HessianPool, SharedHessian
+from .tune_block import TuneResult
+
+Progress = Callable[[str, int, int], None]
+
+ERROR_TOKENS = 128  # enough for two digits, and next to no time
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What was done to one layer.
+
+    Attributes:
+        tokens: rows that entered the Hessian; `masked` were padding, `dropped` were not finite.
+        added: further rows that did, of tokens that the router sent to other experts.
+        held_out: rows that entered no Hessian and measured the result.
+        loss: tr((T−Ŵ) H (T−Ŵ)ᵀ) / tokens, the squared output error per calibration token against the target T,
+            which is W moved by the correction.
+        output_error: ‖(W−Ŵ)X‖ / ‖WX‖ on the first rows (at most `ERROR_TOKENS`) of the first batch; None where
+            they give no signal.
+        true_error: ‖WX̃ − ŴX‖ / ‖WX̃‖ on held-out tokens, X̃ being the full-precision inputs: the error that came
+            with the inputs is in it. None without the full-precision stream.
+        correction: α in use; None without the full-precision stream. refit: whether the refitted scales were kept.
+        fallbacks: rungs of the ladder that were needed; empty in the normal case.
+        tuned: whether tuning changed the block for the better. block_error: its relative squared output error on
+            held-out batches before and after; None where it was not tuned.
+        seconds: time for this layer alone; where several were solved together, its share of that.
+    """
+
+    name: str
+    block: str
+    out_features: int
+    in_features: int
+    bits: int
+    group_size: int
+    sym: bool
+    act_order: str
+    method: str
+    tokens: int
+    masked: int
+    dropped: int
+    held_out: int
+    loss: float
+    output_error: float | None
+    true_error: float | None
+    correction: float | None
+    refit: bool
+    fallbacks: tuple[str, ...]
+    stored_bytes: int
+    seconds: float
+    tuned: bool = False
+    block_error: tuple[float, float] | None = None
+    added: int = 0
+
+
+class Sink(Protocol):
+    """Where finished blocks go: the journal on disk, or a dictionary for a model in memory."""
+
+    records: dict[str, dict[str, Any]]
+
+    def tensors(self, layer: str) -> dict[str, Tensor]:
+        """The packed tensors of a finished layer."""
+
+    def append(
+        self, block: str, tensors: Mapping[str, Mapping[str, Tensor]], records: Mapping[str, Any]
+    ) -> None:
+        """Take a finished block."""
+
+
+class MemorySink:
+    """Keeps the packed tensors of a model that is quantized in place."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, dict[str, Any]] = {}
+        self._tensors: dict[str, dict[str, Tensor]] = {}
+
+    def tensors(self, layer: str) -> dict[str, Tensor]:
+        """The packed tensors of a finished layer."""
+        return self._tensors[layer]
+
+    def append(
+        self, block: str, tensors: Mapping[str, Mapping[str, Tensor]], records: Mapping[str, Any]
+    ) -> None:
+        """Take a finished block."""
+        self._tensors.update({layer: dict(parts) for layer, parts in tensors.items()})
+        self.records.update(records)
+
+
+class Follower:
+    """The stand-in for the journal in the processes that do not write it: knows the records, has no tensors."""
+
+    def __init__(self, records: Mapping[str, dict[str, Any]]) -> None:
+        self.records = dict(records)
+
+    def tensors(self, layer: str) -> dict[str, Tensor]:
+        """Raises RankError: they are not here, and who has them cannot be asked out of turn."""
+        raise RankError(
+            f"the model came back to {layer} after its block was finished, which works in one process only: start "
+            "without torchrun; what is finished is kept"
+        )
+
+    def append(
+        self, block: str, tensors: Mapping[str, Mapping[str, Tensor]], records: Mapping[str, Any]
+    ) -> None:
+        """Take a finished block."""
+        self.records.update(records)
+
+
+@dataclass
+class Solved:
+    """A layer that is solved and not yet handed to the sink.
+
+    Attributes:
+        W: the original weight matrix, kept only where the block will be tuned.
+    """
+
+    codes: Codes
+    record: LayerRecord
+    W: Tensor | None
+
+
+class LayerQuantizer:
+    """Quantizes the layers of a plan as the walk meets them.
+
+    Args:
+        modules: layer name → module, for every layer of the plan.
+        hessians: accumulates, and knows the padding.
+        fmt: "gptq" or "gptq_v2", the layout that the sink gets.
+        accuracy: correction and refit.
+        strict: raise SolverError where a fallback would be used.
+        keep_open: blocks that are not handed to the sink before somebody calls `close`.
+        ranks: the processes. All of them meet the same layers; each solves some rows, and gets all codes.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        modules: Mapping[str, nn.Module],
+        hessians: HessianPool,
+        sink: Sink,
+        *,
+        accuracy: Accuracy,
+        fmt: str,
+        strict: bool,
+        timers: Timers,
+        progress: Progress,
+        keep_open: Collection[str] = (),
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.plan = plan
+        self.modules = modules
+        self.sink = sink
+        self.fmt = fmt
+        self.timers = timers
+        self.progress = progress
+        self.hessians = hessians
+        self.ranks = ranks or Ranks()
+        self._layers = {layer.name: layer for layer in plan.layers}
+        self._solver = LayerSolver(
+            self._layers, modules, self._is_done, accuracy, strict=strict, ranks=self.ranks
+        )
+        self._open = {block: set(names) for block, names in plan.block_layers().items()}
+        self._keep_open = set(keep_open)
+        self._solved: dict[str, dict[str, Solved]] = {}
+        self._met: set[str] = set()
+        self._done_weights = 0
+
+    def meet(self, name: str, arrivals: Sequence[Arrival]) -> None:
+        """Quantize the layer `name` from the inputs that arrived at it; none in any process: no calibration."""
+        layer, module = self._layers[name], self.modules[name]
+        if name in self.sink.records:
+            with self.timers.time("resume"):
+                tensors = self.ranks.tensors_from_leader(lambda: self.sink.tensors(name))
+                W = weight_matrix(module)
+                set_weight_matrix(module, self._unpacked(layer, tensors).dequantize(W.dtype).to(W.device))
+        else:
+            self._solve(layer, module, arrivals)
+        self._met.add(name)
+        self._done_weights += layer.weights
+        self.progress("quantize", self._done_weights, self.plan.weights)
+
+    def solve_ahead(self, parties: Sequence[Party]) -> None:
+        """Solve layers together that are about to be met; not those that are finished, or that no token comes to."""
+        unreached = self.ranks.all(*(not party.arrivals for party in parties))
+        due = [
+            (layers, party.arrivals)
+            for party, nowhere in zip(parties, unreached, strict=True)
+            if not nowhere and (layers := self._to_solve(party.layers))
+        ]
+        if not due:
+            return
+        start = time.perf_counter()
+        with self.timers.time("hessian"):
+            families = [
+                Family(layers, self.hessians.get(layers[0].name, self.modules[layers[0].name], arrivals))
+                for layers, arrivals in due
+            ]
+        seconds = time.perf_counter() - start
+        with self.timers.time("solve"):
+            self._solver.solve_ahead(families, seconds)
+
+    def _to_solve(self, names: Sequence[str]) -> list[LayerPlan]:
+        """Those layers of the plan that need a Hessian and have not been met."""
+        layers = [self._layers[name] for name in names if name in self._layers and not self._is_done(name)]
+        return [layer for layer in layers if layer.settings.method == "gptq"]
+
+    def _solve(self, layer: LayerPlan, module: nn.Module, arrivals: Sequence[Arrival]) -> None:
+        start = time.perf_counter()
+        shared: SharedHessian | None = None
+        [nowhere] = self.ranks.all(not arrivals)
+        if layer.settings.method == "gptq" and not nowhere:
+            with self.timers.time("hessian"):
+                shared = self.hessians.get(layer.name, module, arrivals)
+        W = weight_matrix(module)
+        solving = time.perf_counter()
+        with self.timers.time("solve"):
+            solution, share = self._solver.solve(layer, shared)
+        start += time.perf_counter() - solving - share  # what was spent here is that of several layers
+        Wq = solution.codes.dequantize(W.dtype)
+        error = None if nowhere else self._output_error(module, W, Wq, arrivals)
+        set_weight_matrix(module, Wq)
+        record = self._record(layer, solution, shared, error, time.perf_counter() - start)
+        kept = W if layer.block in self._keep_open else None
+        self._solved.setdefault(layer.block, {})[layer.name] = Solved(solution.codes, record, kept)
+        self._open[layer.block].discard(layer.name)
+        self._hand_over(layer.block)
+
+    def restore(self, unit: str) -> None:
+        """Put the quantized weights back into a unit whose original ones were read again."""
+        for layer in self.plan.layers:
+            if layer.block != unit and layer.name != unit:
+                continue
+            solved = self._solved.get(layer.block, {})
+            if layer.name in solved:
+                codes = solved[layer.name].codes
+            elif layer.name in self._met:
+                codes = self._unpacked(layer, self.sink.tensors(layer.name))
+            else:
+                continue
+            module = self.modules[layer.name]
+            W = weight_matrix(module)
+            set_weight_matrix(module, codes.dequantize(W.dtype).to(W.device))
+
+    def solved(self, block: str) -> dict[str, Solved]:
+        """The layers of a block that are solved and not yet handed to the sink."""
+        return self._solved.get(block, {})
+
+    def tuned(self, block: str, codes: Mapping[str, Codes], result: TuneResult) -> None:
+        """Replace the codes of a block's solved layers, in the model too."""
+        for name, one in self.solved(block).items():
+            module = self.modules[name]
+            set_weight_matrix(module, codes[name].dequantize(weight_matrix(module).dtype))
+            one.codes = codes[name]
+            one.record = replace(one.record, tuned=result.kept, block_error=(result.before, result.after))
+
+    def close(self, block: str) -> None:
+        """Nobody will change this block any more: hand it to the sink as soon as all its layers are solved."""
+        self._keep_open.discard(block)
+        for one in self.solved(block).values():
+            one.W = None
+        self._hand_over(block)
+
+    def _is_done(self, name: str) -> bool:
+        """Whether a layer was met, or need not be solved."""
+        return name in self._met or name in self.sink.records
+
+    def _record(
+        self,
+        layer: LayerPlan,
+        solution: Solution,
+        shared: SharedHessian | None,
+        error: float | None,
+        seconds: float,
+    ) -> LayerRecord:
+        tokens = shared.hessian.tokens if shared else 0
+        added = shared.added if shared else 0
+        return LayerRecord(
+            name=layer.name,
+            block=layer.block,
+            out_features=layer.out_features,
+            in_features=layer.in_features,
+            **{
+                key: getattr(layer.settings, key)
+                for key in ("bits", "group_size", "sym", "act_order", "method")
+            },
+            tokens=tokens - added,
+            added=added,
+            masked=shared.masked if shared else 0,
+            dropped=shared.hessian.dropped if shared else 0,
+            held_out=shared.probe.tokens if shared and shared.probe else 0,
+            loss=solution.loss / max(tokens, 1),
+            output_error=error,
+            true_error=solution.true_error,
+            correction=solution.alpha,
+            refit=solution.refit,
+            fallbacks=tuple(solution.fallbacks),
+            stored_bytes=0,
+            seconds=seconds,
+        )
+
+    def _hand_over(self, block: str) -> None:
+        """Pack the block and give it to the sink, if it is complete and closed."""
+        if self._open[block] or block in self._keep_open or block not in self._solved:
+            return
+        tensors: dict[str, dict[str, Tensor]] = {}
+        records: dict[str, dict[str, Any]] = {}
+        with self.timers.time("pack"):
+            for name, one in self._solved.pop(block).items():
+                # Layers with one input share their g_idx; in a file each has its own.
+                packed = {key: tensor.cpu().clone() for key, tensor in pack(one.codes, self.fmt).items()}
+                stored = sum(tensor.nbytes for tensor in packed.values())
+                tensors[name], records[name] = packed, asdict(replace(one.record, stored_bytes=stored))
+        with self.timers.time("journal"):
+            self.sink.append(block, tensors, records)
+
+    def _output_error(
+        self, module: nn.Module, W: Tensor, Wq: Tensor, arrivals: Sequence[Arrival]
+    ) -> float | None:
+        """Of the first input that came to any process."""
+        error = _output_error(module, W, Wq, arrivals[0].x) if arrivals else None
+        return next(error for error, came in self.ranks.collect((error, bool(arrivals))) if came)
+
+    def _unpacked(self, layer: LayerPlan, tensors: Mapping[str, Tensor]) -> Codes:
+        settings = layer.settings
+        return unpack(
+            tensors, settings.bits, settings.group_size, self.fmt, layer.in_features, layer.out_features
+        )
+
+
+def _output_error(module: nn.Module, W: Tensor, Wq: Tensor, x: Tensor) -> float | None:
+    """‖(W−Ŵ)X‖ / ‖WX‖ on a few tokens: the layer's own error, apart from what earlier layers added."""
+    X = input_rows(module, x)[:ERROR_TOKENS].to(W.dtype)
+    X = X[usable_rows(X)]
+    reference = (X @ W.T).float().norm()
+    return float((X @ (W - Wq).T).float().norm() / reference) if reference > 0 else None

@@ -1,0 +1,211 @@
+"""Which modules of a model will be quantized, with what settings, and why the others will not.
+
+A plan is made before any work. It needs no definition of the architecture: the layers inside
+numbered blocks (``model.layers.3.…``) are quantized, everything else is left alone and listed
+with its reason. In a model without numbered blocks every layer is quantized. Beside a language
+model, towers that read images or sound are left alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from .config import LayerSettings, QuantConfig
+from .errors import ConfigError, ModelError
+from .modeling.experts import why_fused
+from .modeling.layers import is_layer, matrix_shape
+from .modeling.multimodal import parts_of
+
+_BLOCK = re.compile(r"^(?:.*?\.)?\d+(?=\.|$)")
+_ROUTER_REASON = "router of a mixture of experts"
+_OUTSIDE = "outside the repeated blocks (name it in an override to quantize it)"
+_ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer that will be quantized: its weight is (out_features, in_features)."""
+
+    name: str
+    out_features: int
+    in_features: int
+    settings: LayerSettings
+    block: str
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """One weight matrix that stays as it is, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will happen to every weight matrix of a model."""
+
+    layers: tuple[LayerPlan, ...]
+    skipped: tuple[Skipped, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def weights(self) -> int:
+        """Number of weights that will be quantized."""
+        return sum(layer.weights for layer in self.layers)
+
+    def block_layers(self) -> dict[str, list[str]]:
+        """Names of the layers of each block, in order."""
+        blocks: dict[str, list[str]] = {}
+        for layer in self.layers:
+            blocks.setdefault(layer.block, []).append(layer.name)
+        return blocks
+
+
+def block_of(name: str) -> str:
+    """The numbered block a module belongs to (``model.layers.3``), or its own name outside of blocks."""
+    match = _BLOCK.match(name)
+    return match.group(0) if match else name
+
+
+def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
+    """Decide for every weight matrix of `model`.
+
+    Raises:
+        ConfigError: a pattern in `ignore` or `override` matches nothing.
+        ModelError: no layer is left to quantize.
+    """
+    candidates = {name: module for name, module in model.named_modules() if is_layer(module)}
+    _check_patterns(config, candidates)
+    head = output_embedding_name(model)
+    has_blocks = any(_BLOCK.match(name) for name in candidates)
+    parts = parts_of(model)
+    ordinary = [n for n in candidates if n != head and (_BLOCK.match(n) or not has_blocks)]
+    asked = _asked_for(config, [name for name in ordinary if parts.why_not(name) is None])
+    layers: list[LayerPlan] = []
+    skipped: list[Skipped] = []
+    for name, module in candidates.items():
+        settings = config.layer(name)
+        explicit = any(re.search(pattern, name) for pattern in asked) or (config.lm_head and name == head)
+        outside = parts.why_not(name) or (None if _BLOCK.match(name) or not has_blocks else _OUTSIDE)
+        reason = _why_not(name, module, name == head, explicit, outside)
+        if settings is None:
+            reason = "asked to stay as it is (ignore or override)"
+        if reason is not None or settings is None:
+            skipped.append(Skipped(name, tuple(module.weight.shape), reason or ""))
+            continue
+        out_features, in_features = matrix_shape(module)
+        layers.append(LayerPlan(name, out_features, in_features, settings, block_of(name)))
+    skipped.extend(_routers(model, candidates))
+    skipped.extend(_fused_experts(model))
+    if not layers:
+        reasons = Counter(item.reason for item in skipped)
+        listed = (
+            "; ".join(f"{count} × {reason}" for reason, count in reasons.items()) or "it has no linear layers"
+        )
+        raise ModelError(f"nothing to quantize in {type(model).__name__}: {listed}")
+    return Plan(tuple(layers), tuple(skipped), tuple(_notes(layers)))
+
+
+def with_settings(plan: Plan, chosen: Mapping[str, tuple[int, int]]) -> Plan:
+    """The plan with other bits and group sizes: layer name → (bits, group_size), for every layer."""
+    layers = []
+    for layer in plan.layers:
+        bits, group_size = chosen[layer.name]
+        settings = dataclasses.replace(layer.settings, bits=bits, group_size=group_size)
+        layers.append(dataclasses.replace(layer, settings=settings))
+    return Plan(tuple(layers), plan.skipped, tuple(_notes(layers)))
+
+
+def output_embedding_name(model: nn.Module) -> str | None:
+    """Name of the output embedding (``lm_head``), if the model has one."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    if head is None:
+        return None
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def _why_not(name: str, module: nn.Module, is_head: bool, asked: bool, outside: str | None) -> str | None:
+    """Why a layer stays as it is; `outside` is the reason, if there is one, that its place gives."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "its weight is used directly, not through its forward"
+    if isinstance(module, nn.Conv2d) and module.groups != 1:
+        return "convolution with groups"
+    if asked:
+        return None
+    if is_head:
+        return "output embedding (quantized with lm_head=True, --lm-head)"
+    if _ROUTER.search(name):
+        return _ROUTER_REASON
+    return outside
+
+
+def _asked_for(config: QuantConfig, ordinary: Iterable[str]) -> list[str]:
+    """Overrides that are about special layers only (heads, routers …) ask for them; broad ones do not."""
+    names = [name for name in ordinary if not _ROUTER.search(name)]
+    return [pattern for pattern in config.override if not any(re.search(pattern, name) for name in names)]
+
+
+def _routers(model: nn.Module, layers: Collection[str]) -> Iterable[Skipped]:
+    """Routers that are no linear layers but hold a matrix of their own."""
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if name not in layers and _ROUTER.search(name) and weight is not None and weight.ndim == 2:
+            yield Skipped(name, tuple(weight.shape), _ROUTER_REASON)
+
+
+def _fused_experts(model: nn.Module) -> Iterable[Skipped]:
+    for name, reason in why_fused(model).items():
+        yield Skipped(name, tuple(model.get_parameter(name).shape), reason)
+
+
+def _check_patterns(config: QuantConfig, names: Iterable[str]) -> None:
+    names = list(names)
+    for pattern in (*config.ignore, *config.override):
+        if not any(re.search(pattern, name) for name in names):
+            shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+            raise ConfigError(
+                f"the pattern {pattern!r} matches no layer of this model; its layers are called {shown or '(none)'}"
+            )
+
+
+def _notes(layers: Iterable[LayerPlan]) -> Iterable[str]:
+    uneven = Counter(
+        (layer.in_features, layer.settings.group_size)
+        for layer in layers
+        if layer.settings.group_size != -1 and layer.in_features % layer.settings.group_size
+    )
+    for (width, size), count in uneven.items():
+        fitting = [g for g in (128, 64, 32) if width % g == 0 and g < size]
+        advice = f"group size {fitting[0]} divides it" if fitting else "group size -1 always fits"
+        yield (
+            f"{count} layers have {width} inputs, which group size {size} does not divide: their last group is "
+            f"shorter. fewbit reads that; vLLM, SGLang and GPTQModel may not ({advice})."
+        )
+    ragged = sum(
+        _is_padded(layer.in_features, layer) or _is_padded(layer.out_features, layer) for layer in layers
+    )
+    if ragged:
+        yield (
+            f"{ragged} layers have a width that does not fill whole 32-bit words: the last word is padded. "
+            "fewbit reads that; other engines may not."
+        )
+
+
+def _is_padded(width: int, layer: LayerPlan) -> bool:
+    bits = layer.settings.bits
+    return width % 32 != 0 if bits == 3 else width * bits % 32 != 0

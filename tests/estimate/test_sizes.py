@@ -1,0 +1,24 @@
+"""Predicted bytes against those of a finished run."""
+
+import pytest
+
+import fewbit
+from fewbit import QuantConfig
+from fewbit.estimate import forecast
+from models import random_sequences, save_tiny
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"lm_head": True}, {"bits": 3, "sym": False, "group_size": -1}, {"dtype": "bfloat16"}]
+)
+def test_the_files_have_the_predicted_sizes(tmp_path, options):
+    model = save_tiny(tmp_path / "model")
+    config = QuantConfig(**{"group_size": 16, **options})
+    found = forecast(model, config, dataset=random_sequences(), output=tmp_path / "out")
+    report = fewbit.quantize(model, config, dataset=random_sequences(), output=tmp_path / "out")
+    assert found.sizes.quantized == report.quantized_bytes
+    assert found.bits_per_weight == report.bits_per_weight
+    weights = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert 0 <= weights - found.sizes.quantized - found.sizes.plain < 8000  # the header
+    everything = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    assert found.sizes.output == pytest.approx(everything, rel=0.15)

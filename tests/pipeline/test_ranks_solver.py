@@ -1,0 +1,62 @@
+"""A layer's rows divided over processes: the same codes as in one, and the figures of all rows, to the last bit."""
+
+import pytest
+import torch
+
+from fewbit.config import LayerSettings
+from fewbit.distributed import Ranks
+from fewbit.gptq import Accuracy, Hessian, Probe, quantize_weight
+from rank_processes import run_ranks
+
+
+def problem(m, n, tokens=300):
+    generator = torch.Generator().manual_seed(m)
+    W = torch.randn(m, n, generator=generator)
+    X = torch.randn(tokens, n, generator=generator) @ torch.randn(n, n, generator=generator)
+    X_full = X + 0.2 * torch.randn(tokens, n, generator=generator) @ torch.randn(n, n, generator=generator)
+    H = Hessian(n)
+    H.add(X[:200], full=X_full[:200])
+    return W, H, Probe(X[200:], X_full[200:])
+
+
+def solved(ranks, m, n, settings, accuracy, with_hessian=True):
+    W, H, probe = problem(m, n)
+    part = ranks.part(m)
+    solution = quantize_weight(
+        W[part.rows],
+        H if with_hessian else None,
+        settings,
+        accuracy=accuracy,
+        probe=probe if with_hessian else None,
+        total=part.total,
+    )
+    figures = {
+        key: getattr(solution, key) for key in ("loss", "alpha", "refit", "true_error", "tokens", "fallbacks")
+    }
+    return [part.gather(tensor).tolist() for tensor in (solution.codes.codes, solution.codes.scales)], figures
+
+
+def settings_of(bits=4, sym=True, method="gptq"):
+    return LayerSettings(bits, 16, sym, "group", 0.01, method)
+
+
+CASES = {
+    "plain": (settings_of(), Accuracy()),
+    "corrected": (settings_of(bits=3), Accuracy("auto")),
+    "refitted": (settings_of(bits=2, sym=False), Accuracy(0.5, refit=True)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("m", "n", "world"), [(64, 48, 2), (131, 200, 3), (31, 48, 3), (576, 192, 5)])
+def test_divided_rows_give_what_one_process_gives(case, m, n, world):
+    settings, accuracy = CASES[case]
+    whole, figures = solved(Ranks(), m, n, settings, accuracy)
+    results = run_ranks(world, solved, m, n, settings, accuracy)
+    assert all(result == (whole, figures) for result in results)
+
+
+def test_round_to_nearest_is_divided_too():
+    settings = settings_of(method="rtn")
+    alone = solved(Ranks(), 131, 48, settings, Accuracy(), False)
+    assert run_ranks(3, solved, 131, 48, settings, Accuracy(), False) == [alone] * 3
