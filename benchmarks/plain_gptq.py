@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fewbit.config import QuantConfig
 from fewbit.modeling.layers import input_rows, set_weight_matrix, weight_matrix
-from fewbit.pipeline.scheduler import Arrival, walk
+from fewbit.pipeline.scheduler import LayerInput, walk
 from fewbit.planning import make_plan
 
 _BLOCK_COLUMNS = 128
@@ -106,7 +106,7 @@ def quantize(model: nn.Module, batches: Sequence[dict[str, Tensor]], recipe: Rec
     hessians = _Hessians()
     found: dict[str, Tensor] = {}
 
-    def meet(name: str, arrivals: list[Arrival]) -> None:
+    def meet(name: str, arrivals: list[LayerInput]) -> None:
         W = weight_matrix(layers[name]).float()
         H = hessians.of(layers[name], arrivals) if arrivals else None
         found[name] = round_to_nearest(W, recipe) if H is None else gptq(W, H, recipe)
@@ -126,7 +126,7 @@ class _Hessians:
         self._inputs: list[Tensor] = []
         self._H = torch.empty(0, 0)
 
-    def of(self, module: nn.Module, arrivals: list[Arrival]) -> Tensor:
+    def of(self, module: nn.Module, arrivals: list[LayerInput]) -> Tensor:
         inputs = [arrival.x for arrival in arrivals]
         if len(inputs) != len(self._inputs) or any(
             a is not b for a, b in zip(inputs, self._inputs, strict=True)

@@ -15,17 +15,19 @@ from fewbit.checkpoint.layout import pack
 from fewbit.checkpoint.quantization_config import build
 from fewbit.checkpoint.writer import CheckpointWriter
 from fewbit.config import QuantConfig
-from fewbit.quantized_matrix import Codes, group_count, sequential_groups
+from fewbit.quantized_matrix import QuantizedMatrix, group_count, sequential_groups
 
 LAYERS = {"model.layers.0.self_attn.q_proj": (32, 64), "model.layers.1.mlp.down_proj": (64, 96)}
 # Two layers are no model that transformers knows.
 CONFIG = {"model_type": "sample", "architectures": ["SampleForCausalLM"], "torch_dtype": "float16"}
 
 
-def random_codes(out: int, n: int, bits: int = 4, group_size: int = 32, low: int = 1, seed: int = 0) -> Codes:
+def random_codes(
+    out: int, n: int, bits: int = 4, group_size: int = 32, low: int = 1, seed: int = 0
+) -> QuantizedMatrix:
     generator = torch.Generator().manual_seed(seed)
     groups = group_count(n, group_size)
-    return Codes(
+    return QuantizedMatrix(
         codes=torch.randint(0, 2**bits, (out, n), dtype=torch.uint8, generator=generator),
         scales=torch.rand(out, groups, generator=generator).add(0.01).half(),
         zeros=torch.randint(low, 2**bits, (out, groups), dtype=torch.int16, generator=generator),
@@ -37,7 +39,7 @@ def random_codes(out: int, n: int, bits: int = 4, group_size: int = 32, low: int
 
 def write_fewbit(
     folder: Path, config: QuantConfig | None = None, max_shard_size: int | str = "5GB"
-) -> dict[str, Codes]:
+) -> dict[str, QuantizedMatrix]:
     """A finished fewbit checkpoint of two layers; returns its codes."""
     config = config or QuantConfig(bits=4, group_size=32, sym=False)
     written = {}
@@ -58,14 +60,14 @@ def write_fewbit(
     return written
 
 
-def write_base(folder: Path, written: dict[str, Codes]) -> None:
+def write_base(folder: Path, written: dict[str, QuantizedMatrix]) -> None:
     """A float model of which the quantized one is exactly the rounding."""
     folder.mkdir()
     tensors = {f"{name}.weight": codes.dequantize() for name, codes in written.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def autogptq_pack(codes: Codes, style: str = "autogptq") -> dict[str, Tensor]:
+def autogptq_pack(codes: QuantizedMatrix, style: str = "autogptq") -> dict[str, Tensor]:
     """2, 4 and 8 bits in format v1, word by word, as the older writers do it.
 
     style "autogptq": zero − 1 as unsigned 32 bits, or-ed in, so that −1 sets all fields above;
@@ -94,7 +96,7 @@ def autogptq_pack(codes: Codes, style: str = "autogptq") -> dict[str, Tensor]:
     }
 
 
-def autogptq_tensors(written: dict[str, Codes], style: str = "autogptq") -> dict[str, Tensor]:
+def autogptq_tensors(written: dict[str, QuantizedMatrix], style: str = "autogptq") -> dict[str, Tensor]:
     return {
         f"{name}.{part}": tensor
         for name, codes in written.items()

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fewbit import demo
 from fewbit.config import LayerSettings
-from fewbit.distributed import Ranks
+from fewbit.distributed import Communicator
 from fewbit.errors import CalibrationError, ModelError
 from fewbit.evaluation import windows
 from fewbit.gptq import quantize_weight
@@ -21,7 +21,7 @@ from fewbit.gptq.grid import LARGEST_SCALE, SMALLEST_SCALE
 from fewbit.modeling.layers import is_layer, set_weight_matrix, weight_matrix
 from fewbit.pipeline import tune_block as tune
 from fewbit.pipeline.tune_block import BlockCall, tune_block
-from fewbit.quantized_matrix import Codes
+from fewbit.quantized_matrix import QuantizedMatrix
 from models import random_sequences, tiny_model
 from summing import hessian_of
 
@@ -68,7 +68,7 @@ def record(block: nn.Module, inputs: list[Tensor], kwargs: dict[str, Any]) -> li
 @torch.no_grad()
 def solve_block(
     block: nn.Module, inputs: list[Tensor], how: LayerSettings, **kwargs: Any
-) -> tuple[dict[str, Codes], dict[str, Tensor], list[BlockCall]]:
+) -> tuple[dict[str, QuantizedMatrix], dict[str, Tensor], list[BlockCall]]:
     """Quantize each layer from the inputs it sees in the original block, and record the calls."""
     layers = {name: module for name, module in block.named_modules() if is_layer(module)}
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -89,7 +89,7 @@ def solve_block(
 
 
 @torch.no_grad()
-def error(block: nn.Module, codes: dict[str, Codes], calls: list[BlockCall]) -> float:
+def error(block: nn.Module, codes: dict[str, QuantizedMatrix], calls: list[BlockCall]) -> float:
     """L in plain words: quantized weights in place, mean over tokens of the relative squared error."""
     original = {name: weight_matrix(block.get_submodule(name)).clone() for name in codes}
     for name in codes:
@@ -105,7 +105,7 @@ def error(block: nn.Module, codes: dict[str, Codes], calls: list[BlockCall]) -> 
     return float(torch.cat(errors).mean())
 
 
-def assert_valid(result: dict[str, Codes], given: dict[str, Codes]) -> None:
+def assert_valid(result: dict[str, QuantizedMatrix], given: dict[str, QuantizedMatrix]) -> None:
     for name, new in result.items():
         old = given[name]
         assert new.codes.dtype == torch.uint8
@@ -177,8 +177,10 @@ def test_same_seed_same_numbers(trained: Any) -> None:
     codes, weights, calls = solve_block(block, inputs[:6], settings(group_size=64), **kwargs)
 
     def tuned(seed: int) -> list[Tensor]:
-        trial = tune._Trial(block, {name: tune._Layer(codes[name], weights[name]) for name in codes}, Ranks())
-        assert list(tune._descend(trial, tune._Shared(calls, Ranks()), 2, seed)) == [1, 2]
+        trial = tune._Trial(
+            block, {name: tune._Layer(codes[name], weights[name]) for name in codes}, Communicator()
+        )
+        assert list(tune._descend(trial, tune._Shared(calls, Communicator()), 2, seed)) == [1, 2]
         return [x.detach() for layer in trial.layers.values() for x in (layer.v, layer.r)]
 
     first, again, other = tuned(5), tuned(5), tuned(6)
@@ -243,8 +245,10 @@ def test_codes_given_are_returned_where_tuning_does_not_help() -> None:
     assert all(result.codes[name] is codes[name] for name in codes)
 
 
-def _output(block: nn.Module, codes: dict[str, Codes], call: BlockCall) -> Tensor:
-    trial = tune._Trial(block, {name: tune._Layer(c, c.dequantize()) for name, c in codes.items()}, Ranks())
+def _output(block: nn.Module, codes: dict[str, QuantizedMatrix], call: BlockCall) -> Tensor:
+    trial = tune._Trial(
+        block, {name: tune._Layer(c, c.dequantize()) for name, c in codes.items()}, Communicator()
+    )
     weights = {f"{n}.weight": tune._as_weight(trial.modules[n], W) for n, W in trial.matrices().items()}
     with torch.no_grad():
         return torch.func.functional_call(block, weights, call.args)

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from fewbit.checkpoint import layout
-from fewbit.quantized_matrix import Codes, group_count, sequential_groups
+from fewbit.quantized_matrix import QuantizedMatrix, group_count, sequential_groups
 
 
 def random_codes(out_features, in_features, bits=4, group_size=32, *, order=False, sym=False, seed=0):
@@ -33,7 +33,7 @@ def random_codes(out_features, in_features, bits=4, group_size=32, *, order=Fals
     zeros = torch.full((out_features, groups), top // 2, dtype=torch.int16)
     if not sym:
         zeros = torch.randint(1, top, (out_features, groups), generator=g, dtype=torch.int16)
-    return Codes(
+    return QuantizedMatrix(
         codes=torch.randint(0, top, (out_features, in_features), generator=g, dtype=torch.uint8),
         scales=((torch.rand(out_features, groups, generator=g) + 0.5) * 0.16 / top).half(),
         zeros=zeros,

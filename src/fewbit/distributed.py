@@ -1,6 +1,6 @@
 """Several processes, one run: who walks which batches, who solves which rows, how they stay together.
 
-Contract: the only file that imports torch.distributed. Everything else sees a `Ranks`: of one process, where
+Contract: the only file that imports torch.distributed. Everything else sees a `Communicator`: of one process, where
 every method is trivial, or of several, where all of them call the same methods in the same order. What they
 exchange are sums of integers, rows and small values, in the order of batches and of rows, so the result does not
 depend on how these are shared.
@@ -65,7 +65,7 @@ class Part:
     gather: Callable[[Tensor], Tensor]
 
 
-class Ranks:
+class Communicator:
     """The ranks of one run: here a process on its own.
 
     Attributes:
@@ -141,7 +141,7 @@ class Ranks:
                 )
 
 
-class _Group(Ranks):
+class _Group(Communicator):
     """Several processes, connected; what the methods do is said above."""
 
     def __init__(self) -> None:
@@ -325,13 +325,13 @@ def _raised_elsewhere(rank: int, kind: str, message: str) -> FewbitError:
 
 
 @contextmanager
-def current() -> Iterator[Ranks]:
+def current() -> Iterator[Communicator]:
     """The ranks of this run: those of torch.distributed's process group, if there is one.
 
     An error inside ends all ranks, each with this error.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        yield Ranks()
+        yield Communicator()
         return
     group = _Group()
     with _Closing(group):

@@ -23,7 +23,7 @@ from .calibration import Calibration
 from .checkpoint.writer import parse_size
 from .config import QuantConfig
 from .delivery import meta_of, quantization_config, upload, write_checkpoint
-from .distributed import Ranks, current
+from .distributed import Communicator, current
 from .errors import ConfigError, ModelError
 from .evaluation import evaluate
 from .modeling.experts import unfuse
@@ -169,7 +169,7 @@ class _PathJob:
         resume: bool,
         shard_bytes: int,
         evaluation: Evaluation | None,
-        ranks: Ranks,
+        ranks: Communicator,
     ) -> Report:
         check_processes(dataset, ranks.world)
         start, timers = time.perf_counter(), Timers(device)
@@ -256,7 +256,7 @@ class _PathJob:
         plan: Plan,
         calibration: Calibration,
         timers: Timers,
-        ranks: Ranks,
+        ranks: Communicator,
     ) -> Report:
         """The same in the processes that do not write, from the journal on."""
         sink = Follower(ranks.from_leader({}))
@@ -300,7 +300,7 @@ def _quantize_module(
     tokenizer: Any,
     progress: Progress,
     command: str,
-    ranks: Ranks,
+    ranks: Communicator,
     offload_dir: str | Path | None = None,
 ) -> M:
     """Quantize a model in memory, in place. An error midway leaves it partly changed."""
@@ -351,7 +351,7 @@ def _quantize_module(
     return model.train() if was_training else model
 
 
-def _peak(ranks: Ranks) -> int | None:
+def _peak(ranks: Communicator) -> int | None:
     """Memory of the process that had the most, in bytes; None where unknown."""
     return max((peak for peak in ranks.collect(peak_memory_bytes()) if peak is not None), default=None)
 

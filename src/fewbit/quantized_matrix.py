@@ -1,6 +1,6 @@
 """A quantized weight as numbers: what the solver returns, the checkpoint stores and the kernels read.
 
-`Codes` knows nothing of packing, files or kernels. Its contract is one line:
+`QuantizedMatrix` knows nothing of packing, files or kernels. Its contract is one line:
 ``weight[i, j] = scales[i, g] * (codes[i, j] - zeros[i, g])`` with ``g = g_idx[j]``.
 """
 
@@ -27,7 +27,7 @@ def sequential_groups(
 
 
 @dataclass(frozen=True)
-class Codes:
+class QuantizedMatrix:
     """Integer codes with their grid.
 
     Attributes:

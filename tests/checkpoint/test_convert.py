@@ -22,7 +22,7 @@ from fewbit.checkpoint.reader import open_checkpoint
 from fewbit.checkpoint.verify import verify
 from fewbit.config import QuantConfig
 from fewbit.errors import CheckpointError, ConfigError, OutputError
-from fewbit.quantized_matrix import Codes
+from fewbit.quantized_matrix import QuantizedMatrix
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -54,7 +54,7 @@ def test_there_and_back_gives_the_same_tensors(tmp_path: Path, bits: int) -> Non
         assert verify(tmp_path / folder).ok
 
 
-def v2_with_zero_points_of_0(folder: Path, bits: int) -> dict[str, Codes]:
+def v2_with_zero_points_of_0(folder: Path, bits: int) -> dict[str, QuantizedMatrix]:
     from fewbit.checkpoint.layout import pack
 
     config = QuantConfig(bits=bits, group_size=32, sym=False, format="gptq_v2")

@@ -16,7 +16,7 @@ from fewbit.checkpoint.layout import (
     word_count,
 )
 from fewbit.errors import CheckpointError
-from fewbit.quantized_matrix import Codes, group_count, sequential_groups
+from fewbit.quantized_matrix import QuantizedMatrix, group_count, sequential_groups
 
 BITS = (2, 3, 4, 8)
 WIDTHS = (1, 2, 7, 31, 32, 33, 63, 96, 100)
@@ -48,10 +48,12 @@ def oracle_words(values: list[int], bits: int) -> list[int]:
     return [word - 2**32 if word >= 2**31 else word for word in words]
 
 
-def random_codes(out: int, n: int, bits: int, group_size: int, low: int = 1, seed: int = 0) -> Codes:
+def random_codes(
+    out: int, n: int, bits: int, group_size: int, low: int = 1, seed: int = 0
+) -> QuantizedMatrix:
     generator = torch.Generator().manual_seed(seed)
     groups = group_count(n, group_size)
-    return Codes(
+    return QuantizedMatrix(
         codes=torch.randint(0, 2**bits, (out, n), dtype=torch.uint8, generator=generator),
         scales=torch.rand(out, groups, generator=generator).add(0.01).half(),
         zeros=torch.randint(low, 2**bits, (out, groups), dtype=torch.int16, generator=generator),
@@ -61,7 +63,7 @@ def random_codes(out: int, n: int, bits: int, group_size: int, low: int = 1, see
     )
 
 
-def assert_same(a: Codes, b: Codes) -> None:
+def assert_same(a: QuantizedMatrix, b: QuantizedMatrix) -> None:
     for part in ("codes", "scales", "zeros", "g_idx"):
         assert getattr(a, part).dtype == getattr(b, part).dtype, part
         assert torch.equal(getattr(a, part), getattr(b, part)), part

@@ -21,12 +21,12 @@ from fewbit.checkpoint.layout import pack
 from fewbit.checkpoint.reader import open_checkpoint, open_weights
 from fewbit.config import QuantConfig
 from fewbit.errors import CheckpointError
-from fewbit.quantized_matrix import Codes
+from fewbit.quantized_matrix import QuantizedMatrix
 
 Q = "model.layers.0.self_attn.q_proj"
 
 
-def assert_same(a: Codes, b: Codes) -> None:
+def assert_same(a: QuantizedMatrix, b: QuantizedMatrix) -> None:
     for part in ("codes", "scales", "zeros", "g_idx"):
         assert torch.equal(getattr(a, part), getattr(b, part)), part
 

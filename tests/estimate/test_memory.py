@@ -9,7 +9,7 @@ from fewbit.config import LayerSettings
 from fewbit.estimate.live import LiveBytes
 from fewbit.estimate.memory import HOLES, predict_memory, spilled_notes
 from fewbit.estimate.work import LayerWork, Work
-from fewbit.gptq import Accuracy, FactorCache, Hessian, Probe, quantize_weight
+from fewbit.gptq import Accuracy, FactorCache, Hessian, Holdout, quantize_weight
 from fewbit.planning import LayerPlan, Plan
 
 SETTINGS = LayerSettings(4, 32, True, "group", 0.01, "gptq")
@@ -42,7 +42,7 @@ def test_the_solver_holds_what_is_predicted(streams, m, n, dtype):
     with LiveBytes() as live:
         hessian = Hessian(n)
         hessian.add(X, None, X * 1.01 if streams == 2 else None)
-        rows = Probe(torch.randn(probe, n), torch.randn(probe, n)) if probe else None
+        rows = Holdout(torch.randn(probe, n), torch.randn(probe, n)) if probe else None
         accuracy = Accuracy("auto" if streams == 2 else 0.0)
         quantize_weight(W, hessian, SETTINGS, FactorCache(), accuracy=accuracy, probe=rows)
         seen = live.peak

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
 from fewbit.config import LayerSettings
-from fewbit.gptq import Accuracy, FactorCache, Hessian, Probe, Siblings, quantize_together
+from fewbit.gptq import Accuracy, FactorCache, Hessian, Holdout, Siblings, quantize_together
 from fewbit.gptq import cholesky as fallback
 from fewbit.gptq import grid as grids
 from fewbit.gptq.batching import in_batches, on_host, padded, product, stacked
@@ -33,7 +33,7 @@ def family(rows, n, seed, *, full=True, probe=50, idle=(), device="cpu"):
     H = Hessian(n, device=device)
     H.add(X[probe:], full=X_full[probe:] if full else None)
     weights = [torch.randn(m, n, generator=generator).to(device) for m in rows]
-    held_out = Probe(X[:probe], X_full[:probe]) if probe else None
+    held_out = Holdout(X[:probe], X_full[:probe]) if probe else None
     return Siblings(weights, H, FactorCache(), held_out, [whole] * len(rows))
 
 
@@ -105,7 +105,7 @@ def test_a_batch_that_is_refitted_keeps_what_is_better_for_each():
     # For this probe refitted scales are wrong: the full-precision layer gives what the swept codes give.
     [swept] = solved(families, settings, Accuracy(), batched=True)[1]
     X = families[1].probe.X
-    stubborn = Probe(X, X @ swept.codes.dequantize().T @ torch.linalg.pinv(families[1].weights[0]).T)
+    stubborn = Holdout(X, X @ swept.codes.dequantize().T @ torch.linalg.pinv(families[1].weights[0]).T)
     families[1] = dataclasses.replace(families[1], probe=stubborn)
     found = solved(families, settings, Accuracy(refit=True), batched=True)
     assert [one.refit for [one] in found] == [True, False, True]

@@ -6,7 +6,7 @@ import torch
 import summing
 from fewbit.config import LayerSettings
 from fewbit.errors import SolverError
-from fewbit.gptq import Accuracy, FactorCache, Hessian, Probe, quantize_weight
+from fewbit.gptq import Accuracy, FactorCache, Hessian, Holdout, quantize_weight
 from fewbit.gptq import cholesky as fallback
 from fewbit.gptq.correction import RIDGE, alpha_figures, best_alpha, drifts_of, error_figures, steps_of
 
@@ -57,14 +57,14 @@ def test_the_step_is_the_damped_least_squares_solution():
 def test_a_full_step_undoes_a_drift_that_is_linear():
     W, X, X_full = problem(tokens=4000)
     step = step_of(hessian_of(X, X_full), W)
-    probe = Probe(X, X_full)
+    probe = Holdout(X, X_full)
     assert output_error(W, W + step, probe) < 0.2 * output_error(W, W, probe)
 
 
 def test_best_alpha_is_the_best_of_a_fine_list():
     W, X, X_full = problem()
     step = 3 * step_of(hessian_of(X[:300], X_full[:300]), W)  # too long on purpose
-    probe = Probe(X[300:], X_full[300:])
+    probe = Holdout(X[300:], X_full[300:])
     errors = {a / 100: output_error(W, W + a / 100 * step, probe) for a in range(101)}
     best = min(errors, key=errors.get)
     assert 0 < best < 1
@@ -75,14 +75,14 @@ def test_best_alpha_is_the_best_of_a_fine_list():
 def test_alpha_stays_between_0_and_1(scale, expected):
     W, X, X_full = problem()
     step = step_of(hessian_of(X, X_full), W)
-    assert alpha_of(W, scale * step, Probe(X, X_full)) == expected
+    assert alpha_of(W, scale * step, Holdout(X, X_full)) == expected
 
 
 @pytest.mark.parametrize("correction", [0.5, 1.0, "auto"])
 @pytest.mark.parametrize("sym", [True, False])
 def test_the_correction_lowers_the_error_on_held_out_tokens(correction, sym):
     W, X, X_full = problem(tokens=2000)
-    H, probe = hessian_of(X[:1500], X_full[:1500]), Probe(X[1500:], X_full[1500:])
+    H, probe = hessian_of(X[:1500], X_full[:1500]), Holdout(X[1500:], X_full[1500:])
     settings = LayerSettings(bits=4, group_size=16, sym=sym, act_order="group", damp=0.01, method="gptq")
     plain = quantize_weight(W, H, settings, accuracy=Accuracy(), probe=probe)
     corrected = quantize_weight(W, H, settings, accuracy=Accuracy(correction), probe=probe)
@@ -98,7 +98,7 @@ def test_auto_without_drift_or_without_a_probe_changes_nothing():
     W, X, _ = problem()
     plain = quantize_weight(W, hessian_of(X, X), SETTINGS)
     without_drift = quantize_weight(
-        W, hessian_of(X, X), SETTINGS, accuracy=Accuracy("auto"), probe=Probe(X, X)
+        W, hessian_of(X, X), SETTINGS, accuracy=Accuracy("auto"), probe=Holdout(X, X)
     )
     without_probe = quantize_weight(W, hessian_of(X, X), SETTINGS, accuracy=Accuracy("auto"))
     for other in (without_drift, without_probe):

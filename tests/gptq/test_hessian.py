@@ -82,7 +82,7 @@ def exact_sums(X, full, owners, order, backend):
     """The bytes of H and C where batch b is added by owners[b], the batches taken in this order."""
     mine = [Hessian(X[0].shape[1], backend=backend) for _ in set(owners)]
     for b in order:
-        mine[owners[b]].foresee(X[b], full=full[b])
+        mine[owners[b]].observe_range(X[b], full=full[b])
     everyones = torch.cat([H.squares for H in mine])
     for H in mine:
         H.fix(everyones)
@@ -138,12 +138,12 @@ def test_tokens_that_were_not_foreseen_are_refused():
     with pytest.raises(SolverError, match="made for the 5 tokens that it has: foresee all batches first"):
         H.add(torch.randn(1, 8))
     with pytest.raises(SolverError, match="has its units already"):
-        H.foresee(torch.randn(1, 8))
+        H.observe_range(torch.randn(1, 8))
 
 
 def test_no_tokens_after_the_matrix_was_taken():
     H = Hessian(8)
-    H.foresee(torch.randn(5, 8))
+    H.observe_range(torch.randn(5, 8))
     H.matrix()
     with pytest.raises(SolverError, match="before the matrix is taken"):
         H.add(torch.randn(5, 8))
@@ -292,7 +292,7 @@ def test_no_value_is_looked_at_before_it_is_asked_for(dtype, monkeypatch):
         assert [tensor.dtype for tensor in H.sums(full=True)] == [torch.int32] * 2
         assert H.matrix().dtype == H.drift().dtype == torch.float32
         with pytest.raises(DataDependentOutputException):
-            Hessian(640, backend="torch").foresee(X)
+            Hessian(640, backend="torch").observe_range(X)
 
 
 def test_foreseen_without_a_look_and_then_with_one():
@@ -300,18 +300,18 @@ def test_foreseen_without_a_look_and_then_with_one():
     X[1][4, 2] = float("inf")
     H = Hessian(8)
     for batch in X:
-        H.foresee(batch, look=False)
+        H.observe_range(batch, look=False)
     assert not H.in_range
     H.forget()
     for batch in X:
-        H.foresee(batch)
+        H.observe_range(batch)
     assert H.in_range
     for batch in X:
         H.add(batch)
     assert (H.tokens, H.dropped) == (59, 1)
     assert torch.equal(H.matrix(), hessian_of(X).matrix())
     clean = Hessian(8)
-    clean.foresee(X[0], look=False)
+    clean.observe_range(X[0], look=False)
     assert clean.in_range
 
 

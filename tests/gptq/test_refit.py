@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from fewbit.config import LayerSettings
-from fewbit.gptq import Accuracy, Hessian, Probe, quantize_weight
+from fewbit.gptq import Accuracy, Hessian, Holdout, quantize_weight
 from fewbit.gptq.grid import LARGEST_SCALE, SMALLEST_SCALE, fit_grid, nearest
 from fewbit.gptq.refit import refit_scales
-from fewbit.quantized_matrix import Codes, sequential_groups
+from fewbit.quantized_matrix import QuantizedMatrix, sequential_groups
 
 
 def error(W, codes, scales, H):
@@ -22,7 +22,7 @@ def problem(n, group_size, bits, sym, m=17, act_order=False):
     if act_order:
         g_idx = g_idx[torch.randperm(n, generator=g)]
     grid = fit_grid(W, H.diagonal(), g_idx, bits, sym=sym)
-    codes = Codes(nearest(W, grid, bits), grid.scales, grid.zeros, grid.g_idx, bits, group_size)
+    codes = QuantizedMatrix(nearest(W, grid, bits), grid.scales, grid.zeros, grid.g_idx, bits, group_size)
     return W, H, codes
 
 
@@ -66,7 +66,7 @@ def test_one_sweep_lowers_the_error_and_keeps_the_grid_valid(bits, sym):
 def test_groups_of_zeros_and_a_zero_hessian_keep_their_scales():
     q = torch.full((2, 8), 8, dtype=torch.uint8)
     zeros, groups = torch.full((2, 2), 8).short(), sequential_groups(8, 4)
-    codes = Codes(q, torch.ones(2, 2).half(), zeros, groups, bits=4, group_size=4)
+    codes = QuantizedMatrix(q, torch.ones(2, 2).half(), zeros, groups, bits=4, group_size=4)
     assert torch.equal(refit_scales(torch.zeros(2, 8), codes, torch.eye(8)), codes.scales)
     q[:, 0] = 9
     assert torch.equal(refit_scales(torch.ones(2, 8), codes, torch.zeros(8, 8)), codes.scales)
@@ -80,12 +80,12 @@ def test_a_refit_is_kept_only_where_held_out_tokens_agree():
     H = Hessian(48)
     H.add(X)
     plain = quantize_weight(W, H, settings)
-    kept = quantize_weight(W, H, settings, accuracy=Accuracy(refit=True), probe=Probe(other, other))
+    kept = quantize_weight(W, H, settings, accuracy=Accuracy(refit=True), probe=Holdout(other, other))
     assert kept.refit
     assert torch.equal(kept.codes.codes, plain.codes.codes)
     assert not torch.equal(kept.codes.scales, plain.codes.scales)
     assert kept.loss < plain.loss
     # Held-out tokens for which the fitted scales are wrong: the full-precision layer gives what it gave before.
     before = plain.codes.dequantize()
-    stubborn = Probe(other, other @ before.T @ torch.linalg.pinv(W).T)
+    stubborn = Holdout(other, other @ before.T @ torch.linalg.pinv(W).T)
     assert not quantize_weight(W, H, settings, accuracy=Accuracy(refit=True), probe=stubborn).refit

@@ -7,7 +7,7 @@ import torch
 
 from fewbit.config import LayerSettings
 from fewbit.errors import SolverError
-from fewbit.gptq import Accuracy, FactorCache, Hessian, Probe, Siblings, quantize_together, quantize_weight
+from fewbit.gptq import Accuracy, FactorCache, Hessian, Holdout, Siblings, quantize_together, quantize_weight
 from fewbit.gptq import cholesky as fallback
 from fewbit.gptq.cholesky import prepare, prepare_all
 from fewbit.gptq.correction import whole
@@ -24,7 +24,7 @@ def family(rows, n=48, tokens=200, seed=0, full=True):
     H = Hessian(n)
     H.add(X[:tokens], full=X_full[:tokens] if full else None)
     weights = [torch.randn(m, n, generator=generator) for m in rows]
-    probe = Probe(X[tokens:], X_full[tokens:]) if full else None
+    probe = Holdout(X[tokens:], X_full[tokens:]) if full else None
     return Siblings(weights, H, FactorCache(), probe, [whole] * len(rows))
 
 

@@ -12,7 +12,7 @@ from fewbit.kernels.cpu import layout as packed
 from fewbit.kernels.cpu.kernel import packed_weight
 from fewbit.kernels.cpu.layout import Rounding
 from fewbit.kernels.linear import QuantLinear
-from fewbit.quantized_matrix import Codes, group_count, sequential_groups
+from fewbit.quantized_matrix import QuantizedMatrix, group_count, sequential_groups
 from tiny_gptq import random_codes
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not() or "compiled module")
@@ -38,7 +38,7 @@ def make(out_features, in_features, bits, group_size, *, sym, order):
     groups = group_count(in_features, group_size)
     g_idx = sequential_groups(in_features, group_size)
     zeros = torch.randint(0, 2**bits, (out_features, groups)).short()
-    return Codes(
+    return QuantizedMatrix(
         codes=torch.randint(0, 2**bits, (out_features, in_features), dtype=torch.uint8),
         scales=(torch.rand(out_features, groups) * 0.1 + 0.01).half(),
         zeros=torch.full_like(zeros, 2 ** (bits - 1)) if sym else zeros,

@@ -7,7 +7,7 @@ from fewbit.checkpoint.layout import pack
 from fewbit.config import QuantConfig
 from fewbit.mixed_precision.units import Choice, make_units, stored_bytes
 from fewbit.planning import LayerPlan, Plan, make_plan
-from fewbit.quantized_matrix import Codes, group_count, sequential_groups
+from fewbit.quantized_matrix import QuantizedMatrix, group_count, sequential_groups
 from models import tiny_model
 
 
@@ -27,7 +27,7 @@ def names(units):
 def test_stored_bytes_are_those_of_the_packed_tensors(bits, group_size, shape):
     out_features, in_features = shape
     groups = group_count(in_features, group_size)
-    codes = Codes(
+    codes = QuantizedMatrix(
         torch.zeros(shape, dtype=torch.uint8),
         torch.ones(out_features, groups, dtype=torch.float16),
         torch.ones(out_features, groups, dtype=torch.int16),

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from fewbit.distributed import Ranks, joined
+from fewbit.distributed import Communicator, joined
 from fewbit.errors import ConfigError, ModelError, RankError
 from fewbit.pipeline.layer_quantizer import Follower
 from rank_processes import run_ranks
@@ -65,7 +65,7 @@ def test_every_rank_gets_the_same_and_it_is_that_of_all(world):
 
 
 def test_one_process_is_the_same_without_exchanges():
-    alone = exchanges(Ranks())
+    alone = exchanges(Communicator())
     assert alone["share"] == list(range(7))
     assert (alone["total"], alone["all"], alone["collect"]) == ([0, 1], [True, True], ["rank 0"])
     assert alone["part"]

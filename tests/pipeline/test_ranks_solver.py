@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fewbit.config import LayerSettings
-from fewbit.distributed import Ranks
-from fewbit.gptq import Accuracy, Hessian, Probe, quantize_weight
+from fewbit.distributed import Communicator
+from fewbit.gptq import Accuracy, Hessian, Holdout, quantize_weight
 from rank_processes import run_ranks
 
 
@@ -16,7 +16,7 @@ def problem(m, n, tokens=300):
     X_full = X + 0.2 * torch.randn(tokens, n, generator=generator) @ torch.randn(n, n, generator=generator)
     H = Hessian(n)
     H.add(X[:200], full=X_full[:200])
-    return W, H, Probe(X[200:], X_full[200:])
+    return W, H, Holdout(X[200:], X_full[200:])
 
 
 def solved(ranks, m, n, settings, accuracy, with_hessian=True):
@@ -51,12 +51,12 @@ CASES = {
 @pytest.mark.parametrize(("m", "n", "world"), [(64, 48, 2), (131, 200, 3), (31, 48, 3), (576, 192, 5)])
 def test_divided_rows_give_what_one_process_gives(case, m, n, world):
     settings, accuracy = CASES[case]
-    whole, figures = solved(Ranks(), m, n, settings, accuracy)
+    whole, figures = solved(Communicator(), m, n, settings, accuracy)
     results = run_ranks(world, solved, m, n, settings, accuracy)
     assert all(result == (whole, figures) for result in results)
 
 
 def test_round_to_nearest_is_divided_too():
     settings = settings_of(method="rtn")
-    alone = solved(Ranks(), 131, 48, settings, Accuracy(), False)
+    alone = solved(Communicator(), 131, 48, settings, Accuracy(), False)
     assert run_ranks(3, solved, 131, 48, settings, Accuracy(), False) == [alone] * 3

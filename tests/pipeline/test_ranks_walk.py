@@ -6,7 +6,7 @@ from torch import nn
 
 import fewbit
 from fewbit.kernels.linear import QuantLinear
-from fewbit.pipeline.scheduler import Arrival
+from fewbit.pipeline.scheduler import LayerInput
 from fewbit.pipeline.statistics import HessianPool, Rows, hold_out
 from models import random_sequences, tiny_model, tiny_tokenizer
 from moe_models import tiny_moe
@@ -122,7 +122,7 @@ def shared_hessians(ranks):
     x, y = (torch.full((1, 3, 4), float(value)) for value in (1, 2))
     inputs = [x, x, x if ranks.leader else y, None if ranks.leader else y]
     entries = [
-        pool.get(str(i), layer, [] if tensor is None else [Arrival(0, tensor)])
+        pool.get(str(i), layer, [] if tensor is None else [LayerInput(0, tensor)])
         for i, (layer, tensor) in enumerate(zip(layers, inputs, strict=True))
     ]
     same = [entry is entries[0] for entry in entries]

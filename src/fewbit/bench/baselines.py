@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DependencyError, KernelError
-from ..quantized_matrix import Codes
+from ..quantized_matrix import QuantizedMatrix
 from .layers import Candidate, Run, registered
 
 GGML = ("q4_0", "q4_k", "q8_0")
@@ -38,7 +38,7 @@ def all_rivals(ggml_folder: Path | None = None) -> dict[str, Candidate]:
     }
 
 
-def onnxruntime(codes: Codes, dtype: torch.dtype) -> Run:
+def onnxruntime(codes: QuantizedMatrix, dtype: torch.dtype) -> Run:
     """MatMulNBits with int8 activations (accuracy level 4, its fast path), float32 in and out.
 
     Raises:
@@ -52,7 +52,7 @@ def onnxruntime(codes: Codes, dtype: torch.dtype) -> Run:
     return _OnnxRuntime(_onnx_model(codes))
 
 
-def _check(codes: Codes, bits: tuple[int, ...], rival: str) -> None:
+def _check(codes: QuantizedMatrix, bits: tuple[int, ...], rival: str) -> None:
     """Refuse what would not be the same weight."""
     if codes.bits not in bits:
         raise KernelError(f"{rival} cannot run this layer: {codes.bits} bits")
@@ -62,7 +62,7 @@ def _check(codes: Codes, bits: tuple[int, ...], rival: str) -> None:
         raise KernelError(f"{rival} cannot run this layer: act-order or asymmetric")
 
 
-def _onnx_model(codes: Codes) -> bytes:
+def _onnx_model(codes: QuantizedMatrix) -> bytes:
     """One MatMulNBits node; its zero point is the middle, so none is given."""
     from onnx import TensorProto, helper, numpy_helper
 
@@ -127,7 +127,7 @@ def ggml(kind: str, folder: Path | None = None) -> Candidate:
         folder: where libggml*.so are; None: those inside the package llama_cpp (llama-cpp-python).
     """
 
-    def make(codes: Codes, dtype: torch.dtype) -> Run:
+    def make(codes: QuantizedMatrix, dtype: torch.dtype) -> Run:
         library = _Library(_library_folder(folder))
         return _Ggml(library, kind, _blocks(library, kind, codes), codes.shape)
 
@@ -147,7 +147,7 @@ _TYPES = {"q4_0": 2, "q8_0": 8, "q4_k": 12}  # enum ggml_type
 _F32 = 0
 
 
-def _blocks(library: _Library, kind: str, codes: Codes) -> np.ndarray[Any, Any]:
+def _blocks(library: _Library, kind: str, codes: QuantizedMatrix) -> np.ndarray[Any, Any]:
     """The weight in ggml's layout: one float16 scale and 32 codes per block, or quantized again for q4_k."""
     N, K = codes.shape
     if kind == "q4_k":

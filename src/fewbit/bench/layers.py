@@ -25,12 +25,12 @@ from ..errors import DependencyError, KernelError
 from ..kernels import registry
 from ..kernels.linear import QuantLinear
 from ..kernels.spec import KernelSpec
-from ..quantized_matrix import Codes, group_count, sequential_groups
+from ..quantized_matrix import QuantizedMatrix, group_count, sequential_groups
 from .machine import last_level_cache
 from .timing import Stopwatch, Times, in_turns, seconds_per_call
 
 Run = Callable[[Tensor], Tensor]
-Candidate = Callable[[Codes, torch.dtype], Run]
+Candidate = Callable[[QuantizedMatrix, torch.dtype], Run]
 
 _INNER_TILES = 8  # of 16 inputs that torch's operator for GPUs packs together: 2, 4 or 8
 _ROWS_CHECKED = 64  # of the product, against float64
@@ -100,7 +100,7 @@ def able_kernels(
     return able
 
 
-def random_weight(shape: Shape, seed: int = 0) -> Codes:
+def random_weight(shape: Shape, seed: int = 0) -> QuantizedMatrix:
     """Random codes whose weight has about unit variance per row sum, as trained layers do."""
     generator = torch.Generator().manual_seed(seed)
     groups = group_count(shape.in_features, shape.group_size)
@@ -113,7 +113,7 @@ def random_weight(shape: Shape, seed: int = 0) -> Codes:
     if not shape.sym:
         zeros = torch.randint(1, top, size, generator=generator, dtype=torch.int16)
     step = 3.5 / top / math.sqrt(shape.in_features)
-    return Codes(
+    return QuantizedMatrix(
         codes=torch.randint(
             0, top, (shape.out_features, shape.in_features), generator=generator, dtype=torch.uint8
         ),
@@ -131,7 +131,7 @@ def registered(kernel: str) -> Candidate:
     The candidate raises KernelError where the kernel cannot run the layer.
     """
 
-    def make(codes: Codes, dtype: torch.dtype) -> Run:
+    def make(codes: QuantizedMatrix, dtype: torch.dtype) -> Run:
         layer = QuantLinear.from_codes(codes, compute_dtype=dtype)
         layer.prepare(kernel)
         return layer
@@ -142,7 +142,7 @@ def registered(kernel: str) -> Candidate:
 def dense(weight_dtype: torch.dtype) -> Candidate:
     """`torch.nn.Linear` with the dequantized weight; activations in the weight's dtype."""
 
-    def make(codes: Codes, dtype: torch.dtype) -> Run:
+    def make(codes: QuantizedMatrix, dtype: torch.dtype) -> Run:
         return _Dense(codes.dequantize(weight_dtype))
 
     return make
@@ -157,7 +157,7 @@ class _Dense(nn.Module):
         return functional.linear(x.to(self.weight.dtype), self.weight)
 
 
-def torch_operator(codes: Codes, dtype: torch.dtype) -> Run:
+def torch_operator(codes: QuantizedMatrix, dtype: torch.dtype) -> Run:
     """torch's int4 operator by itself: bfloat16, scales and zero points rounded to it, no corrections.
 
     The one for CPUs or, where the codes are on a GPU (compute capability 8.0 or higher), the other. That is measured
@@ -174,7 +174,7 @@ def torch_operator(codes: Codes, dtype: torch.dtype) -> Run:
     return _TorchOperatorGpu(codes) if on_gpu else _TorchOperator(codes)
 
 
-def _why_not_torch_operator(codes: Codes, dtype: torch.dtype, on_gpu: bool) -> str:
+def _why_not_torch_operator(codes: QuantizedMatrix, dtype: torch.dtype, on_gpu: bool) -> str:
     if codes.bits != 4:
         return f"{codes.bits} bits"
     if dtype != torch.bfloat16:
@@ -188,7 +188,7 @@ def _why_not_torch_operator(codes: Codes, dtype: torch.dtype, on_gpu: bool) -> s
 
 
 class _TorchOperator(nn.Module):
-    def __init__(self, codes: Codes) -> None:
+    def __init__(self, codes: QuantizedMatrix) -> None:
         super().__init__()
         self.group_size = codes.group_size
         self.register_buffer("scales", _int4_scales(codes))
@@ -201,7 +201,7 @@ class _TorchOperator(nn.Module):
 
 
 class _TorchOperatorGpu(nn.Module):
-    def __init__(self, codes: Codes) -> None:
+    def __init__(self, codes: QuantizedMatrix) -> None:
         super().__init__()
         self.group_size = codes.group_size
         self.register_buffer("scales", _int4_scales(codes))
@@ -214,7 +214,7 @@ class _TorchOperatorGpu(nn.Module):
         return y
 
 
-def _int4_scales(codes: Codes) -> Tensor:
+def _int4_scales(codes: QuantizedMatrix) -> Tensor:
     """(s, z) of Σ x·(s·(q − 8) + z), bfloat16 (groups, out, 2)."""
     scale = codes.scales.t().float()
     shift = scale * (8 - codes.zeros.t().float())
@@ -269,7 +269,7 @@ def measure_shape(
     return results, refused
 
 
-def _on(codes: Codes, device: torch.device) -> Codes:
+def _on(codes: QuantizedMatrix, device: torch.device) -> QuantizedMatrix:
     moved = {name: getattr(codes, name).to(device) for name in ("codes", "scales", "zeros", "g_idx")}
     return replace(codes, **moved)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..config import FORMATS
 from ..errors import CheckpointError
-from ..quantized_matrix import Codes, group_count, sequential_groups
+from ..quantized_matrix import QuantizedMatrix, group_count, sequential_groups
 
 QWEIGHT, QZEROS, SCALES, G_IDX = PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -37,7 +37,7 @@ def word_count(values: int, bits: int) -> int:
     return -(-values // 32) * 3 if bits == 3 else -(-values * bits // 32)
 
 
-def pack(codes: Codes, fmt: str) -> dict[str, Tensor]:
+def pack(codes: QuantizedMatrix, fmt: str) -> dict[str, Tensor]:
     """The four tensors of a layer by their short names, as stored in format `fmt`.
 
     Widths that do not fill their last word are padded with zero bits. The result is on the codes' device.
@@ -58,7 +58,7 @@ def pack(codes: Codes, fmt: str) -> dict[str, Tensor]:
 
 def unpack(
     tensors: Mapping[str, Tensor], bits: int, group_size: int, fmt: str, in_features: int, out_features: int
-) -> Codes:
+) -> QuantizedMatrix:
     """Inverse of `pack`; also takes layers without ``g_idx`` and with other writers' padding.
 
     Zero points come out as 0 … 2^bits − 1. See `unpack_zeros` for what is read where zero − 1 was −1.
@@ -76,7 +76,7 @@ def unpack(
         g_idx = sequential_groups(in_features, group_size).to(tensors[QWEIGHT].device)
     else:
         check_groups(g_idx, groups)
-    return Codes(
+    return QuantizedMatrix(
         codes=unpack_rows(tensors[QWEIGHT].t().contiguous(), bits, in_features),
         scales=tensors[SCALES].t().contiguous(),
         zeros=unpack_zeros(tensors[QZEROS], bits, fmt, out_features).t().contiguous(),
@@ -93,7 +93,7 @@ def check_groups(g_idx: Tensor, groups: int) -> None:
         raise CheckpointError(f"g_idx holds {found}; with {groups} groups 0 … {groups - 1} are valid")
 
 
-def without_zero_point_0(codes: Codes) -> Codes:
+def without_zero_point_0(codes: QuantizedMatrix) -> QuantizedMatrix:
     """The same weight without zero points of 0, which format "gptq" cannot say.
 
     Where zero = 0 the grid is turned round: ``s·q = −s·((M − q) − M)`` with M = 2^bits − 1. Exact.

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..quantized_matrix import Codes, group_count
+from ..quantized_matrix import QuantizedMatrix, group_count
 from . import layout
 from . import quantization_config as quantization
 from .header import TensorInfo, read_header
@@ -118,7 +118,7 @@ class Checkpoint:
         """The tensor called `name`, memory-mapped. Raises `CheckpointError` where there is none."""
         return self.weights.tensor(name)
 
-    def codes(self, layer: str) -> Codes:
+    def codes(self, layer: str) -> QuantizedMatrix:
         """The unpacked layer.
 
         Raises:

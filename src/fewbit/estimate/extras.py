@@ -26,7 +26,7 @@ from ..mixed_precision.units import make_units
 from ..pipeline.streaming import REST
 from ..pipeline.tune_block import TOKENS_PER_STEP, BlockCall, tune_block
 from ..planning import Plan, output_embedding_name
-from ..quantized_matrix import Codes
+from ..quantized_matrix import QuantizedMatrix
 from .memory import Parts
 from .timing import forward_seconds
 from .trial import Trial, tokens_of
@@ -176,7 +176,7 @@ def _seconds(piece: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _rounded(plan: Plan) -> tuple[Codes, float]:
+def _rounded(plan: Plan) -> tuple[QuantizedMatrix, float]:
     settings = plan.layers[0].settings
     W = torch.randn(_WIDTH, _WIDTH)
     start = time.perf_counter()

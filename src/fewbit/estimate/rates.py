@@ -24,7 +24,7 @@ from ..checkpoint.header import TensorInfo
 from ..checkpoint.layout import pack
 from ..config import LayerSettings
 from ..errors import ModelError, OutputError
-from ..gptq import Accuracy, FactorCache, Hessian, Probe, quantize_weight
+from ..gptq import Accuracy, FactorCache, Hessian, Holdout, quantize_weight
 from .trial import synchronize
 from .work import LayerWork
 
@@ -118,7 +118,7 @@ class _Bench:
             packing, _ = self.timed(partial(self.finish, solution.codes))
             return LayerRate(0.0, 0.0, seconds / m, packing / m)
         hessian, accumulate = self.hessian(n)
-        rows = Probe(self.random(probe, n).float(), self.random(probe, n).float()) if probe else None
+        rows = Holdout(self.random(probe, n).float(), self.random(probe, n).float()) if probe else None
         cache = FactorCache()
         solve = partial(quantize_weight, W, hessian, settings, cache, accuracy=self.accuracy, probe=rows)
         first, _ = self.timed(solve)
@@ -132,8 +132,8 @@ class _Bench:
         rows = max(64, min(_HESSIAN_ROWS, int(_WEIGHT_OPERATIONS / (n * n))))
         X = self.random(rows, n)
         full = self.random(rows, n) if self.streams == 2 else None
-        hessian.foresee(X, None, full)
-        foreseeing, _ = self.timed(partial(hessian.foresee, X, None, full))
+        hessian.observe_range(X, None, full)
+        foreseeing, _ = self.timed(partial(hessian.observe_range, X, None, full))
         hessian.add(X, None, full)
         adding, _ = self.timed(partial(hessian.add, X, None, full))
         return hessian, (foreseeing + adding) / rows

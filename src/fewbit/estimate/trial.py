@@ -23,7 +23,7 @@ from ..modeling.experts import UnfusedExperts, unfused_modules
 from ..modeling.layers import input_rows
 from ..pipeline.expert_calibration import Routing
 from ..pipeline.quantize_layers import without_cache
-from ..pipeline.scheduler import Arrival, Passage, walk
+from ..pipeline.scheduler import BlockCall, LayerInput, walk
 from ..pipeline.statistics import KEPT, Rows
 from ..pipeline.streaming import StreamedWeights, Weights
 from ..planning import LayerPlan, Plan, block_of
@@ -105,7 +105,7 @@ def run_trial(
     def job() -> object:
         return model(**batch, **extra)
 
-    def leave(name: str, passages: list[Passage]) -> dict[int, Any]:
+    def leave(name: str, passages: list[BlockCall]) -> dict[int, Any]:
         trial.seconds[name] = _median_seconds(blocks[name], passages[0], weights.device)
         return {}
 
@@ -181,7 +181,7 @@ class _Observer:
     last: list[tuple[str, weakref.ref[Tensor]]] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
 
-    def meet(self, name: str, arrivals: Sequence[Arrival]) -> None:
+    def meet(self, name: str, arrivals: Sequence[LayerInput]) -> None:
         held, heap, x = self.live.now, self.live.heap, arrivals[0].x
         if name in self.second:
             self.add_to_first(self.second[name], held, heap)
@@ -222,7 +222,7 @@ def _with_experts(
     return {name: modules.get(name) or model.get_submodule(name) for name in names}
 
 
-def _median_seconds(block: nn.Module, passage: Passage, device: torch.device) -> float:
+def _median_seconds(block: nn.Module, passage: BlockCall, device: torch.device) -> float:
     found: list[float] = []
     while len(found) < _REPEATS and sum(found) < _SECONDS:
         start = time.perf_counter()

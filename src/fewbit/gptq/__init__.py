@@ -18,7 +18,7 @@ from ..errors import SolverError
 from ..native import Backend
 from ..quantized_matrix import sequential_groups
 from .backends import full_float32, why_no_triton
-from .correction import Probe, Total, relative_error, relative_figures, whole
+from .correction import Holdout, Total, relative_error, relative_figures, whole
 from .factor_cache import FactorCache
 from .grid import fit_grid, nearest
 from .hessian import Hessian
@@ -30,7 +30,7 @@ __all__ = [
     "Accuracy",
     "FactorCache",
     "Hessian",
-    "Probe",
+    "Holdout",
     "Siblings",
     "Solution",
     "native",
@@ -48,7 +48,7 @@ def quantize_weight(
     cache: FactorCache | None = None,
     *,
     accuracy: Accuracy | None = None,
-    probe: Probe | None = None,
+    probe: Holdout | None = None,
     total: Total = whole,
     backend: Backend = "auto",
 ) -> Solution:
@@ -106,7 +106,7 @@ def quantize_together(
 
 
 def _round_to_nearest(
-    W: Tensor, settings: LayerSettings, backend: Backend, probe: Probe | None, total: Total
+    W: Tensor, settings: LayerSettings, backend: Backend, probe: Holdout | None, total: Total
 ) -> Solution:
     n = W.shape[1]
     g_idx = sequential_groups(n, settings.group_size, device=W.device)

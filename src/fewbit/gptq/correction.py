@@ -35,7 +35,7 @@ CAUTION = 0.6
 
 
 @dataclass(frozen=True)
-class Probe:
+class Holdout:
     """Held-out tokens of a layer: they enter no Hessian, and judge what was made of it.
 
     Attributes:

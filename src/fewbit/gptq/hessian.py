@@ -7,7 +7,7 @@ weights.
 
 H_ij is kept as an integer in units of 2⁻³⁰ s_i s_j, where s_i is the smallest power of two with H_ii ≤ s_i². As
 |H_ij| ≤ √(H_ii H_jj), nothing overflows, and a unit is less than 2⁻²⁸ √(H_ii H_jj): finer than the rounding of a
-float32 sum. It takes two passes over the tokens: the first, `foresee`, finds Σ x_i².
+float32 sum. It takes two passes over the tokens: the first, `observe_range`, finds Σ x_i².
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _FINISHED_ROWS_ON_GPU = 1024
 class Hessian:
     """Accumulates H = Σ x xᵀ over tokens, and P = Σ x̃ xᵀ where the full-precision inputs are given.
 
-    First `foresee` every batch, then `add` every batch; for a single one `add` alone will do. A product inside a
+    First `observe_range` every batch, then `add` every batch; for a single one `add` alone will do. A product inside a
     batch is a float32 sum, which is the same every time for one backend and thread count. Where others add further
     batches, all give `fix` the `squares` of all, and sum what `sums` returns.
 
@@ -65,7 +65,7 @@ class Hessian:
         self._waiting: list[list[Tensor]] = []
         self._finished = False
 
-    def foresee(
+    def observe_range(
         self, X: Tensor, mask: Tensor | None = None, full: Tensor | None = None, *, look: bool = True
     ) -> None:
         """Announce tokens that will be added; the other arguments are those of `add`.
@@ -136,7 +136,7 @@ class Hessian:
         """
         if self._s is None:
             if not self._squares:
-                self.foresee(X, mask, full)
+                self.observe_range(X, mask, full)
             self.fix(self.squares)
         both = self._both(X, mask, full)
         if not self._clean:

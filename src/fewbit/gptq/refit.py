@@ -13,11 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..quantized_matrix import Codes
+from ..quantized_matrix import QuantizedMatrix
 from .grid import storable
 
 
-def refit_scales(T: Tensor, codes: Codes, H: Tensor, sweeps: int = 1) -> Tensor:
+def refit_scales(T: Tensor, codes: QuantizedMatrix, H: Tensor, sweeps: int = 1) -> Tensor:
     """The refitted scales, dtype and shape as in `codes`; their signs stay.
 
     Args:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config import LayerSettings
 from ..native import Backend
-from ..quantized_matrix import Codes
+from ..quantized_matrix import QuantizedMatrix
 from .backends import path_for
 from .batching import in_batches, on_host, padded, stacked
 from .cholesky import NO_CORRECTION, Prepared, prepare_all
@@ -222,7 +222,7 @@ def _aims(
 
 def _swept(
     aims: Sequence[_Aim], settings: LayerSettings, backend: Backend
-) -> list[tuple[Codes, Tensor | None]]:
+) -> list[tuple[QuantizedMatrix, Tensor | None]]:
     """For each aim the codes of the best of some stretched grids, row by row, and the loss of every row.
 
     The grid that fits the weights best clips the largest of them. In the sweep a column takes errors of
@@ -236,7 +236,7 @@ def _swept(
         if aim.shared.factor is not None
     ]
     solved = iter(zip(problems, solve_all(problems, settings.bits, backend=backend), strict=True))
-    results: list[tuple[Codes, Tensor | None]] = []
+    results: list[tuple[QuantizedMatrix, Tensor | None]] = []
     for aim in aims:
         if aim.shared.factor is None:
             q = nearest(aim.T, aim.grid, settings.bits)
@@ -251,7 +251,9 @@ def _stretched(grid: Grid, by: float) -> Grid:
     return Grid(storable(grid.scales.float() * by).to(grid.scales.dtype), grid.zeros, grid.g_idx)
 
 
-def _best(grids: Sequence[Grid], sweeps: Sequence[Sweep], settings: LayerSettings) -> tuple[Codes, Tensor]:
+def _best(
+    grids: Sequence[Grid], sweeps: Sequence[Sweep], settings: LayerSettings
+) -> tuple[QuantizedMatrix, Tensor]:
     """Every row as in the sweep where its loss is lowest, and these losses."""
     codes, scales, losses = sweeps[0].codes, grids[0].scales, sweeps[0].losses
     for sweep, grid in zip(sweeps[1:], grids[1:], strict=True):
@@ -262,16 +264,16 @@ def _best(grids: Sequence[Grid], sweeps: Sequence[Sweep], settings: LayerSetting
     return codes_of(codes, Grid(scales, grids[0].zeros, grids[0].g_idx), settings), losses
 
 
-def codes_of(q: Tensor, grid: Grid, settings: LayerSettings) -> Codes:
+def codes_of(q: Tensor, grid: Grid, settings: LayerSettings) -> QuantizedMatrix:
     """Codes (m, n) with their grid."""
-    return Codes(q, grid.scales, grid.zeros, grid.g_idx, settings.bits, settings.group_size)
+    return QuantizedMatrix(q, grid.scales, grid.zeros, grid.g_idx, settings.bits, settings.group_size)
 
 
 def _finished(
     families: Sequence[Siblings],
     batches: Sequence[_Batch],
     aims: Mapping[int, _Aim],
-    swept: Sequence[tuple[Codes, Tensor | None]],
+    swept: Sequence[tuple[QuantizedMatrix, Tensor | None]],
     accuracy: Accuracy,
 ) -> dict[Layer, Solution]:
     """Every layer on its own, with its refit, loss and true error."""
@@ -313,7 +315,7 @@ def _rows(family: Siblings) -> list[slice]:
     return [slice(end - len(W), end) for W, end in zip(family.weights, ends, strict=True)]
 
 
-def _part(codes: Codes, rows: slice) -> Codes:
+def _part(codes: QuantizedMatrix, rows: slice) -> QuantizedMatrix:
     return replace(codes, codes=codes.codes[rows], scales=codes.scales[rows], zeros=codes.zeros[rows])
 
 
@@ -321,10 +323,10 @@ def _refitted(
     families: Sequence[Siblings],
     batches: Sequence[_Batch],
     targets: Mapping[Layer, Tensor],
-    codes: Mapping[Layer, Codes],
-) -> dict[Layer, Codes]:
+    codes: Mapping[Layer, QuantizedMatrix],
+) -> dict[Layer, QuantizedMatrix]:
     """The codes with refitted scales, of layers where they have the lower error on the probe."""
-    fitted: dict[Layer, Codes] = {}
+    fitted: dict[Layer, QuantizedMatrix] = {}
     figures: dict[Layer, Sequence[Tensor]] = {}
     for batch in (batch for batch in batches if batch.has_probes):
         X, X_full = batch.probes()
@@ -341,7 +343,7 @@ def _refitted(
     return {layer: fitted[layer] for layer, (before, after) in sums.items() if after < before}
 
 
-def _refit(T: Tensor, swept: Codes, H: Hessian) -> Codes:
+def _refit(T: Tensor, swept: QuantizedMatrix, H: Hessian) -> QuantizedMatrix:
     """The codes with refitted scales."""
     scales = refit_scales(T, swept, H.matrix())
     # Columns that never were active had no part in it: they are rounded anew.
@@ -349,7 +351,7 @@ def _refit(T: Tensor, swept: Codes, H: Hessian) -> Codes:
     return replace(swept, codes=torch.where(H.diagonal() == 0, anew, swept.codes), scales=scales)
 
 
-def _losses(T: Tensor, codes: Codes, H: Hessian) -> Tensor:
+def _losses(T: Tensor, codes: QuantizedMatrix, H: Hessian) -> Tensor:
     """(t − ŵ) H (t − ŵ)ᵀ of every row, float64."""
     E = T - codes.dequantize()
     return (E @ H.matrix()).mul_(E).sum(dim=1, dtype=torch.float64)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..quantized_matrix import Codes
-from .correction import Probe, Total
+from ..quantized_matrix import QuantizedMatrix
+from .correction import Holdout, Total
 from .factor_cache import FactorCache
 from .hessian import Hessian
 
@@ -43,7 +43,7 @@ class Solution:
         true_error: ‖WX̃ − ŴX‖ / ‖WX̃‖ on the probe; None without one, or where it carries no signal.
     """
 
-    codes: Codes
+    codes: QuantizedMatrix
     loss: float
     fallbacks: tuple[str, ...] = ()
     damp: float | None = None
@@ -66,5 +66,5 @@ class Siblings:
     weights: Sequence[Tensor]
     hessian: Hessian
     cache: FactorCache
-    probe: Probe | None
+    probe: Holdout | None
     totals: Sequence[Total]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import layout
 from ..errors import CheckpointError, KernelError
-from ..quantized_matrix import Codes, group_count, sequential_groups
+from ..quantized_matrix import QuantizedMatrix, group_count, sequential_groups
 from . import registry
 from .spec import Kernel, KernelSpec
 
@@ -170,7 +170,7 @@ class QuantizedLayer(nn.Module):
             return self._restored(name)
         return super().__getattr__(name)
 
-    def codes(self) -> Codes:
+    def codes(self) -> QuantizedMatrix:
         """The weight as numbers, whatever form it is held in."""
         spec = self.spec
         tensors = {name: getattr(self, name) for name in layout.PARTS}
@@ -326,7 +326,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):  # type: ignore[override]
     @classmethod
     def from_codes(
         cls,
-        codes: Codes,
+        codes: QuantizedMatrix,
         bias: Tensor | None = None,
         fmt: str = "gptq",
         *,

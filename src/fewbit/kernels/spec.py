@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..quantized_matrix import Codes
+from ..quantized_matrix import QuantizedMatrix
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class QuantizedBuffers(Protocol):
     def tensors(self) -> Mapping[str, Tensor]:
         """All buffers by name; faster than `get_buffer`."""
 
-    def codes(self) -> Codes:
+    def codes(self) -> QuantizedMatrix:
         """The weight as numbers."""
 
 

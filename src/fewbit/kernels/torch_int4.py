@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..checkpoint import layout
 from ..errors import KernelError
-from ..quantized_matrix import Codes
+from ..quantized_matrix import QuantizedMatrix
 from .spec import Kernel, KernelSpec, QuantizedBuffers
 
 _GROUPS = (256, 128, 64, 32)  # what the operator knows
@@ -55,7 +55,7 @@ def _undo_digits(digits: Tensor, bits: int) -> Tensor:
     return (high << 4) | low
 
 
-def _scales_and_zeros(codes: Codes, groups: Tensor) -> tuple[Tensor, Tensor]:
+def _scales_and_zeros(codes: QuantizedMatrix, groups: Tensor) -> tuple[Tensor, Tensor]:
     """(s̄, z) bfloat16 (groups, out, 2) and what z lost to rounding, float32 (groups, out).
 
     `groups` gives the stored group of each of the operator's groups.

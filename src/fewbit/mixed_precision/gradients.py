@@ -30,7 +30,7 @@ _CHUNK_ELEMENTS = 1 << 24
 
 
 @dataclass
-class Probe:
+class Holdout:
     """The tokens kept of one layer.
 
     Attributes:
@@ -56,7 +56,7 @@ def collect(
     rows: int,
     seed: int,
     progress: Callable[[int, int], None],
-) -> tuple[dict[str, Probe], int]:
+) -> tuple[dict[str, Holdout], int]:
     """Inputs and gradients of all layers, and the number of positions whose labels were drawn.
 
     Args:
@@ -71,7 +71,7 @@ def collect(
     Raises:
         ModelError: gradients cannot be computed through this model.
     """
-    probes = {name: Probe() for name in layers}
+    probes = {name: Holdout() for name in layers}
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     positions = 0
     with ExitStack() as undo:
@@ -158,7 +158,7 @@ def _counted(result: Tensor, batch: Mapping[str, Tensor]) -> Tensor | None:
     return mask.bool() if mask is not None and mask.shape == result.shape[:-1] else None
 
 
-def _keep(probe: Probe, rows: int) -> Callable[[nn.Module, Any, dict[str, Any], Tensor], Tensor]:
+def _keep(probe: Holdout, rows: int) -> Callable[[nn.Module, Any, dict[str, Any], Tensor], Tensor]:
     """A forward hook that puts some input rows, and later their gradients, into `probe`."""
 
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from ..gptq.grid import fit_grid, nearest
 from ..gptq.hessian import usable_rows
 from ..modeling.layers import is_layer, weight_matrix
 from ..planning import Plan, block_of
-from ..quantized_matrix import Codes, sequential_groups
-from .gradients import Probe, collect
+from ..quantized_matrix import QuantizedMatrix, sequential_groups
+from .gradients import Holdout, collect
 from .units import Choice, Unit
 
 # Calibration tokens that are run backward, at least, in so many batches; and of each layer the rows kept.
@@ -87,7 +87,7 @@ class _Error:
 
 @torch.no_grad()
 def _errors(
-    W: Tensor, probe: Probe, choices: Sequence[Choice], sym: bool, damp: float, positions: int
+    W: Tensor, probe: Holdout, choices: Sequence[Choice], sym: bool, damp: float, positions: int
 ) -> list[_Error]:
     W = W.float()
     x, g = probe.rows() if probe.x else (W.new_zeros(0, W.shape[1]), W.new_zeros(0, W.shape[0]))
@@ -111,7 +111,9 @@ def _rounded(W: Tensor, D: Tensor, choice: Choice, sym: bool) -> Tensor:
     groups = sequential_groups(W.shape[1], choice.group_size).to(W.device)
     grid = fit_grid(W, D, groups, choice.bits, sym=sym)
     q = nearest(W, grid, choice.bits)
-    return Codes(q, grid.scales, grid.zeros, grid.g_idx, choice.bits, choice.group_size).dequantize()
+    return QuantizedMatrix(
+        q, grid.scales, grid.zeros, grid.g_idx, choice.bits, choice.group_size
+    ).dequantize()
 
 
 def _sum_up(units: Sequence[Unit], errors: Mapping[str, list[_Error]]) -> Costs:

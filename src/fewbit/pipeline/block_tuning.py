@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed import Ranks
+from ..distributed import Communicator
 from ..modeling.layers import row_mask
-from ..quantized_matrix import Codes
-from .scheduler import Passage
+from ..quantized_matrix import QuantizedMatrix
+from .scheduler import BlockCall
 from .statistics import Rows
-from .tune_block import BlockCall, TuneResult, tune_block
+from .tune_block import TrainingCall, TuneResult, tune_block
 
 
 @dataclass
@@ -38,7 +38,7 @@ class BlockTuner:
     batches: Sequence[Rows]
     steps: int
     seed: int
-    ranks: Ranks = field(default_factory=Ranks)
+    ranks: Communicator = field(default_factory=Communicator)
     skipped: dict[str, str] = field(default_factory=dict)
     dropped: set[int] = field(default_factory=set)
 
@@ -46,9 +46,9 @@ class BlockTuner:
         self,
         name: str,
         block: nn.Module,
-        codes: Mapping[str, Codes],
+        codes: Mapping[str, QuantizedMatrix],
         weights: Mapping[str, Tensor],
-        passages: Sequence[Passage],
+        passages: Sequence[BlockCall],
     ) -> TuneResult | None:
         """Tune one block; None where that is not possible: `skipped` has the reason.
 
@@ -90,12 +90,12 @@ class BlockTuner:
             notes.append(f"{len(names)} blocks were not tuned, for example {names[0]}: {reason}")
         return notes
 
-    def _calls(self, name: str, passages: Sequence[Passage]) -> tuple[list[BlockCall], list[BlockCall]]:
+    def _calls(self, name: str, passages: Sequence[BlockCall]) -> tuple[list[TrainingCall], list[TrainingCall]]:
         """Calls to learn from and to judge by; a batch with sequences of both kinds is in both lists."""
         N = len(self.batches)
         targets = {passage.job - N: _states(passage.output) for passage in passages if passage.job >= N}
-        train: list[BlockCall] = []
-        held_out: list[BlockCall] = []
+        train: list[TrainingCall] = []
+        held_out: list[TrainingCall] = []
         for passage in passages:
             if passage.job not in targets or targets[passage.job].shape != _states(passage.output).shape:
                 continue
@@ -108,7 +108,7 @@ class BlockTuner:
             judges = torch.zeros_like(counts) if held is None else counts & held.to(counts.device)
             for calls, mask in ((train, counts & ~judges), (held_out, judges)):
                 if bool(mask.any()):
-                    calls.append(BlockCall(passage.args, passage.kwargs, target, mask))
+                    calls.append(TrainingCall(passage.args, passage.kwargs, target, mask))
         return train, held_out
 
 
@@ -125,7 +125,7 @@ def _finite(states: Tensor) -> bool:
     return bool(torch.isfinite(states).all())
 
 
-def _why_not(block: nn.Module, passages: Sequence[Passage]) -> str | None:
+def _why_not(block: nn.Module, passages: Sequence[BlockCall]) -> str | None:
     """Why a block cannot be tuned; None if it can."""
     if any(isinstance(module, nn.Conv2d) for module in block.modules()):
         return "it has convolutions, whose outputs are not states of tokens"

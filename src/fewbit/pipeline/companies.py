@@ -19,7 +19,7 @@ from itertools import chain
 from torch import nn
 
 from ..modeling.experts import DOWN, CompanyPoint, UnfusedExperts, unfused_modules
-from .scheduler import Arrival
+from .scheduler import LayerInput
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Party:
     """Layers that are about to get one input, and the arrivals of it: none where no token came."""
 
     layers: Sequence[str]
-    arrivals: Sequence[Arrival]
+    arrivals: Sequence[LayerInput]
 
 
 class Companies:
@@ -67,11 +67,11 @@ class Companies:
             result[name] = layer
         return result
 
-    def parties(self, name: str, arrivals: Sequence[Arrival]) -> list[Party]:
+    def parties(self, name: str, arrivals: Sequence[LayerInput]) -> list[Party]:
         """One for each expert, of what arrived at the point `name`."""
         inputs = [(arrival.job, (arrival.x, *arrival.others)) for arrival in arrivals]
         return [
-            Party(layers, [Arrival(job, x[i]) for job, x in inputs if len(x[i])])
+            Party(layers, [LayerInput(job, x[i]) for job, x in inputs if len(x[i])])
             for i, layers in enumerate(self._layers[name])
         ]
 

@@ -19,10 +19,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..distributed import Ranks
+from ..distributed import Communicator
 from ..modeling.experts import ROUTING, Route, RoutingPoint, routes_of, unfused_modules
-from .scheduler import Arrival
-from .statistics import RoutedRows, Rows
+from .scheduler import LayerInput
+from .statistics import ExpertRows, Rows
 
 # An expert with fewer tokens than this for each of its input features is starved. Chosen by measurement:
 # docs/algorithm.md.
@@ -41,11 +41,11 @@ class Routing:
         points: name → routing point, meeting points for the walk.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Rows], ranks: Ranks | None = None) -> None:
+    def __init__(self, model: nn.Module, batches: Sequence[Rows], ranks: Communicator | None = None) -> None:
         self._experts = unfused_modules(model)
         self._batches = batches
-        self._ranks = ranks or Ranks()
-        self._rows: dict[str, dict[int, list[RoutedRows]]] = {}  # of the module decided last
+        self._ranks = ranks or Communicator()
+        self._rows: dict[str, dict[int, list[ExpertRows]]] = {}  # of the module decided last
         self.points: dict[str, RoutingPoint] = {
             f"{name}.{ROUTING}": module.routing for name, module in self._experts.items()
         }
@@ -60,7 +60,7 @@ class Routing:
             result[name] = layer
         return result
 
-    def meet(self, name: str, arrivals: Sequence[Arrival]) -> None:
+    def meet(self, name: str, arrivals: Sequence[LayerInput]) -> None:
         """Decide the routes of every job; ``arrivals[i].x`` is the router's choice, (tokens, k)."""
         for other in self.points.values():
             other.forget()
@@ -70,7 +70,7 @@ class Routing:
         quantized = {job: choice for job, choice in choices.items() if job < N}
         added = self._added(module, quantized, TOKENS_PER_FEATURE * self._experts[module].hidden_size)
         routes = {job: _each(_with_tokens, sent[job], added[job]) for job in quantized}
-        known: dict[int, list[RoutedRows]] = {}
+        known: dict[int, list[ExpertRows]] = {}
         self._rows = {module: known}
         for arrival in arrivals:
             job, choice = arrival.job, choices[arrival.job]
@@ -78,12 +78,12 @@ class Routing:
             paired = partner in choices and choices[partner].shape == choice.shape
             if job < N:
                 rows = zip(routes[job], sent[job], strict=True)
-                known[job] = [RoutedRows(r.tokens, len(choice), len(s.tokens), paired) for r, s in rows]
+                known[job] = [ExpertRows(r.tokens, len(choice), len(s.tokens), paired) for r, s in rows]
             elif paired:
                 routes[job] = _each(_after, sent[job], [route.tokens for route in routes[partner]])
             point.decide(arrival.x, _on_device(routes.get(job, sent[job]), arrival.x.device))
 
-    def rows(self, layer: str, job: int) -> RoutedRows | None:
+    def rows(self, layer: str, job: int) -> ExpertRows | None:
         """What the rows of an expert's input are in a quantized job; None for layers that are no experts."""
         known = self._rows.get(_module_of(layer), {}).get(job)
         return None if known is None else known[int(layer.split(".")[-2])]

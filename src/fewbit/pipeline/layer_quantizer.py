@@ -15,16 +15,16 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..checkpoint.layout import pack, unpack
-from ..distributed import Ranks
+from ..distributed import Communicator
 from ..errors import RankError
 from ..gptq import Accuracy, Solution
 from ..gptq.hessian import usable_rows
 from ..modeling.layers import input_rows, set_weight_matrix, weight_matrix
 from ..planning import LayerPlan, Plan
 from ..profiling import Timers
-from ..quantized_matrix import Codes
+from ..quantized_matrix import QuantizedMatrix
 from .companies import Party
-from .scheduler import Arrival
+from .scheduler import LayerInput
 from .solving import Family, LayerSolver
 from .statistics import HessianPool, SharedHessian
 from .tune_block import TuneResult
@@ -142,7 +142,7 @@ class Solved:
         W: the original weight matrix, kept only where the block will be tuned.
     """
 
-    codes: Codes
+    codes: QuantizedMatrix
     record: LayerRecord
     W: Tensor | None
 
@@ -173,7 +173,7 @@ class LayerQuantizer:
         timers: Timers,
         progress: Progress,
         keep_open: Collection[str] = (),
-        ranks: Ranks | None = None,
+        ranks: Communicator | None = None,
     ) -> None:
         self.plan = plan
         self.modules = modules
@@ -182,7 +182,7 @@ class LayerQuantizer:
         self.timers = timers
         self.progress = progress
         self.hessians = hessians
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks or Communicator()
         self._layers = {layer.name: layer for layer in plan.layers}
         self._solver = LayerSolver(
             self._layers, modules, self._is_done, accuracy, strict=strict, ranks=self.ranks
@@ -193,7 +193,7 @@ class LayerQuantizer:
         self._met: set[str] = set()
         self._done_weights = 0
 
-    def meet(self, name: str, arrivals: Sequence[Arrival]) -> None:
+    def meet(self, name: str, arrivals: Sequence[LayerInput]) -> None:
         """Quantize the layer `name` from the inputs that arrived at it; none in any process: no calibration."""
         layer, module = self._layers[name], self.modules[name]
         if name in self.sink.records:
@@ -232,7 +232,7 @@ class LayerQuantizer:
         layers = [self._layers[name] for name in names if name in self._layers and not self._is_done(name)]
         return [layer for layer in layers if layer.settings.method == "gptq"]
 
-    def _solve(self, layer: LayerPlan, module: nn.Module, arrivals: Sequence[Arrival]) -> None:
+    def _solve(self, layer: LayerPlan, module: nn.Module, arrivals: Sequence[LayerInput]) -> None:
         start = time.perf_counter()
         shared: SharedHessian | None = None
         [nowhere] = self.ranks.all(not arrivals)
@@ -273,7 +273,7 @@ class LayerQuantizer:
         """The layers of a block that are solved and not yet handed to the sink."""
         return self._solved.get(block, {})
 
-    def tuned(self, block: str, codes: Mapping[str, Codes], result: TuneResult) -> None:
+    def tuned(self, block: str, codes: Mapping[str, QuantizedMatrix], result: TuneResult) -> None:
         """Replace the codes of a block's solved layers, in the model too."""
         for name, one in self.solved(block).items():
             module = self.modules[name]
@@ -342,13 +342,13 @@ class LayerQuantizer:
             self.sink.append(block, tensors, records)
 
     def _output_error(
-        self, module: nn.Module, W: Tensor, Wq: Tensor, arrivals: Sequence[Arrival]
+        self, module: nn.Module, W: Tensor, Wq: Tensor, arrivals: Sequence[LayerInput]
     ) -> float | None:
         """Of the first input that came to any process."""
         error = _output_error(module, W, Wq, arrivals[0].x) if arrivals else None
         return next(error for error, came in self.ranks.collect((error, bool(arrivals))) if came)
 
-    def _unpacked(self, layer: LayerPlan, tensors: Mapping[str, Tensor]) -> Codes:
+    def _unpacked(self, layer: LayerPlan, tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
         settings = layer.settings
         return unpack(
             tensors, settings.bits, settings.group_size, self.fmt, layer.in_features, layer.out_features

@@ -22,7 +22,7 @@ from .. import native
 from ..calibration import Calibration
 from ..checkpoint.file_tensor import check_finite
 from ..config import QuantConfig
-from ..distributed import Ranks
+from ..distributed import Communicator
 from ..errors import CalibrationError, FewbitError
 from ..gptq import Accuracy, why_no_triton
 from ..modeling.experts import unfused_modules
@@ -35,7 +35,7 @@ from .kin import gains_from_company
 from .layer_quantizer import LayerQuantizer, Progress, Sink
 from .memory import companies_on_device, room_on_device
 from .offload import activations
-from .scheduler import Arrival, Leave, Meet, Passage, Traffic, walk
+from .scheduler import BlockCall, LayerInput, OnBlockEnd, OnLayer, ScheduleStats, walk
 from .statistics import KEPT, HessianPool, Rows, hold_out
 from .streaming import Weights
 
@@ -55,7 +55,7 @@ def quantize_layers(
     timers: Timers,
     progress: Progress,
     weights: Weights | None = None,
-    ranks: Ranks | None = None,
+    ranks: Communicator | None = None,
     offload_dir: str | Path | None = None,
     company: int | None = None,
 ) -> list[str]:
@@ -83,7 +83,7 @@ def quantize_layers(
         OutputError: activations cannot be written to `offload_dir`.
     """
     modules = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
-    weights, ranks = weights or Weights(model), ranks or Ranks()
+    weights, ranks = weights or Weights(model), ranks or Communicator()
     _untie(model, modules, weights)
     batches = [arguments_for(model, batch, weights.device) for batch in ranks.share(calibration.batches)]
     blocks = _blocks_to_tune(model, plan) if config.tune and calibration.batches else {}
@@ -152,7 +152,7 @@ def _companies(
     weights: Weights,
     batches: Sequence[Rows],
     streams: int,
-    ranks: Ranks,
+    ranks: Communicator,
     size: int | None,
 ) -> dict[str, int]:
     """Module of experts → how many of them run together: the same in all processes, and none that run alone."""
@@ -167,10 +167,10 @@ def _companies(
     return {name: size for name, size in smallest.items() if size > 1}
 
 
-def _meeting(routing: Routing, companies: Companies, quantizer: LayerQuantizer, weights: Weights) -> Meet:
+def _meeting(routing: Routing, companies: Companies, quantizer: LayerQuantizer, weights: Weights) -> OnLayer:
     """What happens where batches wait: tokens are given to experts, layers solved ahead, or one is quantized."""
 
-    def meet(name: str, arrivals: list[Arrival]) -> None:
+    def meet(name: str, arrivals: list[LayerInput]) -> None:
         if name in routing.points:
             routing.meet(name, arrivals)
             return
@@ -183,7 +183,7 @@ def _meeting(routing: Routing, companies: Companies, quantizer: LayerQuantizer, 
     return meet
 
 
-def _of_all(traffic: Traffic, ranks: Ranks) -> Traffic:
+def _of_all(traffic: ScheduleStats, ranks: Communicator) -> ScheduleStats:
     """The traffic of all processes: they met the same layers, each with its own inputs."""
     late = sum(ranks.collect(traffic.late), Counter[str]())
     late_references = sum(ranks.collect(traffic.late_references), Counter[str]())
@@ -219,14 +219,14 @@ def _blocks_to_tune(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
 
 def _leaving(
     blocks: Mapping[str, nn.Module], quantizer: LayerQuantizer, tuner: BlockTuner, timers: Timers
-) -> Leave:
+) -> OnBlockEnd:
     """What happens at the end of a block: its solved layers are tuned, its outputs computed anew."""
 
-    def again(block: nn.Module, passage: Passage) -> Any:
+    def again(block: nn.Module, passage: BlockCall) -> Any:
         with timers.time("tune"):
             return block(*passage.args, **passage.kwargs)
 
-    def leave(name: str, passages: list[Passage]) -> dict[int, Callable[[], Any]]:
+    def leave(name: str, passages: list[BlockCall]) -> dict[int, Callable[[], Any]]:
         quantizer.hessians.prune()
         solved, block, start = quantizer.solved(name), blocks[name], len(name) + 1
         codes = {layer[start:]: one.codes for layer, one in solved.items()}
@@ -272,7 +272,7 @@ def _held_out_notes(rows: Sequence[Rows]) -> list[str]:
     ]
 
 
-def _traffic_notes(traffic: Traffic, unmaskable: Mapping[str, int]) -> list[str]:
+def _traffic_notes(traffic: ScheduleStats, unmaskable: Mapping[str, int]) -> list[str]:
     notes = []
     if traffic.late:
         count = sum(traffic.late.values())
@@ -292,7 +292,7 @@ def _traffic_notes(traffic: Traffic, unmaskable: Mapping[str, int]) -> list[str]
     return notes
 
 
-def _pairing_notes(traffic: Traffic, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _pairing_notes(traffic: ScheduleStats, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Where the two streams could not be compared, or not exactly."""
     notes = []
     if traffic.late_references:

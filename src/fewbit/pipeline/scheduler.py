@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Arrival:
+class LayerInput:
     """The input `x` that job number `job` brought to a layer, and what else it brought by position."""
 
     job: int
@@ -38,7 +38,7 @@ class Arrival:
 
 
 @dataclass(frozen=True)
-class Passage:
+class BlockCall:
     """What job number `job` brought into a block, and what came out of it.
 
     Attributes:
@@ -52,14 +52,14 @@ class Passage:
     intact: bool = True
 
 
-Meet = Callable[[str, list[Arrival]], None]
+OnLayer = Callable[[str, list[LayerInput]], None]
 Earliest = Callable[[int | None], int | None]
-Leave = Callable[[str, list[Passage]], Mapping[int, Callable[[], Any]]]
+OnBlockEnd = Callable[[str, list[BlockCall]], Mapping[int, Callable[[], Any]]]
 Running = Callable[[int], AbstractContextManager[None]]
 
 
 @dataclass
-class Traffic:
+class ScheduleStats:
     """What the walk saw: layers in the order met, inputs that came late, layers nobody reached.
 
     `late_references` are inputs of references, which therefore no longer are the unchanged model's.
@@ -87,9 +87,9 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def arrival(self, job: int) -> Arrival:
+    def arrival(self, job: int) -> LayerInput:
         first: Tensor = self.args[0] if self.args else next(iter(self.kwargs.values()))
-        return Arrival(job, first, self.args[1:])
+        return LayerInput(job, first, self.args[1:])
 
 
 @dataclass
@@ -106,21 +106,21 @@ class _Exit:
 def walk(
     layers: Mapping[str, nn.Module],
     jobs: Sequence[Callable[[], object]],
-    meet: Meet,
+    meet: OnLayer,
     *,
     references: Collection[int] = (),
     blocks: Mapping[str, nn.Module] | None = None,
-    leave: Leave | None = None,
+    leave: OnBlockEnd | None = None,
     gathered: Callable[[Collection[str]], None] | None = None,
     earliest: Earliest = lambda position: position,
     running: Running = lambda job: nullcontext(),
-) -> Traffic:
+) -> ScheduleStats:
     """Run all `jobs` in lockstep and call ``meet(name, arrivals)`` once for every layer reached.
 
     The walk ends when the last layer has been met and its block left: what the model would compute after
     that is not run. A job that arrives at a layer already met (a layer used twice, or an expert reached
-    out of order) runs through it and is counted in `Traffic.late`; so does a reference, which then sees
-    the changed layer and is counted in `Traffic.late_references`.
+    out of order) runs through it and is counted in `ScheduleStats.late`; so does a reference, which then sees
+    the changed layer and is counted in `ScheduleStats.late_references`.
 
     Args:
         layers: name → module, in the order in which layers that wait at the same time are served.
@@ -153,8 +153,8 @@ class _Walk:
         jobs: Sequence[Callable[[], object]],
         references: frozenset[int],
         blocks: Mapping[str, nn.Module],
-        meet: Meet,
-        leave: Leave | None,
+        meet: OnLayer,
+        leave: OnBlockEnd | None,
         gathered: Callable[[Collection[str]], None] | None,
         earliest: Earliest,
         running: Running,
@@ -166,11 +166,11 @@ class _Walk:
         self.order = {name: i for i, name in enumerate(self.stops)}
         self.forwards = {name: module.forward for name, module in layers.items()}
         self.unmet, self.unleft = set(layers), set(blocks)
-        self.traffic = Traffic()
+        self.traffic = ScheduleStats()
         self.waiting: dict[int, _Call | _Exit] = {}
         self.tasks = [greenlet(job) for job in jobs]
 
-    def run(self) -> Traffic:
+    def run(self) -> ScheduleStats:
         with _meeting_points(self.layers, self.blocks), _ended(self.tasks):
             for job in range(len(self.tasks)):
                 with self.running(job):
@@ -239,10 +239,10 @@ class _Walk:
             with self.running(job):
                 self.advance(job, outputs.pop(job)())
 
-    def passage(self, job: int) -> Passage:
+    def passage(self, job: int) -> BlockCall:
         stop = self.waiting.pop(job)
         assert isinstance(stop, _Exit)
-        return Passage(job, stop.args, stop.kwargs, stop.output, stop.intact)
+        return BlockCall(job, stop.args, stop.kwargs, stop.output, stop.intact)
 
 
 def _given(output: Any) -> Callable[[], Any]:

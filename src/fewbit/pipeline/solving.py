@@ -17,13 +17,13 @@ from itertools import chain
 
 from torch import nn
 
-from ..distributed import Part, Ranks
+from ..distributed import Communicator, Part
 from ..errors import ModelError, SolverError
 from ..gptq import Accuracy, Hessian, Siblings, Solution, quantize_together, quantize_weight
 from ..gptq.cholesky import STARVED
 from ..modeling.layers import weight_matrix
 from ..planning import LayerPlan
-from ..quantized_matrix import Codes
+from ..quantized_matrix import QuantizedMatrix
 from .kin import Kin, gains_from_company
 from .statistics import SharedHessian
 
@@ -71,7 +71,7 @@ class LayerSolver:
         accuracy: Accuracy,
         *,
         strict: bool,
-        ranks: Ranks,
+        ranks: Communicator,
     ) -> None:
         self._layers, self._modules, self._is_done = layers, modules, is_done
         self._accuracy, self._strict, self._ranks = accuracy, strict, ranks
@@ -203,7 +203,7 @@ def _named(layers: Sequence[LayerPlan]) -> Iterator[None]:
         raise ModelError(f"layer {names} cannot be quantized: {error}") from error
 
 
-def _gathered(codes: Codes, part: Part) -> Codes:
+def _gathered(codes: QuantizedMatrix, part: Part) -> QuantizedMatrix:
     """The codes of all rows, of those of this process's."""
     return replace(
         codes,

@@ -23,11 +23,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from ..distributed import Ranks
-from ..gptq import FactorCache, Hessian, Probe
+from ..distributed import Communicator
+from ..gptq import FactorCache, Hessian, Holdout
 from ..gptq.hessian import usable_rows
 from ..modeling.layers import input_rows, matrix_shape, row_mask, weight_matrix
-from .scheduler import Arrival
+from .scheduler import LayerInput
 
 # Parallel attention and feed-forward alternate between two inputs; encoder-decoder cross-attention
 # comes back to the encoder's output in every block.
@@ -91,7 +91,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class RoutedRows:
+class ExpertRows:
     """What the rows of an expert's input are, in one batch.
 
     Attributes:
@@ -129,10 +129,10 @@ class SharedHessian:
     hessian: Hessian
     masked: int = 0
     added: int = 0
-    probe: Probe | None = None
+    probe: Holdout | None = None
     cache: FactorCache = field(default_factory=FactorCache)
 
-    def made_from(self, arrivals: Sequence[Arrival]) -> bool:
+    def made_from(self, arrivals: Sequence[LayerInput]) -> bool:
         """Whether `arrivals` are exactly the tensors of this Hessian, unchanged since."""
         return len(arrivals) == len(self.inputs) and all(
             arrival.job == job and reference() is arrival.x and arrival.x._version == version
@@ -164,20 +164,20 @@ class HessianPool:
         self,
         batches: Sequence[Rows],
         is_encoder_output: Callable[[Tensor], bool] = lambda x: False,
-        ranks: Ranks | None = None,
-        routed: Callable[[str, int], RoutedRows | None] = lambda layer, job: None,
+        ranks: Communicator | None = None,
+        routed: Callable[[str, int], ExpertRows | None] = lambda layer, job: None,
         kept: int = KEPT,
     ) -> None:
         self._batches = batches
         self._kept = kept
         self._routed = routed
         self._is_encoder_output = is_encoder_output
-        self._ranks = ranks or Ranks()
+        self._ranks = ranks or Communicator()
         [self._probed] = self._ranks.total(sum(batch.held_out > 0 for batch in batches))
         self._pool: list[SharedHessian] = []
         self.unmaskable: Counter[str] = Counter()
 
-    def get(self, name: str, module: nn.Module, arrivals: Sequence[Arrival]) -> SharedHessian:
+    def get(self, name: str, module: nn.Module, arrivals: Sequence[LayerInput]) -> SharedHessian:
         """The Hessian of everything that arrived at `module`; padding never enters it."""
         if isinstance(module, nn.Conv2d):
             return self._accumulate(name, module, arrivals)
@@ -192,14 +192,14 @@ class HessianPool:
         """Let go of Hessians that no other layer can share."""
         self._prune(())
 
-    def _prune(self, arrivals: Sequence[Arrival]) -> SharedHessian | None:
+    def _prune(self, arrivals: Sequence[LayerInput]) -> SharedHessian | None:
         """The same; returns the Hessian that was made from these very inputs, if there is one."""
         pool, count = self._pool, len(self._pool)
         flags = self._ranks.all(*(one.alive for one in pool), *(one.made_from(arrivals) for one in pool))
         self._pool = [one for one, alive in zip(pool, flags[:count], strict=True) if alive]
         return next((one for one, same in zip(pool, flags[count:], strict=True) if same), None)
 
-    def _accumulate(self, name: str, module: nn.Module, arrivals: Sequence[Arrival]) -> SharedHessian:
+    def _accumulate(self, name: str, module: nn.Module, arrivals: Sequence[LayerInput]) -> SharedHessian:
         N = len(self._batches)
         quantized = [arrival for arrival in arrivals if arrival.job < N]
         full = self._partners(name, module, quantized, {a.job - N: a.x for a in arrivals if a.job >= N})
@@ -217,7 +217,7 @@ class HessianPool:
         self,
         name: str,
         module: nn.Module,
-        arrivals: Sequence[Arrival],
+        arrivals: Sequence[LayerInput],
         full: Mapping[int, Tensor],
         *,
         holding_out: bool,
@@ -230,7 +230,7 @@ class HessianPool:
         H, probe = entry.hessian, _ProbeRows(PROBE_TOKENS // max(1, self._probed))
         quantized = [arrival for arrival in arrivals if arrival.job < len(self._batches)]
 
-        def streams(arrival: Arrival) -> tuple[Tensor, Tensor | None]:
+        def streams(arrival: LayerInput) -> tuple[Tensor, Tensor | None]:
             X = input_rows(module, arrival.x)
             return X, input_rows(module, full[arrival.job])[: X.shape[0]] if full else None
 
@@ -241,7 +241,7 @@ class HessianPool:
                 X, X_full = streams(arrival)
                 if arrival.job not in counted:
                     counted[arrival.job] = self._counted(name, entry, arrival, X, holding_out)
-                H.foresee(X, counted[arrival.job][0], X_full, look=look)
+                H.observe_range(X, counted[arrival.job][0], X_full, look=look)
 
         foresee(look=False)
         if not H.in_range:
@@ -260,7 +260,7 @@ class HessianPool:
         return entry
 
     def _counted(
-        self, name: str, entry: SharedHessian, arrival: Arrival, X: Tensor, holding_out: bool
+        self, name: str, entry: SharedHessian, arrival: LayerInput, X: Tensor, holding_out: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """Which rows of an input enter the Hessian, None: all of them; and which are held out, None: none.
 
@@ -285,13 +285,13 @@ class HessianPool:
         if H.tokens:
             self._ranks.add_(*H.sums(full=paired > 0))
 
-    def _gathered(self, probe: _ProbeRows, n: int, device: torch.device) -> Probe | None:
+    def _gathered(self, probe: _ProbeRows, n: int, device: torch.device) -> Holdout | None:
         """The rows of all processes; None where no row was collected."""
         both = self._ranks.gather(torch.cat(probe.rows(n, device), dim=1))
-        return Probe(both[:, :n].contiguous(), both[:, n:].contiguous()) if len(both) else None
+        return Holdout(both[:, :n].contiguous(), both[:, n:].contiguous()) if len(both) else None
 
     def _partners(
-        self, name: str, module: nn.Module, quantized: Sequence[Arrival], full: Mapping[int, Tensor]
+        self, name: str, module: nn.Module, quantized: Sequence[LayerInput], full: Mapping[int, Tensor]
     ) -> Mapping[int, Tensor]:
         """Batch → its input in the full-precision stream; empty where the rows of the two may differ."""
         for arrival in quantized if full else ():
@@ -305,7 +305,7 @@ class HessianPool:
                 return {}
         return full
 
-    def _mask(self, name: str, arrival: Arrival, rows: Tensor) -> Tensor | None:
+    def _mask(self, name: str, arrival: LayerInput, rows: Tensor) -> Tensor | None:
         """Which rows count; None: all of them."""
         padding, routed = self._padding(name, arrival), self._routed(name, arrival.job)
         if padding is None:
@@ -317,7 +317,7 @@ class HessianPool:
             self.unmaskable[name] += rows.shape[0]
         return mask
 
-    def _held_out(self, name: str, arrival: Arrival, rows: Tensor) -> Tensor | None:
+    def _held_out(self, name: str, arrival: LayerInput, rows: Tensor) -> Tensor | None:
         """Which rows are held out; None: none are, or it cannot be told."""
         batch, routed = self._batches[arrival.job], self._routed(name, arrival.job)
         if routed is None:
@@ -325,13 +325,13 @@ class HessianPool:
         held = batch.held_out_rows(routed.total)
         return None if held is None else held[routed.tokens]
 
-    def _padding(self, name: str, arrival: Arrival) -> Tensor | None:
+    def _padding(self, name: str, arrival: LayerInput) -> Tensor | None:
         """The mask of the tokens that this layer sees."""
         batch = self._batches[arrival.job]
         return batch.tokens if self._is_encoder_output(arrival.x) else batch.padding(name)
 
 
-def _unrelated(probe: Probe) -> bool:
+def _unrelated(probe: Holdout) -> bool:
     """Whether the rows of the two streams differ like rows of different tokens, however alike their shapes."""
     return bool((probe.X_full - probe.X).square().sum() > probe.X_full.square().sum())
 

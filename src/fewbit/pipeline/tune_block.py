@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from ..distributed import Ranks
+from ..distributed import Communicator
 from ..errors import CalibrationError, ModelError
 from ..gptq.grid import LARGEST_SCALE, SMALLEST_SCALE
 from ..modeling.layers import weight_matrix
-from ..quantized_matrix import Codes
+from ..quantized_matrix import QuantizedMatrix
 
 TOKENS_PER_STEP = 1024  # at least so many, in whole calls
 RATE_CODES = 0.01  # of Adam: about how far v moves in one of the first steps
@@ -47,7 +47,7 @@ _CELL = 0.49  # how far from its code v may start
 
 
 @dataclass(frozen=True)
-class BlockCall:
+class TrainingCall:
     """One call of the block on the way through the quantized model.
 
     Attributes:
@@ -80,7 +80,7 @@ class TuneResult:
         changed: share of the codes that differ from the ones given.
     """
 
-    codes: dict[str, Codes]
+    codes: dict[str, QuantizedMatrix]
     before: float
     after: float
     train_before: float
@@ -91,14 +91,14 @@ class TuneResult:
 
 def tune_block(
     block: nn.Module,
-    codes: Mapping[str, Codes],
+    codes: Mapping[str, QuantizedMatrix],
     weights: Mapping[str, Tensor],
-    train: Sequence[BlockCall],
-    held_out: Sequence[BlockCall],
+    train: Sequence[TrainingCall],
+    held_out: Sequence[TrainingCall],
     *,
     steps: int,
     seed: int = 0,
-    ranks: Ranks | None = None,
+    ranks: Communicator | None = None,
 ) -> TuneResult:
     """Optimise the codes and scales of the layers of one block.
 
@@ -119,7 +119,7 @@ def tune_block(
         CalibrationError: no call to train on, or none to judge by.
         ModelError: the block's output does not have the target's shape.
     """
-    ranks = ranks or Ranks()
+    ranks = ranks or Communicator()
     shared, judges = _Shared(train, ranks), _Shared(held_out, ranks)
     if not shared.count or not judges.count:
         raise CalibrationError(
@@ -149,7 +149,7 @@ def tune_block(
 class _State:
     """Codes, and L with them on as many of the training calls as are held out, and on those."""
 
-    codes: dict[str, Codes]
+    codes: dict[str, QuantizedMatrix]
     train: float
     held_out: float
 
@@ -161,12 +161,12 @@ class _Shared:
         count: how many there are. tokens: of all of them.
     """
 
-    def __init__(self, calls: Sequence[BlockCall], ranks: Ranks) -> None:
+    def __init__(self, calls: Sequence[TrainingCall], ranks: Communicator) -> None:
         everyones = ranks.collect([call.tokens for call in calls])
         self._calls, self._first = calls, sum(map(len, everyones[: ranks.rank]))
         self.count, self.tokens = sum(map(len, everyones)), sum(map(sum, everyones))
 
-    def mine(self, numbers: Iterable[int]) -> list[BlockCall]:
+    def mine(self, numbers: Iterable[int]) -> list[TrainingCall]:
         """Those of the calls with these numbers that this process has."""
         own = range(len(self._calls))
         return [self._calls[number - self._first] for number in numbers if number - self._first in own]
@@ -207,7 +207,7 @@ class _Layer:
         v: codes before rounding, float32. r: factors on the solver's scales, float32.
     """
 
-    def __init__(self, given: Codes, W: Tensor) -> None:
+    def __init__(self, given: QuantizedMatrix, W: Tensor) -> None:
         self.given = given
         self.levels = 2**given.bits - 1
         self.groups = _Groups(given.g_idx)
@@ -232,7 +232,7 @@ class _Layer:
         """Ŵ, float32 (m, n)."""
         return self.groups.join((self.q() - self.z) * self.s())
 
-    def codes(self) -> Codes:
+    def codes(self) -> QuantizedMatrix:
         q = self.groups.join(self.q()).to(torch.uint8)
         return replace(self.given, codes=q, scales=self.s()[..., 0].to(self.given.scales.dtype))
 
@@ -246,7 +246,7 @@ class _Layer:
 class _Trial:
     """The block with the matrices being tuned in place of its own."""
 
-    def __init__(self, block: nn.Module, layers: dict[str, _Layer], ranks: Ranks) -> None:
+    def __init__(self, block: nn.Module, layers: dict[str, _Layer], ranks: Communicator) -> None:
         self.block, self.layers, self.ranks = block, layers, ranks
         self.modules = {name: block.get_submodule(name) for name in layers}
         self.others = {name: parameter.detach() for name, parameter in block.named_parameters()}
@@ -268,7 +268,7 @@ class _Trial:
             means.append(float(self.ranks.gather(torch.cat([none, *errors])).mean()))
         return _State({name: layer.codes() for name, layer in self.layers.items()}, *means)
 
-    def set_gradients(self, calls: Sequence[BlockCall]) -> None:
+    def set_gradients(self, calls: Sequence[TrainingCall]) -> None:
         """Give every v and r the gradient of the errors summed over these calls and those of the other processes.
 
         One call is in memory at a time.
@@ -289,7 +289,7 @@ class _Trial:
         for name, layer in self.layers.items():
             layer.set_gradient(total[name])
 
-    def errors(self, matrices: Mapping[str, Tensor], call: BlockCall) -> Tensor:
+    def errors(self, matrices: Mapping[str, Tensor], call: TrainingCall) -> Tensor:
         """‖y − ỹ‖² / ‖ỹ‖² of every token that counts: float32 (tokens,)."""
         weights = {f"{name}.weight": _as_weight(self.modules[name], W) for name, W in matrices.items()}
         output = functional_call(self.block, {**self.others, **weights}, call.args, call.kwargs)

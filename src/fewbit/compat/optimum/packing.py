@@ -15,7 +15,7 @@ from ...hf.replace import kernel_spec
 from ...kernels import registry
 from ...modeling.layers import weight_matrix
 from ...planning import LayerPlan, Plan, Skipped
-from ...quantized_matrix import Codes, group_count, sequential_groups
+from ...quantized_matrix import QuantizedMatrix, group_count, sequential_groups
 
 
 def packed_tensors(
@@ -35,7 +35,7 @@ def packed_tensors(
     groups = g_idx.long()
     weight = weight_matrix(layer).cpu().float()
     codes = weight / scales.float()[:, groups] + zeros.float()[:, groups]
-    result = Codes(
+    result = QuantizedMatrix(
         codes.round_().clamp_(0, 2**settings.bits - 1).to(torch.uint8),
         scales.to(torch.float16),
         zeros.round().to(torch.int16),

@@ -13,7 +13,7 @@ import logging
 
 import torch
 
-from ...quantized_matrix import Codes
+from ...quantized_matrix import QuantizedMatrix
 from . import autotune as triton_choice
 from . import layout as fragments
 from .layout import Fragments
@@ -71,13 +71,13 @@ def _try(device: torch.device, bits: int, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _layer(bits: int, act_order: bool) -> Codes:
+def _layer(bits: int, act_order: bool) -> QuantizedMatrix:
     generator = torch.Generator().manual_seed(bits)
     groups, top = _IN // _GROUP, 2**bits
     g_idx = torch.arange(_IN, dtype=torch.int32) // _GROUP
     if act_order:
         g_idx = g_idx[torch.randperm(_IN, generator=generator)]
-    return Codes(
+    return QuantizedMatrix(
         codes=torch.randint(0, top, (_OUT, _IN), generator=generator, dtype=torch.uint8),
         scales=((torch.rand((_OUT, groups), generator=generator) + 0.5) / top / 8).half(),
         zeros=torch.randint(1, top, (_OUT, groups), generator=generator, dtype=torch.int16),
