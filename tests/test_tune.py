@@ -20,7 +20,7 @@ from fewbit.gptq import quantize_weight
 from fewbit.gptq.grid import LARGEST_SCALE, SMALLEST_SCALE
 from fewbit.modeling.layers import is_layer, set_weight_matrix, weight_matrix
 from fewbit.pipeline import tune_block as tune
-from fewbit.pipeline.tune_block import BlockCall, tune_block
+from fewbit.pipeline.tune_block import TrainingCall, tune_block
 from fewbit.quantized_matrix import QuantizedMatrix
 from models import random_sequences, tiny_model
 from summing import hessian_of
@@ -56,11 +56,11 @@ def structured(calls: int, tokens: int = 32, width: int = WIDTH) -> list[Tensor]
 
 
 @torch.no_grad()
-def record(block: nn.Module, inputs: list[Tensor], kwargs: dict[str, Any]) -> list[BlockCall]:
+def record(block: nn.Module, inputs: list[Tensor], kwargs: dict[str, Any]) -> list[TrainingCall]:
     """Calls of the original block, whose outputs are the targets."""
     outputs = [block(x, **kwargs) for x in inputs]
     return [
-        BlockCall((x,), kwargs, y[0] if isinstance(y, tuple) else y)
+        TrainingCall((x,), kwargs, y[0] if isinstance(y, tuple) else y)
         for x, y in zip(inputs, outputs, strict=True)
     ]
 
@@ -68,7 +68,7 @@ def record(block: nn.Module, inputs: list[Tensor], kwargs: dict[str, Any]) -> li
 @torch.no_grad()
 def solve_block(
     block: nn.Module, inputs: list[Tensor], how: LayerSettings, **kwargs: Any
-) -> tuple[dict[str, QuantizedMatrix], dict[str, Tensor], list[BlockCall]]:
+) -> tuple[dict[str, QuantizedMatrix], dict[str, Tensor], list[TrainingCall]]:
     """Quantize each layer from the inputs it sees in the original block, and record the calls."""
     layers = {name: module for name, module in block.named_modules() if is_layer(module)}
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -89,7 +89,7 @@ def solve_block(
 
 
 @torch.no_grad()
-def error(block: nn.Module, codes: dict[str, QuantizedMatrix], calls: list[BlockCall]) -> float:
+def error(block: nn.Module, codes: dict[str, QuantizedMatrix], calls: list[TrainingCall]) -> float:
     """L in plain words: quantized weights in place, mean over tokens of the relative squared error."""
     original = {name: weight_matrix(block.get_submodule(name)).clone() for name in codes}
     for name in codes:
@@ -245,7 +245,7 @@ def test_codes_given_are_returned_where_tuning_does_not_help() -> None:
     assert all(result.codes[name] is codes[name] for name in codes)
 
 
-def _output(block: nn.Module, codes: dict[str, QuantizedMatrix], call: BlockCall) -> Tensor:
+def _output(block: nn.Module, codes: dict[str, QuantizedMatrix], call: TrainingCall) -> Tensor:
     trial = tune._Trial(
         block, {name: tune._Layer(c, c.dequantize()) for name, c in codes.items()}, Communicator()
     )
@@ -267,7 +267,7 @@ def test_padding_does_not_count() -> None:
             target[:, 20:] += noise
             padded.append(replace(call, target=target, mask=mask))
         results.append(tune_block(block, codes, weights, padded[:4], padded[4:], steps=8))
-    short = [BlockCall((c.args[0][:, :20],), {}, c.target[:, :20]) for c in calls]
+    short = [TrainingCall((c.args[0][:, :20],), {}, c.target[:, :20]) for c in calls]
     results.append(tune_block(block, codes, weights, short[:4], short[4:], steps=8))
     for other in results[1:]:
         assert other.after == pytest.approx(results[0].after, rel=1e-5)
@@ -290,10 +290,10 @@ def test_other_architectures(family: str) -> None:
     model = tiny_model(family)
     name = {"gpt2": "transformer.h.1", "bloom": "transformer.h.1", "gpt_neox": "gpt_neox.layers.1"}[family]
     block: Any = model.get_submodule(name)
-    recorded: list[BlockCall] = []
+    recorded: list[TrainingCall] = []
 
     def remember(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        recorded.append(BlockCall(args, kwargs, output[0] if isinstance(output, tuple) else output))
+        recorded.append(TrainingCall(args, kwargs, output[0] if isinstance(output, tuple) else output))
 
     handle = block.register_forward_hook(remember, with_kwargs=True)
     with torch.no_grad():

@@ -24,7 +24,7 @@ from ..gptq import quantize_weight
 from ..mixed_precision.sensitivity import ROWS, measured_batches
 from ..mixed_precision.units import make_units
 from ..pipeline.streaming import REST
-from ..pipeline.tune_block import TOKENS_PER_STEP, BlockCall, tune_block
+from ..pipeline.tune_block import TOKENS_PER_STEP, TrainingCall, tune_block
 from ..planning import Plan, output_embedding_name
 from ..quantized_matrix import QuantizedMatrix
 from .memory import Parts
@@ -141,7 +141,7 @@ def _step_seconds(plan: Plan) -> float:
     layer = nn.Linear(_WIDTH, _WIDTH, bias=False)
     block, W = nn.Sequential(layer), layer.weight
     x = torch.randn(TOKENS_PER_STEP, _WIDTH)
-    call = BlockCall((x,), {}, torch.randn_like(x))
+    call = TrainingCall((x,), {}, torch.randn_like(x))
     few, many = (
         _seconds(partial(tune_block, block, {"0": codes}, {"0": W.detach()}, [call], [call], steps=steps))
         for steps in (8, 16)

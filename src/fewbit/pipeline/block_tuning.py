@@ -90,7 +90,9 @@ class BlockTuner:
             notes.append(f"{len(names)} blocks were not tuned, for example {names[0]}: {reason}")
         return notes
 
-    def _calls(self, name: str, passages: Sequence[BlockCall]) -> tuple[list[TrainingCall], list[TrainingCall]]:
+    def _calls(
+        self, name: str, passages: Sequence[BlockCall]
+    ) -> tuple[list[TrainingCall], list[TrainingCall]]:
         """Calls to learn from and to judge by; a batch with sequences of both kinds is in both lists."""
         N = len(self.batches)
         targets = {passage.job - N: _states(passage.output) for passage in passages if passage.job >= N}

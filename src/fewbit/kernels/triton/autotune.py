@@ -234,7 +234,7 @@ class Tuner:
         self.unreadable += 1
         if self.unreadable == 1:
             _LOG.warning(
-                "%s of %s cannot be read and is chosen anew; fewbit.kernels.triton.autotune.tuner().forget() deletes it",
+                "%s of %s cannot be read, chosen anew; fewbit.kernels.triton.autotune.tuner().forget() deletes it",
                 what, self.folder and self.folder / _FILE,
             )  # fmt: skip
 
