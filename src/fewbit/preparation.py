@@ -24,7 +24,7 @@ from .modeling.experts import unfuse
 from .modeling.source import Source
 from .pipeline.quantize_layers import check_weights
 from .pipeline.streaming import StreamedWeights, Weights
-from .profiling import Timers
+from .profiling import Profiler
 
 # What `evaluate_on` measures.
 EVALUATION_SEQ_LEN = 512
@@ -59,13 +59,15 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def open_model(source: Source, dtype: str, device: torch.device, timers: Timers) -> tuple[nn.Module, Weights]:
+def open_model(
+    source: Source, dtype: str, device: torch.device, profiler: Profiler
+) -> tuple[nn.Module, Weights]:
     """The model, and its weights: read block by block where the source allows it, otherwise all of them."""
-    with timers.time("load"):
+    with profiler.time("load"):
         if source.streams:
             model, files = source.build_model(dtype)
             unfuse(model)
-            return model, StreamedWeights(model, files, device, timers)
+            return model, StreamedWeights(model, files, device, profiler)
         model = source.load_model(dtype, device)
         check_weights(model)
         unfuse(model)

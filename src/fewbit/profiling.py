@@ -73,7 +73,7 @@ class _Entry:
     inner: float = 0.0
 
 
-class Timers:
+class Profiler:
     """Seconds and memory by phase.
 
     Args:

@@ -22,6 +22,7 @@ from . import mixed_precision as budget
 from .calibration import Calibration
 from .checkpoint.writer import parse_size
 from .config import QuantConfig
+from .context import Progress, RunContext, no_progress
 from .delivery import meta_of, quantization_config, upload, write_checkpoint
 from .distributed import Communicator, current
 from .errors import ConfigError, ModelError
@@ -29,7 +30,7 @@ from .evaluation import evaluate
 from .modeling.experts import unfuse
 from .modeling.source import Source, load_tokenizer, open_source
 from .pipeline.journal import Journal, check_output
-from .pipeline.layer_quantizer import Follower, MemorySink, Progress
+from .pipeline.layer_quantizer import Follower, MemorySink
 from .pipeline.offload import check_folder
 from .pipeline.quantize_layers import check_weights, quantize_layers
 from .pipeline.streaming import Weights
@@ -44,7 +45,7 @@ from .preparation import (
     ranges_of,
     resolve_device,
 )
-from .profiling import Timers, peak_memory_bytes
+from .profiling import Profiler, peak_memory_bytes
 from .report.collect import Origin, Report, collect, write_text
 from .report.model_card import CARD_NAME, model_card
 from .report.reproduce import reproduce
@@ -102,7 +103,7 @@ def quantize(
         FewbitError: a subclass says what is wrong, where, and what to do next.
     """
     config = config or QuantConfig()
-    progress = progress or _silent
+    progress = progress or no_progress
     arguments = {
         "dataset": dataset,
         "tokenizer": tokenizer,
@@ -116,6 +117,7 @@ def quantize(
     command = reproduce(model, config, arguments)
     if offload_dir is not None:
         check_folder(offload_dir)
+        offload_dir = Path(offload_dir)
     if isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(tokenizer)
     if isinstance(model, nn.Module):
@@ -159,7 +161,7 @@ class _PathJob:
     origin: dict[str, Any]
     command: str
     repository: str | None
-    offload_dir: str | Path | None
+    offload_dir: Path | None
 
     def run(
         self,
@@ -172,42 +174,30 @@ class _PathJob:
         ranks: Communicator,
     ) -> Report:
         check_processes(dataset, ranks.world)
-        start, timers = time.perf_counter(), Timers(device)
-        with timers.time("calibration"):
+        start, profiler = time.perf_counter(), Profiler(device)
+        ctx = RunContext(self.config, device, ranks, profiler, self.progress, self.offload_dir)
+        with profiler.time("calibration"):
             model_config = self.source.load_config()
             tokenizer = tokenizer or self.source.load_tokenizer()
             calibration = calibrate(self.config, dataset, tokenizer, model_config)
-        model, weights = open_model(self.source, self.config.dtype, device, timers)
+        model, weights = open_model(self.source, self.config.dtype, device, profiler)
         plan = make_plan(model, self.config)
         budget.check(plan, self.config)
         origin = Origin.of(model, **self.origin, files=self.source.weight_files())
-        with timers.time("check"):
+        with profiler.time("check"):
             fingerprint = fingerprint_of(self.config, calibration, self.source.fingerprint())
             ranks.alike(**fingerprint)
         if not ranks.leader:
-            return self._follow(model, weights, plan, calibration, timers, ranks)
+            return self._follow(model, weights, plan, calibration, ctx)
         journal = Journal(self.output, fingerprint, resume)
         try:
             resumed = len(ranks.from_leader(journal.records))
             store = budget.Store(journal.folder, fingerprint, journal.records)
-            plan, choice = budget.meet(
-                model, plan, self.config, calibration, timers, self.progress, store, weights
-            )
+            plan, choice = budget.meet(model, plan, calibration, ctx, store, weights)
             ranks.from_leader(plan)
             notes = [*self.source.notes, *plan.notes, *calibration.notes, *journal.notes, *choice]
-            notes += quantize_layers(
-                model,
-                plan,
-                self.config,
-                calibration,
-                journal,
-                timers,
-                self.progress,
-                weights,
-                ranks,
-                self.offload_dir,
-            )
-            with timers.time("write"):
+            notes += quantize_layers(model, plan, calibration, journal, weights, ctx)
+            with profiler.time("write"):
                 write_checkpoint(
                     self.output,
                     self.source,
@@ -230,7 +220,7 @@ class _PathJob:
                 calibration=calibration,
                 notes=notes,
                 seconds=time.perf_counter() - start,
-                timers=timers,
+                profiler=profiler,
                 resumed_layers=resumed,
                 command=self.command,
                 ranks=ranks.world,
@@ -239,9 +229,9 @@ class _PathJob:
             self._leave(report)
             if evaluation is not None:
                 del model, weights  # two others are about to be loaded
-                with timers.time("evaluate"):
+                with profiler.time("evaluate"):
                     scores = self._evaluate(evaluation, device)
-                report = replace(report, evaluation=scores, phases=tuple(timers.to_list()))
+                report = replace(report, evaluation=scores, phases=tuple(profiler.to_list()))
                 self._leave(report)
             journal.remove()
         finally:
@@ -255,15 +245,13 @@ class _PathJob:
         weights: Weights,
         plan: Plan,
         calibration: Calibration,
-        timers: Timers,
-        ranks: Communicator,
+        ctx: RunContext,
     ) -> Report:
         """The same in the processes that do not write, from the journal on."""
+        ranks = ctx.comm
         sink = Follower(ranks.from_leader({}))
         plan = ranks.from_leader(plan)
-        quantize_layers(
-            model, plan, self.config, calibration, sink, timers, _silent, weights, ranks, self.offload_dir
-        )
+        quantize_layers(model, plan, calibration, sink, weights, replace(ctx, progress=no_progress))
         _peak(ranks)
         report: Any = ranks.from_leader(None)
         assert isinstance(report, Report)
@@ -301,7 +289,7 @@ def _quantize_module(
     progress: Progress,
     command: str,
     ranks: Communicator,
-    offload_dir: str | Path | None = None,
+    offload_dir: Path | None = None,
 ) -> M:
     """Quantize a model in memory, in place. An error midway leaves it partly changed."""
     from .hf.replace import replace_layers
@@ -309,7 +297,9 @@ def _quantize_module(
     check_processes(dataset, ranks.world)
     choice: list[str] = []
     start, sink = time.perf_counter(), MemorySink()
-    timers = Timers(next((parameter.device for parameter in model.parameters()), None))
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    profiler = Profiler(device)
+    ctx = RunContext(config, device, ranks, profiler, progress, offload_dir)
     if getattr(getattr(model, "config", None), "quantization_config", None):
         raise ModelError(f"this {type(model).__name__} is already quantized: quantize the original model")
     calibration = calibrate(config, dataset, tokenizer, getattr(model, "config", None))
@@ -321,12 +311,10 @@ def _quantize_module(
     model.eval()
     ranks.alike(**fingerprint_of(config, calibration, ranges_of(model) if ranks.world > 1 else ""))
     if ranks.leader:
-        plan, choice = budget.meet(model, plan, config, calibration, timers, progress)
+        plan, choice = budget.meet(model, plan, calibration, ctx)
     plan, choice = ranks.from_leader((plan, choice))
     notes = [*plan.notes, *calibration.notes, *choice]
-    notes += quantize_layers(
-        model, plan, config, calibration, sink, timers, progress, ranks=ranks, offload_dir=offload_dir
-    )
+    notes += quantize_layers(model, plan, calibration, sink, Weights(model), ctx)
     quantization = quantization_config(config, model, plan, meta_of(calibration))
     replace_layers(model, plan, sink.tensors, quantization)
     report = collect(
@@ -339,7 +327,7 @@ def _quantize_module(
         calibration=calibration,
         notes=notes,
         seconds=time.perf_counter() - start,
-        timers=timers,
+        profiler=profiler,
         resumed_layers=0,
         command=command,
         ranks=ranks.world,
@@ -368,7 +356,3 @@ def _model_name(model: str | Path) -> str:
     """For people: the Hub id, or the name of the folder or file."""
     path = Path(model).expanduser()
     return path.resolve().name if path.exists() else str(model)
-
-
-def _silent(phase: str, done: int, total: int) -> None:
-    """The progress callback of those who want none."""

@@ -8,14 +8,14 @@ from fewbit.estimate.trial import block_kinds, run_trial
 from fewbit.modeling.experts import unfuse
 from fewbit.pipeline.streaming import Weights
 from fewbit.planning import make_plan
-from fewbit.profiling import Timers
+from fewbit.profiling import Profiler
 from models import random_sequences, tiny_model
 
 
 def tried(model, config=None, length=24):
     plan = make_plan(model, config or QuantConfig(group_size=16))
     batch = {"input_ids": random_sequences(1, length)[0]["input_ids"][None]}
-    return run_trial(model, Weights(model), plan, batch, Timers())
+    return run_trial(model, Weights(model), plan, batch, Profiler())
 
 
 def test_a_llama_block_as_its_code_has_it():
@@ -81,7 +81,7 @@ def test_other_families(family):
     batch = {"input_ids": random_sequences(1)[0]["input_ids"][None]}
     if family == "t5":
         batch["decoder_input_ids"] = batch["input_ids"]
-    trial = run_trial(model, Weights(model), plan, batch, Timers())
+    trial = run_trial(model, Weights(model), plan, batch, Profiler())
     assert len(trial.stops) == sum(layer.block in trial.kinds for layer in plan.layers)
     assert all(stop.rows == 24 and stop.held > 0 for stop in trial.stops.values())
     assert trial.seconds.keys() == trial.kinds.keys()

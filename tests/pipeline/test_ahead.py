@@ -17,7 +17,7 @@ from fewbit.errors import ModelError
 from fewbit.modeling.source import open_source
 from fewbit.pipeline.streaming import REST, StreamedWeights
 from fewbit.planning import block_of
-from fewbit.profiling import Timers
+from fewbit.profiling import Profiler
 
 CPU = torch.device("cpu")
 IDS = models.random_sequences(1)[0]["input_ids"][None]
@@ -25,7 +25,7 @@ IDS = models.random_sequences(1)[0]["input_ids"][None]
 
 def opened(folder, device=CPU, **options):
     model, files = open_source(folder).build_model("auto")
-    return model, StreamedWeights(model, files, device, Timers(), **{"ahead": True, **options})
+    return model, StreamedWeights(model, files, device, Profiler(), **{"ahead": True, **options})
 
 
 def threads():

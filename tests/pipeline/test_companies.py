@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from fewbit import QuantConfig
+from fewbit.context import RunContext, no_progress
+from fewbit.distributed import Communicator
 from fewbit.errors import OutputError, SolverError
 from fewbit.gptq.cholesky import NO_TOKENS
 from fewbit.modeling.experts import unfuse, unfused_modules
@@ -28,7 +30,6 @@ from fewbit.pipeline.scheduler import walk
 from fewbit.pipeline.streaming import Weights
 from fewbit.planning import make_plan
 from fewbit.preparation import calibrate
-from fewbit.profiling import Timers
 from models import random_sequences, tiny_tokenizer
 from moe_models import EXPERTS, STARVED, UNREACHED, tiny_moe
 from rank_processes import run_ranks
@@ -37,12 +38,8 @@ FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3")
 EXPERTS_1 = "model.layers.1.mlp.experts"
 
 
-def ignored(phase, done, total):
-    """No progress is shown."""
-
-
 def walked(
-    family, company, sequences=None, *, sink=None, ranks=None, offload_dir=None, progress=ignored,
+    family, company, sequences=None, *, sink=None, ranks=None, offload_dir=None, progress=no_progress,
     dtype=torch.float32, device="cpu", blocks=2, **options,
 ):  # fmt: skip
     """A tiny model after the walk: every tensor, every record without its seconds, and the notes."""
@@ -52,10 +49,8 @@ def walked(
     calibration = calibrate(config, sequences or random_sequences(8), tiny_tokenizer(), model.config)
     sink = sink if sink is not None else MemorySink()
     plan = make_plan(model, config)
-    notes = quantize_layers(
-        model, plan, config, calibration, sink, Timers(), progress,
-        ranks=ranks, offload_dir=offload_dir, company=company,
-    )  # fmt: skip
+    ctx = RunContext(config, comm=ranks or Communicator(), progress=progress, offload_dir=offload_dir)
+    notes = quantize_layers(model, plan, calibration, sink, Weights(model), ctx, company)
     assert all(record["seconds"] > 0 for record in sink.records.values())
     assert not any(experts.companies for experts in unfused_modules(model).values())
     records = {

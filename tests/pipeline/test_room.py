@@ -15,7 +15,7 @@ from fewbit.pipeline.memory import companies_on_device, free_bytes, room_on_devi
 from fewbit.pipeline.statistics import Rows
 from fewbit.pipeline.streaming import REST, StreamedWeights
 from fewbit.planning import make_plan
-from fewbit.profiling import Timers
+from fewbit.profiling import Profiler
 
 GPU = torch.device("cuda", 0)
 
@@ -164,7 +164,7 @@ def test_a_batch_without_tokens(monkeypatch):
 def test_the_weights_that_are_still_to_come(tmp_path):
     folder = models.save_tiny(tmp_path / "model", "llama", num_hidden_layers=4)
     model, files = open_source(folder).build_model("auto")
-    weights = StreamedWeights(model, files, torch.device("cpu"), Timers())
+    weights = StreamedWeights(model, files, torch.device("cpu"), Profiler())
     sizes = weights.units()
     rest, largest = sizes.pop(REST), sorted(sizes.values())
     assert weights.bytes_to_come() == rest + largest[-1] + largest[-2]

@@ -21,7 +21,7 @@ from fewbit.pipeline import quantize_layers as running
 from fewbit.pipeline.memory import Room
 from fewbit.pipeline.offload import InMemory, Spill, activations
 from fewbit.pipeline.offload_slots import File, HostMemory
-from fewbit.profiling import Timers
+from fewbit.profiling import Profiler
 from models import random_sequences, save_tiny, tiny_model, tiny_tokenizer
 
 SMALL = {"group_size": 16, "seq_len": 24}
@@ -35,7 +35,7 @@ def everything(monkeypatch):
 
 @pytest.fixture
 def spill(tmp_path, everything):
-    spill = Spill(File(tmp_path), Timers())
+    spill = Spill(File(tmp_path), Profiler())
     with spill:
         yield spill
 
@@ -204,7 +204,7 @@ def test_memory_that_was_given_to_numpy_stays(spill):
 
 
 def test_what_outlives_the_walk_is_complete_again(tmp_path, everything):
-    spill, made = Spill(File(tmp_path), Timers()), []
+    spill, made = Spill(File(tmp_path), Profiler()), []
 
     def stop_midway():
         with spill:
@@ -221,7 +221,7 @@ def test_what_outlives_the_walk_is_complete_again(tmp_path, everything):
 
 def test_on_other_devices_a_job_gets_everything_back_before_it_runs(tmp_path, everything, monkeypatch):
     on_other_devices(monkeypatch)
-    spill = Spill(File(tmp_path), Timers())
+    spill = Spill(File(tmp_path), Profiler())
     with spill:
         with spill.running(0):
             x = torch.arange(1000.0)
@@ -235,14 +235,14 @@ def test_on_other_devices_a_job_gets_everything_back_before_it_runs(tmp_path, ev
 
 
 def test_small_tensors_are_not_worth_it(tmp_path):
-    spill = Spill(File(tmp_path), Timers())
+    spill = Spill(File(tmp_path), Profiler())
     with spill, spill.running(0):
         small, large = torch.zeros(1000), torch.zeros(100_000)
     assert spill.written == bytes_of(large) > bytes_of(small)
 
 
 def test_without_a_folder_no_operation_is_watched():
-    spill = activations(None, Timers())
+    spill = activations(None, Profiler())
     with spill, spill.running(0), spill.unrecorded():
         x = torch.zeros(100_000)
         assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
@@ -289,7 +289,7 @@ def filled(spill, jobs, count=1000):
 
 
 def test_those_that_a_device_has_room_for_stay(device):
-    spill = Spill(HostMemory(pinned=False), Timers(), budget=8000)
+    spill = Spill(HostMemory(pinned=False), Profiler(), budget=8000)
     with spill:
         tensors = filled(spill, 4)
         assert [bytes_of(x) for x in tensors] == [4000, 4000, 0, 0]
@@ -308,7 +308,7 @@ def test_those_that_a_device_has_room_for_stay(device):
 
 
 def test_a_job_that_grows_gives_way_itself(device):
-    spill = Spill(HostMemory(pinned=False), Timers(), budget=12000)
+    spill = Spill(HostMemory(pinned=False), Profiler(), budget=12000)
     with spill:
         tensors = filled(spill, 3)
         with spill.running(1):
@@ -319,7 +319,7 @@ def test_a_job_that_grows_gives_way_itself(device):
 
 
 def test_whoever_goes_through_all_jobs_writes_nothing_again(device):
-    spill = Spill(HostMemory(pinned=False), Timers(), budget=8000)
+    spill = Spill(HostMemory(pinned=False), Profiler(), budget=8000)
     with spill:
         tensors = filled(spill, 40)
         assert spill.written == 38 * 4000
@@ -334,7 +334,7 @@ def test_whoever_goes_through_all_jobs_writes_nothing_again(device):
 
 
 def test_what_a_job_changed_behind_torch_is_kept(device):
-    spill = Spill(HostMemory(pinned=False), Timers())
+    spill = Spill(HostMemory(pinned=False), Profiler())
     with spill:
         [x] = filled(spill, 1)
         with spill.running(0):
@@ -345,7 +345,7 @@ def test_what_a_job_changed_behind_torch_is_kept(device):
 
 def test_host_memory_of_what_died_is_used_again(device):
     store = HostMemory(pinned=False)
-    spill = Spill(store, Timers())
+    spill = Spill(store, Profiler())
     with spill:
         for _ in range(5):
             [x] = filled(spill, 1)
@@ -355,7 +355,7 @@ def test_host_memory_of_what_died_is_used_again(device):
 
 
 def test_host_memory_does_not_take_what_is_there_already(everything):
-    spill = Spill(HostMemory(pinned=False), Timers())
+    spill = Spill(HostMemory(pinned=False), Profiler())
     with spill:
         [x] = filled(spill, 1)
         assert bytes_of(x) == 4000
@@ -369,7 +369,7 @@ def test_too_little_host_memory(device, monkeypatch):
         return torch.zeros(*arguments, **options)
 
     monkeypatch.setattr(places.torch, "empty", refuse)
-    spill = Spill(HostMemory(pinned=True), Timers())
+    spill = Spill(HostMemory(pinned=True), Profiler())
     with (
         spill,
         pytest.raises(CalibrationError, match=r"neither .* out of memory\. Use fewer .*\(--offload-dir"),
@@ -404,8 +404,8 @@ def test_a_folder_takes_what_a_device_has_no_room_for(tmp_path, device, monkeypa
 
 
 def test_where_all_have_room_nobody_watches():
-    assert type(activations(None, Timers(), Room(1000, 1000, pinned=False))) is InMemory
-    assert type(activations(None, Timers(), Room(1000, 1001, pinned=False))) is Spill
+    assert type(activations(None, Profiler(), Room(1000, 1000, pinned=False))) is InMemory
+    assert type(activations(None, Profiler(), Room(1000, 1001, pinned=False))) is Spill
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

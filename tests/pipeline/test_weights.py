@@ -11,7 +11,7 @@ from fewbit.errors import ModelError
 from fewbit.modeling.source import open_source
 from fewbit.pipeline.streaming import REST, StreamedWeights
 from fewbit.planning import block_of
-from fewbit.profiling import Timers
+from fewbit.profiling import Profiler
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,7 @@ def saved(folder, family, **changes):
 
 def opened(folder, dtype="auto"):
     model, files = open_source(folder).build_model(dtype)
-    return model, StreamedWeights(model, files, CPU, Timers())
+    return model, StreamedWeights(model, files, CPU, Profiler())
 
 
 def state(model):

@@ -32,7 +32,7 @@ from ..pipeline.offload import check_folder
 from ..pipeline.quantize_layers import arguments_for
 from ..pipeline.streaming import StreamedWeights, Weights
 from ..planning import Plan, make_plan
-from ..profiling import Timers, memory_in_use_bytes
+from ..profiling import Profiler, memory_in_use_bytes
 from . import limits, problems
 from .extras import Extra, of_budget, of_evaluation, of_tuning
 from .memory import Memory, predict_memory, spilled_notes
@@ -96,8 +96,8 @@ def forecast(
     start = time.perf_counter()
     calibration = attempt(job.calibrate, source, dataset, tokenizer)
     calibrated = time.perf_counter() - start
-    timers = Timers(where)
-    opened = attempt(preparation.open_model, source, job.config.dtype, where, timers)
+    profiler = Profiler(where)
+    opened = attempt(preparation.open_model, source, job.config.dtype, where, profiler)
     if opened is None:
         return job.forecast()
     job.notes += source.notes
@@ -110,7 +110,7 @@ def forecast(
     if calibration is not None:
         attempt(job.check_resume, source, calibration, dataset is not None)
         with _threads(processes if where.type == "cpu" else 1):
-            job.predict(source, calibration, opened, timers, calibrated if dataset is not None else 0.0)
+            job.predict(source, calibration, opened, profiler, calibrated if dataset is not None else 0.0)
     return job.forecast()
 
 
@@ -174,12 +174,12 @@ class _Job:
         )
 
     def predict(
-        self, source: Source, calibration: Calibration, opened: Opened, timers: Timers, calibrated: float
+        self, source: Source, calibration: Calibration, opened: Opened, profiler: Profiler, calibrated: float
     ) -> None:
         """Disk, memory and time. `calibrated`: the seconds that the text took."""
         assert self.plan is not None
         model, weights = opened
-        loading = timers.seconds["load"]
+        loading = profiler.seconds["load"]
         untie_head(model, self.plan, weights)
         units, baseline = weights.units(), memory_in_use_bytes()
         if not isinstance(weights, StreamedWeights) and weights.device.type == "cpu":
@@ -192,7 +192,7 @@ class _Job:
         batch = self.attempt(arguments_for, model, largest, weights.device)
         if too_large or self.sizes is None or batch is None:
             return
-        trial = run_trial(model, weights, self.plan, batch, timers)
+        trial = run_trial(model, weights, self.plan, batch, profiler)
         work = work_of(model, self.plan, self.config, calibration, trial)
         if self.processes > 1:
             work = of_one_process(work, self.processes, len(calibration.batches))

@@ -27,7 +27,7 @@ from ..pipeline.scheduler import BlockCall, LayerInput, walk
 from ..pipeline.statistics import KEPT, Rows
 from ..pipeline.streaming import StreamedWeights, Weights
 from ..planning import LayerPlan, Plan, block_of
-from ..profiling import Timers
+from ..profiling import Profiler
 from .live import HEAP_BYTES, LiveBytes
 
 # Of a batch so many tokens are used that a block does about so many operations on them, but no fewer than that.
@@ -78,20 +78,20 @@ class Trial:
 
 
 def run_trial(
-    model: nn.Module, weights: Weights, plan: Plan, batch: Mapping[str, Tensor], timers: Timers
+    model: nn.Module, weights: Weights, plan: Plan, batch: Mapping[str, Tensor], profiler: Profiler
 ) -> Trial:
     """Run `batch` (on the weights' device) through the first blocks.
 
     Args:
         weights: of `model`; what was read is given back at the end.
         batch: empty for a run without calibration.
-        timers: the weights' own.
+        profiler: the weights' own.
     """
     kinds, whole = block_kinds(plan), tokens_of(batch)
     batch = _shortened(batch, plan, kinds)
     trial = Trial(kinds, tokens_of(batch))
     if not batch:  # a run without calibration reads its weights and nothing else
-        _read_some(weights, trial, timers)
+        _read_some(weights, trial, profiler)
         return trial
     experts = unfused_modules(model)
     layers = [layer for layer in plan.layers if layer.block in trial.kinds and not of_expert(layer, experts)]
@@ -110,7 +110,7 @@ def run_trial(
         return {}
 
     with torch.no_grad(), weights.on_demand(lambda unit: None):
-        with _load_rate(weights, trial, timers):
+        with _load_rate(weights, trial, profiler):
             walk(points, [job], lambda name, arrivals: None, blocks=blocks, leave=leave)
         second = _first_of_second_block(trial, layers, plan)
         for name in second:
@@ -239,16 +239,16 @@ def synchronize(device: torch.device) -> None:
 
 
 @contextmanager
-def _load_rate(weights: Weights, trial: Trial, timers: Timers) -> Iterator[None]:
+def _load_rate(weights: Weights, trial: Trial, profiler: Profiler) -> Iterator[None]:
     """Find the seconds for each byte that is read inside."""
-    before, read = timers.seconds.get("load", 0.0), _read_bytes(weights)
+    before, read = profiler.seconds.get("load", 0.0), _read_bytes(weights)
     yield
     read = _read_bytes(weights) - read
-    trial.load_rate = (timers.seconds["load"] - before) / read if read else None
+    trial.load_rate = (profiler.seconds["load"] - before) / read if read else None
 
 
-def _read_some(weights: Weights, trial: Trial, timers: Timers) -> None:
-    with _load_rate(weights, trial, timers):
+def _read_some(weights: Weights, trial: Trial, profiler: Profiler) -> None:
+    with _load_rate(weights, trial, profiler):
         weights.require(next(iter(trial.kinds)))
     weights.keep([])
 

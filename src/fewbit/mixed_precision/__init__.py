@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from ..calibration import Calibration
 from ..config import QuantConfig
+from ..context import Progress, RunContext
 from ..errors import ConfigError
 from ..pipeline.streaming import Weights
 from ..planning import Plan, with_settings
-from ..profiling import Timers
 from .allocate import Option, allocate
 from .record import Allocation, Store
 from .sensitivity import Costs, measure
 from .units import Choice, make_units, stored_bytes
 
 __all__ = ["Store", "check", "meet", "stated"]
-
-Progress = Callable[[str, int, int], None]
 
 # Marlin, which vLLM and SGLang take for a whole model by the bits that its configuration states.
 _MARLIN_BITS = (4, 8)
@@ -49,10 +47,8 @@ def check(plan: Plan, config: QuantConfig) -> None:
 def meet(
     model: nn.Module,
     plan: Plan,
-    config: QuantConfig,
     calibration: Calibration,
-    timers: Timers,
-    progress: Progress,
+    ctx: RunContext,
     store: Store | None = None,
     weights: Weights | None = None,
 ) -> tuple[Plan, list[str]]:
@@ -62,7 +58,6 @@ def meet(
 
     Args:
         model: in evaluation mode, with its original weights; it is not changed.
-        progress: called as ``progress("measure", done, total)``.
         store: where a run that can be resumed keeps the choice.
         weights: of the model, if they are not all in memory: gradients need them all at once.
 
@@ -74,14 +69,15 @@ def meet(
         ModelError: no gradients can be computed through the model.
         ResumeError: the stored choice is lost, and a new one differs from that of the layers already solved.
     """
+    config = ctx.config
     if config.target_bits is None:
         return plan, []
     allocation = store.read() if store else None
     if allocation is None:
         if weights is not None:
             weights.require_all()
-        with timers.time("measure"):
-            allocation = _choose(model, plan, config, config.target_bits, calibration, progress)
+        with ctx.profiler.time("measure"):
+            allocation = _choose(model, plan, config, config.target_bits, calibration, ctx.progress)
         if store:
             store.write(allocation)
     return with_settings(plan, allocation.layers), list(allocation.notes)

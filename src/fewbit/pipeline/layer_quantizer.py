@@ -8,28 +8,25 @@ meeting points where the inputs of many layers are at hand: what it finds, each 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from ..checkpoint.layout import pack, unpack
-from ..distributed import Communicator
+from ..context import RunContext
 from ..errors import RankError
 from ..gptq import Accuracy, Solution
 from ..gptq.hessian import usable_rows
 from ..modeling.layers import input_rows, set_weight_matrix, weight_matrix
 from ..planning import LayerPlan, Plan
-from ..profiling import Timers
 from ..quantized_matrix import QuantizedMatrix
 from .companies import Party
 from .scheduler import LayerInput
 from .solving import Family, LayerSolver
 from .statistics import HessianPool, SharedHessian
 from .tune_block import TuneResult
-
-Progress = Callable[[str, int, int], None]
 
 ERROR_TOKENS = 128  # enough for two digits, and next to no time
 
@@ -153,11 +150,8 @@ class LayerQuantizer:
     Args:
         modules: layer name → module, for every layer of the plan.
         hessians: accumulates, and knows the padding.
-        fmt: "gptq" or "gptq_v2", the layout that the sink gets.
-        accuracy: correction and refit.
-        strict: raise SolverError where a fallback would be used.
+        ctx: its processes all meet the same layers; each solves some rows, and gets all codes.
         keep_open: blocks that are not handed to the sink before somebody calls `close`.
-        ranks: the processes. All of them meet the same layers; each solves some rows, and gets all codes.
     """
 
     def __init__(
@@ -166,26 +160,22 @@ class LayerQuantizer:
         modules: Mapping[str, nn.Module],
         hessians: HessianPool,
         sink: Sink,
+        ctx: RunContext,
         *,
-        accuracy: Accuracy,
-        fmt: str,
-        strict: bool,
-        timers: Timers,
-        progress: Progress,
         keep_open: Collection[str] = (),
-        ranks: Communicator | None = None,
     ) -> None:
         self.plan = plan
         self.modules = modules
         self.sink = sink
-        self.fmt = fmt
-        self.timers = timers
-        self.progress = progress
+        self.fmt = ctx.config.format
+        self.profiler = ctx.profiler
+        self.progress = ctx.progress
         self.hessians = hessians
-        self.ranks = ranks or Communicator()
+        self.ranks = ctx.comm
         self._layers = {layer.name: layer for layer in plan.layers}
+        accuracy = Accuracy(ctx.config.effective_correction, ctx.config.refit)
         self._solver = LayerSolver(
-            self._layers, modules, self._is_done, accuracy, strict=strict, ranks=self.ranks
+            self._layers, modules, self._is_done, accuracy, strict=ctx.config.strict, ranks=self.ranks
         )
         self._open = {block: set(names) for block, names in plan.block_layers().items()}
         self._keep_open = set(keep_open)
@@ -197,7 +187,7 @@ class LayerQuantizer:
         """Quantize the layer `name` from the inputs that arrived at it; none in any process: no calibration."""
         layer, module = self._layers[name], self.modules[name]
         if name in self.sink.records:
-            with self.timers.time("resume"):
+            with self.profiler.time("resume"):
                 tensors = self.ranks.tensors_from_leader(lambda: self.sink.tensors(name))
                 W = weight_matrix(module)
                 set_weight_matrix(module, self._unpacked(layer, tensors).dequantize(W.dtype).to(W.device))
@@ -218,13 +208,13 @@ class LayerQuantizer:
         if not due:
             return
         start = time.perf_counter()
-        with self.timers.time("hessian"):
+        with self.profiler.time("hessian"):
             families = [
                 Family(layers, self.hessians.get(layers[0].name, self.modules[layers[0].name], arrivals))
                 for layers, arrivals in due
             ]
         seconds = time.perf_counter() - start
-        with self.timers.time("solve"):
+        with self.profiler.time("solve"):
             self._solver.solve_ahead(families, seconds)
 
     def _to_solve(self, names: Sequence[str]) -> list[LayerPlan]:
@@ -237,11 +227,11 @@ class LayerQuantizer:
         shared: SharedHessian | None = None
         [nowhere] = self.ranks.all(not arrivals)
         if layer.settings.method == "gptq" and not nowhere:
-            with self.timers.time("hessian"):
+            with self.profiler.time("hessian"):
                 shared = self.hessians.get(layer.name, module, arrivals)
         W = weight_matrix(module)
         solving = time.perf_counter()
-        with self.timers.time("solve"):
+        with self.profiler.time("solve"):
             solution, share = self._solver.solve(layer, shared)
         start += time.perf_counter() - solving - share  # what was spent here is that of several layers
         Wq = solution.codes.dequantize(W.dtype)
@@ -332,13 +322,13 @@ class LayerQuantizer:
             return
         tensors: dict[str, dict[str, Tensor]] = {}
         records: dict[str, dict[str, Any]] = {}
-        with self.timers.time("pack"):
+        with self.profiler.time("pack"):
             for name, one in self._solved.pop(block).items():
                 # Layers with one input share their g_idx; in a file each has its own.
                 packed = {key: tensor.cpu().clone() for key, tensor in pack(one.codes, self.fmt).items()}
                 stored = sum(tensor.nbytes for tensor in packed.values())
                 tensors[name], records[name] = packed, asdict(replace(one.record, stored_bytes=stored))
-        with self.timers.time("journal"):
+        with self.profiler.time("journal"):
             self.sink.append(block, tensors, records)
 
     def _output_error(

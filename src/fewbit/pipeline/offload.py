@@ -31,7 +31,7 @@ from torch import Tensor, UntypedStorage, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..formatting import size
-from ..profiling import Timers
+from ..profiling import Profiler
 from .malloc import give_freed_memory_back
 from .memory import KEPT_STORAGES, Room
 from .offload_slots import File, HostMemory, Store, is_on_cpu
@@ -62,7 +62,7 @@ class InMemory:
         return []
 
 
-def activations(folder: str | Path | None, timers: Timers, room: Room | None = None) -> InMemory:
+def activations(folder: str | Path | None, profiler: Profiler, room: Room | None = None) -> InMemory:
     """Where activations of paused jobs are kept.
 
     Args:
@@ -74,10 +74,10 @@ def activations(folder: str | Path | None, timers: Timers, room: Room | None = N
     """
     budget = 0 if room is None else room.bytes
     if folder is not None:
-        return Spill(File(Path(folder)), timers, budget)
+        return Spill(File(Path(folder)), profiler, budget)
     if room is None or room.needed <= budget:
         return InMemory()
-    return Spill(HostMemory(pinned=room.pinned), timers, budget)
+    return Spill(HostMemory(pinned=room.pinned), profiler, budget)
 
 
 def check_folder(folder: str | Path) -> None:
@@ -119,10 +119,10 @@ class Spill(InMemory):
         FewbitError: the store's.
     """
 
-    def __init__(self, store: Store, timers: Timers, budget: int = 0) -> None:
+    def __init__(self, store: Store, profiler: Profiler, budget: int = 0) -> None:
         self.written = self.read = 0
         self._store = store
-        self._timers = timers
+        self._profiler = profiler
         self._budget = budget
         self._mode: Any = _EveryOperation(self._before, self._after)
         self._records: dict[int, _Record] = {}  # by id of the storage; those that died are not in it
@@ -191,7 +191,7 @@ class Spill(InMemory):
         ]
 
     def _timed(self) -> AbstractContextManager[None]:
-        return self._timers.time("offload") if self._store.waits else nullcontext()
+        return self._profiler.time("offload") if self._store.waits else nullcontext()
 
     def _before(self, func: Any, inputs: list[UntypedStorage]) -> None:
         """Have the inputs of an operation in memory."""

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,17 +21,18 @@ from .. import native
 from ..calibration import Calibration
 from ..checkpoint.file_tensor import check_finite
 from ..config import QuantConfig
+from ..context import RunContext
 from ..distributed import Communicator
 from ..errors import CalibrationError, FewbitError
-from ..gptq import Accuracy, why_no_triton
+from ..gptq import why_no_triton
 from ..modeling.experts import unfused_modules
 from ..planning import Plan, output_embedding_name
-from ..profiling import Timers
+from ..profiling import Profiler
 from .block_tuning import BlockTuner
 from .companies import Companies, formed
 from .expert_calibration import Routing
 from .kin import gains_from_company
-from .layer_quantizer import LayerQuantizer, Progress, Sink
+from .layer_quantizer import LayerQuantizer, Sink
 from .memory import companies_on_device, room_on_device
 from .offload import activations
 from .scheduler import BlockCall, LayerInput, OnBlockEnd, OnLayer, ScheduleStats, walk
@@ -49,14 +49,10 @@ def check_weights(model: nn.Module) -> None:
 def quantize_layers(
     model: nn.Module,
     plan: Plan,
-    config: QuantConfig,
     calibration: Calibration,
     sink: Sink,
-    timers: Timers,
-    progress: Progress,
-    weights: Weights | None = None,
-    ranks: Communicator | None = None,
-    offload_dir: str | Path | None = None,
+    weights: Weights,
+    ctx: RunContext,
     company: int | None = None,
 ) -> list[str]:
     """Put the quantized weight of every layer of the plan in place, and its tensors into the sink.
@@ -64,11 +60,9 @@ def quantize_layers(
     Args:
         model: in evaluation mode; its weights are changed.
         calibration: without batches, every layer is rounded to nearest on its own.
-        weights: where the weights come from; by default they are all in memory.
-        ranks: the processes that share the work, if there are several. Each has the model and all batches, and ends
-            with all layers quantized.
-        offload_dir: folder for the activations of batches that wait; None keeps them in memory. On a CUDA device
-            those that it has no room for are kept there, or else in host memory.
+        weights: where the weights come from.
+        ctx: every process of `ctx.comm` has the model and all batches, and ends with all layers quantized. On a CUDA
+            device the activations that it has no room for are kept in `ctx.offload_dir`, or else in host memory.
         company: experts of a layer that run and are solved together; None: as many as the device gains from and has
             room for, on a CPU 1.
 
@@ -83,7 +77,7 @@ def quantize_layers(
         OutputError: activations cannot be written to `offload_dir`.
     """
     modules = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
-    weights, ranks = weights or Weights(model), ranks or Communicator()
+    config, ranks, profiler = ctx.config, ctx.comm, ctx.profiler
     _untie(model, modules, weights)
     batches = [arguments_for(model, batch, weights.device) for batch in ranks.share(calibration.batches)]
     blocks = _blocks_to_tune(model, plan) if config.tune and calibration.batches else {}
@@ -101,28 +95,23 @@ def quantize_layers(
         modules,
         hessians,
         sink,
-        accuracy=Accuracy(config.effective_correction, config.refit),
-        fmt=config.format,
-        strict=config.strict,
-        timers=timers,
-        progress=progress,
+        ctx,
         keep_open=blocks,
-        ranks=ranks,
     )
     notes = _solver_notes(weights.device, len(plan.layers))
-    with torch.no_grad(), timers.time("walk"):
+    with torch.no_grad(), profiler.time("walk"):
         if not calibration.batches:
             _meet_without_inputs(modules, quantizer, weights)
             return notes
         room = room_on_device(model, plan, weights, rows, streams, together)
-        spill = activations(offload_dir, timers, room)
+        spill = activations(ctx.offload_dir, profiler, room)
         on_demand = weights.on_demand(quantizer.restore, spill.unrecorded)
         with formed(model, together) as companies, encoder_outputs, on_demand, spill:
             jobs = [_job(model, batch) for batch in batches]
             references = range(len(batches), 2 * len(batches) if paired else len(batches))
             jobs += [jobs[reference - len(batches)] for reference in references]
             tuner = BlockTuner(rows, steps=config.tune_steps, seed=config.seed, ranks=ranks)
-            leave = _leaving(blocks, quantizer, tuner, timers) if blocks else None
+            leave = _leaving(blocks, quantizer, tuner, profiler) if blocks else None
             traffic = walk(
                 companies.meeting_points(routing.meeting_points(modules)),
                 jobs,
@@ -218,12 +207,12 @@ def _blocks_to_tune(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
 
 
 def _leaving(
-    blocks: Mapping[str, nn.Module], quantizer: LayerQuantizer, tuner: BlockTuner, timers: Timers
+    blocks: Mapping[str, nn.Module], quantizer: LayerQuantizer, tuner: BlockTuner, profiler: Profiler
 ) -> OnBlockEnd:
     """What happens at the end of a block: its solved layers are tuned, its outputs computed anew."""
 
     def again(block: nn.Module, passage: BlockCall) -> Any:
-        with timers.time("tune"):
+        with profiler.time("tune"):
             return block(*passage.args, **passage.kwargs)
 
     def leave(name: str, passages: list[BlockCall]) -> dict[int, Callable[[], Any]]:
@@ -233,7 +222,7 @@ def _leaving(
         weights = {layer[start:]: one.W for layer, one in solved.items() if one.W is not None}
         result = None
         if solved:  # otherwise the block came from the journal, tuned already
-            with timers.time("tune"), torch.enable_grad():
+            with profiler.time("tune"), torch.enable_grad():
                 result = tuner.tune(name, block, codes, weights, passages)
         if result is not None:
             quantizer.tuned(name, {f"{name}.{layer}": new for layer, new in result.codes.items()}, result)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.file_tensor import FileTensor, check_all_finite
 from ..planning import block_of, output_embedding_name
-from ..profiling import Timers
+from ..profiling import Profiler
 from .malloc import give_freed_memory_back, large_tensors_apart
 from .prefetch import Held, ReadAhead, reading_ahead
 
@@ -101,7 +101,7 @@ class StreamedWeights(Weights):
         model: nn.Module,
         files: Mapping[str, FileTensor],
         device: torch.device,
-        timers: Timers,
+        profiler: Profiler,
         *,
         ahead: bool | None = None,
     ) -> None:
@@ -110,7 +110,7 @@ class StreamedWeights(Weights):
         self._reads_ahead = device.type != "cpu" if ahead is None else ahead
         self._ahead: ReadAhead | None = None
         self._files = files
-        self._timers = timers
+        self._profiler = profiler
         self._restore: Restore | None = None
         self._pinned = False
         _move_computed(model, device)
@@ -236,7 +236,7 @@ class StreamedWeights(Weights):
 
     def _load(self, unit: str, without: Collection[str] = ()) -> None:
         if unit not in self._loaded:
-            with self._timers.time("load"):
+            with self._profiler.time("load"):
                 self._read(unit, without, self._ahead.take(unit) if self._ahead else {})
             self._begin_next(unit)
             if self._restore is not None:

@@ -24,7 +24,7 @@ from ..calibration import Calibration
 from ..config import QuantConfig
 from ..errors import OutputError
 from ..planning import Plan
-from ..profiling import Timers, peak_memory_bytes
+from ..profiling import Profiler, peak_memory_bytes
 from .html import page
 
 REPORT_NAME = "fewbit_report.json"
@@ -82,7 +82,7 @@ class Report:
         notes: everything a user should know, in sentences.
         plan_notes: those of them that follow from model and settings alone.
         seconds: of the quantization. seconds_by_phase: a phase includes those inside it.
-        phases: seconds and memory of each, see `timers.Phase`; the evaluation among them, if there was one.
+        phases: seconds and memory of each, see `profiling.Phase`; the evaluation among them, if there was one.
         peak_memory_bytes: of the process, until the checkpoint was written; None where unknown. Of several
             processes, the largest.
         ranks: how many processes shared the work; times are those of the first.
@@ -158,7 +158,7 @@ def collect(
     calibration: Calibration,
     notes: list[str],
     seconds: float,
-    timers: Timers,
+    profiler: Profiler,
     resumed_layers: int,
     command: str,
     ranks: int = 1,
@@ -191,8 +191,8 @@ def collect(
         notes=tuple(notes),
         plan_notes=plan.notes,
         seconds=seconds,
-        seconds_by_phase={phase: round(value, 3) for phase, value in timers.seconds.items()},
-        phases=tuple(timers.to_list()),
+        seconds_by_phase={phase: round(value, 3) for phase, value in profiler.seconds.items()},
+        phases=tuple(profiler.to_list()),
         peak_memory_bytes=peak_memory_bytes() if peak is None else peak,
         resumed_layers=resumed_layers,
         versions=versions(),

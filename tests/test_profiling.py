@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fewbit import profiling as timers_module
+from fewbit import profiling
 from fewbit.errors import ModelError
-from fewbit.profiling import Memory, Timers
+from fewbit.profiling import Memory, Profiler
 
 
 class Clock:
@@ -17,8 +17,8 @@ class Clock:
     def __init__(self, monkeypatch):
         self.now = self.resident = self.highest = 0
         monkeypatch.setattr(time, "perf_counter", lambda: float(self.now))
-        monkeypatch.setattr(timers_module, "_resident_bytes", lambda: self.resident)
-        monkeypatch.setattr(timers_module, "_highest_resident_bytes", lambda: self.highest)
+        monkeypatch.setattr(profiling, "_resident_bytes", lambda: self.resident)
+        monkeypatch.setattr(profiling, "_highest_resident_bytes", lambda: self.highest)
 
     def pass_(self, seconds, resident=None):
         self.now += seconds
@@ -32,16 +32,16 @@ def clock(monkeypatch):
 
 
 def test_own_time_leaves_out_inner_phases(clock):
-    timers = Timers()
+    profiler = Profiler()
     for _ in range(2):
-        with timers.time("walk"):
+        with profiler.time("walk"):
             clock.pass_(5)
-            with timers.time("solve"):
+            with profiler.time("solve"):
                 clock.pass_(2)
-                with timers.time("pack"):
+                with profiler.time("pack"):
                     clock.pass_(1)
-    assert timers.seconds == {"walk": 16, "solve": 6, "pack": 2}
-    assert {p.name: (p.parent, p.own_seconds) for p in timers.phases.values()} == {
+    assert profiler.seconds == {"walk": 16, "solve": 6, "pack": 2}
+    assert {p.name: (p.parent, p.own_seconds) for p in profiler.phases.values()} == {
         "walk": (None, 10),
         "solve": ("walk", 4),
         "pack": ("solve", 2),
@@ -49,59 +49,59 @@ def test_own_time_leaves_out_inner_phases(clock):
 
 
 def test_a_phase_that_fails_is_closed(clock):
-    timers = Timers()
+    profiler = Profiler()
 
     def fail():
-        with timers.time("walk"), timers.time("solve"):
+        with profiler.time("walk"), profiler.time("solve"):
             clock.pass_(3)
             raise ModelError("damaged")
 
     with pytest.raises(ModelError):
         fail()
-    with timers.time("write"):
+    with profiler.time("write"):
         clock.pass_(1)
-    assert timers.phases["write"].parent is None
-    assert timers.seconds == {"walk": 3, "solve": 3, "write": 1}
+    assert profiler.phases["write"].parent is None
+    assert profiler.seconds == {"walk": 3, "solve": 3, "write": 1}
 
 
 def test_memory_is_exact_only_where_the_peak_rose(clock):
-    timers = Timers()
-    with timers.time("load"):
+    profiler = Profiler()
+    with profiler.time("load"):
         clock.pass_(1, resident=700)
         clock.pass_(1, resident=300)
-    with timers.time("walk"):
+    with profiler.time("walk"):
         clock.pass_(1, resident=650)  # below the highest ever: cannot be seen from outside
         clock.pass_(1, resident=400)
-    assert timers.phases["load"].memory == Memory(700, exact=True)
-    assert timers.phases["walk"].memory == Memory(400, exact=False)
-    with timers.time("walk"):
+    assert profiler.phases["load"].memory == Memory(700, exact=True)
+    assert profiler.phases["walk"].memory == Memory(400, exact=False)
+    with profiler.time("walk"):
         clock.pass_(1, resident=900)
         clock.pass_(1, resident=100)
-    assert timers.phases["walk"].memory == Memory(900, exact=True)
-    with timers.time("walk"):
+    assert profiler.phases["walk"].memory == Memory(900, exact=True)
+    with profiler.time("walk"):
         clock.pass_(1, resident=200)
-    assert timers.phases["walk"].memory == Memory(900, exact=True)
+    assert profiler.phases["walk"].memory == Memory(900, exact=True)
 
 
 def test_real_memory_is_seen():
-    timers = Timers()
-    with timers.time("fill"):
+    profiler = Profiler()
+    with profiler.time("fill"):
         kept = torch.ones(30_000_000)
-    with timers.time("after"):
+    with profiler.time("after"):
         pass
-    assert timers.phases["fill"].memory.bytes >= kept.nbytes
-    assert timers.phases["after"].memory.bytes >= kept.nbytes
+    assert profiler.phases["fill"].memory.bytes >= kept.nbytes
+    assert profiler.phases["after"].memory.bytes >= kept.nbytes
 
 
 def test_without_proc_only_a_risen_peak_is_known(monkeypatch, clock):
-    monkeypatch.setattr(timers_module, "_resident_bytes", lambda: 0)
-    timers = Timers()
-    with timers.time("load"):
+    monkeypatch.setattr(profiling, "_resident_bytes", lambda: 0)
+    profiler = Profiler()
+    with profiler.time("load"):
         clock.pass_(1, resident=700)
-    with timers.time("walk"):
+    with profiler.time("walk"):
         clock.pass_(1)
-    assert timers.phases["load"].memory == Memory(700, exact=True)
-    assert timers.phases["walk"].memory is None
+    assert profiler.phases["load"].memory == Memory(700, exact=True)
+    assert profiler.phases["walk"].memory is None
 
 
 def test_a_gpu_is_read_and_waited_for_at_both_ends(monkeypatch, clock):
@@ -119,32 +119,32 @@ def test_a_gpu_is_read_and_waited_for_at_both_ends(monkeypatch, clock):
     )
     monkeypatch.setattr(torch, "cuda", fake)
     device = torch.device("cuda", 1)
-    timers = Timers(device)
-    with timers.time("walk"):
+    profiler = Profiler(device)
+    with profiler.time("walk"):
         queued.append(5.0)
-        with timers.time("solve"):
+        with profiler.time("solve"):
             queued.append(7.0)
     assert waited == [device] * 4
-    assert timers.seconds == {"walk": 12, "solve": 7}
-    assert timers.phases["walk"].own_seconds == 5
-    assert timers.phases["walk"].device_memory == Memory(250, exact=True)
-    assert Timers(torch.device("cpu"))._gauges[1] is None
+    assert profiler.seconds == {"walk": 12, "solve": 7}
+    assert profiler.phases["walk"].own_seconds == 5
+    assert profiler.phases["walk"].device_memory == Memory(250, exact=True)
+    assert Profiler(torch.device("cpu"))._gauges[1] is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_phase_has_the_time_and_memory_of_its_own_kernels():
-    timers = Timers(torch.device("cuda"))
+    profiler = Profiler(torch.device("cuda"))
     x = torch.randn(8192, 8192, device="cuda")
     for _ in range(2):
         x @ x
     torch.cuda.synchronize()
-    with timers.time("before"):
+    with profiler.time("before"):
         pass
     for _ in range(20):
         x @ x
-    with timers.time("empty"):
+    with profiler.time("empty"):
         pass
-    with timers.time("full"):
+    with profiler.time("full"):
         kept = [x @ x for _ in range(20)]
-    assert timers.seconds["full"] > 10 * timers.seconds["empty"]
-    assert timers.phases["full"].device_memory.bytes >= sum(y.nbytes for y in kept)
+    assert profiler.seconds["full"] > 10 * profiler.seconds["empty"]
+    assert profiler.phases["full"].device_memory.bytes >= sum(y.nbytes for y in kept)

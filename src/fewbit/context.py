@@ -1,0 +1,41 @@
+"""What the steps of one run share: configuration, device, processes, profiler and progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .config import QuantConfig
+from .distributed import Communicator
+from .profiling import Profiler
+
+# Called as progress(phase, done, total).
+Progress = Callable[[str, int, int], None]
+
+
+def no_progress(phase: str, done: int, total: int) -> None:
+    """The progress callback of a run that shows none."""
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """One run, as every step of it sees it.
+
+    Attributes:
+        config: settings of the run.
+        device: device of the forward passes and the solver.
+        comm: processes that share the run.
+        profiler: time and memory of each phase.
+        progress: callback that shows how far the run has come.
+        offload_dir: folder for the activations of paused batches; None keeps them in memory.
+    """
+
+    config: QuantConfig
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    comm: Communicator = field(default_factory=Communicator)
+    profiler: Profiler = field(default_factory=Profiler)
+    progress: Progress = no_progress
+    offload_dir: Path | None = None
