@@ -4,6 +4,8 @@ import os
 import pytest
 import torch
 
+from models import SMALL, TEXT, save_tiny
+
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is defined: without a GPU, its interpreter runs them on CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -19,3 +21,33 @@ def _one_thread():
 def _log_not_silenced():
     # Commands, called in the tests' own process (fixtures included), turn fewbit's log down for the rest of theirs.
     logging.getLogger("fewbit").setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    """A text of about 3,000 characters to calibrate with."""
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT * 8)
+    return path
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    """A tiny Llama with its tokenizer."""
+    return save_tiny(tmp_path / "model")
+
+
+@pytest.fixture(scope="session")
+def gptq_folder(tmp_path_factory):
+    """A tiny Llama as a GPTQ checkpoint, without a tokenizer. Shared by all tests: only read it."""
+    from tiny_gptq import llama, write_checkpoint
+
+    path = tmp_path_factory.mktemp("gptq")
+    write_checkpoint(path, llama())
+    return path
+
+
+@pytest.fixture
+def small():
+    """Settings that quantize a tiny model in a second."""
+    return dict(SMALL)

@@ -91,3 +91,5 @@ TEXT = (
     "neighbourhood, this truth is so well fixed in the minds of the surrounding families, that he is considered "
     "the rightful property of some one or other of their daughters. "
 )
+
+SMALL = {"group_size": 16, "seq_len": 32, "num_samples": 6}  # settings that quantize a tiny model in a second

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import fewbit
 from fewbit.cli.main import app
 from fewbit.errors import FewbitError
-from models import TEXT, VOCAB, save_tiny, tiny_tokenizer
+from models import VOCAB, save_tiny, tiny_tokenizer
 from tiny_gptq import llama, write_checkpoint
 
 CODE = """
@@ -50,13 +50,6 @@ def trace(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     return tmp_path / "trace"
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT * 8)
-    return path
 
 
 def bring_code(folder, trace, model_type):
@@ -141,10 +134,10 @@ def _error(call):
 
 @pytest.mark.parametrize("model_type", ["llama", "foreign"])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_models_own_code_does_not_run(tmp_path, trace, text, original, quantized, way, model_type):
+def test_a_models_own_code_does_not_run(tmp_path, trace, text_file, original, quantized, way, model_type):
     for folder in (original, quantized):
         bring_code(folder, trace, model_type)
-    error = go(way, original, quantized, tmp_path / "new", text)
+    error = go(way, original, quantized, tmp_path / "new", text_file)
     assert not trace.exists()
     if way not in ("inspect", "verify", "verify against", "convert"):  # these need no code
         assert (model_type == "foreign") == bool(error), error
@@ -152,19 +145,19 @@ def test_a_models_own_code_does_not_run(tmp_path, trace, text, original, quantiz
 
 
 @pytest.mark.parametrize("way", ["quantize", "eval", "generate", "load", "through transformers"])
-def test_it_runs_when_it_is_trusted(tmp_path, trace, text, original, quantized, way):
+def test_it_runs_when_it_is_trusted(tmp_path, trace, text_file, original, quantized, way):
     for folder in (original, quantized):
         bring_code(folder, trace, "foreign")
-    go(way, original, quantized, tmp_path / "new", text, "--trust-remote-code")
+    go(way, original, quantized, tmp_path / "new", text_file, "--trust-remote-code")
     assert trace.exists()
 
 
 @pytest.mark.parametrize("instead", [False, True])
 @pytest.mark.parametrize("way", WAYS)
-def test_pickles_are_not_opened(tmp_path, trace, text, original, quantized, way, instead):
+def test_pickles_are_not_opened(tmp_path, trace, text_file, original, quantized, way, instead):
     for folder in (original, quantized):
         bring_pickles(folder, trace, instead)
-    error = go(way, original, quantized, tmp_path / "new", text)
+    error = go(way, original, quantized, tmp_path / "new", text_file)
     assert not trace.exists()
     if instead and way != "verify":
         assert "pickle" in error
@@ -175,12 +168,12 @@ def test_pickles_are_not_opened(tmp_path, trace, text, original, quantized, way,
 
 @pytest.mark.parametrize("way", ["quantize", "convert"])
 def test_pickles_that_run_code_are_refused_even_when_pickles_are_allowed(
-    tmp_path, trace, text, original, quantized, way
+    tmp_path, trace, text_file, original, quantized, way
 ):
     for folder in (original, quantized):
         for path in bring_pickles(folder, trace, instead=True).glob("*.pth"):
             path.unlink()
-    error = go(way, original, quantized, tmp_path / "new", text, "--allow-pickle")
+    error = go(way, original, quantized, tmp_path / "new", text_file, "--allow-pickle")
     assert not trace.exists()
     assert error
 

@@ -11,21 +11,7 @@ from torch import nn
 import fewbit
 from fewbit.checkpoint.layout import unpack
 from fewbit.errors import CalibrationError, ConfigError, ModelError, OutputError, SolverError
-from models import FAMILIES, TEXT, random_sequences, save_tiny, tiny_model, tiny_tokenizer
-
-SMALL = {"group_size": 16, "seq_len": 32, "num_samples": 6}
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT * 8)
-    return path
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return save_tiny(tmp_path / "model")
+from models import FAMILIES, SMALL, TEXT, random_sequences, save_tiny, tiny_model, tiny_tokenizer
 
 
 def logits(model, seed=3):
@@ -36,10 +22,10 @@ def logits(model, seed=3):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_folder_becomes_a_checkpoint_that_loads(tmp_path, text, family):
+def test_a_folder_becomes_a_checkpoint_that_loads(tmp_path, text_file, family):
     source = save_tiny(tmp_path / "model", family)
     config = fewbit.QuantConfig(bits=8, **SMALL)
-    report = fewbit.quantize(source, config, dataset=text, output=tmp_path / "out")
+    report = fewbit.quantize(source, config, dataset=text_file, output=tmp_path / "out")
     assert report.modules == len(report.layers) > 0
     assert report.fallbacks == {}
     assert all(layer["output_error"] < 0.02 for layer in report.layers)
@@ -57,11 +43,11 @@ def test_a_folder_becomes_a_checkpoint_that_loads(tmp_path, text, family):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(("group_size", "act_order"), [(-1, "none"), (32, "group"), (20, "full")])
 @pytest.mark.parametrize("sym", [True, False])
-def test_every_setting(tmp_path, text, folder, bits, group_size, act_order, sym):
+def test_every_setting(tmp_path, text_file, model_folder, bits, group_size, act_order, sym):
     config = fewbit.QuantConfig(
         bits=bits, group_size=group_size, act_order=act_order, sym=sym, seq_len=32, num_samples=6
     )
-    report = fewbit.quantize(folder, config, dataset=text, output=tmp_path / "out")
+    report = fewbit.quantize(model_folder, config, dataset=text_file, output=tmp_path / "out")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     name = "model.layers.1.mlp.down_proj"
     parts = {key: stored[f"{name}.{key}"] for key in ("qweight", "qzeros", "scales", "g_idx")}
@@ -78,11 +64,11 @@ def test_every_setting(tmp_path, text, folder, bits, group_size, act_order, sym)
     assert (quantization["bits"], quantization["group_size"], quantization["sym"]) == (bits, group_size, sym)
 
 
-def test_overrides_ignore_and_lm_head(tmp_path, text, folder):
+def test_overrides_ignore_and_lm_head(tmp_path, text_file, model_folder):
     config = fewbit.QuantConfig(
         **SMALL, lm_head=True, ignore=("k_proj",), override={"down_proj": {"bits": 8, "group_size": -1}}
     )
-    report = fewbit.quantize(folder, config, dataset=text, output=tmp_path / "out")
+    report = fewbit.quantize(model_folder, config, dataset=text_file, output=tmp_path / "out")
     layers = {layer["name"]: layer for layer in report.layers}
     assert "lm_head" in layers
     assert (layers["model.layers.0.mlp.down_proj"]["bits"], layers["model.layers.0.mlp.up_proj"]["bits"]) == (
@@ -96,10 +82,10 @@ def test_overrides_ignore_and_lm_head(tmp_path, text, folder):
     assert torch.isfinite(logits(model)).all()
 
 
-def test_a_tied_head_that_is_quantized_leaves_the_embedding_alone(tmp_path, text):
+def test_a_tied_head_that_is_quantized_leaves_the_embedding_alone(tmp_path, text_file):
     source = save_tiny(tmp_path / "model", "llama", tie_word_embeddings=True)
     config = fewbit.QuantConfig(bits=8, lm_head=True, **SMALL)
-    fewbit.quantize(source, config, dataset=text, output=tmp_path / "out")
+    fewbit.quantize(source, config, dataset=text_file, output=tmp_path / "out")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     original = load_file(source / "model.safetensors")
     assert torch.equal(stored["model.embed_tokens.weight"], original["model.embed_tokens.weight"])
@@ -110,32 +96,36 @@ def test_a_tied_head_that_is_quantized_leaves_the_embedding_alone(tmp_path, text
     assert (logits(model) - logits(tied)).norm() / logits(tied).norm() < 0.05
 
 
-def test_same_inputs_give_the_same_bytes(tmp_path, text, folder):
+def test_same_inputs_give_the_same_bytes(tmp_path, text_file, model_folder):
     config = fewbit.QuantConfig(**SMALL)
     for name in ("a", "b"):
-        fewbit.quantize(folder, config, dataset=text, output=tmp_path / name)
+        fewbit.quantize(model_folder, config, dataset=text_file, output=tmp_path / name)
     files = {path.name for path in (tmp_path / "a").iterdir()} - {"fewbit_report.json", "fewbit_report.html"}
     for name in files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
-def test_shards_have_an_index(tmp_path, text, folder):
+def test_shards_have_an_index(tmp_path, text_file, model_folder):
     fewbit.quantize(
-        folder, fewbit.QuantConfig(**SMALL), dataset=text, output=tmp_path / "out", max_shard_size="20KB"
+        model_folder,
+        fewbit.QuantConfig(**SMALL),
+        dataset=text_file,
+        output=tmp_path / "out",
+        max_shard_size="20KB",
     )
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
     assert torch.isfinite(logits(fewbit.load(tmp_path / "out"))).all()
 
 
-def test_padding_never_counts(tmp_path, folder):
+def test_padding_never_counts(tmp_path, model_folder):
     """Short sequences padded in a batch give the codes that they give one by one."""
     sequences = [{"input_ids": s["input_ids"][: 9 + 5 * i]} for i, s in enumerate(random_sequences(3))]
     codes = []
     for batch_size in (1, 3):
         out = tmp_path / f"out{batch_size}"
         config = fewbit.QuantConfig(**SMALL, batch_size=batch_size)
-        report = fewbit.quantize(folder, config, dataset=sequences, output=out)
+        report = fewbit.quantize(model_folder, config, dataset=sequences, output=out)
         assert (report.layers[0]["tokens"], report.layers[0]["held_out"]) == (9 + 14, 19)
         assert report.layers[0]["masked"] == (0 if batch_size == 1 else 10 + 5)
         codes.append(load_file(out / "model.safetensors"))
@@ -265,7 +255,7 @@ def test_rules_are_written_in_the_names_of_the_files(tmp_path):
     assert loaded.model.language_model.layers[1].mlp.up_proj.bits == 4
 
 
-def test_a_model_in_memory_is_quantized_in_place(text):
+def test_a_model_in_memory_is_quantized_in_place():
     model = tiny_model("llama")
     before = logits(model)
     result = fewbit.quantize(
@@ -308,8 +298,8 @@ def test_convolutions_in_a_plain_module():
     assert (after - before).norm() / before.norm() < 0.05
 
 
-def test_rtn_needs_no_dataset(tmp_path, folder):
-    report = fewbit.quantize(folder, fewbit.QuantConfig(method="rtn", **SMALL), output=tmp_path / "out")
+def test_rtn_needs_no_dataset(tmp_path, model_folder):
+    report = fewbit.quantize(model_folder, fewbit.QuantConfig(method="rtn", **SMALL), output=tmp_path / "out")
     assert {layer["method"] for layer in report.layers} == {"rtn"}
     assert report.fallbacks == {}
 
@@ -354,106 +344,114 @@ def refused(error, message, tmp_path, source, config=None, **options):
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_nan_weights(tmp_path, text):
+def test_nan_weights(tmp_path, text_file):
     model = tiny_model("llama")
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     refused(
         ModelError, "weight model.layers.1.mlp.up_proj.weight holds NaN values: the model is damaged",
-        tmp_path, tmp_path / "model", dataset=text,
+        tmp_path, tmp_path / "model", dataset=text_file,
     )  # fmt: skip
 
 
-def test_no_dataset(tmp_path, folder):
-    refused(CalibrationError, "no dataset was given", tmp_path, folder)
+def test_no_dataset(tmp_path, model_folder):
+    refused(CalibrationError, "no dataset was given", tmp_path, model_folder)
 
 
-def test_no_output(folder):
+def test_no_output(model_folder):
     with pytest.raises(ConfigError, match="no output folder was given"):
-        fewbit.quantize(folder)
+        fewbit.quantize(model_folder)
 
 
-def test_no_tokenizer(tmp_path, text):
+def test_no_tokenizer(tmp_path, text_file):
     tiny_model("llama").save_pretrained(tmp_path / "bare")
-    refused(CalibrationError, "tokenizer", tmp_path, tmp_path / "bare", dataset=text)
+    refused(CalibrationError, "tokenizer", tmp_path, tmp_path / "bare", dataset=text_file)
     with pytest.raises(CalibrationError, match="tokenizer"):
         fewbit.quantize(tiny_model("llama"), fewbit.QuantConfig(**SMALL), dataset=[TEXT])
 
 
-def test_a_folder_without_config(tmp_path, text):
+def test_a_folder_without_config(tmp_path, text_file):
     (tmp_path / "empty").mkdir()
-    refused(ModelError, "has no config.json", tmp_path, tmp_path / "empty", dataset=text)
+    refused(ModelError, "has no config.json", tmp_path, tmp_path / "empty", dataset=text_file)
 
 
-def test_a_folder_without_weights(tmp_path, text, folder):
-    (folder / "model.safetensors").unlink()
-    refused(ModelError, "no .safetensors files", tmp_path, folder, dataset=text)
-    (folder / "pytorch_model.bin").write_bytes(b"x")
-    refused(ModelError, "only pickle files.*pass --allow-pickle", tmp_path, folder, dataset=text)
+def test_a_folder_without_weights(tmp_path, text_file, model_folder):
+    (model_folder / "model.safetensors").unlink()
+    refused(ModelError, "no .safetensors files", tmp_path, model_folder, dataset=text_file)
+    (model_folder / "pytorch_model.bin").write_bytes(b"x")
+    refused(ModelError, "only pickle files.*pass --allow-pickle", tmp_path, model_folder, dataset=text_file)
 
 
-def test_an_unreadable_shard(tmp_path, text, folder):
-    path = folder / "model.safetensors"
+def test_an_unreadable_shard(tmp_path, text_file, model_folder):
+    path = model_folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    refused(ModelError, "cannot load the weights in .*model", tmp_path, folder, dataset=text)
+    refused(ModelError, "cannot load the weights in .*model", tmp_path, model_folder, dataset=text_file)
 
 
-def test_missing_weights(tmp_path, text, folder):
+def test_missing_weights(tmp_path, text_file, model_folder):
     from safetensors.torch import save_file
 
-    stored = load_file(folder / "model.safetensors")
+    stored = load_file(model_folder / "model.safetensors")
     del stored["model.layers.1.mlp.up_proj.weight"]
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(stored, model_folder / "model.safetensors", metadata={"format": "pt"})
     refused(
-        ModelError, "lacks 1 weights .* model.layers.1.mlp.up_proj.weight", tmp_path, folder, dataset=text
+        ModelError,
+        "lacks 1 weights .* model.layers.1.mlp.up_proj.weight",
+        tmp_path,
+        model_folder,
+        dataset=text_file,
     )
 
 
-def test_an_unknown_architecture(tmp_path, text, folder):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama9000"}))
-    refused(ModelError, "cannot read the configuration", tmp_path, folder, dataset=text)
+def test_an_unknown_architecture(tmp_path, text_file, model_folder):
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps({**config, "model_type": "llama9000"}))
+    refused(ModelError, "cannot read the configuration", tmp_path, model_folder, dataset=text_file)
 
 
-def test_a_hub_id_is_downloaded_and_quantized(tmp_path, text, folder, monkeypatch):
+def test_a_hub_id_is_downloaded_and_quantized(tmp_path, text_file, model_folder, monkeypatch):
     asked = []
 
     def stand_in(name, ignore_patterns):
         asked.append((name, ignore_patterns))
-        return str(folder)
+        return str(model_folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", stand_in)
     report = fewbit.quantize(
-        "someone/model", fewbit.QuantConfig(**SMALL), dataset=text, output=tmp_path / "out"
+        "someone/model", fewbit.QuantConfig(**SMALL), dataset=text_file, output=tmp_path / "out"
     )
     assert report.modules == 14
     assert asked[0][0] == "someone/model"
     assert {"*.bin", "*.gguf"} <= set(asked[0][1])
     assert "*.safetensors" not in asked[0][1]
     fewbit.quantize(
-        "someone/model", fewbit.QuantConfig(**SMALL), dataset=text, output=tmp_path / "two", allow_pickle=True
+        "someone/model",
+        fewbit.QuantConfig(**SMALL),
+        dataset=text_file,
+        output=tmp_path / "two",
+        allow_pickle=True,
     )
     assert "*.bin" not in asked[1][1]
 
 
-def test_no_network(tmp_path, text, monkeypatch):
+def test_no_network(tmp_path, text_file, monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     message = "someone/model is no local folder and cannot be downloaded from the Hub: no network"
-    refused(ModelError, message, tmp_path, "someone/model", dataset=text)
+    refused(ModelError, message, tmp_path, "someone/model", dataset=text_file)
 
 
-def test_experts_are_left_alone_under_the_names_of_their_files(tmp_path, text):
+def test_experts_are_left_alone_under_the_names_of_their_files(tmp_path, text_file):
     """What serving engines read: one file name per expert, each excluded from quantization by a rule."""
     source = save_tiny(
         tmp_path / "model", "mixtral", hidden_size=48, intermediate_size=80, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2,
     )  # fmt: skip
     config = fewbit.QuantConfig(**SMALL, ignore=(r"\.experts\.",))
-    fewbit.quantize(source, config, dataset=text, output=tmp_path / "out")
+    fewbit.quantize(source, config, dataset=text_file, output=tmp_path / "out")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     experts = {name for name in stored if ".experts." in name}
     assert (
@@ -465,43 +463,50 @@ def test_experts_are_left_alone_under_the_names_of_their_files(tmp_path, text):
     assert not any(re.match(rule, "model.layers.0.self_attn.q_proj") for rule in rules)
 
 
-def test_eval_is_refused_before_the_work(tmp_path, text, folder):
+def test_eval_is_refused_before_the_work(tmp_path, text_file, model_folder):
     refused(
-        CalibrationError, "nothing.txt", tmp_path, folder, dataset=text, evaluate_on=tmp_path / "nothing.txt"
+        CalibrationError,
+        "nothing.txt",
+        tmp_path,
+        model_folder,
+        dataset=text_file,
+        evaluate_on=tmp_path / "nothing.txt",
     )
     t5 = save_tiny(tmp_path / "t5", "t5")
-    refused(ConfigError, "this one is an encoder-decoder", tmp_path, t5, dataset=text, evaluate_on=text)
+    refused(
+        ConfigError, "this one is an encoder-decoder", tmp_path, t5, dataset=text_file, evaluate_on=text_file
+    )
 
 
-def test_a_path_that_is_nothing(tmp_path, text):
+def test_a_path_that_is_nothing(tmp_path, text_file):
     refused(
         ModelError,
         "neither a folder, a .gguf file nor a Hub id",
         tmp_path,
         "no/such/folder/here",
-        dataset=text,
+        dataset=text_file,
     )
-    refused(ModelError, "is a file but not a .gguf file", tmp_path, text, dataset=text)
+    refused(ModelError, "is a file but not a .gguf file", tmp_path, text_file, dataset=text_file)
 
 
-def test_an_already_quantized_model(tmp_path, text, folder):
-    fewbit.quantize(folder, fewbit.QuantConfig(**SMALL), dataset=text, output=tmp_path / "once")
-    refused(ModelError, r"is already quantized \(gptq\)", tmp_path, tmp_path / "once", dataset=text)
+def test_an_already_quantized_model(tmp_path, text_file, model_folder):
+    fewbit.quantize(model_folder, fewbit.QuantConfig(**SMALL), dataset=text_file, output=tmp_path / "once")
+    refused(ModelError, r"is already quantized \(gptq\)", tmp_path, tmp_path / "once", dataset=text_file)
 
 
-def test_a_target_that_holds_something_else(tmp_path, text, folder):
+def test_a_target_that_holds_something_else(tmp_path, text_file, model_folder):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("years")
     with pytest.raises(OutputError, match="already holds something else"):
-        fewbit.quantize(folder, fewbit.QuantConfig(**SMALL), dataset=text, output=out)
+        fewbit.quantize(model_folder, fewbit.QuantConfig(**SMALL), dataset=text_file, output=out)
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
 
 
-def test_a_finished_checkpoint_is_not_overwritten(tmp_path, text, folder):
-    fewbit.quantize(folder, fewbit.QuantConfig(**SMALL), dataset=text, output=tmp_path / "out")
+def test_a_finished_checkpoint_is_not_overwritten(tmp_path, text_file, model_folder):
+    fewbit.quantize(model_folder, fewbit.QuantConfig(**SMALL), dataset=text_file, output=tmp_path / "out")
     with pytest.raises(OutputError, match="already holds something else"):
-        fewbit.quantize(folder, fewbit.QuantConfig(**SMALL), dataset=text, output=tmp_path / "out")
+        fewbit.quantize(model_folder, fewbit.QuantConfig(**SMALL), dataset=text_file, output=tmp_path / "out")
 
 
 @pytest.mark.parametrize("option", [{"output": "x"}, {"evaluate_on": "x"}, {"push_to_hub": "x"}])
@@ -510,63 +515,71 @@ def test_options_for_paths_are_refused_for_a_model_in_memory(option):
         fewbit.quantize(tiny_model("llama"), dataset=random_sequences(), **option)
 
 
-def test_the_shard_size_is_checked_before_the_work(tmp_path, text, folder):
+def test_the_shard_size_is_checked_before_the_work(tmp_path, text_file, model_folder):
     steps = []
     refused(
-        ConfigError, "max_shard_size '0' is no size", tmp_path, folder, dataset=text, max_shard_size="0",
+        ConfigError, "max_shard_size '0' is no size", tmp_path, model_folder, dataset=text_file, max_shard_size="0",
         progress=lambda *step: steps.append(step),
     )  # fmt: skip
     assert steps == []
 
 
-def test_one_standard_input_for_two_texts_is_refused(tmp_path, folder):
-    refused(ConfigError, "standard input cannot be both", tmp_path, folder, dataset="-", evaluate_on="-")
+def test_one_standard_input_for_two_texts_is_refused(tmp_path, model_folder):
+    refused(
+        ConfigError, "standard input cannot be both", tmp_path, model_folder, dataset="-", evaluate_on="-"
+    )
 
 
-def test_a_tokenizer_by_path(tmp_path, text, folder):
+def test_a_tokenizer_by_path(tmp_path, text_file, model_folder):
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer_config.json").unlink()
-    options = {"dataset": text, "tokenizer": tmp_path / "tokenizer"}
-    report = fewbit.quantize(folder, fewbit.QuantConfig(**SMALL), output=tmp_path / "other", **options)
+    (model_folder / "tokenizer.json").unlink()
+    (model_folder / "tokenizer_config.json").unlink()
+    options = {"dataset": text_file, "tokenizer": tmp_path / "tokenizer"}
+    report = fewbit.quantize(model_folder, fewbit.QuantConfig(**SMALL), output=tmp_path / "other", **options)
     assert report.calibration["tokens"] == 192
     (tmp_path / "bare").mkdir()
     options["tokenizer"] = tmp_path / "bare"
-    refused(ModelError, "no tokenizer can be loaded from .*bare", tmp_path, folder, **options)
+    refused(ModelError, "no tokenizer can be loaded from .*bare", tmp_path, model_folder, **options)
 
 
-def test_personal_files_are_not_copied(tmp_path, text, folder):
-    (folder / "notes.txt").write_text("private")
-    (folder / "LICENSE").write_text("terms")
-    fewbit.quantize(folder, fewbit.QuantConfig(**SMALL), dataset=text, output=tmp_path / "out")
+def test_personal_files_are_not_copied(tmp_path, text_file, model_folder):
+    (model_folder / "notes.txt").write_text("private")
+    (model_folder / "LICENSE").write_text("terms")
+    fewbit.quantize(model_folder, fewbit.QuantConfig(**SMALL), dataset=text_file, output=tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert "LICENSE" in names
     assert "notes.txt" not in names
 
 
-def test_tensors_without_a_place_are_noted(tmp_path, text, folder):
+def test_tensors_without_a_place_are_noted(tmp_path, text_file, model_folder):
     from safetensors.torch import save_file
 
-    stored = load_file(folder / "model.safetensors")
+    stored = load_file(model_folder / "model.safetensors")
     save_file(
-        {**stored, "mtp.head.weight": torch.ones(3)}, folder / "model.safetensors", metadata={"format": "pt"}
+        {**stored, "mtp.head.weight": torch.ones(3)},
+        model_folder / "model.safetensors",
+        metadata={"format": "pt"},
     )
-    report = fewbit.quantize(folder, fewbit.QuantConfig(**SMALL), dataset=text, output=tmp_path / "out")
+    report = fewbit.quantize(
+        model_folder, fewbit.QuantConfig(**SMALL), dataset=text_file, output=tmp_path / "out"
+    )
     assert any(
         "1 tensors of the source have no place" in note and "mtp.head" in note for note in report.notes
     )
 
 
-def test_pickled_weights_when_asked(tmp_path, text, folder):
-    stored = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    torch.save(stored, folder / "pytorch_model.bin")
+def test_pickled_weights_when_asked(tmp_path, text_file, model_folder):
+    stored = load_file(model_folder / "model.safetensors")
+    (model_folder / "model.safetensors").unlink()
+    torch.save(stored, model_folder / "pytorch_model.bin")
     config = fewbit.QuantConfig(**SMALL)
-    report = fewbit.quantize(folder, config, dataset=text, output=tmp_path / "out", allow_pickle=True)
+    report = fewbit.quantize(
+        model_folder, config, dataset=text_file, output=tmp_path / "out", allow_pickle=True
+    )
     assert report.modules == 14
 
 
-def test_upload(tmp_path, text, folder, monkeypatch):
+def test_upload(tmp_path, text_file, model_folder, monkeypatch):
     calls = []
     monkeypatch.setattr(
         "huggingface_hub.HfApi.create_repo", lambda self, repo, **k: calls.append(("create", repo))
@@ -576,7 +589,9 @@ def test_upload(tmp_path, text, folder, monkeypatch):
         lambda self, **k: calls.append(("upload", k["repo_id"], k["folder_path"])),
     )
     out = tmp_path / "out"
-    fewbit.quantize(folder, fewbit.QuantConfig(**SMALL), dataset=text, output=out, push_to_hub="me/model")
+    fewbit.quantize(
+        model_folder, fewbit.QuantConfig(**SMALL), dataset=text_file, output=out, push_to_hub="me/model"
+    )
     assert calls == [("create", "me/model"), ("upload", "me/model", out)]
 
     def offline(self, repo, **k):
@@ -585,22 +600,24 @@ def test_upload(tmp_path, text, folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", offline)
     with pytest.raises(OutputError, match=r"is complete, but could not be uploaded to me/model: no network"):
         fewbit.quantize(
-            folder,
+            model_folder,
             fewbit.QuantConfig(**SMALL),
-            dataset=text,
+            dataset=text_file,
             output=tmp_path / "again",
             push_to_hub="me/model",
         )
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:77", "meta-physics"])
-def test_a_device_that_is_not_there(tmp_path, text, folder, device):
-    refused(ConfigError, "cannot be used here", tmp_path, folder, dataset=text, device=device)
+def test_a_device_that_is_not_there(tmp_path, text_file, model_folder, device):
+    refused(ConfigError, "cannot be used here", tmp_path, model_folder, dataset=text_file, device=device)
 
 
-def test_strict_refuses_fallbacks(tmp_path, folder):
+def test_strict_refuses_fallbacks(tmp_path, model_folder):
     one_token = [{"input_ids": torch.tensor([5])}]
-    report = fewbit.quantize(folder, fewbit.QuantConfig(**SMALL), dataset=one_token, output=tmp_path / "soft")
+    report = fewbit.quantize(
+        model_folder, fewbit.QuantConfig(**SMALL), dataset=one_token, output=tmp_path / "soft"
+    )
     assert report.layers[0]["tokens"] == 1
     model = tiny_model("llama")
     with torch.no_grad():
@@ -609,10 +626,10 @@ def test_strict_refuses_fallbacks(tmp_path, folder):
         fewbit.quantize(model, fewbit.QuantConfig(strict=True, **SMALL), dataset=random_sequences())
 
 
-def test_seq_len_is_capped_with_a_note(tmp_path, text):
+def test_seq_len_is_capped_with_a_note(tmp_path, text_file):
     source = save_tiny(tmp_path / "model", "gpt2")
     config = fewbit.QuantConfig(group_size=16, seq_len=4096, num_samples=2)
-    report = fewbit.quantize(source, config, dataset=text, output=tmp_path / "out")
+    report = fewbit.quantize(source, config, dataset=text_file, output=tmp_path / "out")
     assert any("seq_len 4096 is more than the model's 128 positions" in note for note in report.notes)
 
 
@@ -631,11 +648,15 @@ def test_a_model_in_memory_carries_its_report_and_logs_its_notes(caplog):
     assert logged.count("which group size 32 does not divide") == 2
 
 
-def test_without_the_compiled_solver_there_is_one_warning(caplog, monkeypatch, tmp_path, text, folder):
+def test_without_the_compiled_solver_there_is_one_warning(
+    caplog, monkeypatch, tmp_path, text_file, model_folder
+):
     from fewbit import native
 
     monkeypatch.setattr(native, "_load", lambda: (None, "no compiler was found at install time"))
     with caplog.at_level("WARNING", logger="fewbit"):
-        report = fewbit.quantize(folder, fewbit.QuantConfig(**SMALL), dataset=text, output=tmp_path / "out")
+        report = fewbit.quantize(
+            model_folder, fewbit.QuantConfig(**SMALL), dataset=text_file, output=tmp_path / "out"
+        )
     assert report.fallbacks == {}
     assert caplog.text.count("the compiled solver is not in use (no compiler was found") == 1
