@@ -29,11 +29,9 @@ def test_writes_text_and_speed(folder):
     assert "prompt: 3 tokens in " in result.stderr
     assert "then 5 tokens: " in result.stderr
     assert "14 layers: cpu" in result.stderr
-    assert "not compiled: its steps are fused, which is faster" in result.stderr
+    assert "key-value cache: preallocated" in result.stderr
     assert "tokens/s" not in result.stdout
     assert run(folder, "-p", "the", "--max-new-tokens", "5", "--device", "cpu", "-q").stderr == ""
-    plain = run(folder, "-p", "the", "--max-new-tokens", "5", "--device", "cpu", "--no-fuse")
-    assert "not compiled: it would pay from about 14,000 tokens on" in plain.stderr
 
 
 def test_text_is_that_of_transformers(folder):
@@ -93,9 +91,9 @@ def test_faster_loading_is_passed_on(folder, monkeypatch):
 def test_encoder_decoder(tmp_path):
     write_checkpoint(tmp_path, t5())
     tiny_tokenizer().save_pretrained(tmp_path)
-    result = run(str(tmp_path), "-p", "the", "--max-new-tokens", "3", "--device", "cpu", "--compile")
+    result = run(str(tmp_path), "-p", "the", "--max-new-tokens", "3", "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert "not compiled: the model is an encoder and a decoder" in result.stderr
+    assert "key-value cache: transformers' own: the model is an encoder and a decoder" in result.stderr
 
 
 @pytest.mark.parametrize(

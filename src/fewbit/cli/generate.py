@@ -48,10 +48,6 @@ def generate(
     lm_head_runtime: Annotated[
         int | None, typer.Option(help="8: the output layer in 8 bits while running.")
     ] = None,
-    compile_: Annotated[
-        bool | None,
-        typer.Option("--compile/--no-compile", help="torch.compile; default: where it wins its time back."),
-    ] = None,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the model's own code.")
@@ -66,11 +62,10 @@ def generate(
     The texts of several prompts follow each other in their order, with an empty line between.
     """
     import torch
+    from transformers import TextStreamer
 
-    from ..hf.generate import end_tokens
     from ..hf.generate import generate as write
     from ..hf.load import kernels, load
-    from ..hf.text_stream import OrderedStream
     from ..kernels.cpu.kernel import NAMES
     from ..preparation import resolve_device
 
@@ -87,12 +82,14 @@ def generate(
     tokenizer = _tokenizer(checkpoint, trust_remote_code)
     inputs = _encode(tokenizer, prompt, chat, checkpoint).to(place)
     torch.manual_seed(seed)
-    skip = not model.config.is_encoder_decoder
-    stream = OrderedStream(tokenizer, _show, end_tokens(model, {}), skip_prompt=skip)
+    decoding = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    # transformers streams one text; several are written when all are complete.
+    streamer = TextStreamer(tokenizer, skip_prompt=True, **decoding) if len(prompt) == 1 else None
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     sampling["pad_token_id"] = tokenizer.pad_token_id
-    result = write(model, inputs, max_new_tokens, compile=compile_, streamer=stream, **sampling)
-    sys.stdout.write("\n")
+    result = write(model, inputs, max_new_tokens, streamer=streamer, **sampling)
+    if streamer is None:
+        sys.stdout.write("\n\n".join(tokenizer.decode(row, **decoding) for row in result.tokens) + "\n")
     if quiet:
         return
     for line in (*_speed(result), *kernels(model)):
@@ -104,21 +101,14 @@ def generate(
 generate.__doc__ = f"{generate.__doc__}\n{_EXAMPLES}"
 
 
-def _show(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
 def _speed(result: Generation) -> list[str]:
     count, texts = sum(map(len, result.tokens)), len(result.tokens)
-    lines = [
+    speed = (
         f"prompt: {result.prompt_tokens} tokens in {result.prefill_seconds:.2f} s; "
         f"then {count} tokens{f' in {texts} texts' if texts > 1 else ''}"
         + (f": {result.decode_rate:.1f} tokens/s" if result.steps > 1 else "")
-    ]
-    if result.compile_seconds:
-        lines.append(f"compiling took {result.compile_seconds:.1f} s, which the speed leaves out")
-    return [*lines, result.method]
+    )
+    return [speed, f"key-value cache: {result.cache}"]
 
 
 def _tokenizer(checkpoint: str, trust_remote_code: bool) -> Any:

@@ -1,10 +1,9 @@
-"""Text from a model, with the tokens that transformers' ``generate`` gives, in less time per token.
+"""Text generation with transformers' ``generate``, in less time per token and with the same tokens.
 
-Sampling, stopping and masks are transformers' own. What is added around its ``generate``:
+Sampling, stopping and masks are transformers' own. Two things are added around its ``generate``:
 
-- no autograd bookkeeping at all (``torch.inference_mode``), which custom operators feel most;
-- a cache with room for the whole text, written in place (`cache`);
-- the step of one token compiled, where that wins the time back (`compiled`): in models loaded without ``fuse=True``.
+- ``torch.inference_mode``: no autograd bookkeeping, which is costly for custom operators;
+- a key-value cache that is allocated once and written in place (`PreallocatedCache`).
 
     generation = generate(model, tokenizer(["Once"], return_tensors="pt"), max_new_tokens=200)
     print(tokenizer.decode(generation.tokens[0]), generation.decode_rate)
@@ -14,37 +13,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-
-from ..kernels.cpu.fused_ops import ATTENTION
-from .compiled import CompiledModel, compiled_model
-from .static_cache import ReservedCache, reserved_cache
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
     from transformers.generation.streamers import BaseStreamer
-
-# Compiling takes about 1.4 s per block, and saves about 0.1 ms per block and token (docs/performance.md).
-COMPILE_FROM = 14_000
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What was written, and what it took.
+    """Generated tokens and timings.
 
     Attributes:
-        tokens: the new tokens of every prompt, up to and including the one that ended it.
-        prompt_tokens: length of the longest prompt, which the others are padded to.
-        steps: tokens that were computed for every prompt.
-        prefill_seconds: until the first new token.
-        decode_seconds: from there to the last, without compiling.
-        compile_seconds: 0.0 where nothing was compiled, or it had been before.
-        method: how tokens after the first were computed, and why not otherwise.
+        tokens: the new tokens of every prompt, up to and including its end token.
+        prompt_tokens: length of the longest prompt; the others are padded to it.
+        steps: number of forward passes, which is the number of new tokens of the longest text.
+        prefill_seconds: time to the first new token.
+        decode_seconds: time from the first new token to the last.
+        cache: "preallocated", or "transformers' own" with the reason.
     """
 
     tokens: list[list[int]]
@@ -52,12 +43,11 @@ class Generation:
     steps: int
     prefill_seconds: float
     decode_seconds: float
-    compile_seconds: float
-    method: str
+    cache: str
 
     @property
     def decode_rate(self) -> float:
-        """Tokens per second after the first, over all prompts."""
+        """Tokens per second after the first token, summed over all prompts."""
         return (self.steps - 1) * len(self.tokens) / self.decode_seconds if self.steps > 1 else 0.0
 
 
@@ -66,30 +56,25 @@ def generate(
     inputs: Mapping[str, Tensor],
     max_new_tokens: int,
     *,
-    compile: bool | None = None,
     streamer: BaseStreamer | None = None,
     **options: Any,
 ) -> Generation:
     """Continue every row of ``inputs["input_ids"]``.
 
     Args:
-        model: of transformers, quantized or not.
-        inputs: what its tokenizer returns; several prompts are padded on the left, with an attention mask.
-        max_new_tokens: at most so many for each prompt.
-        compile: compile the step of one token; None: from `COMPILE_FROM` tokens on, if the model is not fused.
-        streamer: gets the prompts, then one token per prompt at a time.
-        options: for transformers' ``generate``: ``do_sample``, ``temperature``, ``eos_token_id`` and so on.
-
-    A model that cannot be compiled runs as it is; `Generation.method` says why.
+        model: a transformers model, quantized or not.
+        inputs: what its tokenizer returns; several prompts are padded on the left and have an attention mask.
+        max_new_tokens: maximum number of new tokens per prompt.
+        streamer: gets the prompts, then one token per prompt and step.
+        options: arguments of transformers' ``generate``, such as ``do_sample``, ``temperature`` and ``eos_token_id``.
     """
     prompts = inputs["input_ids"]
-    cache, no_cache = reserved_cache(model, prompts.shape[1] + max_new_tokens)
-    compiled, why_not = _compiled(model, cache, no_cache, compile, max_new_tokens)
-    clock = Clock()
+    cache, reason = preallocated_cache(model, prompts.shape[1] + max_new_tokens)
     if cache is not None:
         options = {"past_key_values": cache, **options}
-    with torch.inference_mode(), compiled or nullcontext():
-        start = time.perf_counter()
+    clock = Clock()
+    start = time.perf_counter()
+    with torch.inference_mode():
         output = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
@@ -98,54 +83,90 @@ def generate(
             **options,
         )
     first = clock.times[0]
-    compiling = compiled.seconds if compiled else 0.0
     begin = 1 if model.config.is_encoder_decoder else prompts.shape[1]
-    why_not = compiled.why_not if compiled else why_not
     return Generation(
         tokens=[_until_end(row, model, options) for row in output[:, begin:].tolist()],
         prompt_tokens=prompts.shape[1],
         steps=output.shape[1] - begin,
         prefill_seconds=first - start,
-        decode_seconds=clock.times[-1] - first - compiling,
-        compile_seconds=compiling,
-        method=f"not compiled: {why_not}" if why_not else "compiled",
+        decode_seconds=clock.times[-1] - first,
+        cache=f"transformers' own: {reason}" if reason else "preallocated",
     )
 
 
-def _compiled(
-    model: PreTrainedModel, cache: ReservedCache | None, no_cache: str, compile: bool | None, tokens: int
-) -> tuple[CompiledModel | None, str]:
-    """The model to be compiled, or None and the reason."""
-    if compile is False:
-        return None, "not asked for"
-    if cache is None:
-        return None, no_cache
-    if compile is None and model.config._attn_implementation == ATTENTION:
-        return None, "its steps are fused, which is faster"
-    if compile is None and tokens < COMPILE_FROM:
-        return None, f"it would pay from about {COMPILE_FROM:,} tokens on"
-    return compiled_model(model)
-
-
 class Clock:
-    """A stopping criterion that stops nothing, and notes when each token was there."""
+    """A stopping criterion that never stops and records the time of every token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        """Go on, for every text."""
+        """Record the time and continue every text."""
         self.times.append(time.perf_counter())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def end_tokens(model: PreTrainedModel, options: Mapping[str, Any]) -> set[int]:
-    """The tokens that end a text."""
-    ends = options.get("eos_token_id", model.generation_config.eos_token_id)
-    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
-
-
 def _until_end(row: list[int], model: PreTrainedModel, options: Mapping[str, Any]) -> list[int]:
-    ends = end_tokens(model, options)
+    ends = options.get("eos_token_id", model.generation_config.eos_token_id)
+    ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
     last = next((i for i, token in enumerate(row) if token in ends), len(row))
     return row[: last + 1]
+
+
+class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of one block, (batch, heads, capacity, head size), with the first `length` tokens filled.
+
+    transformers' own layer concatenates, so every token copies all keys and values. This one returns views with the
+    same numbers.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the buffers; called with the first tokens, when the shapes are known."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._buffers = [_buffer(states, self.capacity) for states in (key_states, value_states)]
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append tokens and return all keys and values."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self.length = self.length, self.length + key_states.shape[-2]
+        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self._buffers)
+        self.keys[:, :, start:] = key_states
+        self.values[:, :, start:] = value_states
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Number of tokens in the cache."""
+        return self.length
+
+
+def _buffer(states: Tensor, capacity: int) -> Tensor:
+    batch, heads, _, size = states.shape
+    return torch.zeros((batch, heads, capacity, size), dtype=states.dtype, device=states.device)
+
+
+class PreallocatedCache(Cache):  # type: ignore[misc]
+    """One `PreallocatedLayer` per block."""
+
+    def __init__(self, blocks: int, capacity: int) -> None:
+        super().__init__(layers=[PreallocatedLayer(capacity) for _ in range(blocks)])
+
+
+def preallocated_cache(model: PreTrainedModel, capacity: int) -> tuple[PreallocatedCache | None, str]:
+    """Return a cache for `capacity` tokens, or None and the reason why this model keeps transformers' own cache."""
+    if model.config.is_encoder_decoder:
+        return None, "the model is an encoder and a decoder"
+    if model.generation_config.cache_implementation is not None or not model.generation_config.use_cache:
+        return None, "the model's generation_config.json asks for a cache of its own"
+    layers = DynamicCache(config=model.config).layers
+    if not layers or any(type(layer) is not DynamicLayer for layer in layers):
+        return None, "not all blocks of the model attend to the whole text"
+    return PreallocatedCache(len(layers), capacity), ""
