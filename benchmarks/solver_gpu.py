@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fewbit.config import LayerSettings
-from fewbit.gptq import STRETCHES, FactorCache, Hessian, Siblings, quantize_together, why_no_triton
+from fewbit.gptq import SCALE_MULTIPLIERS, FactorCache, Hessian, InputGroup, quantize_together, why_no_triton
 from fewbit.gptq.backends import full_float32, path_for
 from fewbit.gptq.cholesky import prepare
 from fewbit.gptq.correction import whole
@@ -108,7 +108,7 @@ def measure(layers: Layers, settings: LayerSettings, device: torch.device) -> Me
         return fit_grid(W, shared.D, shared.g_idx, bits, sym=settings.sym, backend=backend)  # type: ignore[arg-type]
 
     some = W[:TORCH_ROWS]
-    grids = len(STRETCHES) + 1 if bits < 8 else 1
+    grids = len(SCALE_MULTIPLIERS) + 1 if bits < 8 else 1
     blocks, blocks_torch = (
         seconds(block(m * grids, bits, device, backend), device) * n / BLOCK for backend in ("auto", "torch")
     )
@@ -121,7 +121,7 @@ def measure(layers: Layers, settings: LayerSettings, device: torch.device) -> Me
             torch.addmm(T[: min(BLOCK, n - a)], F[:a, a : a + BLOCK].T, E[:a])
 
     def everything() -> None:
-        family = Siblings(weights, H, FactorCache(), None, [whole] * len(weights))
+        family = InputGroup(weights, H, FactorCache(), None, [whole] * len(weights))
         quantize_together([family], settings)
 
     with full_float32():
@@ -168,7 +168,7 @@ def table(shapes: Sequence[Layers], found: Sequence[Measured], settings: LayerSe
     ]
     for layers, one in zip(shapes, found, strict=True):
         n, m = layers.inputs, sum(layers.rows)
-        grids = len(STRETCHES) + 1 if settings.bits < 8 else 1
+        grids = len(SCALE_MULTIPLIERS) + 1 if settings.bits < 8 else 1
         fitting = m * n * attempts(settings) * STEPS_OF_AN_ATTEMPT / limit / one.grid
         inside = m * grids * n * (BLOCK - 1) / 2 / limit / one.blocks
         between = m * grids * n * max(n - BLOCK, 0) / 2 / limit / one.products

@@ -140,8 +140,8 @@ def test_tokens_of_every_expert_are_told(run):
             assert 0 < of[STARVED]["tokens"] < of[STARVED]["tokens"] + of[STARVED]["added"]
             assert of[0]["added"] == 0
             assert of[0]["fallbacks"] == ()
-            assert of[UNREACHED]["fallbacks"] == (fallback.STARVED,)
-    assert report.fallbacks == {fallback.STARVED: sum(layer["added"] > 0 for layer in layers.values())}
+            assert of[UNREACHED]["fallbacks"] == (fallback.UNDER_ROUTED,)
+    assert report.fallbacks == {fallback.UNDER_ROUTED: sum(layer["added"] > 0 for layer in layers.values())}
     assert all(layers[f"{module}.0.up_proj"]["correction"] is not None for module in experts)
 
 

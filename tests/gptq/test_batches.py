@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
 from fewbit.config import LayerSettings
-from fewbit.gptq import Accuracy, FactorCache, Hessian, Holdout, Siblings, quantize_together
+from fewbit.gptq import Accuracy, FactorCache, Hessian, Holdout, InputGroup, quantize_together
 from fewbit.gptq import cholesky as fallback
 from fewbit.gptq import grid as grids
 from fewbit.gptq.batching import in_batches, on_host, padded, product, stacked
@@ -34,7 +34,7 @@ def family(rows, n, seed, *, full=True, probe=50, idle=(), device="cpu"):
     H.add(X[probe:], full=X_full[probe:] if full else None)
     weights = [torch.randn(m, n, generator=generator).to(device) for m in rows]
     held_out = Holdout(X[:probe], X_full[:probe]) if probe else None
-    return Siblings(weights, H, FactorCache(), held_out, [whole] * len(rows))
+    return InputGroup(weights, H, FactorCache(), held_out, [whole] * len(rows))
 
 
 def fresh(families):
@@ -133,7 +133,7 @@ def test_codes_are_the_rounded_targets_in_float64(act_order):
     n, settings = 50, dataclasses.replace(SETTINGS, act_order=act_order)
     families = [family((6, 3), n, seed, idle=(4,)) for seed in range(3)]
     for one, solutions in zip(families, solved(families, settings, Accuracy(0.5), batched=True), strict=True):
-        H, C = one.hessian.matrix().double(), one.hessian.drift().double()
+        H, C = one.hessian.matrix().double(), one.hessian.input_error().double()
         perm = prepare(one.hessian, 16, act_order, 0.01).factor.perm
         ridge = RIDGE * H.diagonal().mean() * torch.eye(n, dtype=torch.float64)
         for W, solution in zip(one.weights, solutions, strict=True):

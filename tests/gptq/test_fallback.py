@@ -5,7 +5,7 @@ import torch
 
 from fewbit.gptq import Hessian
 from fewbit.gptq import cholesky as fallback
-from fewbit.gptq.cholesky import climb_down, prepare
+from fewbit.gptq.cholesky import factor_with_fallbacks, prepare
 
 ORDER = torch.arange(64)
 
@@ -19,7 +19,7 @@ def with_lowest_eigenvalue(lowest):
 
 
 def test_a_good_hessian_needs_no_rung():
-    found, damp, rungs = climb_down(with_lowest_eigenvalue(0.1), ORDER, 0.01)
+    found, damp, rungs = factor_with_fallbacks(with_lowest_eigenvalue(0.1), ORDER, 0.01)
     assert found is not None
     assert (damp, rungs) == (0.01, ())
 
@@ -27,28 +27,28 @@ def test_a_good_hessian_needs_no_rung():
 def test_float64_where_float32_has_too_few_digits():
     # Small integers: the products are exact, the rank is 8, and λ disappears in float32.
     X = torch.randint(-3, 4, (8, 64)).float()
-    found, damp, rungs = climb_down(X.T @ X, ORDER, 1e-10)
+    found, damp, rungs = factor_with_fallbacks(X.T @ X, ORDER, 1e-10)
     assert found is not None
     assert (damp, rungs) == (1e-10, (fallback.FLOAT64,))
     assert torch.isfinite(found.F).all()
 
 
 def test_damping_is_raised_tenfold():
-    found, damp, rungs = climb_down(with_lowest_eigenvalue(-0.05), ORDER, 0.01)
+    found, damp, rungs = factor_with_fallbacks(with_lowest_eigenvalue(-0.05), ORDER, 0.01)
     assert found is not None
     assert damp == pytest.approx(0.1)
     assert rungs == (fallback.FLOAT64, fallback.DAMP_RAISED)
 
 
 def test_damping_stops_at_one():
-    found, damp, rungs = climb_down(with_lowest_eigenvalue(-0.7), ORDER, 0.03)
+    found, damp, rungs = factor_with_fallbacks(with_lowest_eigenvalue(-0.7), ORDER, 0.03)
     assert found is not None
     assert damp == 1.0
     assert rungs[-1] == fallback.DAMP_RAISED
 
 
 def test_negative_eigenvalues_are_clamped():
-    found, damp, rungs = climb_down(with_lowest_eigenvalue(-5.0), ORDER, 0.01)
+    found, damp, rungs = factor_with_fallbacks(with_lowest_eigenvalue(-5.0), ORDER, 0.01)
     assert found is not None
     assert damp == 0.01
     assert rungs[-1] == fallback.EIGENVALUES_CLAMPED
@@ -58,7 +58,7 @@ def test_negative_eigenvalues_are_clamped():
 
 
 def test_rounding_is_the_last_rung():
-    found, _, rungs = climb_down(-torch.eye(64), ORDER, 0.01)
+    found, _, rungs = factor_with_fallbacks(-torch.eye(64), ORDER, 0.01)
     assert found is None
     assert rungs[-2:] == (fallback.EIGENVALUES_CLAMPED, fallback.ROUND_TO_NEAREST)
 
@@ -66,7 +66,7 @@ def test_rounding_is_the_last_rung():
 def test_a_hessian_that_is_not_finite_goes_straight_to_rounding():
     H = torch.eye(64)
     H[3, 3] = float("inf")
-    found, _, rungs = climb_down(H, ORDER, 0.01)
+    found, _, rungs = factor_with_fallbacks(H, ORDER, 0.01)
     assert found is None
     assert rungs == (fallback.ROUND_TO_NEAREST,)
     assert torch.isfinite(fallback.grid_weights(H.diagonal(), 0.01)).all()

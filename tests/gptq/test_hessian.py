@@ -44,10 +44,10 @@ def test_drift_matches_float64(backend, dtype, n):
     full = torch.randn(703, n).to(dtype)
     X = (full + 0.1 * torch.randn(703, n)).to(dtype)
     assert not hessian_of([X]).has_full
-    assert hessian_of([X]).drift() is None
+    assert hessian_of([X]).input_error() is None
     H = hessian_of(X.split([1, 600, 102]), full.split([1, 600, 102]), backend=backend)
     truth = (full.double() - X.double()).T @ X.double()
-    assert float((H.drift() - truth).norm() / oracle.hessian(X).norm()) < 3e-6
+    assert float((H.input_error() - truth).norm() / oracle.hessian(X).norm()) < 3e-6
     assert relative(H.matrix(), oracle.hessian(X)) < 3e-6
 
 
@@ -62,7 +62,7 @@ def test_masked_and_bad_tokens_leave_both_streams():
     full[3, 0], X[7, 5] = float("nan"), float("inf")
     H.add(X, mask, full)
     assert (H.tokens, H.dropped) == (clean.tokens, 2)
-    assert torch.allclose(H.drift(), clean.drift(), atol=1e-5)
+    assert torch.allclose(H.input_error(), clean.input_error(), atol=1e-5)
 
 
 def test_full_inputs_of_another_shape_are_refused():
@@ -83,16 +83,16 @@ def exact_sums(X, full, owners, order, backend):
     mine = [Hessian(X[0].shape[1], backend=backend) for _ in set(owners)]
     for b in order:
         mine[owners[b]].observe_range(X[b], full=full[b])
-    everyones = torch.cat([H.squares for H in mine])
+    everyones = torch.cat([H.range_stats for H in mine])
     for H in mine:
-        H.fix(everyones)
+        H.freeze_units(everyones)
     for b in order:
         mine[owners[b]].add(X[b], full=full[b])
     for others in mine[1:]:
         for total, part in zip(mine[0].sums(full=True), others.sums(full=True), strict=True):
             total.add_(part)
     mine[0].tokens = sum(H.tokens for H in mine)
-    return mine[0].matrix(), mine[0].drift()
+    return mine[0].matrix(), mine[0].input_error()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -255,7 +255,7 @@ def test_16_bit_products_give_the_bytes_of_float32_ones(dtype, n, tensor_cores, 
     expected = hessian_of(X, full, backend="torch")
     assert len(tensor_cores) == 6
     assert torch.equal(H.matrix(), expected.matrix())
-    assert torch.equal(H.drift(), expected.drift())
+    assert torch.equal(H.input_error(), expected.input_error())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -287,10 +287,10 @@ def test_no_value_is_looked_at_before_it_is_asked_for(dtype, monkeypatch):
     with FakeTensorMode():
         H = Hessian(640, backend="torch")
         X, full = (torch.empty(2, 300, 640, dtype=dtype) for _ in range(2))
-        for take in (partial(H.foresee, look=False), H.add):
+        for take in (partial(H.observe_range, check_finite=False), H.add):
             take(X, None, full)
         assert [tensor.dtype for tensor in H.sums(full=True)] == [torch.int32] * 2
-        assert H.matrix().dtype == H.drift().dtype == torch.float32
+        assert H.matrix().dtype == H.input_error().dtype == torch.float32
         with pytest.raises(DataDependentOutputException):
             Hessian(640, backend="torch").observe_range(X)
 
@@ -300,9 +300,9 @@ def test_foreseen_without_a_look_and_then_with_one():
     X[1][4, 2] = float("inf")
     H = Hessian(8)
     for batch in X:
-        H.observe_range(batch, look=False)
+        H.observe_range(batch, check_finite=False)
     assert not H.in_range
-    H.forget()
+    H.reset()
     for batch in X:
         H.observe_range(batch)
     assert H.in_range
@@ -311,7 +311,7 @@ def test_foreseen_without_a_look_and_then_with_one():
     assert (H.tokens, H.dropped) == (59, 1)
     assert torch.equal(H.matrix(), hessian_of(X).matrix())
     clean = Hessian(8)
-    clean.observe_range(X[0], look=False)
+    clean.observe_range(X[0], check_finite=False)
     assert clean.in_range
 
 
@@ -325,7 +325,7 @@ def test_on_a_gpu(dtype, n):
     H = hessian_of(*parts, device="cuda")
     C = (full.double() - X.double()).T @ X.double()
     assert relative(H.matrix().cpu(), oracle.hessian(X)) < 3e-6
-    assert float((H.drift().cpu() - C).norm() / oracle.hessian(X).norm()) < 3e-6
+    assert float((H.input_error().cpu() - C).norm() / oracle.hessian(X).norm()) < 3e-6
     again = hessian_of(*(part[::-1] for part in parts), device="cuda")
     assert torch.equal(again.matrix(), H.matrix())
-    assert torch.equal(again.drift(), H.drift())
+    assert torch.equal(again.input_error(), H.input_error())

@@ -7,7 +7,7 @@ import oracle
 from fewbit import native
 from fewbit.config import LayerSettings
 from fewbit.errors import SolverError
-from fewbit.gptq import STRETCHES, FactorCache, Hessian, quantize_weight
+from fewbit.gptq import SCALE_MULTIPLIERS, FactorCache, Hessian, quantize_weight
 from fewbit.gptq import cholesky as fallback
 from fewbit.gptq.grid import fit_grid
 from fewbit.quantized_matrix import sequential_groups
@@ -75,12 +75,12 @@ def test_every_row_takes_the_grid_that_ends_with_the_lowest_error(sym, backend):
     shared = cache.get(H, chosen)
     fitted = fit_grid(W, shared.D, shared.g_idx, 2, sym=sym, backend=backend)
     ratios = (codes.scales.float() / fitted.scales.float()).mean(1)
-    nearest = (ratios[:, None] - torch.tensor([1.0, *STRETCHES])).abs().argmin(1)
+    nearest = (ratios[:, None] - torch.tensor([1.0, *SCALE_MULTIPLIERS])).abs().argmin(1)
     assert {0, 1, 2} >= set(nearest.tolist()) != {0}  # some rows are better off with a wider grid, all of it
 
     H_damped = oracle.damped(oracle.hessian(X), 0.01)
     losses = []
-    for stretch in (1.0, *STRETCHES):
+    for stretch in (1.0, *SCALE_MULTIPLIERS):
         s = (fitted.scales.float() * stretch).half().double().repeat_interleave(32, 1)
         z = fitted.zeros.double().repeat_interleave(32, 1)
         E = W.double() - s * (oracle.ldlq(W, H_damped, s, z, 2) - z)

@@ -7,7 +7,15 @@ import torch
 
 from fewbit.config import LayerSettings
 from fewbit.errors import SolverError
-from fewbit.gptq import Accuracy, FactorCache, Hessian, Holdout, Siblings, quantize_together, quantize_weight
+from fewbit.gptq import (
+    Accuracy,
+    FactorCache,
+    Hessian,
+    Holdout,
+    InputGroup,
+    quantize_together,
+    quantize_weight,
+)
 from fewbit.gptq import cholesky as fallback
 from fewbit.gptq.cholesky import prepare, prepare_all
 from fewbit.gptq.correction import whole
@@ -25,7 +33,7 @@ def family(rows, n=48, tokens=200, seed=0, full=True):
     H.add(X[:tokens], full=X_full[:tokens] if full else None)
     weights = [torch.randn(m, n, generator=generator) for m in rows]
     probe = Holdout(X[tokens:], X_full[tokens:]) if full else None
-    return Siblings(weights, H, FactorCache(), probe, [whole] * len(rows))
+    return InputGroup(weights, H, FactorCache(), probe, [whole] * len(rows))
 
 
 def alone(one, settings, accuracy):
@@ -88,7 +96,7 @@ def test_one_bad_hessian_goes_down_the_ladder_alone():
 def test_an_expert_without_tokens_is_rounded_to_nearest():
     families = [
         family((32,), seed=1, full=False),
-        Siblings([torch.randn(32, 48)], Hessian(48), FactorCache(), None, [whole]),
+        InputGroup([torch.randn(32, 48)], Hessian(48), FactorCache(), None, [whole]),
     ]
     [[first], [second]] = quantize_together(families, SETTINGS, backend="torch")
     assert first.fallbacks == ()
@@ -135,7 +143,7 @@ def test_on_a_gpu_the_codes_are_those_of_the_cpu(case):
         H = Hessian(300, device="cuda")
         H.matrix().copy_(one.hessian.matrix())
         H.tokens = one.hessian.tokens
-        on_gpu.append(Siblings([W.cuda() for W in one.weights], H, FactorCache(), None, one.totals))
+        on_gpu.append(InputGroup([W.cuda() for W in one.weights], H, FactorCache(), None, one.totals))
     for one, solutions in zip(families, quantize_together(on_gpu, settings), strict=True):
         for solution, other in zip(solutions, alone(one, settings, accuracy), strict=True):
             same = (solution.codes.codes.cpu() == other.codes.codes).float().mean()

@@ -77,7 +77,7 @@ def collected(model, data, rows, references=0, meet=None):
             meet(name, arrivals, routing)
         if name in layers:
             entry = pool.get(name, layers[name], arrivals)
-            drift = entry.hessian.drift()
+            drift = entry.hessian.input_error()
             made[name] = SimpleNamespace(
                 H=entry.hessian.matrix().clone(),
                 C=None if drift is None else drift.clone(),

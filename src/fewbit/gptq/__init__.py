@@ -18,20 +18,20 @@ from ..errors import SolverError
 from ..native import Backend
 from ..quantized_matrix import sequential_groups
 from .backends import full_float32, why_no_triton
-from .correction import Holdout, Total, relative_error, relative_figures, whole
+from .correction import Holdout, RowReduce, relative_error, relative_figures, whole
 from .factor_cache import FactorCache
 from .grid import fit_grid, nearest
 from .hessian import Hessian
-from .solve import STRETCHES, codes_of, solve_families
-from .types import Accuracy, Siblings, Solution
+from .solve import SCALE_MULTIPLIERS, codes_of, solve_families
+from .types import Accuracy, InputGroup, Solution
 
 __all__ = [
-    "STRETCHES",
+    "SCALE_MULTIPLIERS",
     "Accuracy",
     "FactorCache",
     "Hessian",
     "Holdout",
-    "Siblings",
+    "InputGroup",
     "Solution",
     "native",
     "quantize_together",
@@ -49,7 +49,7 @@ def quantize_weight(
     *,
     accuracy: Accuracy | None = None,
     probe: Holdout | None = None,
-    total: Total = whole,
+    total: RowReduce = whole,
     backend: Backend = "auto",
 ) -> Solution:
     """Quantize one linear layer, or some of its rows: given H, all but a few sums goes row by row.
@@ -71,13 +71,13 @@ def quantize_weight(
     if H is None or settings.method == "rtn":
         _check([(W, H)])
         return _round_to_nearest(W.detach().float(), settings, backend, probe, total)
-    alone = Siblings([W], H, cache if cache is not None else FactorCache(), probe, [total])
+    alone = InputGroup([W], H, cache if cache is not None else FactorCache(), probe, [total])
     return quantize_together([alone], settings, accuracy=accuracy, backend=backend)[0][0]
 
 
 @full_float32()
 def quantize_together(
-    families: Sequence[Siblings],
+    families: Sequence[InputGroup],
     settings: LayerSettings,
     *,
     accuracy: Accuracy | None = None,
@@ -106,7 +106,7 @@ def quantize_together(
 
 
 def _round_to_nearest(
-    W: Tensor, settings: LayerSettings, backend: Backend, probe: Holdout | None, total: Total
+    W: Tensor, settings: LayerSettings, backend: Backend, probe: Holdout | None, total: RowReduce
 ) -> Solution:
     n = W.shape[1]
     g_idx = sequential_groups(n, settings.group_size, device=W.device)

@@ -17,7 +17,7 @@ from .gptq import Factor, factor, factor_all, order
 from .hessian import Hessian
 
 TOKENS_DROPPED = "non-finite tokens dropped"
-STARVED = "tokens of other experts added"  # by the walk, before the solver sees the Hessian
+UNDER_ROUTED = "tokens of other experts added"  # by the walk, before the solver sees the Hessian
 NO_TOKENS = "no calibration tokens"
 FLOAT64 = "float64 factorization"
 DAMP_RAISED = "damping raised"
@@ -29,7 +29,7 @@ _LARGEST_DAMP = 1.0
 
 
 @dataclass(frozen=True)
-class Prepared:
+class FactoredHessian:
     """What the layers that share a Hessian share.
 
     Attributes:
@@ -54,7 +54,7 @@ def prepare(
     damp: float,
     factored: Factor | None = None,
     dead: int | None = None,
-) -> Prepared:
+) -> FactoredHessian:
     """Order the columns and factor H, going down the ladder as far as needed.
 
     Args:
@@ -68,18 +68,22 @@ def prepare(
     dead = int(_dead(diag)) if dead is None else dead
     if hessian.tokens == 0 or dead == len(diag):
         names = (*fallbacks, NO_TOKENS, ROUND_TO_NEAREST)
-        return Prepared(torch.ones_like(diag), g_idx, None, damp, dead, names)
-    found, used, rungs = (factored, damp, ()) if factored is not None else climb_down(H, perm, damp)
-    return Prepared(grid_weights(diag, damp), g_idx, found, used, dead, (*fallbacks, *rungs))
+        return FactoredHessian(torch.ones_like(diag), g_idx, None, damp, dead, names)
+    found, used, rungs = (
+        (factored, damp, ()) if factored is not None else factor_with_fallbacks(H, perm, damp)
+    )
+    return FactoredHessian(grid_weights(diag, damp), g_idx, found, used, dead, (*fallbacks, *rungs))
 
 
-def prepare_all(hessians: Sequence[Hessian], group_size: int, act_order: str, damp: float) -> list[Prepared]:
+def prepare_all(
+    hessians: Sequence[Hessian], group_size: int, act_order: str, damp: float
+) -> list[FactoredHessian]:
     """As `prepare` for each; those of one size are factored as one batch. One that fails goes down the ladder alone."""
     sizes: dict[int, list[int]] = {}
     for i, hessian in enumerate(hessians):
         sizes.setdefault(hessian.n, []).append(i)
     dead = torch.stack([_dead(hessian.matrix().diagonal()) for hessian in hessians]).tolist()
-    prepared: dict[int, Prepared] = {}
+    prepared: dict[int, FactoredHessian] = {}
     for n, members in sizes.items():
         for some in in_batches(members, n):
             H = [hessians[i].matrix() for i in some]
@@ -104,7 +108,9 @@ def grid_weights(diag: Tensor, damp: float) -> Tensor:
     return diag + damp * diag.mean()
 
 
-def climb_down(H: Tensor, perm: Tensor, damp: float) -> tuple[Factor | None, float, tuple[str, ...]]:
+def factor_with_fallbacks(
+    H: Tensor, perm: Tensor, damp: float
+) -> tuple[Factor | None, float, tuple[str, ...]]:
     """The factorization, the damping it needed, and the rungs below the plain float32 one.
 
     Args:

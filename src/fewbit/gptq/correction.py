@@ -24,14 +24,14 @@ from .hessian import Hessian
 
 # Sums figures of the rows of W, float64 (rows, …), over all rows of the layer, of which W may be a part: always in
 # the same order, so that the sum does not depend on the parts.
-Total = Callable[[Tensor], Tensor]
+RowReduce = Callable[[Tensor], Tensor]
 
 # λ of the correction, as a fraction of mean(diag H). Chosen by measurement: docs/accuracy.md.
 RIDGE = 0.1
 
 # With α chosen freely on held-out tokens this share of it is used: other texts drift less like the
 # calibration text than its own held-out part does.
-CAUTION = 0.6
+ALPHA_SHRINKAGE = 0.6
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def drifts_of(hessians: Sequence[Hessian]) -> list[Drift]:
     del A
     drifts = []
     for hessian, factor, is_factor in zip(hessians, L, worked(L, info).tolist(), strict=True):
-        C = hessian.drift()
+        C = hessian.input_error()
         assert C is not None
         drifts.append(Drift(C, factor if is_factor else None))
     return drifts
@@ -92,7 +92,7 @@ def steps_of(weights: Sequence[Tensor], drifts: Sequence[Drift]) -> list[Tensor]
 
 
 def whole(figures: Tensor) -> Tensor:
-    """The `Total` of a W that has all rows."""
+    """The `RowReduce` of a W that has all rows."""
     return figures.sum(0)
 
 

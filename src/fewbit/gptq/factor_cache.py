@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..config import LayerSettings
 from ..errors import SolverError
-from .cholesky import Prepared, prepare
+from .cholesky import FactoredHessian, prepare
 from .correction import Drift, drifts_of
 from .hessian import Hessian
 
@@ -18,10 +18,10 @@ class FactorCache:
 
     def __init__(self) -> None:
         self._hessian: Hessian | None = None
-        self._prepared: dict[tuple[str, int, float], Prepared] = {}
+        self._prepared: dict[tuple[str, int, float], FactoredHessian] = {}
         self._drift: Drift | None = None
 
-    def get(self, hessian: Hessian, settings: LayerSettings) -> Prepared:
+    def get(self, hessian: Hessian, settings: LayerSettings) -> FactoredHessian:
         """The factorization for these settings, computed at the first request.
 
         Raises:
@@ -37,7 +37,7 @@ class FactorCache:
         """Whether the factorization for these settings is there."""
         return _key(settings) in self._prepared
 
-    def put(self, hessian: Hessian, settings: LayerSettings, prepared: Prepared) -> None:
+    def put(self, hessian: Hessian, settings: LayerSettings, prepared: FactoredHessian) -> None:
         """Keep a factorization that was computed together with others.
 
         Raises:

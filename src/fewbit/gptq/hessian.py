@@ -41,7 +41,7 @@ class Hessian:
 
     First `observe_range` every batch, then `add` every batch; for a single one `add` alone will do. A product inside a
     batch is a float32 sum, which is the same every time for one backend and thread count. Where others add further
-    batches, all give `fix` the `squares` of all, and sum what `sums` returns.
+    batches, all give `freeze_units` the `range_stats` of all, and sum what `sums` returns.
 
     Of H only the upper triangle is accumulated; `matrix` mirrors it.
 
@@ -66,13 +66,13 @@ class Hessian:
         self._finished = False
 
     def observe_range(
-        self, X: Tensor, mask: Tensor | None = None, full: Tensor | None = None, *, look: bool = True
+        self, X: Tensor, mask: Tensor | None = None, full: Tensor | None = None, *, check_finite: bool = True
     ) -> None:
         """Announce tokens that will be added; the other arguments are those of `add`.
 
         Args:
-            look: leave out tokens that are not finite. False where `in_range` is asked after the last batch: a GPU
-                then need not be waited for at every one.
+            check_finite: leave out tokens that are not finite. With False, ask `in_range` after the last batch: a GPU
+                then synchronizes once instead of once a batch.
 
         Raises:
             SolverError: as in `add`; or the units are fixed already.
@@ -83,7 +83,7 @@ class Hessian:
             )
         both = self._both(X, mask, full)
         squares = _squares(both)
-        if look and not _in_range(squares):
+        if check_finite and not _in_range(squares):
             self._clean = False
             both = [part[_good_rows(both)] for part in both]
             squares = _squares(both)
@@ -92,16 +92,16 @@ class Hessian:
 
     @property
     def in_range(self) -> bool:
-        """Whether every token foreseen so far can be used. If not: `forget`, and foresee all of them with a look."""
-        return _in_range(self.squares)
+        """Whether every observed token is usable. If not: `reset`, and observe all again with `check_finite`."""
+        return _in_range(self.range_stats)
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Nothing has been foreseen."""
         self._squares.clear()
         self._foreseen = 0
 
     @property
-    def squares(self) -> Tensor:
+    def range_stats(self) -> Tensor:
         """Σ x_i² and Σ x̃_i² of each batch that was foreseen, float32 (batches, 2n)."""
         return (
             torch.stack(self._squares)
@@ -109,7 +109,7 @@ class Hessian:
             else self._H.new_empty(0, 2 * self.n, dtype=torch.float32)
         )
 
-    def fix(self, squares: Tensor) -> None:
+    def freeze_units(self, squares: Tensor) -> None:
         """Fix the units of H and P.
 
         Args:
@@ -137,7 +137,7 @@ class Hessian:
         if self._s is None:
             if not self._squares:
                 self.observe_range(X, mask, full)
-            self.fix(self.squares)
+            self.freeze_units(self.range_stats)
         both = self._both(X, mask, full)
         if not self._clean:
             good = _good_rows(both)
@@ -175,7 +175,7 @@ class Hessian:
         self._finish()
         return self._H
 
-    def drift(self) -> Tensor | None:
+    def input_error(self) -> Tensor | None:
         """C = (X̃ − X) Xᵀ, float32 (n, n), C_ij = Σ (x̃_i − x_i) x_j; None where no X̃ was given.
 
         The difference of two sums: both hold exact products, so what cancels is their rounding only.

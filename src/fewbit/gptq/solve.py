@@ -20,9 +20,9 @@ from ..native import Backend
 from ..quantized_matrix import QuantizedMatrix
 from .backends import path_for
 from .batching import in_batches, on_host, padded, stacked
-from .cholesky import NO_CORRECTION, Prepared, prepare_all
+from .cholesky import NO_CORRECTION, FactoredHessian, prepare_all
 from .correction import (
-    CAUTION,
+    ALPHA_SHRINKAGE,
     Drift,
     alpha_figures,
     best_alpha,
@@ -36,10 +36,10 @@ from .gptq import Problem, Sweep, solve_all
 from .grid import Grid, fit_grids, nearest, storable
 from .hessian import Hessian
 from .refit import refit_scales
-from .types import Accuracy, Siblings, Solution
+from .types import Accuracy, InputGroup, Solution
 
 # Multiples of the fitted scales that are tried as well.
-STRETCHES = (1.15, 1.3)
+SCALE_MULTIPLIERS = (1.15, 1.3)
 
 Layer = tuple[int, int]  # the place of its family among all, and its own in the family
 
@@ -55,7 +55,7 @@ class _Batch:
     """
 
     places: Sequence[int]
-    families: Sequence[Siblings]
+    families: Sequence[InputGroup]
     weights: Sequence[Tensor]
     drifts: Sequence[Drift]
 
@@ -80,11 +80,11 @@ class _Aim:
 
     T: Tensor
     grid: Grid
-    shared: Prepared
+    shared: FactoredHessian
 
 
 def solve_families(
-    families: Sequence[Siblings],
+    families: Sequence[InputGroup],
     settings: LayerSettings,
     accuracy: Accuracy,
     backend: Backend,
@@ -114,7 +114,7 @@ def solve_families(
     ]
 
 
-def _prepared(families: Sequence[Siblings], settings: LayerSettings) -> list[Prepared]:
+def _prepared(families: Sequence[InputGroup], settings: LayerSettings) -> list[FactoredHessian]:
     """From the caches: all that are empty are filled at once, if there are several."""
     empty = [family for family in families if not family.cache.has(settings)]
     if len(empty) > 1:
@@ -125,15 +125,15 @@ def _prepared(families: Sequence[Siblings], settings: LayerSettings) -> list[Pre
     return [family.cache.get(family.hessian, settings) for family in families]
 
 
-def _wants_correction(family: Siblings, shared: Prepared, accuracy: Accuracy) -> bool:
+def _wants_correction(family: InputGroup, shared: FactoredHessian, accuracy: Accuracy) -> bool:
     if not family.hessian.has_full or accuracy.correction == 0 or shared.factor is None:
         return False
     return accuracy.correction != "auto" or family.probe is not None
 
 
-def _drifts(families: Sequence[Siblings], wanted: Sequence[bool]) -> list[Drift | None]:
+def _drifts(families: Sequence[InputGroup], wanted: Sequence[bool]) -> list[Drift | None]:
     """The drift of each family that wants one; None also where its matrix cannot be factored."""
-    sizes: dict[int, list[Siblings]] = {}
+    sizes: dict[int, list[InputGroup]] = {}
     for family, wants in zip(families, wanted, strict=True):
         if wants and not family.cache.has_drift:
             sizes.setdefault(family.hessian.n, []).append(family)
@@ -150,7 +150,7 @@ def _drifts(families: Sequence[Siblings], wanted: Sequence[bool]) -> list[Drift 
 
 
 def _batches(
-    families: Sequence[Siblings], drifts: Sequence[Drift | None], backend: Backend, batched: bool | None
+    families: Sequence[InputGroup], drifts: Sequence[Drift | None], backend: Backend, batched: bool | None
 ) -> Iterator[_Batch]:
     """All families, each in one batch; alone where the device gains nothing."""
     alike: dict[tuple[object, ...], list[int]] = {}
@@ -174,7 +174,7 @@ def _batches(
 
 
 def _targets(
-    families: Sequence[Siblings], batches: Sequence[_Batch], accuracy: Accuracy
+    families: Sequence[InputGroup], batches: Sequence[_Batch], accuracy: Accuracy
 ) -> tuple[list[Tensor], dict[Layer, float]]:
     """For each batch T = W + α step, (B, rows of a family, n), and α of every layer that is corrected."""
     steps = [steps_of(batch.weights, batch.drifts) if batch.drifts else [] for batch in batches]
@@ -190,7 +190,7 @@ def _targets(
 
 
 def _alphas(
-    families: Sequence[Siblings],
+    families: Sequence[InputGroup],
     batches: Sequence[_Batch],
     steps: Sequence[Sequence[Tensor]],
     accuracy: Accuracy,
@@ -207,11 +207,11 @@ def _alphas(
         for j, (W, step) in enumerate(zip(batch.weights, of_batch, strict=True)):
             found = batch.apart(j, alpha_figures(W, step, X, X_full))
             figures |= {layer: [of_layer] for layer, of_layer in found.items()}
-    return {layer: CAUTION * best_alpha(*sums) for layer, sums in _summed(families, figures).items()}
+    return {layer: ALPHA_SHRINKAGE * best_alpha(*sums) for layer, sums in _summed(families, figures).items()}
 
 
 def _aims(
-    batch: _Batch, T: Tensor, shared: Sequence[Prepared], settings: LayerSettings, backend: Backend
+    batch: _Batch, T: Tensor, shared: Sequence[FactoredHessian], settings: LayerSettings, backend: Backend
 ) -> dict[int, _Aim]:
     """Of every family of a batch."""
     D = stacked([shared[i].D for i in batch.places]).to(T.device)
@@ -229,7 +229,7 @@ def _swept(
     others on top of its own weight, and a clipped one cannot: where inputs are strongly correlated a wider
     and coarser grid ends with the lower error. Without a factorization: rounded to nearest, None.
     """
-    stretches = STRETCHES if settings.bits < 8 else ()
+    stretches = SCALE_MULTIPLIERS if settings.bits < 8 else ()
     problems = [
         Problem(aim.T, aim.shared.factor, [aim.grid, *(_stretched(aim.grid, by) for by in stretches)])
         for aim in aims
@@ -270,7 +270,7 @@ def codes_of(q: Tensor, grid: Grid, settings: LayerSettings) -> QuantizedMatrix:
 
 
 def _finished(
-    families: Sequence[Siblings],
+    families: Sequence[InputGroup],
     batches: Sequence[_Batch],
     aims: Mapping[int, _Aim],
     swept: Sequence[tuple[QuantizedMatrix, Tensor | None]],
@@ -309,7 +309,7 @@ def _finished(
     return solutions
 
 
-def _rows(family: Siblings) -> list[slice]:
+def _rows(family: InputGroup) -> list[slice]:
     """Where each weight is, all being one below the other."""
     ends = [*accumulate(len(W) for W in family.weights)]
     return [slice(end - len(W), end) for W, end in zip(family.weights, ends, strict=True)]
@@ -320,7 +320,7 @@ def _part(codes: QuantizedMatrix, rows: slice) -> QuantizedMatrix:
 
 
 def _refitted(
-    families: Sequence[Siblings],
+    families: Sequence[InputGroup],
     batches: Sequence[_Batch],
     targets: Mapping[Layer, Tensor],
     codes: Mapping[Layer, QuantizedMatrix],
@@ -358,7 +358,7 @@ def _losses(T: Tensor, codes: QuantizedMatrix, H: Hessian) -> Tensor:
 
 
 def _summed(
-    families: Sequence[Siblings], figures: Mapping[Layer, Sequence[Tensor]]
+    families: Sequence[InputGroup], figures: Mapping[Layer, Sequence[Tensor]]
 ) -> dict[Layer, list[float]]:
     """Each layer's figures, (rows, …), summed over all of its rows, on the host."""
     layers = sorted(figures)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..quantized_matrix import QuantizedMatrix
-from .correction import Holdout, Total
+from .correction import Holdout, RowReduce
 from .factor_cache import FactorCache
 from .hessian import Hessian
 
@@ -56,7 +56,7 @@ class Solution:
 
 
 @dataclass(frozen=True)
-class Siblings:
+class InputGroup:
     """The weights of layers with one input, and what `quantize_weight` is told of them.
 
     Attributes:
@@ -67,4 +67,4 @@ class Siblings:
     hessian: Hessian
     cache: FactorCache
     probe: Holdout | None
-    totals: Sequence[Total]
+    totals: Sequence[RowReduce]

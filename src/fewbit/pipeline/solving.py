@@ -19,8 +19,8 @@ from torch import nn
 
 from ..distributed import Communicator, Part
 from ..errors import ModelError, SolverError
-from ..gptq import Accuracy, Hessian, Siblings, Solution, quantize_together, quantize_weight
-from ..gptq.cholesky import STARVED
+from ..gptq import Accuracy, Hessian, InputGroup, Solution, quantize_together, quantize_weight
+from ..gptq.cholesky import UNDER_ROUTED
 from ..modeling.layers import weight_matrix
 from ..planning import LayerPlan
 from ..quantized_matrix import QuantizedMatrix
@@ -163,12 +163,12 @@ class LayerSolver:
             for layer, solution in zip(layers, chain(*solved), strict=True)
         ]
 
-    def _siblings(self, family: Family, parts: Mapping[str, Part]) -> Siblings:
+    def _siblings(self, family: Family, parts: Mapping[str, Part]) -> InputGroup:
         """This process's rows of a family."""
         shared = family.shared
         rows = [weight_matrix(self._modules[one.name])[parts[one.name].rows] for one in family.layers]
         totals = [parts[one.name].total for one in family.layers]
-        return Siblings(rows, shared.hessian, shared.cache, shared.probe, totals)
+        return InputGroup(rows, shared.hessian, shared.cache, shared.probe, totals)
 
     def _alone(self, layer: LayerPlan) -> Solution:
         """The solution of a layer without a Hessian: where no token came, the solver records that as a fallback."""
@@ -184,7 +184,7 @@ class LayerSolver:
     def _judged(self, layer: LayerPlan, solution: Solution, shared: SharedHessian | None) -> Solution:
         """The solution with what the walk had to do for it, if that is accepted."""
         if shared and shared.added:
-            solution = replace(solution, fallbacks=(STARVED, *solution.fallbacks))
+            solution = replace(solution, fallbacks=(UNDER_ROUTED, *solution.fallbacks))
         if solution.fallbacks and self._strict:
             raise SolverError(
                 f"layer {layer.name} needed a fallback ({', '.join(solution.fallbacks)}) and strict mode refuses it: "

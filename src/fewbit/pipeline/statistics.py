@@ -236,18 +236,18 @@ class HessianPool:
 
         counted: dict[int, tuple[Tensor | None, Tensor | None]] = {}
 
-        def foresee(*, look: bool) -> None:
+        def foresee(*, check_finite: bool) -> None:
             for arrival in quantized:
                 X, X_full = streams(arrival)
                 if arrival.job not in counted:
                     counted[arrival.job] = self._counted(name, entry, arrival, X, holding_out)
-                H.observe_range(X, counted[arrival.job][0], X_full, look=look)
+                H.observe_range(X, counted[arrival.job][0], X_full, check_finite=check_finite)
 
-        foresee(look=False)
+        foresee(check_finite=False)
         if not H.in_range:
-            H.forget()
-            foresee(look=True)
-        H.fix(self._ranks.gather(H.squares))
+            H.reset()
+            foresee(check_finite=True)
+        H.freeze_units(self._ranks.gather(H.range_stats))
         for arrival in quantized:
             X, X_full = streams(arrival)
             mask, held = counted[arrival.job]

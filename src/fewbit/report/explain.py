@@ -21,7 +21,7 @@ _EXPLANATIONS = {
         "Some calibration tokens reached the layer as NaN or infinity. They were left out; the others were used.",
         "If they are many, the model overflows in this dtype: try --dtype bfloat16 or float32.",
     ),
-    fallback.STARVED: Explanation(
+    fallback.UNDER_ROUTED: Explanation(
         "The router sent too few calibration tokens to this expert to know its inputs. It was also calibrated with as "
         "many other tokens of the same layer as it lacked.",
         _MORE_TEXT,
