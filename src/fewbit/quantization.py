@@ -31,7 +31,7 @@ from .modeling.experts import unfuse
 from .modeling.source import Source, load_tokenizer, open_source
 from .pipeline.journal import Journal, check_output
 from .pipeline.layer_quantizer import Follower, MemorySink
-from .pipeline.offload import check_folder
+from .pipeline.offload import check_offload_dir
 from .pipeline.quantize_layers import check_weights, quantize_layers
 from .pipeline.streaming import Weights
 from .planning import Plan, make_plan
@@ -116,7 +116,7 @@ def quantize(
     }
     command = reproduce(model, config, arguments)
     if offload_dir is not None:
-        check_folder(offload_dir)
+        check_offload_dir(offload_dir)
         offload_dir = Path(offload_dir)
     if isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(tokenizer)

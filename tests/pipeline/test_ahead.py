@@ -49,7 +49,7 @@ def test_the_same_tensors_most_of_them_read_before_they_are_needed(tmp_path, fam
     inputs = {"decoder_input_ids": IDS} if family == "t5" else {}
     with weights.on_demand(nothing), torch.no_grad():
         assert torch.equal(model(IDS, **inputs).logits, expected(IDS, **inputs).logits)
-    assert weights.units_ahead == len(set(weights.units()) - {REST} - weights._embeddings) > 1
+    assert weights.prefetched_shards == len(set(weights.shard_sizes()) - {REST} - weights._embeddings) > 1
     for name, tensor in expected.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor)
     assert not threads()
@@ -66,7 +66,7 @@ def test_a_run_with_it_writes_the_same_files(tmp_path, monkeypatch):
         monkeypatch.setattr(preparation, "StreamedWeights", partial(streamed, ahead=ahead))
         config = fewbit.QuantConfig(group_size=8, seq_len=24, fast=True)
         fewbit.quantize(folder, config, dataset=models.random_sequences(4), output=tmp_path / str(ahead))
-    assert [weights.units_ahead for weights in made] == [0, 2]
+    assert [weights.prefetched_shards for weights in made] == [0, 2]
     assert made[0].peak_bytes == made[1].peak_bytes
     files = [(tmp_path / str(ahead) / "model.safetensors").read_bytes() for ahead in (False, True)]
     assert files[0] == files[1]
@@ -77,7 +77,7 @@ def test_on_a_cpu_nothing_is_read_before_it_is_needed(tmp_path):
     with weights.on_demand(nothing), torch.no_grad():
         model(IDS)
         assert not threads()
-    assert weights.units_ahead == 0
+    assert weights.prefetched_shards == 0
 
 
 def test_one_block_ahead_and_no_more(tmp_path, monkeypatch):
@@ -90,13 +90,13 @@ def test_one_block_ahead_and_no_more(tmp_path, monkeypatch):
 
     monkeypatch.setattr(FileTensor, "read", recorded)
     with weights.on_demand(nothing):
-        weights.require("model.layers.0.mlp.up_proj")
+        weights.load("model.layers.0.mlp.up_proj")
         finished(weights)
         assert {"model.layers.0", "model.layers.1"} == {block for block in read if "layers" in block}
         resident = weights.resident_bytes
         assert all(p.is_meta for p in model.model.layers[1].parameters())
-        weights.require("model.layers.1.mlp.up_proj")
-        weights.keep(["model.layers.1.mlp.up_proj"])
+        weights.load("model.layers.1.mlp.up_proj")
+        weights.release_except(["model.layers.1.mlp.up_proj"])
         assert weights.resident_bytes == resident
     assert read.count("model.layers.1") == read.count("model.layers.0") == 9
 
@@ -107,10 +107,10 @@ def test_a_block_out_of_order_is_read_at_once(tmp_path):
     model, weights = opened(folder)
     with weights.on_demand(nothing):
         for number in (0, 2, 1, 3):
-            weights.require(f"model.layers.{number}")
+            weights.load(f"model.layers.{number}")
             name = f"model.layers.{number}.mlp.up_proj.weight"
             assert torch.equal(model.get_parameter(name), expected[name])
-    assert weights.units_ahead == 2  # the first, and the one after 2
+    assert weights.prefetched_shards == 2  # the first, and the one after 2
 
 
 def test_what_the_thread_could_not_read_is_raised_where_it_is_needed(tmp_path):
@@ -118,12 +118,12 @@ def test_what_the_thread_could_not_read_is_raised_where_it_is_needed(tmp_path):
     model, weights = opened(folder)
     path = folder / "model.safetensors"
     with weights.on_demand(nothing):
-        weights.require("model.layers.0")
+        weights.load("model.layers.0")
         finished(weights)
         path.unlink()
-        weights.require("model.layers.1")  # is here already
+        weights.load("model.layers.1")  # is here already
         with pytest.raises(ModelError, match=r"cannot read .*model\.safetensors: No such file"):
-            weights.require("model.layers.2")
+            weights.load("model.layers.2")
         assert not model.model.layers[1].mlp.up_proj.weight.is_meta
     assert not threads()
 
@@ -133,7 +133,7 @@ def test_a_file_that_shrinks_is_noticed_in_the_forward(tmp_path):
     model, weights = opened(folder)
     path = folder / "model.safetensors"
     with weights.on_demand(nothing):
-        weights.require("model.embed_tokens")
+        weights.load("model.embed_tokens")
         finished(weights)
         path.write_bytes(path.read_bytes()[:3000])
         with pytest.raises(ModelError, match="became shorter while it was in use"), torch.no_grad():
@@ -146,15 +146,15 @@ def test_the_thread_ends_whatever_happens(tmp_path, error):
 
     def stopped():
         with weights.on_demand(nothing):
-            weights.require("model.layers.0")
+            weights.load("model.layers.0")
             assert threads()
             raise error
 
     with pytest.raises(error):
         stopped()
     assert not threads()
-    weights.require("model.layers.1")  # without it
-    assert weights.units_ahead == 1
+    weights.load("model.layers.1")  # without it
+    assert weights.prefetched_shards == 1
 
 
 def test_who_is_interrupted_while_waiting_waits_for_one_tensor_more(tmp_path, monkeypatch):
@@ -176,7 +176,7 @@ def test_who_is_interrupted_while_waiting_waits_for_one_tensor_more(tmp_path, mo
             units.append(weights._ahead._unit)
             begun.set()
             monkeypatch.setattr(units[0].reading, "result", interrupt)
-            weights.require("model.layers.0")
+            weights.load("model.layers.0")
 
     monkeypatch.setattr(FileTensor, "read", slow)
     with pytest.raises(KeyboardInterrupt):
@@ -223,7 +223,7 @@ def test_on_a_gpu(tmp_path, family):
     model, weights = opened(folder, torch.device("cuda"), ahead=None)
     with weights.on_demand(nothing), torch.no_grad():
         model(IDS.cuda())
-    assert weights.units_ahead == 2
+    assert weights.prefetched_shards == 2
     for name in ("model.layers.1.self_attn.q_proj.weight", "model.layers.0.input_layernorm.weight"):
         assert torch.equal(model.get_parameter(name).cpu(), expected[name])
     assert not threads()

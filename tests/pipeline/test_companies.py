@@ -138,11 +138,11 @@ def test_the_solver_is_called_with_several_families(solves):
 
 def test_by_default_companies_are_formed_where_a_device_gains_and_has_room(monkeypatch, solves):
     monkeypatch.setattr(run, "gains_from_company", lambda device: True)
-    monkeypatch.setattr(room, "free_bytes", lambda device: 10**9)
+    monkeypatch.setattr(room, "free_device_bytes", lambda device: 10**9)
     walked("qwen3_moe", None, fast=True)
     assert Counter(map(len, solves)) == {1: 2 * 4, EXPERTS: 2 * 2}
     solves.clear()
-    monkeypatch.setattr(room, "free_bytes", lambda device: 10**5)
+    monkeypatch.setattr(room, "free_device_bytes", lambda device: 10**5)
     walked("qwen3_moe", None, fast=True)
     assert all(len(families) == 1 for families in solves)
 

@@ -11,7 +11,7 @@ from fewbit import QuantConfig
 from fewbit.modeling.experts import unfuse, unfused_modules
 from fewbit.modeling.source import open_source
 from fewbit.pipeline import memory as room
-from fewbit.pipeline.memory import companies_on_device, free_bytes, room_on_device, solver_bytes
+from fewbit.pipeline.memory import activation_budget, companies_on_device, free_device_bytes, solver_bytes
 from fewbit.pipeline.statistics import Rows
 from fewbit.pipeline.streaming import REST, StreamedWeights
 from fewbit.planning import make_plan
@@ -30,16 +30,16 @@ def llama(hidden, inner, key_values):
 
 
 def room_of(monkeypatch, model, free, streams=2, batches=128):
-    monkeypatch.setattr(room, "free_bytes", lambda device: free)
+    monkeypatch.setattr(room, "free_device_bytes", lambda device: free)
     rows = [Rows(counts=frozenset([2048]))] * batches
-    weights = SimpleNamespace(device=GPU, bytes_to_come=lambda: 10**9)
-    return room_on_device(model, make_plan(model, QuantConfig()), weights, rows, streams)
+    weights = SimpleNamespace(device=GPU, pending_bytes=lambda: 10**9)
+    return activation_budget(model, make_plan(model, QuantConfig()), weights, rows, streams)
 
 
 def test_nobody_asks_a_cpu():
-    assert free_bytes(torch.device("cpu")) is None
+    assert free_device_bytes(torch.device("cpu")) is None
     weights = SimpleNamespace(device=torch.device("cpu"))
-    assert room_on_device(models.tiny_model("llama"), None, weights, [], 1) is None
+    assert activation_budget(models.tiny_model("llama"), None, weights, [], 1) is None
 
 
 def test_an_8b_model_on_gpus_of_two_sizes(monkeypatch):
@@ -79,12 +79,12 @@ def experts_of(kind, **shape):
 
 
 def companies_of(monkeypatch, model, free, config=None, batches=128, streams=2):
-    monkeypatch.setattr(room, "free_bytes", lambda device: free)
+    monkeypatch.setattr(room, "free_device_bytes", lambda device: free)
     rows = [Rows(counts=frozenset([2048]))] * batches
-    weights = SimpleNamespace(device=GPU, bytes_to_come=lambda: 10**9)
+    weights = SimpleNamespace(device=GPU, pending_bytes=lambda: 10**9)
     arguments = model, make_plan(model, config or QuantConfig()), weights, rows, streams
     sizes = companies_on_device(*arguments)
-    return sizes, room_on_device(*arguments), room_on_device(*arguments, sizes)
+    return sizes, activation_budget(*arguments), activation_budget(*arguments, sizes)
 
 
 def qwen3_30b_a3b():
@@ -155,9 +155,9 @@ def test_no_companies_where_nobody_says_what_is_free():
 
 def test_a_batch_without_tokens(monkeypatch):
     model = models.tiny_model("llama")
-    monkeypatch.setattr(room, "free_bytes", lambda device: 10**9)
-    weights = SimpleNamespace(device=GPU, bytes_to_come=lambda: 0)
-    found = room_on_device(model, make_plan(model, QuantConfig(group_size=16)), weights, [Rows()], 1)
+    monkeypatch.setattr(room, "free_device_bytes", lambda device: 10**9)
+    weights = SimpleNamespace(device=GPU, pending_bytes=lambda: 0)
+    found = activation_budget(model, make_plan(model, QuantConfig(group_size=16)), weights, [Rows()], 1)
     assert 0 < found.needed < found.bytes
 
 
@@ -165,17 +165,17 @@ def test_the_weights_that_are_still_to_come(tmp_path):
     folder = models.save_tiny(tmp_path / "model", "llama", num_hidden_layers=4)
     model, files = open_source(folder).build_model("auto")
     weights = StreamedWeights(model, files, torch.device("cpu"), Profiler())
-    sizes = weights.units()
+    sizes = weights.shard_sizes()
     rest, largest = sizes.pop(REST), sorted(sizes.values())
-    assert weights.bytes_to_come() == rest + largest[-1] + largest[-2]
-    weights.require("model.norm")
-    assert weights.bytes_to_come() == largest[-1] + largest[-2]
+    assert weights.pending_bytes() == rest + largest[-1] + largest[-2]
+    weights.load("model.norm")
+    assert weights.pending_bytes() == largest[-1] + largest[-2]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_says_what_is_free():
-    before = free_bytes(GPU)
+    before = free_device_bytes(GPU)
     held = torch.empty(2**28, dtype=torch.uint8, device=GPU)
-    assert 2**28 <= before - free_bytes(GPU) < 2**29
+    assert 2**28 <= before - free_device_bytes(GPU) < 2**29
     del held  # torch keeps it, and would use it again
-    assert free_bytes(GPU) > before - 2**26
+    assert free_device_bytes(GPU) > before - 2**26

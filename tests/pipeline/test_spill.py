@@ -18,8 +18,8 @@ from fewbit.errors import CalibrationError, OutputError
 from fewbit.pipeline import offload as spilling
 from fewbit.pipeline import offload_slots as places
 from fewbit.pipeline import quantize_layers as running
-from fewbit.pipeline.memory import Room
-from fewbit.pipeline.offload import InMemory, Spill, activations
+from fewbit.pipeline.memory import ActivationBudget
+from fewbit.pipeline.offload import NoOffload, Offloader, make_offloader
 from fewbit.pipeline.offload_slots import File, HostMemory
 from fewbit.profiling import Profiler
 from models import random_sequences, save_tiny, tiny_model, tiny_tokenizer
@@ -35,7 +35,7 @@ def everything(monkeypatch):
 
 @pytest.fixture
 def spill(tmp_path, everything):
-    spill = Spill(File(tmp_path), Profiler())
+    spill = Offloader(File(tmp_path), Profiler())
     with spill:
         yield spill
 
@@ -186,7 +186,7 @@ def test_whoever_goes_through_all_jobs_holds_few_of_them(spill):
 def test_what_is_not_of_the_job_stays(spill):
     weight = nn.Parameter(torch.randn(100, 100))
     with spill.running(0):
-        with spill.unrecorded():
+        with spill.paused():
             read = torch.ones(100, 100) * 3
         view, made = weight.T, weight.T @ read
     outside = torch.ones(100) * 2
@@ -204,7 +204,7 @@ def test_memory_that_was_given_to_numpy_stays(spill):
 
 
 def test_what_outlives_the_walk_is_complete_again(tmp_path, everything):
-    spill, made = Spill(File(tmp_path), Profiler()), []
+    spill, made = Offloader(File(tmp_path), Profiler()), []
 
     def stop_midway():
         with spill:
@@ -221,7 +221,7 @@ def test_what_outlives_the_walk_is_complete_again(tmp_path, everything):
 
 def test_on_other_devices_a_job_gets_everything_back_before_it_runs(tmp_path, everything, monkeypatch):
     on_other_devices(monkeypatch)
-    spill = Spill(File(tmp_path), Profiler())
+    spill = Offloader(File(tmp_path), Profiler())
     with spill:
         with spill.running(0):
             x = torch.arange(1000.0)
@@ -235,18 +235,18 @@ def test_on_other_devices_a_job_gets_everything_back_before_it_runs(tmp_path, ev
 
 
 def test_small_tensors_are_not_worth_it(tmp_path):
-    spill = Spill(File(tmp_path), Profiler())
+    spill = Offloader(File(tmp_path), Profiler())
     with spill, spill.running(0):
         small, large = torch.zeros(1000), torch.zeros(100_000)
     assert spill.written == bytes_of(large) > bytes_of(small)
 
 
 def test_without_a_folder_no_operation_is_watched():
-    spill = activations(None, Profiler())
-    with spill, spill.running(0), spill.unrecorded():
+    spill = make_offloader(None, Profiler())
+    with spill, spill.running(0), spill.paused():
         x = torch.zeros(100_000)
         assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
-    assert type(spill) is InMemory
+    assert type(spill) is NoOffload
     assert bytes_of(x)
     assert spill.notes() == []
 
@@ -289,7 +289,7 @@ def filled(spill, jobs, count=1000):
 
 
 def test_those_that_a_device_has_room_for_stay(device):
-    spill = Spill(HostMemory(pinned=False), Profiler(), budget=8000)
+    spill = Offloader(HostMemory(pinned=False), Profiler(), budget=8000)
     with spill:
         tensors = filled(spill, 4)
         assert [bytes_of(x) for x in tensors] == [4000, 4000, 0, 0]
@@ -308,7 +308,7 @@ def test_those_that_a_device_has_room_for_stay(device):
 
 
 def test_a_job_that_grows_gives_way_itself(device):
-    spill = Spill(HostMemory(pinned=False), Profiler(), budget=12000)
+    spill = Offloader(HostMemory(pinned=False), Profiler(), budget=12000)
     with spill:
         tensors = filled(spill, 3)
         with spill.running(1):
@@ -319,7 +319,7 @@ def test_a_job_that_grows_gives_way_itself(device):
 
 
 def test_whoever_goes_through_all_jobs_writes_nothing_again(device):
-    spill = Spill(HostMemory(pinned=False), Profiler(), budget=8000)
+    spill = Offloader(HostMemory(pinned=False), Profiler(), budget=8000)
     with spill:
         tensors = filled(spill, 40)
         assert spill.written == 38 * 4000
@@ -334,7 +334,7 @@ def test_whoever_goes_through_all_jobs_writes_nothing_again(device):
 
 
 def test_what_a_job_changed_behind_torch_is_kept(device):
-    spill = Spill(HostMemory(pinned=False), Profiler())
+    spill = Offloader(HostMemory(pinned=False), Profiler())
     with spill:
         [x] = filled(spill, 1)
         with spill.running(0):
@@ -345,7 +345,7 @@ def test_what_a_job_changed_behind_torch_is_kept(device):
 
 def test_host_memory_of_what_died_is_used_again(device):
     store = HostMemory(pinned=False)
-    spill = Spill(store, Profiler())
+    spill = Offloader(store, Profiler())
     with spill:
         for _ in range(5):
             [x] = filled(spill, 1)
@@ -355,7 +355,7 @@ def test_host_memory_of_what_died_is_used_again(device):
 
 
 def test_host_memory_does_not_take_what_is_there_already(everything):
-    spill = Spill(HostMemory(pinned=False), Profiler())
+    spill = Offloader(HostMemory(pinned=False), Profiler())
     with spill:
         [x] = filled(spill, 1)
         assert bytes_of(x) == 4000
@@ -369,7 +369,7 @@ def test_too_little_host_memory(device, monkeypatch):
         return torch.zeros(*arguments, **options)
 
     monkeypatch.setattr(places.torch, "empty", refuse)
-    spill = Spill(HostMemory(pinned=True), Profiler())
+    spill = Offloader(HostMemory(pinned=True), Profiler())
     with (
         spill,
         pytest.raises(CalibrationError, match=r"neither .* out of memory\. Use fewer .*\(--offload-dir"),
@@ -388,7 +388,9 @@ def test_too_little_host_memory(device, monkeypatch):
 def test_with_little_room_on_a_device_the_result_is_the_same(family, options, budget, device, monkeypatch):
     expected, plain = quantized(family, None, **options)
     assert not any("host memory" in note for note in plain.notes)
-    monkeypatch.setattr(running, "room_on_device", lambda *_, **__: Room(budget, 10**9, pinned=False))
+    monkeypatch.setattr(
+        running, "activation_budget", lambda *_, **__: ActivationBudget(budget, 10**9, pinned=False)
+    )
     state, report = quantized(family, None, **options)
     assert all(torch.equal(state[key], expected[key]) for key in expected)
     assert any("were kept in host memory" in note for note in report.notes)
@@ -396,7 +398,9 @@ def test_with_little_room_on_a_device_the_result_is_the_same(family, options, bu
 
 def test_a_folder_takes_what_a_device_has_no_room_for(tmp_path, device, monkeypatch):
     expected, _ = quantized("llama", None)
-    monkeypatch.setattr(running, "room_on_device", lambda *_, **__: Room(60_000, 10**9, pinned=False))
+    monkeypatch.setattr(
+        running, "activation_budget", lambda *_, **__: ActivationBudget(60_000, 10**9, pinned=False)
+    )
     state, report = quantized("llama", tmp_path)
     assert all(torch.equal(state[key], expected[key]) for key in expected)
     assert any("that had no room on the device were kept on disk" in note for note in report.notes)
@@ -404,15 +408,15 @@ def test_a_folder_takes_what_a_device_has_no_room_for(tmp_path, device, monkeypa
 
 
 def test_where_all_have_room_nobody_watches():
-    assert type(activations(None, Profiler(), Room(1000, 1000, pinned=False))) is InMemory
-    assert type(activations(None, Profiler(), Room(1000, 1001, pinned=False))) is Spill
+    assert type(make_offloader(None, Profiler(), ActivationBudget(1000, 1000, pinned=False))) is NoOffload
+    assert type(make_offloader(None, Profiler(), ActivationBudget(1000, 1001, pinned=False))) is Offloader
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", ["host", "disk"])
 def test_on_a_gpu(kind, tmp_path, everything, monkeypatch):
     def run(room):
-        monkeypatch.setattr(running, "room_on_device", lambda *_, **__: room)
+        monkeypatch.setattr(running, "activation_budget", lambda *_, **__: room)
         folder = tmp_path if kind == "disk" and room else None
         model = tiny_model("llama").cuda()
         config = fewbit.QuantConfig(**SMALL)
@@ -422,7 +426,7 @@ def test_on_a_gpu(kind, tmp_path, everything, monkeypatch):
 
     expected, _ = run(None)
     for budget in (0, 60_000):
-        state, notes = run(Room(budget, 10**9, pinned=True))
+        state, notes = run(ActivationBudget(budget, 10**9, pinned=True))
         assert all(torch.equal(state[key], expected[key]) for key in expected)
         assert any({"host": "host memory", "disk": "on disk"}[kind] in note for note in notes)
 

@@ -49,7 +49,7 @@ def test_the_same_tensors_as_from_pretrained(tmp_path, family, dtype):
     folder = saved(tmp_path / "model", family)
     expected = open_source(folder).load_model(dtype, CPU)
     model, weights = opened(folder, dtype)
-    weights.require_all()
+    weights.load_all()
     found, wanted = state(model), state(expected)
     assert found.keys() == wanted.keys()
     assert [name for name in wanted if not same(found[name], wanted[name])] == []
@@ -70,8 +70,8 @@ def test_one_block_at_a_time(tmp_path, family):
     assert len(blocks) >= 4
     sizes = {}
     for block in blocks:
-        weights.keep([block])
-        weights.require(block)
+        weights.release_except([block])
+        weights.load(block)
         inside = {name for name in expected if name.startswith(f"{block}.")}
         sizes[block] = sum(expected[name].nbytes for name in inside & set(model.state_dict()))
         for name in inside:
@@ -80,7 +80,7 @@ def test_one_block_at_a_time(tmp_path, family):
         assert others
         assert all(p.is_meta for p in others)
     assert weights.peak_bytes <= max(sizes.values()) + weights._loaded.get(REST, 0)
-    weights.keep([])
+    weights.release_except([])
     assert weights.resident_bytes == weights._loaded.get(REST, 0)
 
 
@@ -93,14 +93,14 @@ def test_blocks_come_by_themselves_and_are_restored_when_they_come_again(tmp_pat
     with weights.on_demand(came.append), torch.no_grad():
         assert torch.equal(model(ids).logits, expected(ids).logits)
         assert came == [REST, "model.embed_tokens", *(f"model.layers.{i}" for i in range(3)), "lm_head"]
-        weights.keep(["model.layers.2.mlp.up_proj"])
+        weights.release_except(["model.layers.2.mlp.up_proj"])
         assert model.model.layers[0].mlp.up_proj.weight.is_meta
         assert not model.model.layers[2].mlp.up_proj.weight.is_meta
         came.clear()
         assert torch.equal(model(ids).logits, expected(ids).logits)
         assert "model.layers.0" in came
         assert "model.layers.2" not in came
-    weights.keep([])
+    weights.release_except([])
     with pytest.raises(RuntimeError):
         model(ids)  # nothing comes by itself any more
 
@@ -109,16 +109,16 @@ def test_blocks_come_by_themselves_and_are_restored_when_they_come_again(tmp_pat
 def test_tied_embeddings(tmp_path, tied):
     folder = models.save_tiny(tmp_path / "model", "llama", tie_word_embeddings=tied)
     model, weights = opened(folder)
-    weights.require("lm_head")
+    weights.load("lm_head")
     head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
     assert (head is embedding) == tied
     assert not head.is_meta
     assert embedding.is_meta != tied
-    weights.keep([])
+    weights.release_except([])
     assert model.lm_head.weight.is_meta
     if tied:
         weights.untie("lm_head.weight")
-        weights.require("lm_head")
+        weights.load("lm_head")
         expected = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
         assert torch.equal(model.lm_head.weight, expected)
         assert model.model.embed_tokens.weight.is_meta
@@ -132,7 +132,7 @@ def test_tied_weights_that_the_files_hold_twice(tmp_path, equal):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     model, weights = opened(folder)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == equal
-    weights.require_all()
+    weights.load_all()
     assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])
     assert torch.equal(model.model.embed_tokens.weight, tensors["model.embed_tokens.weight"])
 
@@ -161,7 +161,7 @@ def test_values_that_do_not_fit_the_dtype(tmp_path):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     _, weights = opened(folder, "float16")
     with pytest.raises(ModelError, match="does not fit the dtype"):
-        weights.require("model.layers.1")
+        weights.load("model.layers.1")
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):
@@ -170,10 +170,10 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ModelError, match="became shorter"):
-        weights.require("model.layers.1")
+        weights.load("model.layers.1")
     path.unlink()
     with pytest.raises(ModelError, match=r"cannot read .*model\.safetensors"):
-        weights.require("model.layers.1")
+        weights.load("model.layers.1")
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (), (0, 4), (7,)])

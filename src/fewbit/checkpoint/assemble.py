@@ -35,7 +35,7 @@ def checkpoint_tensors(
     quantized = {f"{name}.weight": name for name in layers}
     on_disk = names_on_disk(model, layers)
     own = set(_own_names(model))
-    for part in weights.parts(without=quantized):
+    for part in weights.shards(without=quantized):
         state = model.state_dict()
         plain: dict[str, Tensor] = {}
         for key in part:

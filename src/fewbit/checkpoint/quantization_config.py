@@ -18,13 +18,11 @@ import regex
 from .. import __version__
 from ..config import BITS, FORMATS, LayerSettings, QuantConfig
 from ..errors import CheckpointError
+from ..modeling.input_groups import INPUT_GROUPS
 from .safe_io import shown
 
 # The key `lm_head` speaks for these; they get a rule only where their settings differ.
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out")
-
-# vLLM and SGLang merge these layers and look the merged one up under its own name.
-_MERGED = {"qkv_proj": {"q_proj", "k_proj", "v_proj"}, "gate_up_proj": {"gate_proj", "up_proj"}}
 
 # Where a pattern ends: after a module's name, be it alone or with the name of a tensor.
 _END = r"(?:\.|$)"
@@ -256,7 +254,9 @@ def _pattern(stem: str, names: list[str], whole: bool) -> str:
 
     It matches names of modules, and of their tensors: ONNX Runtime GenAI asks with those.
     """
-    merged = [name for name, shards in _MERGED.items() if shards <= set(names)]
+    merged = [
+        group.merged_name for group in INPUT_GROUPS if group.merged_name and set(group.names) <= set(names)
+    ]
     ending = _alternation([*names, *merged])
     experts = stem.removesuffix(r"\.\d+")
     if whole and experts != stem and experts.endswith("experts"):

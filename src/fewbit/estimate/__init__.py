@@ -27,8 +27,8 @@ from ..errors import FewbitError
 from ..gptq import Accuracy
 from ..modeling.source import Source, load_tokenizer, open_source
 from ..pipeline.journal import Journal, check_output
-from ..pipeline.memory import HOLES
-from ..pipeline.offload import check_folder
+from ..pipeline.memory import FRAGMENTATION
+from ..pipeline.offload import check_offload_dir
 from ..pipeline.quantize_layers import arguments_for
 from ..pipeline.streaming import StreamedWeights, Weights
 from ..planning import Plan, make_plan
@@ -82,7 +82,7 @@ def forecast(
     if job.output is not None:
         attempt(check_output, job.output)
     if offload_dir is not None:
-        attempt(check_folder, offload_dir)
+        attempt(check_offload_dir, offload_dir)
         job.offload = Path(offload_dir)
     job.shard_bytes = attempt(parse_size, max_shard_size) or 0
     where = attempt(preparation.resolve_device, device)
@@ -181,7 +181,7 @@ class _Job:
         model, weights = opened
         loading = profiler.seconds["load"]
         untie_head(model, self.plan, weights)
-        units, baseline = weights.units(), memory_in_use_bytes()
+        units, baseline = weights.shard_sizes(), memory_in_use_bytes()
         if not isinstance(weights, StreamedWeights) and weights.device.type == "cpu":
             baseline -= sum(units.values())  # they are counted as weights
         self.sizes = self.attempt(sizes_of, model, self.plan, self.config, source, self.shard_bytes)
@@ -211,7 +211,7 @@ class _Job:
             dtype=next(model.parameters()).dtype,
             device=weights.device,
             extras={name: extra.parts for name, extra in extras.items()},
-            device_free=round((1 - HOLES) * on_device.bytes) if on_device else None,
+            device_free=round((1 - FRAGMENTATION) * on_device.bytes) if on_device else None,
         )
         self.notes += spilled_notes(self.memory)
         self.problems += problems.of_memory(

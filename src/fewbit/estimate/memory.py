@@ -42,7 +42,7 @@ SWEEP_BYTES, CORRECTION_BYTES, PROBE_BYTES = 11, 22, 12
 
 # What the C library holds beyond the tensors themselves, as a share of those smaller than HEAP_BYTES. Measured while
 # weights are streamed (`pipeline.streaming.large_tensors_apart`); without that it is up to 0.8 after thirty blocks.
-HOLES = 0.15
+FRAGMENTATION = 0.15
 
 # Code and buffers that torch's libraries take when they first multiply, factor and convert.
 FIRST_USE = 30_000_000
@@ -164,7 +164,7 @@ def _walk_moments(
                 "Hessians": hessians,
                 "solver": solver + waiting,
                 "probe": 8 * work.probe * n,
-                "allocator": round(HOLES * heap),
+                "allocator": round(FRAGMENTATION * heap),
             }
             yield f"solving {one.layer.name}", parts
             if not one.shares:
@@ -175,7 +175,7 @@ def _walk_moments(
             "forward": work.transient,
             "Hessians": before,
             "solver": waiting,
-            "allocator": round(HOLES * most.heap),
+            "allocator": round(FRAGMENTATION * most.heap),
         }
         yield f"leaving {block}", parts
 

@@ -114,12 +114,12 @@ def run_trial(
             walk(points, [job], lambda name, arrivals: None, blocks=blocks, leave=leave)
         second = _first_of_second_block(trial, layers, plan)
         for name in second:
-            weights.require(name)  # not to be counted
+            weights.load(name)  # not to be counted
         with LiveBytes(HEAP_BYTES * trial.tokens // whole) as live:
             observer = _Observer(trial, modules, live, second)
             walk(points | {name: model.get_submodule(name) for name in second}, [job], observer.meet)
         trial.transient = max(0, live.peak - max((stop.held for stop in trial.stops.values()), default=0))
-    weights.keep([])
+    weights.release_except([])
     return trial
 
 
@@ -249,8 +249,8 @@ def _load_rate(weights: Weights, trial: Trial, profiler: Profiler) -> Iterator[N
 
 def _read_some(weights: Weights, trial: Trial, profiler: Profiler) -> None:
     with _load_rate(weights, trial, profiler):
-        weights.require(next(iter(trial.kinds)))
-    weights.keep([])
+        weights.load(next(iter(trial.kinds)))
+    weights.release_except([])
 
 
 def _read_bytes(weights: Weights) -> int:

@@ -12,7 +12,7 @@ from ..calibration import Calibration
 from ..config import QuantConfig
 from ..modeling.experts import UnfusedExperts, unfused_modules
 from ..pipeline.expert_calibration import TOKENS_PER_FEATURE
-from ..pipeline.memory import KEPT_STORAGES
+from ..pipeline.memory import RESIDENT_STORAGES
 from ..pipeline.quantize_layers import needs_full_precision
 from ..pipeline.statistics import PROBE_TOKENS, Rows, hold_out
 from ..planning import LayerPlan, Plan, block_of
@@ -112,7 +112,7 @@ def offloaded(work: Work, trial: Trial, dtype: torch.dtype) -> Work:
     passes = work.batches * work.streams
     layers = []
     for one in work.layers:
-        inputs = KEPT_STORAGES * trial.tokens * one.layer.in_features * dtype.itemsize
+        inputs = RESIDENT_STORAGES * trial.tokens * one.layer.in_features * dtype.itemsize
         layers.append(replace(one, held=round(one.held / passes) + inputs, heap=0))
     new = sum(
         stop.new * len(trial.kinds[block])

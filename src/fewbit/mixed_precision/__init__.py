@@ -75,7 +75,7 @@ def meet(
     allocation = store.read() if store else None
     if allocation is None:
         if weights is not None:
-            weights.require_all()
+            weights.load_all()
         with ctx.profiler.time("measure"):
             allocation = _choose(model, plan, config, config.target_bits, calibration, ctx.progress)
         if store:

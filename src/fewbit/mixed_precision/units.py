@@ -13,18 +13,12 @@ from typing import NamedTuple
 
 from ..checkpoint.layout import word_count
 from ..config import BITS, QuantConfig
+from ..modeling.input_groups import merged_layers
 from ..planning import LayerPlan, Plan
 from ..quantized_matrix import group_count
 
 GROUP_SIZES = (32, 64, 128)
 
-# Siblings that vLLM and SGLang merge.
-_MERGED = (
-    {"q_proj", "k_proj", "v_proj"},
-    {"gate_proj", "up_proj"},
-    {"w1", "w3"},
-    {"q_a_proj", "kv_a_proj_with_mqa"},
-)
 _EXPERTS = re.compile(r"^(.*\bexperts)\.\d+\.")
 
 
@@ -81,8 +75,8 @@ def family(name: str) -> str:
     if experts:
         return experts[1]
     parent, _, own = name.rpartition(".")
-    merged = next((names for names in _MERGED if own in names), None)
-    return f"{parent}.{'+'.join(sorted(merged))}" if merged else name
+    merged = merged_layers(own)
+    return f"{parent}.{'+'.join(sorted(merged))}" if len(merged) > 1 else name
 
 
 def _choices(

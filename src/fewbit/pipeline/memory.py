@@ -1,7 +1,7 @@
 """How much of a GPU's memory the activations of paused batches may have, and about how much they want; and how many
 experts of a layer it can hold the inputs and the matrices of at a time.
 
-Contract: arithmetic on what the device says it has free before the walk. Room is what remains when the weights, the
+Contract: arithmetic on what the device says is free before the pass. The budget is what remains when the weights, the
 matrices of the solver and the forward of one batch have theirs; some of it is lost to holes. What the batches want is
 an estimate on the safe side: it only decides whether they have to be watched, which takes time. Those that are watched
 are counted.
@@ -25,7 +25,7 @@ from .statistics import PROBE_TOKENS, Rows
 from .streaming import Weights
 
 # Storages that stay when something outside of the jobs, such as a Hessian, goes through them all.
-KEPT_STORAGES = 8
+RESIDENT_STORAGES = 8
 
 # n × n matrices in float32 that a layer needs: H, its factor, what makes it, and those kept of the Hessian before; in
 # two streams also C and the factor for the correction.
@@ -43,7 +43,7 @@ _BATCH_SWEEP, _BATCH_JUDGED = 30, 8
 _WIDEST, _STATES = 1.5, 4
 
 # Share of a GPU's free memory that is not counted on.
-HOLES = 0.1
+FRAGMENTATION = 0.1
 
 # Share of the room that a company of experts may have for its inputs and its matrices. A larger company saves little,
 # and activations that find no room travel twice at every meeting point.
@@ -55,7 +55,7 @@ _UNEVEN = 3
 
 
 @dataclass(frozen=True)
-class Room:
+class ActivationBudget:
     """For activations of paused batches on a device.
 
     Attributes:
@@ -68,14 +68,14 @@ class Room:
     pinned: bool
 
 
-def room_on_device(
+def activation_budget(
     model: nn.Module,
     plan: Plan,
     weights: Weights,
     batches: Sequence[Rows],
     streams: int,
     companies: Mapping[str, int] | None = None,
-) -> Room | None:
+) -> ActivationBudget | None:
     """The room that a GPU has for the activations of these batches; None on devices that do not say what is free.
 
     Args:
@@ -83,7 +83,7 @@ def room_on_device(
         streams: forward passes of every batch, 1 or 2.
         companies: module of experts → how many of them run together; those that are not named run alone.
     """
-    free = free_bytes(weights.device)
+    free = free_device_bytes(weights.device)
     if free is None:
         return None
     shapes = [matrix_shape(m) for name, m in model.named_modules() if is_layer(m) and block_of(name) != name]
@@ -98,10 +98,12 @@ def room_on_device(
     needed = streams * sum(tokens) * of_token + max((cost.inputs(size) for cost, size in together), default=0)
     most = max(tokens, default=0)
     # Norms and activations compute in float32.
-    forward = 2 * most * of_token * max(1, 4 // itemsize) + KEPT_STORAGES * most * widest * itemsize
+    forward = 2 * most * of_token * max(1, 4 // itemsize) + RESIDENT_STORAGES * most * widest * itemsize
     solver = max([solver_bytes(plan, streams), *(cost.matrices(size) for cost, size in together)])
-    taken = weights.bytes_to_come() + solver + forward
-    return Room(max(0, round((1 - HOLES) * free) - taken), needed, weights.device.type == "cuda")
+    taken = weights.pending_bytes() + solver + forward
+    return ActivationBudget(
+        max(0, round((1 - FRAGMENTATION) * free) - taken), needed, weights.device.type == "cuda"
+    )
 
 
 def companies_on_device(
@@ -110,9 +112,9 @@ def companies_on_device(
     """Module of experts → how many of them run together: as many as fill a GPU, if it can hold them; none on devices
     that do not say what is free.
 
-    Arguments are those of `room_on_device`.
+    Arguments are those of `activation_budget`.
     """
-    room = room_on_device(model, plan, weights, batches, streams)
+    room = activation_budget(model, plan, weights, batches, streams)
     if room is None:
         return {}
     allowed = COMPANY_SHARE * room.bytes
@@ -200,7 +202,7 @@ def _choices(model: nn.Module, experts: int) -> int:
     return known if isinstance(known, int) else experts
 
 
-def free_bytes(device: torch.device) -> int | None:
+def free_device_bytes(device: torch.device) -> int | None:
     """Memory of a CUDA device that this process could still fill; None on others, which do not say."""
     if device.type != "cuda":
         return None

@@ -1,11 +1,11 @@
 """Activations elsewhere while the batch that they belong to is paused: on disk, or a GPU's in host memory.
 
 At every pause of the walk each batch holds its activations, so with many calibration tokens they are the larger
-part of memory. `Spill` keeps no more of them where they are than fit: on the CPU those of the one job that runs, on a
+part of memory. `Offloader` keeps no more of them where they are than fit: on the CPU those of the running job, on a
 GPU as many as it has room for. Of others, what a job's operations made and is still alive when it pauses is put in a
 store. Whoever uses such a tensor next gets its bytes back first.
 
-`Spill` sees every operation of torch, on the way in and on the way out: outputs are what a job made, inputs are
+`Offloader` sees every operation of torch, on the way in and on the way out: outputs are what a job made, inputs are
 what must be in memory. Below a tensor it empties and fills the storage; the tensor itself, its views, its identity
 and its version stay, wherever references to it are (local variables, containers, Python's stack).
 
@@ -33,14 +33,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..formatting import size
 from ..profiling import Profiler
 from .malloc import give_freed_memory_back
-from .memory import KEPT_STORAGES, Room
+from .memory import RESIDENT_STORAGES, ActivationBudget
 from .offload_slots import File, HostMemory, Store, is_on_cpu
 
 _SMALLEST = 1 << 16  # bytes of a storage: smaller ones are not worth the trouble
 _FREED = 1 << 25  # bytes after which freed memory is given back to the system
 
 
-class InMemory:
+class NoOffload:
     """Activations stay where they are."""
 
     def __enter__(self) -> None:
@@ -53,7 +53,7 @@ class InMemory:
         """To be entered while job number `job` computes, and left when it pauses."""
         return nullcontext()
 
-    def unrecorded(self) -> AbstractContextManager[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """To be entered while a job computes something that is not its own, such as weights."""
         return nullcontext()
 
@@ -62,7 +62,9 @@ class InMemory:
         return []
 
 
-def activations(folder: str | Path | None, profiler: Profiler, room: Room | None = None) -> InMemory:
+def make_offloader(
+    folder: str | Path | None, profiler: Profiler, room: ActivationBudget | None = None
+) -> NoOffload:
     """Where activations of paused jobs are kept.
 
     Args:
@@ -74,13 +76,13 @@ def activations(folder: str | Path | None, profiler: Profiler, room: Room | None
     """
     budget = 0 if room is None else room.bytes
     if folder is not None:
-        return Spill(File(Path(folder)), profiler, budget)
+        return Offloader(File(Path(folder)), profiler, budget)
     if room is None or room.needed <= budget:
-        return InMemory()
-    return Spill(HostMemory(pinned=room.pinned), profiler, budget)
+        return NoOffload()
+    return Offloader(HostMemory(pinned=room.pinned), profiler, budget)
 
 
-def check_folder(folder: str | Path) -> None:
+def check_offload_dir(folder: str | Path) -> None:
     """Raises OutputError if nothing can be written in `folder`."""
     File(Path(folder)).close()
 
@@ -103,7 +105,7 @@ class _Record:
     saved: bool = False
 
 
-class Spill(InMemory):
+class Offloader(NoOffload):
     """Activations of paused jobs are in a store, but for as many as there is room for.
 
     Must be entered around the whole walk. When it is left, what is still alive is brought back and the store is
@@ -171,7 +173,7 @@ class Spill(InMemory):
             self._touched.clear()
 
     @contextmanager
-    def unrecorded(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """To be entered while a job computes something that is not its own, such as weights."""
         before, self._recording = self._recording, False
         try:
@@ -209,9 +211,9 @@ class Spill(InMemory):
             record.saved = record.saved and not func._schema.is_mutable
             if self._recording:
                 self._touch(record)
-        if not self._recording and len(self._present) > KEPT_STORAGES and self._held > self._budget:
+        if not self._recording and len(self._present) > RESIDENT_STORAGES and self._held > self._budget:
             with self._timed():
-                self._make_room(spare=max(KEPT_STORAGES, len(needed)))
+                self._make_room(spare=max(RESIDENT_STORAGES, len(needed)))
 
     def _after(self, inputs: list[UntypedStorage], outputs: list[UntypedStorage]) -> None:
         """Remember what a job made anew; an output that shares an input's storage is not new."""

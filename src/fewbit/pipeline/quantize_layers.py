@@ -33,8 +33,8 @@ from .companies import Companies, formed
 from .expert_calibration import Routing
 from .kin import gains_from_company
 from .layer_quantizer import LayerQuantizer, Sink
-from .memory import companies_on_device, room_on_device
-from .offload import activations
+from .memory import activation_budget, companies_on_device
+from .offload import make_offloader
 from .scheduler import BlockCall, LayerInput, OnBlockEnd, OnLayer, ScheduleStats, walk
 from .statistics import KEPT, HessianPool, Rows, hold_out
 from .streaming import Weights
@@ -103,9 +103,9 @@ def quantize_layers(
         if not calibration.batches:
             _meet_without_inputs(modules, quantizer, weights)
             return notes
-        room = room_on_device(model, plan, weights, rows, streams, together)
-        spill = activations(ctx.offload_dir, profiler, room)
-        on_demand = weights.on_demand(quantizer.restore, spill.unrecorded)
+        room = activation_budget(model, plan, weights, rows, streams, together)
+        spill = make_offloader(ctx.offload_dir, profiler, room)
+        on_demand = weights.on_demand(quantizer.restore, spill.paused)
         with formed(model, together) as companies, encoder_outputs, on_demand, spill:
             jobs = [_job(model, batch) for batch in batches]
             references = range(len(batches), 2 * len(batches) if paired else len(batches))
@@ -119,7 +119,7 @@ def quantize_layers(
                 references=references,
                 blocks=blocks,
                 leave=leave,
-                gathered=weights.keep,
+                gathered=weights.release_except,
                 earliest=ranks.first,
                 running=spill.running,
             )
@@ -163,7 +163,7 @@ def _meeting(routing: Routing, companies: Companies, quantizer: LayerQuantizer, 
         if name in routing.points:
             routing.meet(name, arrivals)
             return
-        weights.require(name)  # where no batch of this process came, nothing was read yet
+        weights.load(name)  # where no batch of this process came, nothing was read yet
         if name in companies.points:
             quantizer.solve_ahead(companies.parties(name, arrivals))
         else:
@@ -181,8 +181,8 @@ def _of_all(traffic: ScheduleStats, ranks: Communicator) -> ScheduleStats:
 
 def _meet_without_inputs(names: Iterable[str], quantizer: LayerQuantizer, weights: Weights) -> None:
     for name in names:
-        weights.keep([name])
-        weights.require(name)
+        weights.release_except([name])
+        weights.load(name)
         quantizer.meet(name, [])
 
 

@@ -41,20 +41,20 @@ class Weights:
         self.model = model
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
-    def require(self, name: str) -> None:
+    def load(self, name: str) -> None:
         """Have the unit that the module or parameter `name` belongs to in memory."""
 
-    def keep(self, names: Collection[str]) -> None:
+    def release_except(self, names: Collection[str]) -> None:
         """Give back every unit that none of the modules `names` belongs to."""
 
-    def require_all(self) -> None:
+    def load_all(self) -> None:
         """Have everything in memory from now on."""
 
-    def units(self) -> dict[str, int]:
+    def shard_sizes(self) -> dict[str, int]:
         """Bytes of every unit: here all weights are one, which stays in memory."""
         return {REST: sum(tensor.nbytes for tensor in {*self.model.parameters(), *self.model.buffers()})}
 
-    def bytes_to_come(self) -> int:
+    def pending_bytes(self) -> int:
         """Bytes that will be read at most, beyond what is in memory, at a time."""
         return 0
 
@@ -73,7 +73,7 @@ class Weights:
         """
         yield
 
-    def parts(self, without: Collection[str] = ()) -> Iterator[list[str]]:
+    def shards(self, without: Collection[str] = ()) -> Iterator[list[str]]:
         """Names of the model's state, part by part; while a part is the current one, it is in memory.
 
         Args:
@@ -93,7 +93,7 @@ class StreamedWeights(Weights):
 
     Attributes:
         read_bytes: of all units read so far. resident_bytes, peak_bytes: in memory now, and at most so far, on the
-            device. units_ahead: units that had been read before they were needed.
+            device. prefetched_shards: units that had been read before they were needed.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class StreamedWeights(Weights):
         ahead: bool | None = None,
     ) -> None:
         self.model, self.device = model, device
-        self.read_bytes = self.resident_bytes = self.peak_bytes = self.units_ahead = 0
+        self.read_bytes = self.resident_bytes = self.peak_bytes = self.prefetched_shards = 0
         self._reads_ahead = device.type != "cpu" if ahead is None else ahead
         self._ahead: ReadAhead | None = None
         self._files = files
@@ -128,13 +128,13 @@ class StreamedWeights(Weights):
                 self._members.setdefault(self._unit_of[name], []).append(name)
         self._loaded: dict[str, int] = {}
 
-    def require(self, name: str) -> None:
+    def load(self, name: str) -> None:
         """Have the unit that the module or parameter `name` belongs to in memory."""
         units = self._units_at(name)
         for unit in units:
             self._load(unit)
 
-    def keep(self, names: Collection[str]) -> None:
+    def release_except(self, names: Collection[str]) -> None:
         """Give back every unit that none of the modules `names` belongs to."""
         if self._pinned:
             return
@@ -145,19 +145,19 @@ class StreamedWeights(Weights):
         if gone:
             give_freed_memory_back()
 
-    def require_all(self) -> None:
+    def load_all(self) -> None:
         """Have everything in memory from now on."""
         for unit in self._members:
             self._load(unit)
         self._pinned = True
 
-    def units(self) -> dict[str, int]:
+    def shard_sizes(self) -> dict[str, int]:
         """Bytes of every unit, once it is in memory."""
         return {unit: sum(self._get(name).nbytes for name in names) for unit, names in self._members.items()}
 
-    def bytes_to_come(self) -> int:
+    def pending_bytes(self) -> int:
         """Bytes that will be read at most, beyond what is in memory, at a time: the rest, and two units."""
-        units = self.units()
+        units = self.shard_sizes()
         rest = units.pop(REST, 0)
         return max(0, rest + sum(sorted(units.values())[-2:]) - self.resident_bytes)
 
@@ -203,20 +203,20 @@ class StreamedWeights(Weights):
             self._load(REST)
             yield
 
-    def parts(self, without: Collection[str] = ()) -> Iterator[list[str]]:
+    def shards(self, without: Collection[str] = ()) -> Iterator[list[str]]:
         """Names of the model's state, part by part; while a part is the current one, it is in memory."""
         units = {name: self._unit_of.get(name, REST) for name in self.model.state_dict()}
         for unit in dict.fromkeys(units.values()):
-            self.keep([])
+            self.release_except([])
             self._load(unit, without)
             yield [name for name, of in units.items() if of == unit]
-        self.keep([])
+        self.release_except([])
 
     def _forget_restore(self) -> None:
         self._restore = None
 
     def _forget_ahead(self, ahead: ReadAhead) -> None:
-        self.units_ahead += ahead.units
+        self.prefetched_shards += ahead.units
         self._ahead = None
 
     def _units_at(self, name: str) -> set[str]:

@@ -15,22 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ... import native
+from ...modeling.input_groups import INPUT_GROUPS
 from ..linear import QuantLinear
 from ..spec import QuantizedBuffers
 from . import layout as packed
 from .fused_ops import fuse_steps
 from .kernel import Cpu, packed_weight, plain
 from .layout import PackedWeight, Rounding
-
-# Names of siblings that transformers' models call with the same input, in the order of the calls.
-SIBLINGS = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("q", "k", "v"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("wi_0", "wi_1"),
-)
 
 # From here on the products take so long that a call more does not matter, and their parts would have to be copied.
 MOST_TOKENS = 8
@@ -96,8 +87,8 @@ def fuse(model: nn.Module) -> dict[str, int]:
     saved = 0
     for module in model.modules():
         children = dict(module.named_children())
-        for names in SIBLINGS:
-            layers = [layer for name in names if isinstance(layer := children.get(name), QuantLinear)]
+        for group in INPUT_GROUPS:
+            layers = [layer for name in group.names if isinstance(layer := children.get(name), QuantLinear)]
             for _, alike in groupby(layers, _what_must_be_alike):
                 saved += _join(list(alike))
     for layer in model.modules():
