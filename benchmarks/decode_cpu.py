@@ -48,9 +48,8 @@ def candidates(model: str, folder: Path, gptqmodel_python: str | None) -> dict[s
         if gptqmodel_python:
             command = (gptqmodel_python, GPTQMODEL_WORKER)
             found[f"GPTQModel {bits} bits"] = Candidate(path, "bfloat16", "auto", command=command)
-    path = str(folder / f"{model}-4bit")
-    found["fewbit 4 bits on torch_int4"] = Candidate(path, "bfloat16", "torch_int4")
     if gptqmodel_python:
+        path = str(folder / f"{model}-4bit")
         command = (gptqmodel_python, GPTQMODEL_WORKER)
         found["GPTQModel 4 bits avx512"] = Candidate(
             path, "bfloat16", "gptq_torch_cpu_avx512", command=command

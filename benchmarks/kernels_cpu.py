@@ -54,7 +54,6 @@ def candidates(arguments: argparse.Namespace) -> dict[str, Candidate]:
         "cpu": layers.registered("cpu"),
         "cpu_a16": layers.registered("cpu_a16"),
         "cpu_a8": layers.registered("cpu_a8"),
-        "torch_int4": layers.registered("torch_int4"),
         "float32 Linear": layers.dense(torch.float32),
         "Linear": layers.dense(torch.bfloat16),
         "torch operator": layers.torch_operator,

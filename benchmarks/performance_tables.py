@@ -13,7 +13,6 @@ _LABELS = {
     "cpu": "**fewbit** (`cpu`)",
     "cpu_a16": "fewbit, 16-bit activations (`cpu_a16`)",
     "cpu_a8": "fewbit, 8-bit activations (`cpu_a8`)",
-    "torch_int4": "fewbit on torch's operator (`torch_int4`)",
     "Linear": "bfloat16 Linear",
     "torch operator": "torch's int4 operator",
     "dequantize": "dequantize, then oneDNN bfloat16",

@@ -107,7 +107,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     if not native.available():
-        raise SystemExit(native.why_not())
+        raise SystemExit(native.unsupported_reason())
     print(f"{arguments.threads} threads, {', '.join(native.instruction_sets())}")
     n = arguments.features
     hessian(n, 8192)

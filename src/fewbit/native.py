@@ -1,7 +1,7 @@
 """The compiled part of the solver: the only place that imports `fewbit._native`.
 
 Contract: every function here has a torch counterpart that gives the same result up to the order of
-floating-point sums. Where the module is absent, `available` is False and `why_not` says why.
+floating-point sums. Where the module is absent, `available` is False and `unsupported_reason` says why.
 Threads follow `torch.get_num_threads()`.
 """
 
@@ -36,7 +36,7 @@ def available() -> bool:
     return _load()[0] is not None
 
 
-def why_not() -> str:
+def unsupported_reason() -> str:
     """Why it cannot, in words; empty where it can."""
     return _load()[1]
 
@@ -77,15 +77,15 @@ def use(backend: Backend, tensor: Tensor, needs: str | None = None) -> bool:
     """
     if backend in ("torch", "triton"):
         return False
-    reason = _why_not_here(tensor, needs)
+    reason = _unsupported_here(tensor, needs)
     if reason and backend == "native":
         raise KernelError(f"the compiled solver cannot run: {reason}")
     return not reason
 
 
-def _why_not_here(tensor: Tensor, needs: str | None) -> str:
+def _unsupported_here(tensor: Tensor, needs: str | None) -> str:
     if not available():
-        return why_not()
+        return unsupported_reason()
     if tensor.device.type != "cpu":
         return f"the tensor is on {tensor.device}, and it works on the CPU only"
     if needs is not None and needs not in instruction_sets():

@@ -39,8 +39,8 @@ def asked(monkeypatch):
                 slow, slow if name == "original" else fast, [f"14 layers: {name}"], 1.5, 2**20, 2**21
             )
             for name in candidates
-            if name != "torch_int4"
-        }, {name: "not here" for name in candidates if name == "torch_int4"}
+            if name != "cpu_a8"
+        }, {name: "not here" for name in candidates if name == "cpu_a8"}
 
     monkeypatch.setattr("fewbit.bench.models.measure_models", measure_models)
     return seen
@@ -64,11 +64,11 @@ def test_ratios_to_the_original(folder, asked):
 
 def test_the_table(folder, asked):
     result = run(
-        folder, "--against", "org/model", "--kernel", "auto", "--kernel", "torch_int4", "--threads", "1", "-q"
+        folder, "--against", "org/model", "--kernel", "auto", "--kernel", "cpu_a8", "--threads", "1", "-q"
     )
     assert "2.00x" in result.stdout
     assert "auto: 14 layers: auto" in result.stdout
-    assert "torch_int4: not here" in result.stderr
+    assert "cpu_a8: not here" in result.stderr
 
 
 def test_options_of_loading_reach_the_workers(folder, asked):
@@ -82,7 +82,7 @@ def test_options_of_loading_reach_the_workers(folder, asked):
 
 def test_all_kernels_leave_out_the_reference(folder, asked):
     run(folder, "--all-kernels", "--threads", "1", "-q")
-    assert {"cpu", "torch_int4"} <= asked["candidates"].keys()
+    assert {"cpu", "cpu_a8"} <= asked["candidates"].keys()
     assert "reference" not in asked["candidates"]
 
 
@@ -90,8 +90,8 @@ def test_unknown_kernels_and_nothing_measured(folder, asked):
     unknown = run(folder, "--kernel", "fast")
     assert isinstance(unknown.exception, KernelError)
     assert "there is no kernel 'fast'" in str(unknown.exception)
-    nothing = run(folder, "--kernel", "torch_int4")
-    assert str(nothing.exception) == "nothing could be measured: torch_int4: not here"
+    nothing = run(folder, "--kernel", "cpu_a8")
+    assert str(nothing.exception) == "nothing could be measured: cpu_a8: not here"
 
 
 def test_layers(folder, monkeypatch):

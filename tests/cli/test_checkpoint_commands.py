@@ -113,8 +113,8 @@ def test_inspect_knows_convolutions_only_where_transformers_knows_the_model(tmp_
     kernels = {row["kernel"]: row for row in facts["kernels"]}
     assert facts["kinds"] == {"conv2d": 1}
     assert kernels["reference"]["modules"] == 1
-    assert kernels["torch_int4"]["modules"] == 0
-    assert "conv" in kernels["torch_int4"]["why_not"]
+    assert kernels["cpu"]["modules"] == 0
+    assert "conv" in kernels["cpu"]["why_not"]
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify", "convert"])

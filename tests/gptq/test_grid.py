@@ -8,7 +8,9 @@ from fewbit.quantized_matrix import sequential_groups
 
 BACKENDS = [
     "torch",
-    pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason=native.why_not())),
+    pytest.param(
+        "native", marks=pytest.mark.skipif(not native.available(), reason=native.unsupported_reason())
+    ),
 ]
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 

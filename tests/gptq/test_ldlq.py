@@ -8,7 +8,9 @@ from fewbit.gptq.grid import Grid, fit_grid, storable
 
 BACKENDS = [
     "torch",
-    pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason=native.why_not())),
+    pytest.param(
+        "native", marks=pytest.mark.skipif(not native.available(), reason=native.unsupported_reason())
+    ),
 ]
 
 

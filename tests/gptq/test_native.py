@@ -11,7 +11,7 @@ from fewbit.gptq import gptq as ldlq
 from fewbit.gptq import grid
 
 ISAS = [name for name in native.instruction_sets() if name != "avx512_bf16"]
-needs_module = pytest.mark.skipif(not native.available(), reason=native.why_not())
+needs_module = pytest.mark.skipif(not native.available(), reason=native.unsupported_reason())
 
 
 @needs_module
@@ -85,7 +85,7 @@ def test_without_the_module_the_torch_path_is_used_and_the_reason_is_told(monkey
     try:
         assert not native.available()
         assert native.instruction_sets() == ()
-        assert "C++17 compiler" in native.why_not()
+        assert "C++17 compiler" in native.unsupported_reason()
         assert native.use("auto", torch.zeros(1)) is False
         with pytest.raises(KernelError, match="compiled solver cannot run: the compiled module"):
             native.use("native", torch.zeros(1))

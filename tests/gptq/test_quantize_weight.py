@@ -14,7 +14,9 @@ from fewbit.quantized_matrix import sequential_groups
 
 BACKENDS = [
     "torch",
-    pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason=native.why_not())),
+    pytest.param(
+        "native", marks=pytest.mark.skipif(not native.available(), reason=native.unsupported_reason())
+    ),
 ]
 SETTINGS = LayerSettings(bits=4, group_size=32, sym=True, act_order="group", damp=0.01, method="gptq")
 

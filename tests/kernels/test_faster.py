@@ -12,12 +12,14 @@ import fewbit
 from fewbit import native
 from fewbit.errors import ConfigError
 from fewbit.kernels.cpu.layout import dequantize_packed
-from fewbit.kernels.cpu.lm_head import RuntimeHead, round_to_8_bits
-from fewbit.kernels.cpu.merged import FusedCpu, fuse
+from fewbit.kernels.cpu.lm_head import Int8LMHead, round_to_8_bits
+from fewbit.kernels.cpu.merged import MergedCpuKernel, fuse
 from fewbit.kernels.linear import QuantLinear
 from tiny_gptq import FAMILIES, llama, logits, random_codes, write_checkpoint
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not() or "compiled module")
+pytestmark = pytest.mark.skipif(
+    not native.available(), reason=native.unsupported_reason() or "compiled module"
+)
 
 
 def decode(model, steps=4):
@@ -41,11 +43,11 @@ def test_joined_layers_give_the_same_numbers(tmp_path, kernel, order):
     write_checkpoint(tmp_path, llama(), order=order)
     apart = fewbit.load(tmp_path, dtype="float32", kernel=kernel)
     joined = fewbit.load(tmp_path, dtype="float32", kernel=kernel, fuse=True)
-    fused = [m for m in joined.modules() if isinstance(getattr(m, "kernel", None), FusedCpu)]
+    fused = [m for m in joined.modules() if isinstance(getattr(m, "kernel", None), MergedCpuKernel)]
     assert len(fused) == 14
     assert {m.kernel.name for m in fused} == {kernel}
-    together = [m for m in fused if m.kernel.together.weight.out_features > m.out_features]
-    assert len(together) == (0 if order else 10)  # with act-order every layer has an order of its own
+    merged = [m for m in fused if m.kernel.merged.weight.out_features > m.out_features]
+    assert len(merged) == (0 if order else 10)  # with act-order every layer has an order of its own
     # Norms and attention sum in another order; an activation that is rounded to 8 bits may fall to the other side.
     share = 1e-5 if kernel == "cpu" else 5e-3
     assert close(decode(joined), decode(apart), share)
@@ -71,10 +73,10 @@ def test_joined_layers_of_all_sizes_and_zero_points(kernel):
         apart = [layer(x) for layer in module.children()]
         assert fuse(module)["calls saved"] == 2
         joined = [layer(x) for layer in module.children()]
-    together = module.q_proj.kernel.together.weight
-    assert together.out_features == 117
-    assert together.scales.shape == together.zeros.shape == (2 + 3 + 3, 5, 16)
-    assert module.v_proj.block_scales.data_ptr() == together.scales[5].data_ptr()  # a part of it, not a copy
+    merged = module.q_proj.kernel.merged.weight
+    assert merged.out_features == 117
+    assert merged.scales.shape == merged.zeros.shape == (2 + 3 + 3, 5, 16)
+    assert module.v_proj.block_scales.data_ptr() == merged.scales[5].data_ptr()  # a part of it, not a copy
     for a, b in zip(apart, joined, strict=True):
         torch.testing.assert_close(a, b)
     for layer in module.children():
@@ -96,7 +98,7 @@ def test_joined_layers_are_saved_and_cast_as_before(tmp_path):
     assert saved.keys() == written.keys()
     assert all(torch.equal(saved[name], written[name]) for name in saved if name.endswith("qweight"))
     joined.model.to(torch.float32)
-    assert not any(isinstance(getattr(m, "kernel", None), FusedCpu) for m in joined.modules())
+    assert not any(isinstance(getattr(m, "kernel", None), MergedCpuKernel) for m in joined.modules())
 
 
 def test_joined_layers_called_in_any_order(tmp_path):
@@ -114,7 +116,7 @@ def test_joined_layers_called_in_any_order(tmp_path):
             with torch.no_grad():
                 assert torch.equal(getattr(joined, name)(x), getattr(apart, name)(x))
                 x += 0.5  # in place: what was computed before is of no use
-    assert joined.q_proj.kernel.together.pending is None or len(joined.q_proj.kernel.together.pending) == 3
+    assert joined.q_proj.kernel.merged.pending is None or len(joined.q_proj.kernel.merged.pending) == 3
 
 
 def test_joined_layers_with_biases_of_their_own(tmp_path):
@@ -133,7 +135,7 @@ def test_the_head_in_8_bits(tmp_path):
         folder = tmp_path / str(tie)
         write_checkpoint(folder, llama(tie=tie))
         model, small = fewbit.load(folder), fewbit.load(folder, lm_head_runtime=8)
-        assert isinstance(small.lm_head, RuntimeHead)
+        assert isinstance(small.lm_head, Int8LMHead)
         a, b = logits(model), logits(small)
         assert 0 < (a - b).norm() < 6e-3 * a.norm()
         assert (small.lm_head.weight is small.get_input_embeddings().weight) == tie
@@ -188,7 +190,7 @@ def test_heads_that_cannot(tmp_path):
     write_checkpoint(tmp_path / "b", llama(), lm_head=True)
     with pytest.raises(ConfigError, match=r"quantized in the checkpoint"):
         fewbit.load(tmp_path / "b", lm_head_runtime=8)
-    from fewbit.kernels.cpu.lm_head import shrink_head
+    from fewbit.kernels.cpu.lm_head import add_int8_lm_head
 
     with pytest.raises(ConfigError, match=r"Linear has no output layer"):
-        shrink_head(nn.Linear(3, 3), 8)
+        add_int8_lm_head(nn.Linear(3, 3), 8)

@@ -4,11 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn import functional
 
 from fewbit.kernels.cpu.layout import Rounding
 from fewbit.kernels.linear import QuantLinear
-from fewbit.kernels.torch_int4 import DENSE_FROM
 from tiny_gptq import random_codes
 
 BITS = (2, 3, 4, 8)
@@ -49,50 +47,8 @@ def test_reference_gradient_is_that_of_a_dense_layer():
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("order", [False, True])
-@pytest.mark.parametrize(
-    ("shape", "group_size"),
-    [((16, 32), 32), ((112, 192), 64), ((80, 576), 128), ((64, 96), -1), ((144, 192), 96)],
-)
-@pytest.mark.parametrize("mean", [0.0, 1.0])
-def test_int4_is_as_exact_as_a_dense_bfloat16_layer(bits, order, shape, group_size, mean):
-    if order and shape[1] % group_size:
-        pytest.skip("the kernel refuses it; see test_int4_refuses")
-    codes = random_codes(*shape, bits, group_size, order=order)
-    layer = layer_of(codes, torch.bfloat16, "torch_int4")
-    weight = codes.dequantize(torch.float64)
-    # Outputs far smaller than their terms would measure cancellation, not the kernel.
-    x = (torch.randn(40, shape[1]) + mean).bfloat16()
-    truth = x.double() @ weight.t()
-    dense = relative(functional.linear(x, weight.bfloat16()), truth)
-    assert relative(layer(x), truth) < 1.7 * max(dense, 2**-9)
-    assert relative(layer(x.repeat(3, 1)), truth.repeat(3, 1)) < 1.7 * max(dense, 2**-9)
-
-
-@pytest.mark.parametrize("tokens", [0, 1, DENSE_FROM - 1, DENSE_FROM, DENSE_FROM + 1])
-def test_int4_on_both_sides_of_its_threshold(tokens):
-    codes = random_codes(32, 64, 4, 32)
-    layer = layer_of(codes, torch.bfloat16, "torch_int4", bias=torch.randn(32))
-    x = torch.randn(tokens, 64).bfloat16()
-    truth = x.double() @ codes.dequantize(torch.float64).t() + layer.bias.double()
-    assert layer(x).shape == (tokens, 32)
-    assert tokens == 0 or relative(layer(x), truth) < 5e-3
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("order", [False, True])
-def test_int4_gradient(bits, order):
-    codes = random_codes(32, 96, bits, 32, order=order)
-    layer = layer_of(codes, torch.bfloat16, "torch_int4")
-    x = torch.randn(2, 5, 96).bfloat16().requires_grad_()
-    grad = torch.randn(2, 5, 32).bfloat16()
-    layer(x).backward(grad)
-    assert relative(x.grad, grad.double() @ codes.dequantize(torch.float64)) < 1e-2
-
-
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("order", [False, True])
 @pytest.mark.parametrize("out_features", [16, 80, 192])
-@pytest.mark.parametrize("kernel", ["cpu", "torch_int4"])
+@pytest.mark.parametrize("kernel", ["cpu"])
 def test_repacking_is_undone_bit_for_bit(bits, order, out_features, kernel):
     layer = QuantLinear.from_codes(
         random_codes(out_features, 128, bits, 64, order=order), compute_dtype=torch.bfloat16
@@ -135,14 +91,14 @@ def test_scales_are_held_once_and_come_back_bit_for_bit(kernel, out_features, sc
         assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
 
 
-@pytest.mark.parametrize("kernel", ["reference", "torch_int4", "cpu"])
+@pytest.mark.parametrize("kernel", ["reference", "cpu"])
 def test_operators_are_well_formed(kernel):
     layer = layer_of(random_codes(32, 64, 4, 32, order=True), torch.bfloat16, kernel)
     x = torch.randn(3, 64).bfloat16().requires_grad_()
     if kernel == "reference":
         op = torch.ops.fewbit.linear_reference.default
         args = (x, layer.qweight, layer.qzeros, layer.scales, layer.g_idx, 4, "gptq")
-    elif kernel == "cpu":
+    else:
         op = torch.ops.fewbit.linear_packed.default
         args = (
             x,
@@ -157,13 +113,10 @@ def test_operators_are_well_formed(kernel):
             torch.randn(32),
             int(Rounding.NONE),
         )
-    else:
-        op = torch.ops.fewbit.linear_int4pack.default
-        args = (x, layer.packed, layer.scales_and_zeros, layer.rest, layer.order, 4)
     torch.library.opcheck(op, args)
 
 
-@pytest.mark.parametrize("kernel", ["reference", "torch_int4", "cpu", "cpu_a16", "cpu_a8"])
+@pytest.mark.parametrize("kernel", ["reference", "cpu", "cpu_a16", "cpu_a8"])
 def test_compiles_to_one_graph(kernel):
     layer = layer_of(random_codes(32, 64, 4, 32), torch.bfloat16, kernel, bias=torch.randn(32))
     torch.compiler.reset()  # it counts the kernels of earlier tests, and gives up after eight

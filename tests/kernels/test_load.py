@@ -168,8 +168,8 @@ def write(folder, **changes):
 
 def test_kernels_are_explained(tmp_path):
     write(tmp_path)
-    (line,) = kernels(fewbit.load(tmp_path, dtype=torch.float32, kernel="torch"))
-    assert line.startswith("14 layers: reference (torch_int4: activations are float32")
+    (line,) = kernels(fewbit.load(tmp_path, dtype=torch.float64))
+    assert line.startswith("14 layers: reference (cpu: activations are float64")
     model = fewbit.load(tmp_path, dtype=torch.bfloat16, kernel="reference")
     assert kernels(model) == ["14 layers: reference"]
 
@@ -177,7 +177,7 @@ def test_kernels_are_explained(tmp_path):
 @pytest.mark.parametrize(
     ("kernel", "words"),
     [
-        ("torch_int4", "kernel 'torch_int4' cannot run a layer of 4 bits.*activations are float32"),
+        ("triton", "kernel 'triton' cannot run a layer of 4 bits.*device is cpu, not cuda or xpu"),
         ("marlin", "kernel 'marlin' cannot run.*device is cpu, not cuda"),
         ("fast", "there is no kernel 'fast'"),
     ],

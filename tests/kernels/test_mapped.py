@@ -9,7 +9,7 @@ from fewbit import native
 from fewbit.kernels.cpu.page_cache import forget
 
 pytestmark = [
-    pytest.mark.skipif(not native.available(), reason=native.why_not() or "compiled module"),
+    pytest.mark.skipif(not native.available(), reason=native.unsupported_reason() or "compiled module"),
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc/self/maps"),
 ]
 

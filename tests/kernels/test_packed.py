@@ -15,7 +15,9 @@ from fewbit.kernels.linear import QuantLinear
 from fewbit.quantized_matrix import QuantizedMatrix, group_count, sequential_groups
 from tiny_gptq import random_codes
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not() or "compiled module")
+pytestmark = pytest.mark.skipif(
+    not native.available(), reason=native.unsupported_reason() or "compiled module"
+)
 
 BITS = (2, 3, 4, 8)
 SHAPES = ((1, 1), (16, 32), (1, 7), (37, 100), (64, 256), (100, 200))
@@ -148,7 +150,7 @@ def test_activations_in_fine_steps(bits, group_size):
             x[0] = 1 / 64
             rounded = rounded_to_int8(x, codes, 16).double()
             truth = rounded @ codes.dequantize(torch.float64).t()
-            found = packed.multiply(x, weight, None, Rounding.FINE_IF_MANY, "avx512_vnni").double()
+            found = packed.multiply(x, weight, None, Rounding.INT8_FOR_PREFILL, "avx512_vnni").double()
             error = (found - truth).abs() - truth.abs() * 2**-11
             assert (error / (rounded.abs() @ sizes)).max() < 2e-6, (sym, columns, tokens)
 
@@ -170,7 +172,7 @@ def test_only_many_tokens_of_16_bits_are_rounded_and_only_where_that_is_fast(bit
 
     def same(x, isa="best"):
         rounded, kept = (
-            packed.multiply(x, weight, None, how, isa) for how in (Rounding.FINE_IF_MANY, Rounding.NONE)
+            packed.multiply(x, weight, None, how, isa) for how in (Rounding.INT8_FOR_PREFILL, Rounding.NONE)
         )
         return torch.equal(rounded, kept)
 

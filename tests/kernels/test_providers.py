@@ -27,8 +27,8 @@ BY_NAME = {provider.name: provider for provider in PROVIDERS}
 AVAILABLE = [provider for provider in PROVIDERS if provider.layer_class]
 
 
-def why_not(name, change=None, device=CUDA, dtype=torch.bfloat16):
-    return BY_NAME[name].why_not(dataclasses.replace(SPEC, **change or {}), device, dtype, False)
+def unsupported_reason(name, change=None, device=CUDA, dtype=torch.bfloat16):
+    return BY_NAME[name].unsupported_reason(dataclasses.replace(SPEC, **change or {}), device, dtype, False)
 
 
 @pytest.mark.parametrize(
@@ -49,20 +49,22 @@ def why_not(name, change=None, device=CUDA, dtype=torch.bfloat16):
     ],
 )
 def test_the_first_condition_that_fails(name, change, words):
-    assert words in why_not(name, change)
+    assert words in unsupported_reason(name, change)
 
 
 @pytest.mark.parametrize("provider", AVAILABLE, ids=lambda provider: provider.name)
 def test_device_dtype_and_package_are_conditions(provider, monkeypatch):
     other = CPU if provider.device == "cuda" else CUDA
     right = torch.device(provider.device)
-    assert why_not(provider.name, device=other) == f"device is {other}, not {right}"
-    assert "activations are float32, not " in why_not(provider.name, device=right, dtype=torch.float32)
+    assert unsupported_reason(provider.name, device=other) == f"device is {other}, not {right}"
+    assert "activations are float32, not " in unsupported_reason(
+        provider.name, device=right, dtype=torch.float32
+    )
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
     missing = "the package gptqmodel is not installed (pip install gptqmodel)"
-    assert why_not(provider.name, device=right) == missing
+    assert unsupported_reason(provider.name, device=right) == missing
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: object())
-    assert why_not(provider.name, device=right) is None
+    assert unsupported_reason(provider.name, device=right) is None
 
 
 def test_one_that_is_asked_for_and_cannot_run_says_which_can():
@@ -256,7 +258,7 @@ def checkpoint(tmp_path_factory):
 
 def test_loading_takes_every_name(checkpoint):
     layers = dict(quantized_layers(fewbit.load(checkpoint, dtype=torch.bfloat16, kernel="torch")))
-    assert {layer.kernel.name for layer in layers.values()} == {"torch_int4"}
+    assert {layer.kernel.name for layer in layers.values()} == {"reference"}
     layers = dict(quantized_layers(fewbit.load(checkpoint, kernel="auto_trainable")))
     assert all(layer.trainable for layer in layers.values())
     for name, words in (
@@ -276,7 +278,7 @@ def test_transformers_takes_every_name(checkpoint):
         model = AutoModelForCausalLM.from_pretrained(
             checkpoint, quantization_config=config, dtype=torch.bfloat16
         )
-        assert {layer.kernel.name for _, layer in quantized_layers(model)} == {"torch_int4"}
+        assert {layer.kernel.name for _, layer in quantized_layers(model)} == {"reference"}
         with pytest.raises(KernelError, match=r"'machete' cannot run .*: device is cpu, not cuda"):
             AutoModelForCausalLM.from_pretrained(
                 checkpoint, quantization_config=GPTQConfig(bits=4, backend="machete")

@@ -20,7 +20,9 @@ from fewbit.kernels.cpu import fused_ops as steps
 from fewbit.kernels.cpu.merged import fuse
 from tiny_gptq import llama, write_checkpoint
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not() or "compiled module")
+pytestmark = pytest.mark.skipif(
+    not native.available(), reason=native.unsupported_reason() or "compiled module"
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SETS = [isa for isa in native.instruction_sets() if isa != "avx512_bf16"]

@@ -291,9 +291,9 @@ def test_on_a_device_that_is_not_the_current_one():
         ("xpu", torch.float32, None),
     ],
 )
-def test_why_not(device, dtype, words):
+def test_unsupported_reason(device, dtype, words):
     spec = KernelSpec(4, 32, True, False, 32, 16)
-    reason = TritonKernel().why_not(spec, torch.device(device), dtype, False)
+    reason = TritonKernel().unsupported_reason(spec, torch.device(device), dtype, False)
     assert reason is None if words is None else words in reason
 
 

@@ -35,7 +35,7 @@ def demo(
 
     quiet_libraries()
     if not native.available():
-        console.print(f"note: {native.why_not()}", markup=False, highlight=False)
+        console.print(f"note: {native.unsupported_reason()}", markup=False, highlight=False)
     if verbose:
         console.print("settings: " + ", ".join(f"{name} {value}" for name, value in SETTINGS.items()))
     with progress_bar("demo", hidden=as_json or quiet) as progress:

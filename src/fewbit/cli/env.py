@@ -36,7 +36,7 @@ def env(
         return
     facts["cpu threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
     facts["compiled solver"] = (
-        "yes: " + ", ".join(native.instruction_sets()) if native.available() else native.why_not()
+        "yes: " + ", ".join(native.instruction_sets()) if native.available() else native.unsupported_reason()
     )
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):

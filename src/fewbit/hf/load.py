@@ -74,11 +74,11 @@ def load(
         ConfigError: an unknown dtype, a `device_map` with disk entries, or an output layer that cannot have 8 bits.
         DependencyError: a `device_map`, and accelerate is missing.
     """
-    from ..kernels.cpu.lm_head import shrink_head
+    from ..kernels.cpu.lm_head import add_int8_lm_head
     from ..kernels.cpu.merged import fuse as fuse_model
     from .quantizer import offer
 
-    registry.meant(kernel)
+    registry.resolve(kernel)
     folder = Path(path)
     folder = folder if folder.exists() else download(str(path), CheckpointError)
     checkpoint = open_checkpoint(folder, quantization_config)
@@ -107,7 +107,7 @@ def load(
             said,
         )
     if lm_head_runtime is not None:
-        shrink_head(model, lm_head_runtime)
+        add_int8_lm_head(model, lm_head_runtime)
     return model
 
 

@@ -55,7 +55,7 @@ class Provider:
     out_multiple: int = 32
     needs_scratch: bool = False
 
-    def why_not(
+    def unsupported_reason(
         self, spec: KernelSpec, device: torch.device, dtype: torch.dtype, trainable: bool
     ) -> str | None:
         """The first condition that fails, in words; None where only the package itself can tell.
@@ -173,11 +173,11 @@ class Wrapped(Kernel):
         self._kept: dict[str, Tensor] = {}
         self._layer: Any = None
 
-    def why_not(
+    def unsupported_reason(
         self, spec: KernelSpec, device: torch.device, dtype: torch.dtype, trainable: bool
     ) -> str | None:
         """As its provider."""
-        return self._provider.why_not(spec, device, dtype, trainable)
+        return self._provider.unsupported_reason(spec, device, dtype, trainable)
 
     def repack(self, layer: QuantizedBuffers) -> dict[str, Tensor]:
         """Build the other package's layer where `layer` lies; the buffer only marks that it has the codes.

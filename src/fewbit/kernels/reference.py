@@ -86,7 +86,7 @@ class Reference(Kernel):
     name = "reference"
     summary = "plain torch: unpacks the weight at every call; runs everywhere"
 
-    def why_not(
+    def unsupported_reason(
         self, spec: KernelSpec, device: torch.device, dtype: torch.dtype, trainable: bool
     ) -> str | None:
         """It can always run on floating-point activations."""

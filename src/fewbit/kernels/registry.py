@@ -14,26 +14,23 @@ from .cpu.kernel import Cpu, Cpu16, CpuInt8
 from .providers import PROVIDERS, Provider
 from .reference import Reference
 from .spec import Kernel, KernelSpec
-from .torch_int4 import TorchInt4
 from .triton.kernel import TritonKernel
 
 # The reference kernel can always run.
-_OTHERS = (TorchInt4(), TritonKernel(), Reference())
-_AUTO: tuple[Kernel, ...] = (Cpu(), *_OTHERS)
-_AUTO_A16: tuple[Kernel, ...] = (Cpu16(), *_OTHERS)
+_AUTO: tuple[Kernel, ...] = (Cpu(), TritonKernel(), Reference())
+_AUTO_A16: tuple[Kernel, ...] = (Cpu16(), *_AUTO[1:])
 
 KERNELS: tuple[Kernel, ...] = (*_AUTO, Cpu16(), CpuInt8())
 
 _ENTRIES: tuple[Kernel | Provider, ...] = (*KERNELS, *PROVIDERS)
 
-# Names of other tools. GPTQModel's have "gptq_" before them, or not.
-_ALIASES = {"exllama_v1": "exllama", "exllama_v2": "exllamav2"}
-_TORCH = ("torch_int4", "reference")
+# Names that other tools use. GPTQModel's may start with "gptq_".
+_ALIASES = {"exllama_v1": "exllama", "exllama_v2": "exllamav2", "torch": "reference"}
 _ENGINES = ("vllm", "sglang", "mlx")
 
 
 def names() -> tuple[str, ...]:
-    """Every kernel's name, fewbit's own first. `meant` knows further words."""
+    """Every kernel's name, fewbit's own first. `resolve` knows further words."""
     return tuple(entry.name for entry in _ENTRIES)
 
 
@@ -49,10 +46,10 @@ def get(name: str) -> Kernel:
     raise KernelError(f"there is no kernel {name!r}; use auto or one of {', '.join(names())}")
 
 
-def meant(name: str) -> tuple[Kernel | Provider, ...]:
+def resolve(name: str) -> tuple[Kernel | Provider, ...]:
     """The kernels that a name of fewbit's, GPTQModel's or transformers' stands for, the preferred one first.
 
-    Beside kernels' names: "auto", "auto_a16", "auto_trainable" and "torch".
+    Also accepted: "auto", "auto_a16", "auto_trainable" and "torch" (the reference kernel).
 
     Raises:
         KernelError: it is no kernel's name.
@@ -63,8 +60,6 @@ def meant(name: str) -> tuple[Kernel | Provider, ...]:
         return _AUTO
     if short == "auto_a16":
         return _AUTO_A16
-    if short == "torch":
-        return tuple(kernel for kernel in KERNELS if kernel.name in _TORCH)
     if short in _ENGINES:
         raise KernelError(
             f"{name} is an engine, not a kernel: it serves the checkpoint's folder by itself. "
@@ -81,7 +76,7 @@ def explain(
 ) -> list[tuple[str, str | None]]:
     """Every kernel with None where it can run the layer and otherwise the reason why it cannot."""
     device = torch.device(device)
-    return [(entry.name, entry.why_not(spec, device, dtype, trainable)) for entry in _ENTRIES]
+    return [(entry.name, entry.unsupported_reason(spec, device, dtype, trainable)) for entry in _ENTRIES]
 
 
 def choose(
@@ -94,18 +89,18 @@ def choose(
     """The kernel for a layer, and for each one tried before it why it cannot.
 
     Args:
-        name: see `meant`. "auto_trainable" is "auto" with gradients to the input.
+        name: see `resolve`. "auto_trainable" is "auto" with gradients to the input.
 
     Raises:
         KernelError: `name` is not known, cannot run the layer (the message says why), or nothing can.
     """
-    entries = meant(name)
+    entries = resolve(name)
     trainable = trainable or name.lower() == "auto_trainable"
     reasons: list[tuple[str, str | None]] = []
     for entry in entries:
-        reason = entry.why_not(spec, device, dtype, trainable)
+        reason = entry.unsupported_reason(spec, device, dtype, trainable)
         if reason is None and isinstance(entry, Kernel) and len(entries) > 1:
-            reason = entry.distrust(spec, device, dtype)
+            reason = entry.self_check(spec, device, dtype)
         reasons.append((entry.name, reason))
         if reason is None:
             kernel = entry.open(spec, device, dtype) if isinstance(entry, Provider) else entry

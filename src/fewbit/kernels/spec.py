@@ -1,8 +1,7 @@
 """What a kernel is: a way to multiply with a quantized weight, and the conditions under which it can.
 
-A kernel of fewbit's own holds no state. What it needs at run time lies in the layer's buffers: the canonical tensors
-of the checkpoint, or the kernel's own form of ``qweight``, and perhaps of ``scales``, from which they can be restored
-bit for bit.
+fewbit's own kernels hold no state. What they need at run time lies in the layer's buffers: the canonical tensors of the
+checkpoint, or the kernel's own form of ``qweight`` (and perhaps of ``scales``), which can be restored bit for bit.
 """
 
 from __future__ import annotations
@@ -15,17 +14,23 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..checkpoint.quantization_config import LayerFormat
 from ..quantized_matrix import QuantizedMatrix
 
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """What a kernel must know of a layer before it is chosen.
+    """What a kernel must know about a layer before it is chosen.
 
     Attributes:
-        act_order: groups are not consecutive inputs.
-        even_groups: every group has `group_size` inputs (the last may have fewer without act-order).
-        format: "gptq" or "gptq_v2", of the canonical tensors.
+        bits: bits per code: 2, 3, 4 or 8.
+        group_size: inputs per group; −1 for one group per row.
+        sym: whether the checkpoint calls the grid symmetric.
+        act_order: whether groups are not consecutive inputs.
+        in_features: number of inputs.
+        out_features: number of outputs.
+        format: format of the canonical tensors, "gptq" or "gptq_v2".
+        even_groups: whether every group has `group_size` inputs (without act-order the last may have fewer).
         kind: "linear", or "conv2d" with in_features = in_channels · kernel height · kernel width.
     """
 
@@ -38,6 +43,19 @@ class KernelSpec:
     format: str = "gptq"
     even_groups: bool = True
     kind: str = "linear"
+
+    @classmethod
+    def of(
+        cls, layer: LayerFormat, shape: tuple[int, int], format: str = "gptq", kind: str = "linear"
+    ) -> KernelSpec:
+        """The spec of a layer with this format whose weight has this shape (out_features, in_features)."""
+        out_features, in_features = shape
+        return cls(*layer, in_features, out_features, format=format, kind=kind)
+
+    @property
+    def layer_format(self) -> LayerFormat:
+        """Bits, group size, symmetry and order."""
+        return LayerFormat(self.bits, self.group_size, self.sym, self.act_order)
 
 
 class QuantizedBuffers(Protocol):
@@ -70,7 +88,7 @@ class Kernel(ABC):
     repacks_scales = False
 
     @abstractmethod
-    def why_not(
+    def unsupported_reason(
         self, spec: KernelSpec, device: torch.device, dtype: torch.dtype, trainable: bool
     ) -> str | None:
         """The first condition that keeps this kernel from running such a layer, in words; None if it can.
@@ -78,21 +96,21 @@ class Kernel(ABC):
         Args:
             spec: the layer.
             device: where its tensors lie.
-            dtype: of the activations.
+            dtype: dtype of the activations.
             trainable: whether gradients to the input are needed.
         """
 
-    def distrust(self, spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+    def self_check(self, spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why "auto" should not take this kernel although it can run the layer, in words; None if it may.
 
-        Asked after `why_not`, and only where the kernel was not asked for by name. May run the kernel to find out.
+        Called after `unsupported_reason`, and only where the kernel was not requested by name. May run the kernel.
         """
         return None
 
     def repack(self, layer: QuantizedBuffers) -> dict[str, Tensor]:
-        """Buffers that take the place of ``qweight``; empty where the kernel reads ``qweight`` itself.
+        """Buffers that replace ``qweight``, and ``scales`` where `repacks_scales`.
 
-        Where `repacks_scales`, they take the place of ``scales`` too.
+        Empty where the kernel reads ``qweight`` itself.
         """
         return {}
 

@@ -242,7 +242,9 @@ def needs_full_precision(config: QuantConfig) -> bool:
 def _solver_notes(device: torch.device, layers: int) -> list[str]:
     if device.type == "cpu":
         return (
-            [] if native.available() else [f"the compiled solver is not in use ({native.why_not()}): slower"]
+            []
+            if native.available()
+            else [f"the compiled solver is not in use ({native.unsupported_reason()}): slower"]
         )
     reason = why_no_triton(device)
     if not reason:

@@ -19,7 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from ... import native
 from ..linear import QuantLinear
-from .kernel import plain
+from .kernel import can_bypass_dispatch
 from .layout import NUMBERS
 
 ATTENTION = "fewbit"  # what transformers calls it
@@ -48,7 +48,9 @@ class Norm:
     def __call__(self, x: Tensor) -> Tensor:
         """(…, n) → (…, n)"""
         weight: Tensor = self._module.weight  # type: ignore[assignment]
-        if not (plain(x, weight) and x.dtype == weight.dtype and x.is_contiguous() and x.is_cpu):
+        if not (
+            can_bypass_dispatch(x, weight) and x.dtype == weight.dtype and x.is_contiguous() and x.is_cpu
+        ):
             y: Tensor = type(self._module).forward(self._module, x)
             return y
         return rms_norm(x, weight, self._eps)
@@ -69,10 +71,10 @@ class GatedMlp:
     def __call__(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)"""
         module = self._module
-        if not (plain(x, None) and self._unchanged()):
+        if not (can_bypass_dispatch(x, None) and self._unchanged()):
             y: Tensor = type(module).forward(module, x)
             return y
-        gated = silu_gate(self._kernels[0].together(x))  # type: ignore[attr-defined]
+        gated = silu_gate(self._kernels[0].merged(x))  # type: ignore[attr-defined]
         found: Tensor = module._modules[self._down](gated)  # type: ignore[misc]
         return found
 
@@ -168,8 +170,8 @@ def attention_forward(
         attention_mask is None
         and not dropout
         and not any(kwargs.get(name) is not None for name in _UNUSUAL)
-        and plain(query, key)
-        and plain(value, None)
+        and can_bypass_dispatch(query, key)
+        and can_bypass_dispatch(value, None)
         and _fit(query, key, value)
     ):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -236,13 +238,13 @@ def _fuse_mlp(module: nn.Module) -> bool:
         if len(layers) < len(names) or not isinstance(last, QuantLinear) or "forward" in vars(module):
             continue
         first, *_ = layers.values()
-        together = getattr(first.kernel, "together", None)
+        merged = getattr(first.kernel, "merged", None)
         rows = sum(layer.out_features for layer in layers.values())
         if (
-            together is None
-            or any(getattr(layer.kernel, "together", None) is not together for layer in layers.values())
+            merged is None
+            or any(getattr(layer.kernel, "merged", None) is not merged for layer in layers.values())
             or any(layer.bias is not None for layer in layers.values())
-            or together.weight.out_features != rows
+            or merged.weight.out_features != rows
             or rows != 2 * last.in_features
         ):
             continue

@@ -25,12 +25,12 @@ class Cpu(Kernel):
     name = "cpu"
     summary = "fewbit's own: reads each packed weight once; 16-bit activations, for prompts 8-bit ones in fine steps"
     repacks_scales = True
-    rounding = Rounding.FINE_IF_MANY
+    rounding = Rounding.INT8_FOR_PREFILL
 
-    def why_not(
+    def unsupported_reason(
         self, spec: KernelSpec, device: torch.device, dtype: torch.dtype, trainable: bool
     ) -> str | None:
-        """See `Kernel.why_not`."""
+        """See `Kernel.unsupported_reason`."""
         if spec.kind != "linear":
             return f"the layer is a {spec.kind}, not a linear layer"
         if device.type != "cpu":
@@ -38,7 +38,7 @@ class Cpu(Kernel):
         if dtype not in _DTYPES:
             return f"activations are {str(dtype).removeprefix('torch.')}, not float32, float16 or bfloat16"
         if not native.available():
-            return native.why_not()
+            return native.unsupported_reason()
         return None
 
     def repack(self, layer: QuantizedBuffers) -> dict[str, Tensor]:
@@ -96,12 +96,12 @@ NAMES = tuple(kernel.name for kernel in (Cpu, Cpu16, CpuInt8))
 def product(x: Tensor, weight: PackedWeight, bias: Tensor | None, *, rounding: Rounding) -> Tensor:
     """``x @ weightᵀ + bias``, with gradients where they are wanted.
 
-    Gradients are those of 16-bit activations: where they are wanted, `Rounding.FINE_IF_MANY` rounds nothing.
+    Gradients are those of 16-bit activations: where they are wanted, `Rounding.INT8_FOR_PREFILL` rounds nothing.
     """
-    if plain(x, bias):
+    if can_bypass_dispatch(x, bias):
         # Dispatching a custom operator takes longer than multiplying with a small weight.
         return packed.multiply(x, weight, bias, rounding)
-    if rounding is Rounding.FINE_IF_MANY and _wants_gradients(x, bias):
+    if rounding is Rounding.INT8_FOR_PREFILL and _wants_gradients(x, bias):
         rounding = Rounding.NONE
     y: Tensor = torch.ops.fewbit.linear_packed(x, *weight, bias, rounding)
     return y
@@ -122,7 +122,7 @@ def packed_weight(layer: QuantizedBuffers) -> PackedWeight:
     )
 
 
-def plain(x: Tensor, bias: Tensor | None) -> bool:
+def can_bypass_dispatch(x: Tensor, bias: Tensor | None) -> bool:
     """Whether nobody watches: no compiler, no tracer, no gradients, no other kind of tensor."""
     if type(x) is not Tensor or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False

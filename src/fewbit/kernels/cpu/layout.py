@@ -36,14 +36,14 @@ class Rounding(IntEnum):
 
     Attributes:
         NONE: 16 bits of each are kept.
-        FINE_IF_MANY: those of many tokens (a prompt; the compiled module decides from how many on) are rounded to 8
+        INT8_FOR_PREFILL: those of many tokens (a prompt; the compiled module decides from how many on) are rounded to 8
             bits with a scale for each token and 16 inputs, if they are bfloat16 or float16 and the processor has
             AVX-512 with VNNI and BF16. Otherwise as `NONE`.
         INT8: rounded to 8 bits with a scale for each token and group.
     """
 
     NONE = 0
-    FINE_IF_MANY = 1
+    INT8_FOR_PREFILL = 1
     INT8 = 2
 
 

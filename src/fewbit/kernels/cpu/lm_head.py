@@ -24,7 +24,7 @@ BITS, GROUP = 8, 64
 _ROWS = 4096  # rounded at a time
 
 
-class RuntimeHead(nn.Linear):
+class Int8LMHead(nn.Linear):
     """The output layer with its weight, and with an 8-bit copy of it that serves while the weight is not trained.
 
     Args:
@@ -71,7 +71,7 @@ def round_to_8_bits(weight: Tensor) -> packed.PackedWeight:
     return packed.pack(words, scales, zeros, sequential_groups(in_features, GROUP), BITS)
 
 
-def shrink_head(model: nn.Module, bits: int) -> None:
+def add_int8_lm_head(model: nn.Module, bits: int) -> None:
     """Give a model's output layer an 8-bit copy of its weight to multiply with.
 
     Raises:
@@ -95,7 +95,7 @@ def shrink_head(model: nn.Module, bits: int) -> None:
             f"lm_head_runtime is for CPUs, and the output layer is on {head.weight.device}: leave it out"
         )
     if not native.available():
-        raise ConfigError(f"lm_head_runtime cannot work: {native.why_not()}")
+        raise ConfigError(f"lm_head_runtime cannot work: {native.unsupported_reason()}")
     for name, module in model.named_modules():
         if module is head:
-            model.set_submodule(name, RuntimeHead(head))
+            model.set_submodule(name, Int8LMHead(head))

@@ -20,14 +20,14 @@ from ..linear import QuantLinear
 from ..spec import QuantizedBuffers
 from . import layout as packed
 from .fused_ops import fuse_steps
-from .kernel import Cpu, packed_weight, plain
+from .kernel import Cpu, can_bypass_dispatch, packed_weight
 from .layout import PackedWeight, Rounding
 
 # From here on the products take so long that a call more does not matter, and their parts would have to be copied.
 MOST_TOKENS = 8
 
 
-class Together:
+class MergedLinear:
     """One layer or several as one weight, and the result that some of them have not fetched yet."""
 
     def __init__(self, weight: PackedWeight, rounding: Rounding) -> None:
@@ -36,7 +36,7 @@ class Together:
         self._view = packed.native_view(weight)  # making one takes as long as a small product
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Together, (self.weight, self.rounding)
+        return MergedLinear, (self.weight, self.rounding)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """All outputs for x (…, in). No gradients."""
@@ -52,25 +52,25 @@ class Together:
         return found[2][..., first:last]
 
 
-class FusedCpu(Cpu):
+class MergedCpuKernel(Cpu):
     """The kernel of one layer of several."""
 
     summary = "fewbit's own, one call for layers with the same input"
 
-    def __init__(self, together: Together, alone: Cpu, first: int, last: int) -> None:
+    def __init__(self, merged: MergedLinear, alone: Cpu, first: int, last: int) -> None:
         self.name, self.rounding = alone.name, alone.rounding
-        self.together, self._first, self._last = together, first, last
+        self.merged, self._first, self._last = merged, first, last
 
     def linear(self, x: Tensor, layer: QuantizedBuffers) -> Tensor:
         """See `Kernel.linear`."""
-        together = self.together
-        if not plain(x, layer.bias):
+        merged = self.merged
+        if not can_bypass_dispatch(x, layer.bias):
             return super().linear(x, layer)
-        if self._last - self._first == together.weight.out_features:
-            return together(x, layer.bias)
+        if self._last - self._first == merged.weight.out_features:
+            return merged(x, layer.bias)
         if x.numel() > MOST_TOKENS * x.shape[-1]:
             return super().linear(x, layer)
-        y = together.part(x, self._first, self._last)
+        y = merged.part(x, self._first, self._last)
         return y if layer.bias is None else y + layer.bias.to(y.dtype)
 
 
@@ -95,15 +95,15 @@ def fuse(model: nn.Module) -> dict[str, int]:
         if (
             isinstance(layer, QuantLinear)
             and isinstance(layer.kernel, Cpu)
-            and not isinstance(layer.kernel, FusedCpu)
+            and not isinstance(layer.kernel, MergedCpuKernel)
         ):
             _take([layer], packed_weight(layer))
-    ours = any(isinstance(getattr(module, "kernel", None), FusedCpu) for module in model.modules())
+    ours = any(isinstance(getattr(module, "kernel", None), MergedCpuKernel) for module in model.modules())
     return {"calls saved": saved, **(fuse_steps(model) if ours else {})}
 
 
 def _what_must_be_alike(layer: QuantLinear) -> object:
-    if not isinstance(layer.kernel, Cpu) or isinstance(layer.kernel, FusedCpu):
+    if not isinstance(layer.kernel, Cpu) or isinstance(layer.kernel, MergedCpuKernel):
         return id(layer)
     tensors, spec = layer.tensors, layer.spec
     return (
@@ -156,7 +156,7 @@ def _take(layers: list[QuantLinear], weight: PackedWeight) -> None:
     """Give each layer its part of the weight."""
     kernel, start = layers[0].kernel, 0
     assert isinstance(kernel, Cpu)
-    together = Together(weight, kernel.rounding)
+    merged = MergedLinear(weight, kernel.rounding)
     for layer in layers:
-        layer.kernel = FusedCpu(together, kernel, start, start + layer.out_features)
+        layer.kernel = MergedCpuKernel(merged, kernel, start, start + layer.out_features)
         start += layer.out_features

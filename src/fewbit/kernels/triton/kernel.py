@@ -117,10 +117,10 @@ class TritonKernel(Kernel):
     name = "triton"
     summary = "fewbit's own for GPUs: unpacks on the chip, sums in float32"
 
-    def why_not(
+    def unsupported_reason(
         self, spec: KernelSpec, device: torch.device, dtype: torch.dtype, trainable: bool
     ) -> str | None:
-        """See `Kernel.why_not`."""
+        """See `Kernel.unsupported_reason`."""
         if spec.kind != "linear":
             return f"the layer is a {spec.kind}, not a linear layer"
         if device.type not in _DEVICES:
@@ -131,8 +131,8 @@ class TritonKernel(Kernel):
             return "the package triton is not installed (pip install triton)"
         return None
 
-    def distrust(self, spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
-        """See `Kernel.distrust`: it is tried out on the device, once per process, device, bits and dtype."""
+    def self_check(self, spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+        """See `Kernel.self_check`: it is tried out on the device, once per process, device, bits and dtype."""
         from .self_check import problem
 
         return problem(device, spec.bits, dtype)
