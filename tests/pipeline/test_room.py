@@ -4,14 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import models
 from fewbit import QuantConfig
-from fewbit.modeling.experts import unfuse, unfused_modules
 from fewbit.modeling.source import open_source
 from fewbit.pipeline import memory as room
-from fewbit.pipeline.memory import activation_budget, companies_on_device, free_device_bytes, solver_bytes
+from fewbit.pipeline.memory import activation_budget, free_device_bytes, solver_bytes
 from fewbit.pipeline.statistics import Rows
 from fewbit.pipeline.streaming import REST, StreamedWeights
 from fewbit.planning import make_plan
@@ -67,90 +66,6 @@ def test_the_solver_has_its_matrices():
     plan = make_plan(llama(4096, 14336, 1024), QuantConfig())
     assert solver_bytes(plan, 2) == 36 * 14336**2 + 26 * 14336 * 4096
     assert solver_bytes(plan, 1) == 20 * 14336**2 + 15 * 14336 * 4096
-
-
-def experts_of(kind, **shape):
-    """Two layers of a mixture with the shape of a real one, taken apart."""
-    config = AutoConfig.for_model(kind, num_hidden_layers=2, vocab_size=1000, **shape)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config).bfloat16().eval()
-    unfuse(model)
-    return model
-
-
-def companies_of(monkeypatch, model, free, config=None, batches=128, streams=2):
-    monkeypatch.setattr(room, "free_device_bytes", lambda device: free)
-    rows = [Rows(counts=frozenset([2048]))] * batches
-    weights = SimpleNamespace(device=GPU, pending_bytes=lambda: 10**9)
-    arguments = model, make_plan(model, config or QuantConfig()), weights, rows, streams
-    sizes = companies_on_device(*arguments)
-    return sizes, activation_budget(*arguments), activation_budget(*arguments, sizes)
-
-
-def qwen3_30b_a3b():
-    return experts_of(
-        "qwen3_moe",
-        hidden_size=2048,
-        moe_intermediate_size=768,
-        num_experts=128,
-        num_experts_per_tok=8,
-        head_dim=128,
-    )
-
-
-def test_companies_fill_a_large_gpu_and_have_their_share_of_it(monkeypatch):
-    model = qwen3_30b_a3b()
-    sizes, alone, together = companies_of(monkeypatch, model, 139 * 2**30)
-    assert sizes == dict.fromkeys(unfused_modules(model), 16)  # of 2048 rows: 32768 are enough
-    # 16 of 128 experts get 3 times their share of 8 experts for each token, in both streams, and some when starved.
-    inputs = 2 * (3 * 128 * 2048 + 16 * 2048) * 2048 * 2
-    assert together.needed - alone.needed == inputs
-    # While α is chosen: two weights in float32, both streams' probes twice, three products with them.
-    solving = 8 * 2048 * 1536 + 4 * 2048 * (2 * 2 * 2048 + 3 * 1536)
-    matrices = 16 * (36 * 2048**2 + solving)
-    assert alone.bytes - together.bytes == matrices - solver_bytes(make_plan(model, QuantConfig()), 2)
-    assert inputs + matrices < 0.25 * alone.bytes
-
-
-def test_companies_are_smaller_where_there_is_less_room(monkeypatch):
-    model, fitting, moved = qwen3_30b_a3b(), [], []
-    for gib in (52, 32, 22, 18):
-        found, alone, together = companies_of(monkeypatch, model, gib * 2**30)
-        fitting.append(max(found.values(), default=1))
-        assert alone.needed <= alone.bytes
-        assert together.needed <= together.bytes  # they are no reason to move activations
-    assert fitting == [16, 10, 5, 1]
-    for gib in (16, 9, 2):  # here activations are moved anyway
-        found, alone, together = companies_of(monkeypatch, model, gib * 2**30)
-        moved.append(max(found.values(), default=1))
-        assert alone.needed > alone.bytes
-        assert together.needed - alone.needed <= 0.25 * alone.bytes
-    assert moved == [4, 2, 1]
-
-
-def test_experts_that_fill_a_gpu_alone_form_no_companies(monkeypatch):
-    mixtral = experts_of("mixtral", hidden_size=4096, intermediate_size=14336, num_local_experts=8)
-    assert companies_of(monkeypatch, mixtral, 139 * 2**30)[0] == {}
-
-
-def test_experts_that_are_not_solved_form_no_companies(monkeypatch):
-    first, second = unfused_modules(model := qwen3_30b_a3b())
-    config = QuantConfig(ignore=(rf"{first}\.",))
-    assert list(companies_of(monkeypatch, model, 139 * 2**30, config)[0]) == [second]
-    assert companies_of(monkeypatch, model, 139 * 2**30, QuantConfig(method="rtn"))[0] == {}
-
-
-def test_companies_of_about_equal_size(monkeypatch):
-    model = experts_of(
-        "qwen3_moe", hidden_size=1536, moe_intermediate_size=512, num_experts=64, num_experts_per_tok=4
-    )
-    sizes, *_ = companies_of(monkeypatch, model, 139 * 2**30)
-    assert set(sizes.values()) == {16}  # 21 would do; four companies are needed either way
-
-
-def test_no_companies_where_nobody_says_what_is_free():
-    weights = SimpleNamespace(device=torch.device("cpu"))
-    assert companies_on_device(qwen3_30b_a3b(), None, weights, [], 1) == {}
 
 
 def test_a_batch_without_tokens(monkeypatch):

@@ -4,14 +4,11 @@ transformers holds the weights of all experts of a layer in two fused parameters
 and ``down_proj`` (E, H, I). `unfuse` puts in the place of each such module one that computes the same from
 ``0.gate_proj``, ``0.up_proj``, ``0.down_proj``, ``1.gate_proj`` …: layers like any other, for the walk, for
 the files and for the kernels. Knows nothing of quantization.
-
-By default each expert runs after the one before. In *companies* the first layers of several experts run before the down
-projections of any of them: the same sums in the same order, and two places where the inputs of all are at hand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +21,6 @@ from transformers.core_model_loading import WeightTransform
 from .expert_names import PARTS, conversions_of, converter_of, renamings, without_fusing
 
 ROUTING = "routing"  # the attribute of `UnfusedExperts`
-DOWN = "down_proj"  # the last layer of an `Expert`
 
 # What transformers says of every class of fused experts.
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -89,28 +85,6 @@ class RoutingPoint(nn.Module):
         self._decided.clear()
 
 
-class CompanyPoint(nn.Module):
-    """Where inputs of several experts' layers are at hand and none of these has run: a meeting point for the walk."""
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Just the inputs, one for each expert; without rows where no token came."""
-        return inputs
-
-
-@dataclass(frozen=True)
-class Company:
-    """Experts that run together.
-
-    Attributes:
-        numbers: of the experts.
-        first: in front of their first layers. down: in front of their down projections.
-    """
-
-    numbers: range
-    first: CompanyPoint
-    down: CompanyPoint
-
-
 class Expert(nn.Module):
     """One expert: a feed-forward network with or without a gate.
 
@@ -125,24 +99,12 @@ class Expert(nn.Module):
         for name, layer in layers.items():
             self.add_module(name, layer)
 
-    @property
-    def first(self) -> list[str]:
-        """Names of the layers that get the expert's input."""
-        return [name for name, _ in self.named_children() if name != DOWN]
-
-    def hidden(self, x: Tensor) -> Tensor:
-        """(tokens, H) → (tokens, I), the input of ``down_proj``."""
-        first = [self.get_submodule(name)(x) for name in self.first]
-        return self._activation(first[0] if len(first) == 1 else torch.cat(first, dim=-1))
-
-    def down(self, h: Tensor) -> Tensor:
-        """(tokens, I) → (tokens, H)."""
-        y: Tensor = self.get_submodule(DOWN)(h)
-        return y
-
     def forward(self, x: Tensor) -> Tensor:
         """(tokens, H) → (tokens, H)."""
-        return self.down(self.hidden(x))
+        inner = [layer(x) for name, layer in self.named_children() if name != "down_proj"]
+        h = self._activation(inner[0] if len(inner) == 1 else torch.cat(inner, dim=-1))
+        y: Tensor = self.get_submodule("down_proj")(h)
+        return y
 
 
 class UnfusedExperts(nn.Module):
@@ -154,7 +116,6 @@ class UnfusedExperts(nn.Module):
 
     Attributes:
         fused_parameters: what the fused module called them. num_experts: E. hidden_size: H.
-        companies: experts that run together, by the number of the first; experts in none run one after the other.
     """
 
     def __init__(self, fused: nn.Module) -> None:
@@ -162,7 +123,6 @@ class UnfusedExperts(nn.Module):
         self.fused_parameters = tuple(fused._parameters)
         self.num_experts, _, self.hidden_size = fused.get_parameter(self.fused_parameters[0]).shape
         self.routing = RoutingPoint(self.num_experts)
-        self.companies: dict[int, Company] = {}
         # The old module, now empty, stays alive for the settings of its activation.
         activation = partial(_activation, fused)
         for number in range(self.num_experts):
@@ -180,14 +140,10 @@ class UnfusedExperts(nn.Module):
         """
         output = torch.zeros_like(hidden_states)
         routes: list[Route] = self.routing(top_k_index)
-        hidden: dict[int, Tensor] = {}
         for number, route in enumerate(routes):
-            if number in self.companies:
-                hidden = self._together(self.companies[number], hidden_states, routes)
             if len(route.tokens) == 0:
                 continue
-            expert = self.expert(number)
-            y = expert.down(hidden.pop(number)) if number in hidden else expert(hidden_states[route.tokens])
+            y = self.expert(number)(hidden_states[route.tokens])
             y = y if route.own is None else y[route.own]
             weighted = y * top_k_weights[route.chosen, route.slots, None]
             output.index_add_(0, route.chosen, weighted.to(output.dtype))
@@ -198,26 +154,6 @@ class UnfusedExperts(nn.Module):
         expert = self.get_submodule(str(number))
         assert isinstance(expert, Expert)
         return expert
-
-    def form_companies(self, size: int) -> None:
-        """Let `size` experts at a time run together; with 1 each runs on its own."""
-        numbers = range(self.num_experts)
-        starts = numbers[::size] if size > 1 else ()
-        self.companies = {
-            start: Company(numbers[start : start + size], CompanyPoint(), CompanyPoint()) for start in starts
-        }
-
-    def _together(
-        self, company: Company, hidden_states: Tensor, routes: Sequence[Route]
-    ) -> dict[int, Tensor]:
-        """For the experts of a company that have tokens the inputs of their down projections."""
-        # Each input goes when its expert's first layers have run: nothing else may hold it.
-        inputs = list(company.first(*(hidden_states[routes[number].tokens] for number in company.numbers)))
-        hidden = [self._hidden(number, inputs.pop(0)) for number in company.numbers]
-        return {number: h for number, h in zip(company.numbers, company.down(*hidden), strict=True) if len(h)}
-
-    def _hidden(self, number: int, x: Tensor) -> Tensor:
-        return self.expert(number).hidden(x) if len(x) else x
 
     def let_go_of_fused(self) -> None:
         """Give weights that are still views of the fused ones tensors of their own, so that those are freed."""

@@ -1,8 +1,7 @@
 """What happens at a meeting point: Hessian, solve, quantized weight in place, block to the sink.
 
 `LayerQuantizer.meet` is given to the walk. Layers found in the journal are put in place without being
-solved. When all layers of a block are done, their packed tensors go to the sink. `LayerQuantizer.solve_ahead` is for
-meeting points where the inputs of many layers are at hand: what it finds, each of them gets when it is met.
+solved. When all layers of a block are done, their packed tensors go to the sink.
 """
 
 from __future__ import annotations
@@ -16,15 +15,14 @@ from torch import Tensor, nn
 
 from ..checkpoint.layout import pack, unpack
 from ..context import RunContext
-from ..errors import RankError
-from ..gptq import Accuracy, Solution
+from ..errors import ModelError, RankError, SolverError
+from ..gptq import Accuracy, Hessian, Solution, quantize_weight
+from ..gptq.cholesky import UNDER_ROUTED
 from ..gptq.hessian import usable_rows
 from ..modeling.layers import input_rows, set_weight_matrix, weight_matrix
 from ..planning import LayerPlan, Plan
 from ..quantized_matrix import QuantizedMatrix
-from .companies import Party
 from .scheduler import LayerInput
-from .solving import Family, LayerSolver
 from .statistics import HessianPool, SharedHessian
 from .tune_block import TuneResult
 
@@ -173,10 +171,8 @@ class LayerQuantizer:
         self.hessians = hessians
         self.ranks = ctx.comm
         self._layers = {layer.name: layer for layer in plan.layers}
-        accuracy = Accuracy(ctx.config.effective_correction, ctx.config.refit)
-        self._solver = LayerSolver(
-            self._layers, modules, self._is_done, accuracy, strict=ctx.config.strict, ranks=self.ranks
-        )
+        self._accuracy = Accuracy(ctx.config.effective_correction, ctx.config.refit)
+        self._strict = ctx.config.strict
         self._open = {block: set(names) for block, names in plan.block_layers().items()}
         self._keep_open = set(keep_open)
         self._solved: dict[str, dict[str, Solved]] = {}
@@ -197,31 +193,6 @@ class LayerQuantizer:
         self._done_weights += layer.weights
         self.progress("quantize", self._done_weights, self.plan.weights)
 
-    def solve_ahead(self, parties: Sequence[Party]) -> None:
-        """Solve layers together that are about to be met; not those that are finished, or that no token comes to."""
-        unreached = self.ranks.all(*(not party.arrivals for party in parties))
-        due = [
-            (layers, party.arrivals)
-            for party, nowhere in zip(parties, unreached, strict=True)
-            if not nowhere and (layers := self._to_solve(party.layers))
-        ]
-        if not due:
-            return
-        start = time.perf_counter()
-        with self.profiler.time("hessian"):
-            families = [
-                Family(layers, self.hessians.get(layers[0].name, self.modules[layers[0].name], arrivals))
-                for layers, arrivals in due
-            ]
-        seconds = time.perf_counter() - start
-        with self.profiler.time("solve"):
-            self._solver.solve_ahead(families, seconds)
-
-    def _to_solve(self, names: Sequence[str]) -> list[LayerPlan]:
-        """Those layers of the plan that need a Hessian and have not been met."""
-        layers = [self._layers[name] for name in names if name in self._layers and not self._is_done(name)]
-        return [layer for layer in layers if layer.settings.method == "gptq"]
-
     def _solve(self, layer: LayerPlan, module: nn.Module, arrivals: Sequence[LayerInput]) -> None:
         start = time.perf_counter()
         shared: SharedHessian | None = None
@@ -230,10 +201,8 @@ class LayerQuantizer:
             with self.profiler.time("hessian"):
                 shared = self.hessians.get(layer.name, module, arrivals)
         W = weight_matrix(module)
-        solving = time.perf_counter()
         with self.profiler.time("solve"):
-            solution, share = self._solver.solve(layer, shared)
-        start += time.perf_counter() - solving - share  # what was spent here is that of several layers
+            solution = self._solution(layer, W, shared)
         Wq = solution.codes.dequantize(W.dtype)
         error = None if nowhere else self._output_error(module, W, Wq, arrivals)
         set_weight_matrix(module, Wq)
@@ -278,9 +247,43 @@ class LayerQuantizer:
             one.W = None
         self._hand_over(block)
 
-    def _is_done(self, name: str) -> bool:
-        """Whether a layer was met, or need not be solved."""
-        return name in self._met or name in self.sink.records
+    def _solution(self, layer: LayerPlan, W: Tensor, shared: SharedHessian | None) -> Solution:
+        """Solve this process's rows of the layer, and gather the codes of all rows."""
+        part = self.ranks.part(layer.out_features)
+        try:
+            if shared is not None:
+                solution = quantize_weight(
+                    W[part.rows],
+                    shared.hessian,
+                    layer.settings,
+                    shared.cache,
+                    accuracy=self._accuracy,
+                    probe=shared.probe,
+                    total=part.total,
+                )
+            else:  # no token came: the solver records that as a fallback
+                empty = (
+                    Hessian(layer.in_features, device=W.device) if layer.settings.method == "gptq" else None
+                )
+                solution = quantize_weight(
+                    W[part.rows], empty, layer.settings, accuracy=self._accuracy, total=part.total
+                )
+        except SolverError as error:
+            raise ModelError(f"layer {layer.name} cannot be quantized: {error}") from error
+        codes = solution.codes
+        gathered = replace(
+            codes,
+            codes=part.gather(codes.codes),
+            scales=part.gather(codes.scales),
+            zeros=part.gather(codes.zeros),
+        )
+        fallbacks = (UNDER_ROUTED, *solution.fallbacks) if shared and shared.added else solution.fallbacks
+        if fallbacks and self._strict:
+            raise SolverError(
+                f"layer {layer.name} needed a fallback ({', '.join(fallbacks)}) and strict mode refuses it: "
+                "give more calibration text, raise damp, or leave out --strict"
+            )
+        return replace(solution, codes=gathered, fallbacks=fallbacks)
 
     def _record(
         self,

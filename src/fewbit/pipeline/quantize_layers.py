@@ -25,18 +25,15 @@ from ..context import RunContext
 from ..distributed import Communicator
 from ..errors import CalibrationError, FewbitError
 from ..gptq import why_no_triton
-from ..modeling.experts import unfused_modules
 from ..planning import Plan, output_embedding_name
 from ..profiling import Profiler
 from .block_tuning import BlockTuner
-from .companies import Companies, formed
 from .expert_calibration import Routing
-from .kin import gains_from_company
 from .layer_quantizer import LayerQuantizer, Sink
-from .memory import activation_budget, companies_on_device
+from .memory import activation_budget
 from .offload import make_offloader
 from .scheduler import BlockCall, LayerInput, OnBlockEnd, OnLayer, ScheduleStats, walk
-from .statistics import KEPT, HessianPool, Rows, hold_out
+from .statistics import HessianPool, Rows, hold_out
 from .streaming import Weights
 
 
@@ -53,7 +50,6 @@ def quantize_layers(
     sink: Sink,
     weights: Weights,
     ctx: RunContext,
-    company: int | None = None,
 ) -> list[str]:
     """Put the quantized weight of every layer of the plan in place, and its tensors into the sink.
 
@@ -63,8 +59,6 @@ def quantize_layers(
         weights: where the weights come from.
         ctx: every process of `ctx.comm` has the model and all batches, and ends with all layers quantized. On a CUDA
             device the activations that it has no room for are kept in `ctx.offload_dir`, or else in host memory.
-        company: experts of a layer that run and are solved together; None: as many as the device gains from and has
-            room for, on a CPU 1.
 
     Returns:
         Sentences about anything a user should know.
@@ -86,10 +80,8 @@ def quantize_layers(
     all_rows = _rows(calibration.batches, config)
     rows = ranks.share(all_rows)
     streams = 2 if paired else 1
-    together = _companies(model, plan, weights, rows, streams, ranks, company)
     routing = Routing(model, rows, ranks)
-    kept = max([KEPT, *together.values()])
-    hessians = HessianPool(rows, encoder_outputs.has, ranks, routing.rows, kept)
+    hessians = HessianPool(rows, encoder_outputs.has, ranks, routing.rows)
     quantizer = LayerQuantizer(
         plan,
         modules,
@@ -103,19 +95,19 @@ def quantize_layers(
         if not calibration.batches:
             _meet_without_inputs(modules, quantizer, weights)
             return notes
-        room = activation_budget(model, plan, weights, rows, streams, together)
+        room = activation_budget(model, plan, weights, rows, streams)
         spill = make_offloader(ctx.offload_dir, profiler, room)
         on_demand = weights.on_demand(quantizer.restore, spill.paused)
-        with formed(model, together) as companies, encoder_outputs, on_demand, spill:
+        with encoder_outputs, on_demand, spill:
             jobs = [_job(model, batch) for batch in batches]
             references = range(len(batches), 2 * len(batches) if paired else len(batches))
             jobs += [jobs[reference - len(batches)] for reference in references]
             tuner = BlockTuner(rows, steps=config.tune_steps, seed=config.seed, ranks=ranks)
             leave = _leaving(blocks, quantizer, tuner, profiler) if blocks else None
             traffic = walk(
-                companies.meeting_points(routing.meeting_points(modules)),
+                routing.meeting_points(modules),
                 jobs,
-                _meeting(routing, companies, quantizer, weights),
+                _meeting(routing, quantizer, weights),
                 references=references,
                 blocks=blocks,
                 leave=leave,
@@ -123,7 +115,7 @@ def quantize_layers(
                 earliest=ranks.first,
                 running=spill.running,
             )
-        traffic.forget({*routing.points, *companies.points})
+        traffic.forget(routing.points)
         traffic = _of_all(traffic, ranks)
         _meet_without_inputs(traffic.unreached, quantizer, weights)
         for block in blocks:  # those that no batch went through as a whole
@@ -135,39 +127,15 @@ def quantize_layers(
     return notes + (_pairing_notes(traffic, sink.records) if paired else [])
 
 
-def _companies(
-    model: nn.Module,
-    plan: Plan,
-    weights: Weights,
-    batches: Sequence[Rows],
-    streams: int,
-    ranks: Communicator,
-    size: int | None,
-) -> dict[str, int]:
-    """Module of experts → how many of them run together: the same in all processes, and none that run alone."""
-    if size is not None:
-        sizes = dict.fromkeys(unfused_modules(model), size)
-    elif gains_from_company(weights.device):
-        sizes = companies_on_device(model, plan, weights, batches, streams)
-    else:
-        sizes = {}
-    everyones = ranks.collect(sizes)
-    smallest = {name: min(one.get(name, 1) for one in everyones) for name in sizes}
-    return {name: size for name, size in smallest.items() if size > 1}
-
-
-def _meeting(routing: Routing, companies: Companies, quantizer: LayerQuantizer, weights: Weights) -> OnLayer:
-    """What happens where batches wait: tokens are given to experts, layers solved ahead, or one is quantized."""
+def _meeting(routing: Routing, quantizer: LayerQuantizer, weights: Weights) -> OnLayer:
+    """What happens where batches wait: tokens are given to experts, or a layer is quantized."""
 
     def meet(name: str, arrivals: list[LayerInput]) -> None:
         if name in routing.points:
             routing.meet(name, arrivals)
             return
         weights.load(name)  # where no batch of this process came, nothing was read yet
-        if name in companies.points:
-            quantizer.solve_ahead(companies.parties(name, arrivals))
-        else:
-            quantizer.meet(name, arrivals)
+        quantizer.meet(name, arrivals)
 
     return meet
 

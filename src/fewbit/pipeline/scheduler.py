@@ -30,11 +30,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LayerInput:
-    """The input `x` that job number `job` brought to a layer, and what else it brought by position."""
+    """The input `x` that job number `job` brought to a layer."""
 
     job: int
     x: Tensor
-    others: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class _Call:
 
     def arrival(self, job: int) -> LayerInput:
         first: Tensor = self.args[0] if self.args else next(iter(self.kwargs.values()))
-        return LayerInput(job, first, self.args[1:])
+        return LayerInput(job, first)
 
 
 @dataclass

@@ -154,7 +154,6 @@ class HessianPool:
             decoder receives.
         ranks: the processes; all of them make a pool, and get the same layers' Hessians.
         routed: what the rows are that came to a layer in a job; None where they are simply the tokens.
-        kept: how many Hessians wait for other layers at a time.
 
     Attributes:
         unmaskable: layers whose rows are not the tokens → rows among which padding could not be told apart.
@@ -166,10 +165,8 @@ class HessianPool:
         is_encoder_output: Callable[[Tensor], bool] = lambda x: False,
         ranks: Communicator | None = None,
         routed: Callable[[str, int], ExpertRows | None] = lambda layer, job: None,
-        kept: int = KEPT,
     ) -> None:
         self._batches = batches
-        self._kept = kept
         self._routed = routed
         self._is_encoder_output = is_encoder_output
         self._ranks = ranks or Communicator()
@@ -185,7 +182,7 @@ class HessianPool:
         if same is not None:
             return same
         entry = self._accumulate(name, module, arrivals)
-        self._pool = [*self._pool[1 - self._kept :], entry]
+        self._pool = [*self._pool[1 - KEPT :], entry]
         return entry
 
     def prune(self) -> None:
