@@ -7,7 +7,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fewbit.gptq import triton_backend as triton_solver
-from fewbit.kernels.triton import kernels as triton_products
+from fewbit.kernels.triton import kernels
 
 
 def build(kernel, types, constants, target, **options):
@@ -19,7 +19,7 @@ def build(kernel, types, constants, target, **options):
 
 
 def products(target):
-    """Every kernel of runtime/triton_products at every width, each dtype at one of them at least."""
+    """Every kernel of kernels/triton/kernels.py at every bit width, and every dtype at least once."""
     weight = ["*i32", "*u8", "*fp16"]
     for bits, group, dtype in (
         (2, 128, "fp16"),
@@ -28,12 +28,12 @@ def products(target):
         (4, 32, "bf16"),
         (8, 0, "bf16"),
     ):
-        at_once, blocks = triton_products._depth(bits, group, 64)
+        at_once, blocks = kernels._depth(bits, group, 64)
         shared = {"BITS": bits, "GROUP": group, "BF16": dtype == "bf16", "AT_ONCE": at_once}
         cut = {"WIDEN": False, "BLOCKS": blocks, "STAGES": 3, "EVEN": group != 32, "ORDERED": group == 64}
         for kernel, tile in (
-            (triton_products._few, {"TOKENS": 16, "TILES": 1, "SLICES": 4, "SPLIT": 4}),
-            (triton_products._many, {"TOKENS": 64, "TILES": 4, "SPLIT": 1}),
+            (kernels.gemv_kernel, {"TOKENS": 16, "TILES": 1, "SLICES": 4, "SPLIT": 4}),
+            (kernels.gemm_kernel, {"TOKENS": 64, "TILES": 4, "SPLIT": 1}),
         ):
             types = [
                 f"*{dtype}",
@@ -43,8 +43,8 @@ def products(target):
                 *["i32"] * 6,
             ]
             build(kernel, types, shared | cut | tile, target)
-        build(triton_products._unpack, [*weight, f"*{dtype}", *["i32"] * 4], shared | {"TILES": 4}, target)
-    build(triton_products._add, ["*fp32", "*fp16", "i32"], {"SPLIT": 4, "BLOCK": 1024}, target)
+        build(kernels.dequantize_kernel, [*weight, f"*{dtype}", *["i32"] * 4], shared | {"TILES": 4}, target)
+    build(kernels.sum_splits_kernel, ["*fp32", "*fp16", "i32"], {"SPLIT": 4, "BLOCK": 1024}, target)
 
 
 def solver(target):

@@ -20,12 +20,14 @@ from tiny_gptq import random_codes
 
 pytest.importorskip("triton", reason="pip install triton")
 
-from fewbit.kernels.triton.kernels import Tiles, multiply
+from fewbit.kernels.triton.kernels import multiply
+from fewbit.kernels.triton.tile_config import TileConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-FEW, SPLIT = Tiles("few", tokens=2, depth=64, warps=2), Tiles("few", tiles=2, depth=256, warps=1, split=2)
-MANY, DENSE = Tiles("many", tiles=2, depth=64, split=2), Tiles("dense")
+GEMV = TileConfig("gemv", tokens=2, depth=64, warps=2)
+SPLIT = TileConfig("gemv", tiles=2, depth=256, warps=1, split=2)
+GEMM, DENSE = TileConfig("gemm", tiles=2, depth=64, split=2), TileConfig("dense")
 
 
 def layer_of(codes, fmt="gptq", dtype=torch.float32, bias=None):
@@ -59,23 +61,23 @@ def relative(found, truth):
         ((33, 512), 256, False),
     ],
 )
-def test_every_way_to_cut_a_product_against_float64(bits, shape, group_size, order):
+def test_every_config_against_float64(bits, shape, group_size, order):
     layer = layer_of(random_codes(*shape, bits, group_size, order=order))
     weight, exact = fragments_of(layer), layer.codes().dequantize(torch.float64).t()
-    ways = (
-        (1, torch.float16, FEW),
+    configs = (
+        (1, torch.float16, GEMV),
         (17, torch.bfloat16, SPLIT),
         (3, torch.float32, SPLIT),
-        (17, torch.float16, MANY),
-        (2, torch.bfloat16, MANY),
+        (17, torch.float16, GEMM),
+        (2, torch.bfloat16, GEMM),
         (3, torch.bfloat16, DENSE),
     )
-    # The interpreter is slow: each layer takes a third of the ways, each way meets a third of the layers.
-    for tokens, dtype, tiles in ways[(bits + shape[1]) % 3 :: 3]:
+    # The interpreter is slow: each layer takes a third of the configs.
+    for tokens, dtype, config in configs[(bits + shape[1]) % 3 :: 3]:
         x = (torch.randn(tokens, shape[1]) + 0.5).to(DEVICE, dtype)
-        found = multiply(x, weight, layer.scales, bits, tiles)
+        found = multiply(x, weight, layer.scales, bits, config)
         assert found.dtype == dtype
-        assert relative(found, x.double() @ exact) < TOLERANCE[dtype], (tokens, dtype, tiles)
+        assert relative(found, x.double() @ exact) < TOLERANCE[dtype], (tokens, dtype, config)
 
 
 def test_x_with_a_large_mean_costs_no_accuracy():
@@ -83,25 +85,25 @@ def test_x_with_a_large_mean_costs_no_accuracy():
     layer = layer_of(random_codes(32, 512, 4, 128))
     for dtype, allowed in ((torch.float16, 1e-3), (torch.bfloat16, 5e-3)):
         x = (torch.randn(4, 512) + 20).to(DEVICE, dtype)
-        found = multiply(x, fragments_of(layer), layer.scales, 4, FEW)
+        found = multiply(x, fragments_of(layer), layer.scales, 4, GEMV)
         assert relative(found, x.double() @ layer.codes().dequantize(torch.float64).t()) < allowed
 
 
-def test_what_is_not_an_input_does_not_count():
+def test_padding_does_not_reach_results():
     # Padding and masked loads must not let an infinity in one token, or memory behind x, reach other results.
     layer = layer_of(random_codes(20, 33, 4, 7, order=True))
     rows = torch.full((4, 33), float("inf"), device=DEVICE)
     rows[1] = torch.randn(33)
-    for tiles in (FEW, SPLIT, MANY, DENSE):
-        found = multiply(rows, fragments_of(layer), layer.scales, 4, tiles)
+    for config in (GEMV, SPLIT, GEMM, DENSE):
+        found = multiply(rows, fragments_of(layer), layer.scales, 4, config)
         assert relative(found[1], rows[1].double() @ layer.codes().dequantize(torch.float64).t()) < 1e-5
-        alone = multiply(rows[1:2], fragments_of(layer), layer.scales, 4, tiles)
+        alone = multiply(rows[1:2], fragments_of(layer), layer.scales, 4, config)
         torch.testing.assert_close(alone[0], found[1])
 
 
-@pytest.mark.parametrize("tiles", [SPLIT, MANY, DENSE])
-def test_nothing_outside_of_the_weight_is_read(tiles, monkeypatch):
-    # 65 outputs are three tiles of 32, of which these programs take two or four: the words that follow are another's.
+@pytest.mark.parametrize("config", [SPLIT, GEMM, DENSE])
+def test_reads_stay_inside_the_weight(config, monkeypatch):
+    # 65 outputs are three tiles of 32, and these programs take two or four: the words that follow are not the weight's.
     layer = layer_of(random_codes(65, 128, 4, 64))
     found = []
     for garbage in (0, -1):
@@ -120,7 +122,7 @@ def test_nothing_outside_of_the_weight_is_read(tiles, monkeypatch):
                 return load(pointers, mask, *rest)
 
             monkeypatch.setattr(interpreter, "_interpreter", Watched(interpreter._interpreter, watched))
-        found.append(multiply(x, weight, layer.scales, 4, tiles))
+        found.append(multiply(x, weight, layer.scales, 4, config))
         monkeypatch.undo()
         after = memory.data_ptr() + 4 * layer.words.numel(), memory.data_ptr() + 4 * memory.numel()
         for read in addresses:
@@ -138,16 +140,16 @@ class Watched:
         return getattr(self._interpreter, name)
 
 
-@pytest.mark.parametrize("tiles", [FEW, SPLIT, MANY])
-def test_the_same_cut_gives_the_same_bytes(tiles):
+@pytest.mark.parametrize("config", [GEMV, SPLIT, GEMM])
+def test_the_same_config_gives_the_same_bytes(config):
     layer = layer_of(random_codes(33, 256, 4, 64))
     x = torch.randn(3, 256).to(DEVICE, torch.float16)
-    found = [multiply(x, fragments_of(layer), layer.scales, 4, tiles) for _ in range(2)]
+    found = [multiply(x, fragments_of(layer), layer.scales, 4, config) for _ in range(2)]
     assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_weights_unpacked_on_the_chip_are_the_reference_kernels(dtype):
+def test_dequantized_weights_are_the_reference_kernels(dtype):
     for bits in (2, 3, 4, 8):
         layer = layer_of(random_codes(37, 100, bits, 32, order=True))
         found = torch.ops.fewbit.dequantize_fragments(*fragments_of(layer)[:2], layer.scales, layer.order, bits,
@@ -176,7 +178,7 @@ def test_the_kernel_adds_the_bias_and_keeps_the_shape(fmt):
 
 
 @pytest.mark.parametrize("order", [False, True])
-def test_a_layers_life_with_the_kernel(monkeypatch, order):
+def test_prepare_copy_cast_and_save(monkeypatch, order):
     monkeypatch.setattr("fewbit.kernels.triton.kernel._DEVICES", (DEVICE,))
     codes = random_codes(20, 70, 3, 32, order=order)
     layer = QuantLinear.from_codes(codes, torch.randn(20), compute_dtype=torch.float16).to(DEVICE)
@@ -199,7 +201,7 @@ def test_a_layers_life_with_the_kernel(monkeypatch, order):
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_zero_point_0_in_v1_is_read_as_it_was_meant(bits):
+def test_zero_point_0_in_v1(bits):
     codes = random_codes(48, 64, bits, 32)
     tensors = layout.pack(codes, "gptq")
     one = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}[bits]

@@ -1,13 +1,13 @@
-"""The layout that the Triton kernels read: codes where the tensor cores want them, so that they never change places.
+"""The layout that the Triton kernels read: codes in the order in which tensor cores take them.
 
-Inputs are taken in *positions*: group by group, each group padded to whole sixteens, so that sixteen neighbouring
-positions share a scale. A *block* is eight rows of words for 32 outputs. Of each word, the halves hold codes of
-neighbouring positions: bits ``b·j`` … of the lower half that of position ``16·j + 2·row``, the same bits of the upper
-half that of the next one. One shift and one mask therefore give a pair of 16-bit numbers, which is one register of a
-matrix instruction. At 3 bits a unit is three words: five pairs in each, and the sixteenth from their top bits.
+Inputs are held in *positions*: group by group, each group padded to a multiple of 16, so that 16 neighboring positions
+share a scale. A *block* is eight rows of words for 32 outputs. The halves of each word hold codes of neighboring
+positions: bits ``b·j`` … of the lower half belong to position ``16·j + 2·row``, the same bits of the upper half to the
+next position. One shift and one mask therefore give a pair of 16-bit numbers, which is one register of a matrix
+instruction. At 3 bits a unit is three words: each holds five pairs, and their top bits hold the sixteenth.
 
-The 256 words of a block (of each of the three at 3 bits) lie in the order in which a warp's threads hold them: a thread
-loads four at once, a warp 512 bytes. `pack` and `unpack` are exact inverses, in plain torch, on any device.
+The 256 words of a block (of each of the three at 3 bits) lie in the order in which the threads of a warp hold them: a
+thread loads four at once, a warp 512 bytes. `pack` and `unpack` are exact inverses, in plain torch, on any device.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _ROWS = 8
 
 
 class Fragments(NamedTuple):
-    """A weight as the kernels take it.
+    """A weight as the kernels read it, in fragments of matrix instructions.
 
     Attributes:
         words: int32 (output tiles, blocks, words of a unit, 256).
         zeros: uint8 (groups, out).
         order: int32 (positions,), the input at each position, `in_features` for padding; empty where position i is
-            input i, and what follows is padding.
-        group: positions of every group, a multiple of 16; 0: there is one group.
+            input i and all later positions are padding.
+        group: positions per group, a multiple of 16; 0 if there is only one group.
     """
 
     words: Tensor
@@ -89,7 +89,7 @@ def pack(codes: Tensor, bits: int, order: Tensor) -> Tensor:
     out_features, length = codes.shape
     pairs = pairs_in_unit(bits)
     codes = functional.pad(codes, (0, -length % (16 * pairs), 0, -out_features % TILE))
-    # (tile, n / 8, n % 8, block, pair, row / 4, row % 4, half) → the places of words, then what is in a word.
+    # (tile, n / 8, n % 8, block, pair, row / 4, row % 4, half) → the indices of a word, then the indices inside it.
     split = codes.view(-1, 4, _ROWS, codes.shape[1] // (16 * pairs), pairs, 2, 4, 2)
     placed = split.permute(0, 3, 5, 2, 6, 1, 4, 7)
     words = torch.zeros((words_in_unit(bits), *placed.shape[:6]), dtype=torch.int32, device=codes.device)
@@ -124,7 +124,7 @@ def unpack(words: Tensor, bits: int, order: Tensor, out_features: int, in_featur
 
 
 def _width(bits: int, pair: int) -> int:
-    """Bits that lie together."""
+    """Bits of a code that are stored next to each other."""
     return 1 if bits == 3 and pair == 15 else bits
 
 
