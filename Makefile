@@ -57,8 +57,8 @@ gpu: $(BIN)/python
 	exit $$(cat $(GPU)/failed)
 
 lint:
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
 
 docs: $(BIN)/python

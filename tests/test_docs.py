@@ -20,8 +20,8 @@ from fewbit.cli.main import app
 
 ROOT = DOCS.parent
 RUN_ELSEWHERE = {
-    "loading.md": "integrations/test_loading_docs.py",
-    "fine-tuning.md": "integrations/test_fine_tuning.py",
+    "loading.md": "hf/test_loading_docs.py",
+    "fine-tuning.md": "hf/test_fine_tuning.py",
     "migrating.md": "compat/test_migrating.py",
 }
 # Commands for several machines, and for benchmarks that take hours. Whole pages, because others are made by scripts.

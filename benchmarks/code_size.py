@@ -1,0 +1,115 @@
+"""How large the code is: lines, files, functions and arguments of a Python package.
+
+    python benchmarks/code_size.py [FOLDER]          # src/fewbit by default
+    python benchmarks/code_size.py --depth           # also: calls from fewbit.quantize to the column loop
+
+docs/architecture.md has the table of these numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "src" / "fewbit"
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def functions(tree: ast.AST) -> Iterator[Function]:
+    """Every function and method, nested ones included."""
+    yield from (node for node in ast.walk(tree) if isinstance(node, Function))
+
+
+def parameters(function: Function) -> list[str]:
+    """Names of the parameters, without self and cls."""
+    arguments = function.args
+    given = [
+        *arguments.posonlyargs,
+        *arguments.args,
+        *arguments.kwonlyargs,
+        arguments.vararg,
+        arguments.kwarg,
+    ]
+    return [a.arg for a in given if a is not None and a.arg not in ("self", "cls")]
+
+
+def lines(node: Function) -> int:
+    """Lines from `def` to the end of the body."""
+    return (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+def measure(package: Path) -> dict[str, str]:
+    """The rows of the table: what is counted -> its value."""
+    sources = {path: path.read_text(encoding="utf-8") for path in sorted(package.rglob("*.py"))}
+    trees = {path: ast.parse(source) for path, source in sources.items()}
+    counts = [source.count("\n") for source in sources.values()]
+    every = [(path, function) for path, tree in trees.items() for function in functions(tree)]
+    sizes = [lines(function) for _, function in every]
+    path, longest = max(every, key=lambda item: lines(item[1]))
+    many = sum(len(parameters(function)) > 7 for _, function in every)
+    return {
+        "lines": f"{sum(counts):,}",
+        "files": f"{len(counts)}",
+        "median and longest file": f"{statistics.median(counts):.0f}, {max(counts)} lines",
+        "functions": f"{len(every):,}",
+        "median function": f"{statistics.median(sizes):.0f} lines",
+        "longest function": f"{lines(longest)} lines ({path.relative_to(package)}: {longest.name})",
+        "functions over 50 lines": f"{sum(size > 50 for size in sizes)}",
+        "functions with more than 7 parameters": f"{many}",
+    }
+
+
+def frames_to_the_column_loop() -> list[str]:
+    """The calls inside fewbit between `fewbit.quantize` and the loop over columns, as file:function."""
+    import sys
+    import tempfile
+
+    import fewbit
+    from fewbit import demo, native
+
+    found: list[str] = []
+    loop = native.ldlq_block
+
+    def spy(*arguments: object) -> object:
+        if not found:
+            frame = sys._getframe(1)
+            while frame is not None:
+                code, file = frame.f_code, Path(frame.f_code.co_filename)
+                if file.is_relative_to(PACKAGE):
+                    name = getattr(code, "co_qualname", code.co_name)  # qualified from Python 3.11 on
+                    found.append(f"{file.relative_to(PACKAGE)}: {name}")
+                frame = frame.f_back
+        return loop(*arguments)
+
+    native.ldlq_block = spy
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config = fewbit.QuantConfig(group_size=64, seq_len=64, num_samples=2)
+            fewbit.quantize(
+                demo.model_path(), config, dataset=demo.calibration_text(), output=Path(folder) / "out"
+            )
+    finally:
+        native.ldlq_block = loop
+    return found[::-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", nargs="?", type=Path, default=PACKAGE)
+    parser.add_argument("--depth", action="store_true")
+    arguments = parser.parse_args()
+    for name, value in measure(arguments.folder).items():
+        print(f"{name:40} {value}")
+    if arguments.depth:
+        frames = frames_to_the_column_loop()
+        print(f"{'calls to the column loop':40} {len(frames)}")
+        print("\n".join(f"  {i:2}  {frame}" for i, frame in enumerate(frames, 1)))
+
+
+if __name__ == "__main__":
+    main()
