@@ -40,7 +40,6 @@ def layer(name: str, shape: tuple[int, int] = (576, 576), **changes: Any) -> dic
         "output_error": 0.05,
         "true_error": None,
         "correction": None,
-        "refit": False,
         "fallbacks": [],
         "stored_bytes": (shape[0] * shape[1] * bits + shape[0] * groups * (16 + bits)) // 8 + 4 * shape[1],
         "seconds": 0.2,
@@ -49,7 +48,7 @@ def layer(name: str, shape: tuple[int, int] = (576, 576), **changes: Any) -> dic
 
 
 def dense_layers(blocks: int = 30, seed: int = 0) -> list[dict[str, Any]]:
-    """A Llama whose errors grow with depth, with true errors, corrections and refits."""
+    """A Llama whose errors grow with depth, with true errors, and corrections."""
     chance = random.Random(seed)
     return [
         layer(
@@ -58,7 +57,6 @@ def dense_layers(blocks: int = 30, seed: int = 0) -> list[dict[str, Any]]:
             output_error=0.03 * chance.lognormvariate(0, 0.35),
             true_error=(0.04 + 0.004 * block) * chance.lognormvariate(0, 0.3),
             correction=chance.choice([0.0, 0.25, 0.5, 0.5, 0.75, 1.0]),
-            refit=chance.random() < 0.6,
             seconds=shape[0] * shape[1] / 3e6,
         )
         for block in range(blocks)

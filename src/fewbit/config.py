@@ -36,6 +36,7 @@ _FOREIGN_KEYS = {
     "dynamic": "override and ignore",
     "w_bit": "bits",
     "q_group_size": "group_size",
+    "refit": "nothing: refit was removed, whole models gained nothing from it",
 }
 
 
@@ -90,9 +91,7 @@ class QuantConfig:
         correction: how far each layer's target is moved towards the full-precision outputs, 0 to 1, or "auto":
             chosen per layer on held-out calibration sequences. Above 0 a second, full-precision stream runs
             beside the quantized one.
-        refit: fit the scales again after rounding, and keep that where it lowers the error on held-out sequences.
-            Off, because whole models gain nothing reliable from it (docs/algorithm.md).
-        fast: one stream only: no correction, in half the time. Excludes refit and tune.
+        fast: one stream only: no correction, in half the time. Excludes tune.
         target_bits: average stored bits per weight (codes, scales and zero points); bits and group sizes are then
             chosen per layer to meet it, and `bits` and `group_size` are not used. None: no budget.
         tune: after a block is solved, optimise its rounding and scales by gradient against the full-precision
@@ -118,7 +117,6 @@ class QuantConfig:
     ignore: tuple[str, ...] | str = ()
     override: Mapping[str, Mapping[str, Any] | str] = field(default_factory=dict)
     correction: float | str = AUTO
-    refit: bool = False
     fast: bool = False
     target_bits: float | None = None
     tune: bool = False
@@ -142,7 +140,7 @@ class QuantConfig:
             )
         object.__setattr__(self, "ignore", tuple(self.ignore))
         object.__setattr__(self, "override", dict(self.override))
-        for name in ("lm_head", "strict", "refit", "fast", "tune"):
+        for name in ("lm_head", "strict", "fast", "tune"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
@@ -173,15 +171,15 @@ class QuantConfig:
                 f"target_bits measures the layers on calibration text, which method {self.method!r} has none of: use "
                 "method gptq, or choose bits with override"
             )
-        wants_activations = self.tune or self.refit or self.correction not in (AUTO, 0)
+        wants_activations = self.tune or self.correction not in (AUTO, 0)
         methods = [s.get("method") for s in self.override.values() if isinstance(s, Mapping)]
         if self.method == "rtn" and wants_activations and "gptq" not in methods:
             raise ConfigError(
-                "method rtn looks at no activations, which correction, refit and tune need: leave them out, or use gptq"
+                "method rtn looks at no activations, which correction and tune need: leave them out, or use gptq"
             )
-        if self.fast and (self.tune or self.refit or self.correction not in (AUTO, 0)):
+        if self.fast and (self.tune or self.correction not in (AUTO, 0)):
             raise ConfigError(
-                "fast runs no full-precision stream, which correction, refit and tune need: leave out fast or those"
+                "fast runs no full-precision stream, which correction and tune need: leave out fast or those"
             )
 
     @property

@@ -30,9 +30,7 @@ def solved(ranks, m, n, settings, accuracy, with_hessian=True):
         probe=probe if with_hessian else None,
         total=part.total,
     )
-    figures = {
-        key: getattr(solution, key) for key in ("loss", "alpha", "refit", "true_error", "tokens", "fallbacks")
-    }
+    figures = {key: getattr(solution, key) for key in ("loss", "alpha", "true_error", "tokens", "fallbacks")}
     return [part.gather(tensor).tolist() for tensor in (solution.codes.codes, solution.codes.scales)], figures
 
 
@@ -43,7 +41,7 @@ def settings_of(bits=4, sym=True, method="gptq"):
 CASES = {
     "plain": (settings_of(), Accuracy()),
     "corrected": (settings_of(bits=3), Accuracy("auto")),
-    "refitted": (settings_of(bits=2, sym=False), Accuracy(0.5, refit=True)),
+    "2 bits": (settings_of(bits=2, sym=False), Accuracy(0.5)),
 }
 
 

@@ -84,7 +84,7 @@ UNEVEN, ONE_RANKS, NOBODYS, FEW = (7, {0, 1, 2}, 2), (8, {6}, 3), (5, set(range(
     ("case", "options"),
     [
         pytest.param(UNEVEN, {}, id="uneven shares"),
-        pytest.param(UNEVEN, {"bits": 3, "sym": False, "refit": True}, id="refitted"),
+        pytest.param(UNEVEN, {"bits": 3, "sym": False}, id="3 bits, asymmetric"),
         pytest.param(UNEVEN, {"method": "rtn"}, id="round to nearest"),
         pytest.param(ONE_RANKS, {}, id="an expert of one rank"),
         pytest.param(ONE_RANKS, {"fast": True}, id="the same in one stream"),
@@ -165,7 +165,7 @@ def outliers(model):
         pytest.param(wide_llama, {}, id="defaults"),
         pytest.param(wide_llama, {"fast": True, "dtype": torch.bfloat16}, id="one stream, bfloat16"),
         pytest.param(wide_llama, {"act_order": "full", "dtype": torch.bfloat16}, id="full order"),
-        pytest.param(lambda: outliers(wide_llama()), {"bits": 2, "sym": False, "refit": True}, id="refitted"),
+        pytest.param(lambda: outliers(wide_llama()), {"bits": 2, "sym": False}, id="3 bits, asymmetric"),
         pytest.param(wide_llama, {"tune": True, "tune_steps": 6, "bits": 2}, id="tuned"),
         pytest.param(lambda: tiny_moe("mixtral"), {}, id="experts"),
         pytest.param(lambda: tiny_moe("qwen3_moe"), {"dtype": torch.bfloat16}, id="experts, bfloat16"),

@@ -40,12 +40,10 @@ def test_held_out_sequences_enter_no_hessian_however_they_are_batched():
 
 
 def test_without_a_full_precision_stream_every_token_counts_and_nothing_is_claimed():
-    for options in ({"fast": True}, {"correction": 0, "refit": False}):
+    for options in ({"fast": True}, {"correction": 0}):
         layers = quantize(tiny_model("llama"), random_sequences(20), **options).layers
         assert {layer["tokens"] for layer in layers} == {20 * 24}
-        assert {(layer["true_error"], layer["correction"], layer["refit"]) for layer in layers} == {
-            (None, None, False)
-        }
+        assert {(layer["true_error"], layer["correction"]) for layer in layers} == {(None, None)}
 
 
 def test_true_error_is_that_of_the_layers_outputs_on_held_out_tokens():

@@ -76,7 +76,6 @@ def test_columns_hold_every_figure_to_four_digits():
     table = columns(layers)
     assert table["bits"] == [4]  # a column of equal values is stored once
     assert table["output_error"] == [float(f"{item['output_error']:.4g}") for item in layers]
-    assert table["refit"] == [item["refit"] for item in layers]
     expected = [8 * item["stored_bytes"] / (item["out_features"] * item["in_features"]) for item in layers]
     assert table["bits_per_weight"] == pytest.approx(expected, rel=1e-3)
 
@@ -89,7 +88,7 @@ def test_figures_that_json_cannot_hold_become_unknown():
 
 
 def test_equal_values_of_another_type_are_no_constant_column():
-    assert columns([layer("a.0.x", refit=True), layer("a.1.x", refit=1)])["refit"] == [True, 1]
+    assert columns([layer("a.0.x", bits=True), layer("a.1.x", bits=1)])["bits"] == [True, 1]
 
 
 def test_kind_rows():

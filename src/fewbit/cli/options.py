@@ -55,9 +55,6 @@ def job(
         str,
         typer.Option(help="Move targets towards the full-precision outputs: 0 to 1, or auto.", metavar="A"),
     ] = "auto",
-    refit: Annotated[
-        bool, typer.Option("--refit", help="Fit scales again after rounding where held-out error falls.")
-    ] = False,
     fast: Annotated[
         bool, typer.Option("--fast", help="Half the time: no full-precision stream, no correction.")
     ] = False,
@@ -117,7 +114,6 @@ def job(
         act_order=act_order,
         damp=damp,
         correction=_correction(correction),
-        refit=refit,
         fast=fast,
         target_bits=target_bits,
         tune=tune,

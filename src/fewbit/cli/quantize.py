@@ -125,7 +125,7 @@ def _show(report: Any, verbose: bool) -> None:
 def _layer_table(report: Any) -> Table:
     from .. import formatting as words
 
-    headings = ("shape", "bits", "group", "tokens", "own error", "true error", "α", "refit", "fallbacks")
+    headings = ("shape", "bits", "group", "tokens", "own error", "true error", "α", "fallbacks")
     table = Table(Column("layer", overflow="fold"), *headings)
     for layer in report.layers:
         table.add_row(
@@ -137,7 +137,6 @@ def _layer_table(report: Any) -> Table:
             words.percent(layer["output_error"]),
             words.percent(layer["true_error"]),
             words.alpha(layer["correction"]),
-            "kept" if layer["refit"] else "",
             ", ".join(layer["fallbacks"]),
         )
     return table

@@ -246,7 +246,7 @@ class _Job:
             dtype=next(model.parameters()).dtype,
             device=device,
             streams=work.streams,
-            accuracy=Accuracy(self.config.effective_correction, self.config.refit),
+            accuracy=Accuracy(self.config.effective_correction),
             probe=work.probe,
             fmt=self.config.format,
         )

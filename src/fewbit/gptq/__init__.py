@@ -1,7 +1,7 @@
 """The solver: a weight, its Hessian and its settings in; integer codes out.
 
 Contract: pure. Tensors in, a dataclass out; no logging, no files, no knowledge of models. The steps are
-correction (what to aim at), grid (scales and zero points), ldlq (codes) and refit (better scales for them);
+correction (what to aim at), grid (scales and zero points), ldlq (codes);
 fallback says what happens when the Hessian is bad.
 """
 
@@ -59,10 +59,10 @@ def quantize_weight(
         H: its Hessian, or None for round-to-nearest. Ignored by the method "rtn".
         settings: bits, group size, and so on.
         cache: shared by the layers that share H.
-        accuracy: correction and refit; by default neither.
+        accuracy: correction; by default none.
         probe: held-out tokens, on which both are judged.
         total: sums figures of every row over all rows of the layer, where W is a part of it. What is decided or
-            measured of all rows (α, refit, loss, true error) then is the same in every part.
+            measured of all rows (α, loss, true error) then is the same in every part.
         backend: "auto" (see `gptq.backends`), "torch", "native" or "triton".
 
     Raises:

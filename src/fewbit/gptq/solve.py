@@ -27,7 +27,6 @@ from .correction import (
     alpha_figures,
     best_alpha,
     drifts_of,
-    error_figures,
     relative_error,
     relative_figures,
     steps_of,
@@ -35,7 +34,6 @@ from .correction import (
 from .gptq import Problem, Sweep, solve_all
 from .grid import Grid, fit_grids, nearest, storable
 from .hessian import Hessian
-from .refit import refit_scales
 from .types import Accuracy, InputGroup, Solution
 
 # Multiples of the fitted scales that are tried as well.
@@ -276,15 +274,13 @@ def _finished(
     swept: Sequence[tuple[QuantizedMatrix, Tensor | None]],
     accuracy: Accuracy,
 ) -> dict[Layer, Solution]:
-    """Every layer on its own, with its refit, loss and true error."""
+    """Every layer on its own, with its loss and true error."""
     rows = {(i, j): some for i, family in enumerate(families) for j, some in enumerate(_rows(family))}
     targets = {(i, j): aims[i].T[some] for (i, j), some in rows.items()}
     codes = {(i, j): _part(swept[i][0], some) for (i, j), some in rows.items()}
     losses = {(i, j): found[some] for (i, j), some in rows.items() if (found := swept[i][1]) is not None}
-    refitted = _refitted(families, batches, targets, codes) if accuracy.refit else {}
-    codes |= refitted
     for layer, T in targets.items():
-        if layer in refitted or layer not in losses:
+        if layer not in losses:
             losses[layer] = _losses(T, codes[layer], families[layer[0]].hessian)
     errors: dict[Layer, Tensor] = {}
     for batch in (batch for batch in batches if batch.has_probes):
@@ -303,7 +299,6 @@ def _finished(
             tokens=H.tokens,
             dropped=H.dropped,
             dead=shared.dead,
-            refit=(i, j) in refitted,
             true_error=relative_error(*error) if error else None,
         )
     return solutions
@@ -317,38 +312,6 @@ def _rows(family: InputGroup) -> list[slice]:
 
 def _part(codes: QuantizedMatrix, rows: slice) -> QuantizedMatrix:
     return replace(codes, codes=codes.codes[rows], scales=codes.scales[rows], zeros=codes.zeros[rows])
-
-
-def _refitted(
-    families: Sequence[InputGroup],
-    batches: Sequence[_Batch],
-    targets: Mapping[Layer, Tensor],
-    codes: Mapping[Layer, QuantizedMatrix],
-) -> dict[Layer, QuantizedMatrix]:
-    """The codes with refitted scales, of layers where they have the lower error on the probe."""
-    fitted: dict[Layer, QuantizedMatrix] = {}
-    figures: dict[Layer, Sequence[Tensor]] = {}
-    for batch in (batch for batch in batches if batch.has_probes):
-        X, X_full = batch.probes()
-        for j, W in enumerate(batch.weights):
-            layers = [(i, j) for i in batch.places]
-            for layer, family in zip(layers, batch.families, strict=True):
-                fitted[layer] = _refit(targets[layer], codes[layer], family.hessian)
-            before, after = (
-                error_figures(W, stacked([some[layer].dequantize() for layer in layers]), X, X_full)
-                for some in (codes, fitted)
-            )
-            figures |= {layer: pair for layer, *pair in zip(layers, before, after, strict=True)}
-    sums = _summed(families, figures)
-    return {layer: fitted[layer] for layer, (before, after) in sums.items() if after < before}
-
-
-def _refit(T: Tensor, swept: QuantizedMatrix, H: Hessian) -> QuantizedMatrix:
-    """The codes with refitted scales."""
-    scales = refit_scales(T, swept, H.matrix())
-    # Columns that never were active had no part in it: they are rounded anew.
-    anew = nearest(T, Grid(scales, swept.zeros, swept.g_idx), swept.bits)
-    return replace(swept, codes=torch.where(H.diagonal() == 0, anew, swept.codes), scales=scales)
 
 
 def _losses(T: Tensor, codes: QuantizedMatrix, H: Hessian) -> Tensor:

@@ -19,11 +19,9 @@ class Accuracy:
 
     Attributes:
         correction: α, 0 to 1, or "auto": the best on the probe; without a probe no correction.
-        refit: fit the scales again after rounding; kept where the error on the probe falls.
     """
 
     correction: float | str = 0.0
-    refit: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,6 @@ class Solution:
         tokens: calibration tokens in H. dropped: tokens left out because they were not finite.
         dead: columns whose input was always zero; they are rounded to nearest.
         alpha: of the correction; None without full-precision inputs.
-        refit: whether refitted scales were kept.
         true_error: ‖WX̃ − ŴX‖ / ‖WX̃‖ on the probe; None without one, or where it carries no signal.
     """
 
@@ -51,7 +48,6 @@ class Solution:
     dropped: int = 0
     dead: int = 0
     alpha: float | None = None
-    refit: bool = False
     true_error: float | None = None
 
 

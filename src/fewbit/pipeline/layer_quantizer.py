@@ -43,7 +43,7 @@ class LayerRecord:
             they give no signal.
         true_error: ‖WX̃ − ŴX‖ / ‖WX̃‖ on held-out tokens, X̃ being the full-precision inputs: the error that came
             with the inputs is in it. None without the full-precision stream.
-        correction: α in use; None without the full-precision stream. refit: whether the refitted scales were kept.
+        correction: α in use; None without the full-precision stream.
         fallbacks: rungs of the ladder that were needed; empty in the normal case.
         tuned: whether tuning changed the block for the better. block_error: its relative squared output error on
             held-out batches before and after; None where it was not tuned.
@@ -67,7 +67,6 @@ class LayerRecord:
     output_error: float | None
     true_error: float | None
     correction: float | None
-    refit: bool
     fallbacks: tuple[str, ...]
     stored_bytes: int
     seconds: float
@@ -171,7 +170,7 @@ class LayerQuantizer:
         self.hessians = hessians
         self.ranks = ctx.comm
         self._layers = {layer.name: layer for layer in plan.layers}
-        self._accuracy = Accuracy(ctx.config.effective_correction, ctx.config.refit)
+        self._accuracy = Accuracy(ctx.config.effective_correction)
         self._strict = ctx.config.strict
         self._open = {block: set(names) for block, names in plan.block_layers().items()}
         self._keep_open = set(keep_open)
@@ -313,7 +312,6 @@ class LayerQuantizer:
             output_error=error,
             true_error=solution.true_error,
             correction=solution.alpha,
-            refit=solution.refit,
             fallbacks=tuple(solution.fallbacks),
             stored_bytes=0,
             seconds=seconds,

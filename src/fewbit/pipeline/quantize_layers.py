@@ -204,7 +204,7 @@ def _leaving(
 
 def needs_full_precision(config: QuantConfig) -> bool:
     """Whether anything asks for the second stream."""
-    return config.effective_correction != 0 or config.refit or config.tune
+    return config.effective_correction != 0 or config.tune
 
 
 def _solver_notes(device: torch.device, layers: int) -> list[str]:
@@ -226,7 +226,7 @@ def _held_out_notes(rows: Sequence[Rows]) -> list[str]:
     if any(batch.held_out for batch in rows):
         return []
     return [
-        "a single calibration sequence leaves none to hold out: no automatic correction, no refit, and true errors "
+        "a single calibration sequence leaves none to hold out: no automatic correction, and true errors "
         "were not measured. Give more text"
     ]
 

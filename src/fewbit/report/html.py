@@ -81,7 +81,6 @@ def view(report: Mapping[str, Any]) -> dict[str, Any]:
         "sizes": sections.sizes(report, width),
         "settings": sections.settings(layers),
         "corrections": sections.corrections(layers),
-        "refits": sum(layer["refit"] for layer in layers),
         "tokens_differ": len({layer["tokens"] for layer in layers if layer["method"] == "gptq"}) > 1,
         "fallbacks": sections.fallbacks(layers),
         "skipped": sections.skipped_groups(report["skipped"]),

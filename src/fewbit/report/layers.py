@@ -47,7 +47,7 @@ MEASURES = {
 COLUMNS = (
     "out_features", "in_features", "bits", "group_size", "sym", "act_order", "method", "bits_per_weight",
     "stored_bytes", "tokens", "masked", "dropped", "held_out", "loss", "output_error", "true_error",
-    "correction", "refit", "seconds",
+    "correction", "seconds",
 )  # fmt: skip
 
 
@@ -87,7 +87,7 @@ class KindRow:
     Attributes:
         shapes: such as "1536 × 576"; several where they differ. settings: such as "4 bits, group 64".
         error: mean of the measure shown. worst: the largest, with `worst_name`.
-        correction: mean α; None where none was chosen. refits: layers with refitted scales.
+        correction: mean α; None where none was chosen.
         fewest, most: tokens seen. thin: layers with fewer tokens than inputs.
     """
 
@@ -103,7 +103,6 @@ class KindRow:
     worst: float | None
     worst_name: str
     correction: float | None
-    refits: int
     fewest: int
     most: int
     thin: int
@@ -187,7 +186,6 @@ def _kind_row(stack: str, kind: str, group: Sequence[Mapping[str, Any]], measure
         worst=worst[measure] if worst else None,
         worst_name=worst["name"] if worst else "",
         correction=mean(layer["correction"] for layer in group),
-        refits=sum(layer["refit"] for layer in group),
         fewest=min(tokens),
         most=max(tokens),
         thin=sum(layer["tokens"] < layer["in_features"] and layer["method"] == "gptq" for layer in group),

@@ -79,10 +79,8 @@ def _method(config: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> s
         return "round-to-nearest"
     correction = mean(layer["correction"] for layer in layers)
     corrected = "" if correction is None else f", correction α = {words.alpha(correction)} on average"
-    refits = sum(layer["refit"] for layer in layers)
-    refitted = f", scales refitted in {words.plural(refits, 'layer')}" if refits else ""
     tuned = f", tuned for {config['tune_steps']} steps per block" if config["tune"] else ""
-    return f"GPTQ, act-order {config['act_order']}, damp {config['damp']:g}{corrected}{refitted}{tuned}"
+    return f"GPTQ, act-order {config['act_order']}, damp {config['damp']:g}{corrected}{tuned}"
 
 
 def _calibration(calibration: Mapping[str, Any]) -> str:

@@ -206,7 +206,7 @@
     if (get("held_out")) parts.push(pair("held out", grouped(get("held_out"))));
     if (get("dropped")) parts.push(pair("tokens dropped", grouped(get("dropped"))));
     if (get("correction") !== null) parts.push(pair("correction α", show("alpha", get("correction"))));
-    parts.push(pair("refit", get("refit") ? "kept" : "no"), pair("time", show("seconds", get("seconds"))));
+    parts.push(pair("time", show("seconds", get("seconds"))));
     return parts;
   }
 
@@ -298,7 +298,6 @@
     ["own error", layer => figure("output_error", layer), value => show("percent", value)],
     ["true error", layer => figure("true_error", layer), value => show("percent", value)],
     ["α", layer => figure("correction", layer), value => show("alpha", value)],
-    ["refit", layer => figure("refit", layer), value => value ? "kept" : DASH],
     ["seconds", layer => figure("seconds", layer), value => show("number", value)],
     ["fallbacks", layer => layers.fallbacks[layer].map(name => data.fallbacks[name]).join(", "), null],
   ];
