@@ -6,6 +6,7 @@ Pages with tests of their own, which also look at what they leave: `RUN_ELSEWHER
 import ast
 import dataclasses
 import re
+import runpy
 import shutil
 from pathlib import Path
 
@@ -120,6 +121,11 @@ def test_links_lead_somewhere_on_github_too(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith(("http://", "https://", "#")):
             assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def test_pictures_are_those_that_the_script_draws():
+    for name, draw in runpy.run_path(str(DOCS / "draw_pipeline.py"))["PICTURES"].items():
+        assert (DOCS / name).read_text(encoding="utf-8") == draw(), "run docs/draw_pipeline.py"
 
 
 def test_every_setting_is_somewhere_in_the_docs():
