@@ -48,8 +48,8 @@ gpu: $(BIN)/python
 	$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'this torch sees no GPU')"
 	$(PIP) install --quiet '.[test]'
 	mkdir -p $(GPU)
-	$(BIN)/python -m pytest tests/kernels tests/gptq tests/pipeline tests/bench tests/test_profiling.py \
-	  tests/cli/test_bench_command.py > $(GPU)/tests.txt; echo $$? > $(GPU)/failed; tail -20 $(GPU)/tests.txt
+	$(BIN)/python -m pytest tests/kernels tests/gptq tests/pipeline tests/benchmarks \
+	  tests/test_profiling.py tests/cli/test_bench_command.py > $(GPU)/tests.txt; echo $$? > $(GPU)/failed; tail -20 $(GPU)/tests.txt
 	$(BIN)/python benchmarks/kernels_gpu.py --results $(GPU)/kernels.json
 	$(BIN)/python benchmarks/kernels_gpu.py --results $(GPU)/kernels.json --into docs/gpu.md
 	$(BIN)/python benchmarks/quantize_gpu.py --results $(GPU)/quantize.json --folder $(GPU)

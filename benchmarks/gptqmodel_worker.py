@@ -1,9 +1,9 @@
-"""GPTQModel in the place of `fewbit.bench.worker`, in its own environment: same requests, same answers.
+"""GPTQModel behind the protocol of `fewbit.bench.worker`, in an environment of its own.
 
     GPTQMODEL-PYTHON benchmarks/gptqmodel_worker.py
 
 "kernel" is the name of one of its backends, for example auto, gptq_torch_cpu_avx512 or gptq_torch. Decoding goes
-through transformers' ``generate``, as its users do. Imports nothing of fewbit.
+through transformers' ``generate``, as its users do. Imports nothing from fewbit.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class Worker:
     model: Any = None
 
     def load(
-        self, model: str, dtype: str, kernel: str, threads: int, options: dict[str, Any]
+        self, model: str, device: str, dtype: str, kernel: str, threads: int, options: dict[str, Any]
     ) -> dict[str, Any]:
         from gptqmodel import BACKEND, GPTQModel
 
         torch.set_num_threads(threads)
         start = time.perf_counter()
         loaded = GPTQModel.load(
-            model, device="cpu", dtype=getattr(torch, dtype), backend=BACKEND(kernel), **options
+            model, device=device, dtype=getattr(torch, dtype), backend=BACKEND(kernel), **options
         )
         self.model = loaded.model.eval()
         seconds = time.perf_counter() - start

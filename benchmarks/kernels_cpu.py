@@ -1,13 +1,14 @@
-"""Products with quantized weights on this CPU: fewbit's kernels next to every other one, in one run.
+"""Matrix products with quantized weights on this CPU: fewbit's kernels and those of other packages, in one run.
 
     python benchmarks/kernels_cpu.py --results kernels.json [--threads 2] [--only cpu,cpu_a8,Linear] [--shapes main]
     python benchmarks/kernels_cpu.py --results kernels.json --table
     python benchmarks/kernels_cpu.py --results kernels.json --into docs/performance.md --plot docs/kernels.svg
 
-Candidates take turns and weights come from memory (`fewbit.bench`). A later run with --only or other shapes adds to the
-results; what it measures again replaces what was there. GPTQModel's kernels run in its own environment
-(--gptqmodel-python), as a process in between that measures the bfloat16 Linear too: its ratios refer to that one.
-Rivals that are not installed are left out with a message.
+--shapes takes sets of shapes (main, bits, small, sweep), Llama models (1b, 8b, 70b) and folders of checkpoints.
+Candidates take turns, with cold caches (`layer_speed`). A later run with --only or other shapes adds to the results and
+replaces what it measures again. GPTQModel's kernels run in an environment of their own (--gptqmodel-python); that
+process also measures the bfloat16 Linear, and its ratios refer to this measurement. Packages that are not installed
+are left out with a message.
 """
 
 from __future__ import annotations
@@ -22,22 +23,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import layer_speed
 import performance_tables
 import torch
+from baselines import GPTQMODEL, all_baselines
+from layer_speed import Candidate, Method, Shape
+from machine_limits import measure_machine
 
-from fewbit.bench import layers
-from fewbit.bench.baselines import GPTQMODEL, all_rivals
-from fewbit.bench.layers import Candidate, Shape
-from fewbit.bench.machine import measure_machine
+from fewbit.checkpoint.reader import open_checkpoint
 
 # (out, in): Llama-2-7B and -3-8B, then SmolLM2-135M.
 MAIN = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096))
 SMALL = ((576, 576), (192, 576), (1536, 576), (576, 1536))
-SWEEP = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+TOKEN_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
 def shapes_called(name: str) -> list[tuple[Shape, tuple[int, ...]]]:
-    """Shapes with the numbers of tokens to measure: main (4 bits), bits, small, sweep."""
+    """Shapes and numbers of tokens of one entry of --shapes."""
     tokens = (1, 4, 16, 512)
     if name == "main":
         return [(Shape(n, k, 4, g), tokens) for n, k in MAIN for g in (128, 32)]
@@ -45,20 +47,26 @@ def shapes_called(name: str) -> list[tuple[Shape, tuple[int, ...]]]:
         return [(Shape(4096, 4096, bits, g), tokens) for bits in (2, 3, 8) for g in (128, 32)]
     if name == "small":
         return [(Shape(n, k, bits, 64), tokens) for n, k in SMALL for bits in (2, 3, 4, 8)]
-    return [(Shape(4096, 4096, 4, 128), SWEEP)]
+    if name == "sweep":
+        return [(Shape(4096, 4096, 4, 128), TOKEN_COUNTS)]
+    if Path(name).is_dir():
+        shapes = layer_speed.shapes_of(open_checkpoint(Path(name)).layers.values())
+    else:
+        shapes = layer_speed.llama_shapes(name, bits=4, group_size=128)
+    return [(shape, tokens) for shape in shapes]
 
 
 def candidates(arguments: argparse.Namespace) -> dict[str, Candidate]:
-    """Everything that could be measured, by name."""
+    """Every candidate, by name."""
     everything: dict[str, Candidate] = {
-        "cpu": layers.registered("cpu"),
-        "cpu_a16": layers.registered("cpu_a16"),
-        "cpu_a8": layers.registered("cpu_a8"),
-        "float32 Linear": layers.dense(torch.float32),
-        "Linear": layers.dense(torch.bfloat16),
-        "torch operator": layers.torch_operator,
+        "cpu": layer_speed.registered("cpu"),
+        "cpu_a16": layer_speed.registered("cpu_a16"),
+        "cpu_a8": layer_speed.registered("cpu_a8"),
+        "float32 Linear": layer_speed.dense(torch.float32),
+        "Linear": layer_speed.dense(torch.bfloat16),
+        "torch operator": layer_speed.torch_operator,
         "dequantize": dequantize_every_time,
-        **all_rivals(arguments.ggml_folder),
+        **all_baselines(arguments.ggml_folder),
     }
     if arguments.only is None:
         return {name: found for name, found in everything.items() if name not in GPTQMODEL}
@@ -68,9 +76,9 @@ def candidates(arguments: argparse.Namespace) -> dict[str, Candidate]:
     return {name: everything[name] for name in everything if name in arguments.only or name == "Linear"}
 
 
-def dequantize_every_time(codes: Any, dtype: torch.dtype) -> layers.Run:
-    """The plain way: the whole weight in bfloat16 at every call, then oneDNN's product."""
-    layer = layers.registered("reference")(codes, dtype)
+def dequantize_every_time(codes: Any, dtype: torch.dtype) -> layer_speed.Run:
+    """Dequantize the whole weight to bfloat16 at every call, then multiply with oneDNN."""
+    layer = layer_speed.registered("reference")(codes, dtype)
     return _Dequantizing(layer)
 
 
@@ -84,9 +92,9 @@ class _Dequantizing(torch.nn.Module):
 
 
 def measure(shape: Shape, tokens: tuple[int, ...], arguments: argparse.Namespace) -> dict[str, Any]:
-    """One shape, in plain JSON types: tokens → name → seconds (minimum, median, rounds) and error."""
-    found, refused = layers.measure_shape(
-        shape, tokens, candidates(arguments), rounds=arguments.rounds, budget=arguments.budget
+    """Measure one shape, in plain JSON types: tokens → name → seconds (minimum, median), rounds and error."""
+    found, refused = layer_speed.measure_shape(
+        shape, tokens, candidates(arguments), method=Method(arguments.rounds, arguments.budget)
     )
     rows = {
         str(count): {
@@ -106,7 +114,7 @@ def measure(shape: Shape, tokens: tuple[int, ...], arguments: argparse.Namespace
 def measure_gptqmodel(
     shape: Shape, tokens: tuple[int, ...], arguments: argparse.Namespace
 ) -> dict[str, Any] | None:
-    """The same from GPTQModel's environment, its names and its own ``Linear`` with a mark."""
+    """Measure GPTQModel's kernels in its environment, with its own ``Linear`` under another name."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             arguments.gptqmodel_python, __file__, "--results", f"{folder}/found.json", "--only", ",".join(GPTQMODEL),
@@ -147,7 +155,9 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument("--results", type=Path, required=True, help="JSON to add to, or to read")
     parser.add_argument("--only", type=lambda text: text.split(","), help="these candidates (and Linear)")
-    parser.add_argument("--shapes", default="main,bits,small,sweep", help="of main, bits, small, sweep")
+    parser.add_argument(
+        "--shapes", default="main,bits,small,sweep", help="sets, models or checkpoints; see above"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
@@ -173,7 +183,7 @@ def show(results: dict[str, Any], arguments: argparse.Namespace) -> None:
 
 
 def best_of(known: dict[str, Any] | None, found: dict[str, Any]) -> dict[str, Any]:
-    """The machine's limits: the best that any run with as many threads saw, for a busy stretch is no limit."""
+    """The machine's limits: the best of all runs with the same number of threads."""
     if known is None or known["threads"] != found["threads"]:
         return found
     return {
@@ -191,11 +201,11 @@ def main() -> None:
         return
     torch.set_num_threads(arguments.threads)
     results["machine"] = best_of(results.get("machine"), asdict(measure_machine()))
-    jobs = [job for name in arguments.shapes.split(",") for job in shapes_called(name)]
+    wanted = [entry for name in arguments.shapes.split(",") for entry in shapes_called(name)]
     if arguments.one:
         fields, tokens = json.loads(arguments.one)
-        jobs = [(Shape(**fields), tuple(tokens))]
-    for shape, tokens in jobs:
+        wanted = [(Shape(**fields), tuple(tokens))]
+    for shape, tokens in wanted:
         found = measure(shape, tokens, arguments)
         merge(results, key(shape), found)
         if arguments.gptqmodel_python and arguments.only is None:

@@ -1,12 +1,12 @@
-"""Products with quantized weights on a GPU: fewbit's kernel next to the 16-bit layer, torch's int4 operator and Marlin.
+"""Matrix products with quantized weights on a GPU: fewbit's kernel, the 16-bit layer, torch's int4 operator, Marlin.
 
     python benchmarks/kernels_gpu.py --results kernels.json [--device cuda] [--shapes 1b,8b,70b]
     python benchmarks/kernels_gpu.py --results kernels.json --into docs/gpu.md
 
-Candidates take turns, and the caches are emptied before each call (`fewbit.bench.gpu`). Bandwidth is that of a large
-copy and the peak that of a large product, measured in the same run. Marlin and Machete come from GPTQModel where it is
-installed. The last column is what was asked for: 75% of the copy bandwidth and 2.5 times the 16-bit layer at one token
-on 4096 × 14336, twice at 16, and 0.8 times at 2048.
+Candidates take turns, and caches are emptied before each call (`machine_limits`). Bandwidth is measured
+with a large copy and the peak with a large product, in the same run. Marlin and Machete come from GPTQModel where it is
+installed. Targets on 4096 × 14336: 75% of the copy bandwidth and 2.5 times the 16-bit layer at one token, twice at 16,
+and 0.8 times at 2048.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import layer_speed
 import performance_tables
 import torch
+from layer_speed import Candidate, Method, Shape
+from machine_limits import check_device, cuda_clock, measure_gpu, measure_machine
 
-from fewbit.bench import layers, llama
-from fewbit.bench.gpu import check_device, cuda_clock, measure_gpu
-from fewbit.bench.layers import Candidate, Shape
-from fewbit.bench.machine import measure_machine
 from fewbit.bench.timing import seconds_per_call
 from fewbit.errors import FewbitError
 
@@ -38,34 +37,34 @@ LABELS = {
     "marlin": "Marlin, through GPTQModel",
     "machete": "Machete, through GPTQModel",
 }
-# Tokens → how many times as fast as the 16-bit layer the largest layer of an 8B model was to be.
+# Tokens → target speed of the largest layer of an 8B model, relative to the 16-bit layer.
 WANTED = {1: 2.5, 16: 2.0, 2048: 0.8}
 
 
 def shapes_called(names: list[str]) -> list[Shape]:
-    """The layers of the models, 4 bits; and the widest of 8B in other widths."""
-    found = dict.fromkeys(shape for name in names for shape in llama.shapes(name, 4, GROUP))
+    """The layers of the models in 4 bits, and the widest layer of 8B in 2, 3 and 8 bits."""
+    found = dict.fromkeys(shape for name in names for shape in layer_speed.llama_shapes(name, 4, GROUP))
     others = [Shape(4096, 14336, bits, GROUP) for bits in (2, 3, 8)] if "8b" in names else []
     return [*found, *others]
 
 
 def candidates(dtype: torch.dtype, device: torch.device) -> dict[str, Candidate]:
-    """What is compared; on a CPU, where this only tries itself out, its own kernel takes Triton's place."""
+    """Every candidate, by name; on a CPU, which only serves to test this script, fewbit's CPU kernel."""
     if device.type == "cpu":
-        return {"cpu": layers.registered("cpu"), "Linear": layers.dense(dtype)}
+        return {"cpu": layer_speed.registered("cpu"), "Linear": layer_speed.dense(dtype)}
     return {
-        "triton": layers.registered("triton"),
-        "Linear": layers.dense(dtype),
-        "torch operator": layers.torch_operator,
-        "marlin": layers.registered("marlin"),
-        "machete": layers.registered("machete"),
+        "triton": layer_speed.registered("triton"),
+        "Linear": layer_speed.dense(dtype),
+        "torch operator": layer_speed.torch_operator,
+        "marlin": layer_speed.registered("marlin"),
+        "machete": layer_speed.registered("machete"),
     }
 
 
 def measure(
     shapes: list[Shape], tokens: tuple[int, ...], dtype: torch.dtype, device: torch.device, rounds: int
 ) -> dict[str, Any]:
-    """Everything, in plain JSON types: the machine, and shape → tokens → name → seconds and error."""
+    """Measure all shapes, in plain JSON types: the machine, and shape → tokens → name → seconds and error."""
     on_gpu = device.type == "cuda"
     clock = cuda_clock(device) if on_gpu else seconds_per_call
     machine = measure_gpu(device, clock) if on_gpu else measure_machine(rounds=1)
@@ -76,9 +75,8 @@ def measure(
         "shapes": {},
     }
     for shape in shapes:
-        found, refused = layers.measure_shape(
-            shape, tokens, candidates(dtype, device), dtype, rounds=rounds, device=device, stopwatch=clock
-        )
+        method = Method(rounds=rounds, device=device, stopwatch=clock)
+        found, refused = layer_speed.measure_shape(shape, tokens, candidates(dtype, device), dtype, method)
         name = f"{shape.out_features} × {shape.in_features}, {shape.bits} bits, groups of {shape.group_size}"
         results["shapes"][name] = {"shape": asdict(shape), "nbytes": shape.nbytes, "refused": refused, "tokens": {
             str(count): {who: {"seconds": one.times.minimum, "error": one.error} for who, one in row.items()}
@@ -128,7 +126,7 @@ def _row(who: str, found: dict[str, Any], counts: list[str], results: dict[str, 
 
 
 def _verdict(results: dict[str, Any]) -> str:
-    """What was asked for on 4096 × 14336, and whether it was reached."""
+    """The targets on 4096 × 14336, and whether they are reached."""
     found = next(
         (f for name, f in results["shapes"].items() if name.startswith("4096 × 14336, 4 bits")), None
     )

@@ -23,10 +23,9 @@ from typing import Any
 import performance_tables
 import random_models
 import torch
+from machine_limits import check_device, cuda_clock, measure_gpu, measure_machine
 from transformers import LlamaConfig
 
-from fewbit.bench.gpu import check_device, cuda_clock, measure_gpu
-from fewbit.bench.machine import measure_machine
 from fewbit.errors import FewbitError
 
 EIGHT_BILLION = {

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from layer_speed import Shape, random_weight
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from fewbit.bench.layers import Shape, random_weight
 from fewbit.checkpoint import layout
 
 ONE_BILLION = {

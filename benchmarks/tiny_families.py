@@ -18,9 +18,8 @@ from typing import Any
 import prepare
 import torch
 from torch import Tensor, nn
+from train_demo import SEQ_LEN, VOCABULARY, batches, perplexity, train_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
-
-from fewbit.demo.train import SEQ_LEN, VOCABULARY, batches, perplexity, train_tokenizer
 
 WIDTH, INNER, LAYERS, HEADS = 192, 512, 4, 6
 

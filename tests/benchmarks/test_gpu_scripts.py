@@ -7,10 +7,9 @@ import kernels_gpu
 import pytest
 import quantize_gpu
 import torch
+from layer_speed import Shape
+from machine_limits import Machine
 from transformers import LlamaConfig
-
-from fewbit.bench.layers import Shape
-from fewbit.bench.machine import Machine
 
 
 def seconds(value, error=1e-3):
@@ -61,7 +60,7 @@ def test_kernel_tables_say_what_was_missed():
 
 def test_kernels_from_measuring_to_the_document(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels_gpu, "measure_machine", lambda rounds: Machine(1, 1e10, {"bfloat16": 1e11}))
-    monkeypatch.setattr("fewbit.bench.layers.cold_bytes", lambda: 1)
+    monkeypatch.setattr("layer_speed.cold_bytes", lambda: 1)
     monkeypatch.setattr(kernels_gpu, "TOKENS", (1, 3))
     monkeypatch.setattr(
         kernels_gpu, "shapes_called", lambda names: [Shape(32, 128, 4, 32), Shape(16, 64, 2, 32)]

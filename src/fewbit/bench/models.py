@@ -1,6 +1,6 @@
-"""Whole models next to each other: prefill and decode, memory, loading, in interleaved rounds.
+"""Whole models side by side: prefill, decode, memory and load time, in interleaved rounds.
 
-Every model lives in a process of its own (`worker`), all of them at once: the machine must hold them together.
+Every model runs in a process of its own (`worker`), all of them at the same time: the machine must hold them all.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -23,30 +24,36 @@ FEWBIT_WORKER = (sys.executable, "-m", "fewbit.bench.worker")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model and what runs it.
+    """A model and the way to run it.
 
     Attributes:
-        kernel: of fewbit, by name; None: the model is not quantized.
-        options: for `fewbit.load`, or of `open_source` where it is not quantized.
-        command: a process that speaks the protocol of `worker`.
+        model: folder or Hub id.
+        dtype: name of the dtype of the activations.
+        kernel: name of a fewbit kernel; None for a model that is not quantized.
+        options: further arguments of `fewbit.load`, or of `open_source` for a model that is not quantized.
+        device: torch device of the model; memory figures are of this device.
+        command: process that speaks the protocol of `worker`.
     """
 
     model: str
     dtype: str
     kernel: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
     command: tuple[str, ...] = FEWBIT_WORKER
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one candidate reached.
+    """Measurements of one candidate.
 
     Attributes:
-        prefill, decode: seconds per token, over rounds.
-        kernels: what its layers run on.
-        load_seconds, memory_bytes: of loading, and in use after it.
-        peak_bytes: largest use of the whole process, libraries included; None where the system does not say.
+        prefill: seconds per prompt token, by round.
+        decode: seconds per generated token, by round.
+        kernels: one line per kernel in use, with its number of layers.
+        load_seconds: time to load the model.
+        memory_bytes: memory of the process after loading.
+        peak_bytes: peak memory of the process; None where the system does not report it.
     """
 
     prefill: Times
@@ -58,7 +65,7 @@ class Result:
 
 
 class WorkerProcess:
-    """A `worker` and the pipes to it, to be used in a ``with``."""
+    """A `worker` and the pipes to it, for use in a ``with`` statement."""
 
     def __init__(self, command: Sequence[str], threads: int) -> None:
         environment = dict(os.environ, OMP_NUM_THREADS=str(threads))
@@ -72,14 +79,14 @@ class WorkerProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
         self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        self._process.stdout.close()
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """The answer to one request.
+        """Send one request and return the answer.
 
         Raises:
             KernelError: the worker cannot do it, or has died.
@@ -110,26 +117,34 @@ def measure_models(
     rounds: int = 5,
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
 ) -> tuple[dict[str, Result], dict[str, str]]:
-    """Load all candidates, then let them take turns.
+    """Load all candidates, then measure them in turns.
 
     Returns:
-        name → result; and the candidates that could not be loaded, with the reason.
+        name → result; and name → reason for each candidate that could not be loaded.
     """
     refused: dict[str, str] = {}
     loaded: dict[str, dict[str, Any]] = {}
     workers: dict[str, WorkerProcess] = {}
-    with _closing(workers):
+    with ExitStack() as stack:
         for done, (name, candidate) in enumerate(candidates.items()):
             progress(f"load {name}", done, len(candidates))
-            workers[name] = WorkerProcess(candidate.command, threads)
+            worker = stack.enter_context(WorkerProcess(candidate.command, threads))
             try:
-                loaded[name] = _load(workers[name], candidate, threads)
+                loaded[name] = worker.ask(
+                    do="load",
+                    model=candidate.model,
+                    device=candidate.device,
+                    dtype=candidate.dtype,
+                    kernel=candidate.kernel,
+                    threads=threads,
+                    options=candidate.options,
+                )
+                workers[name] = worker
             except KernelError as error:
                 refused[name] = str(error)
-        ready = {name: workers[name] for name in loaded}
-        prefill = _turns(ready, "prefill", prefill_tokens, rounds, progress)
-        decode = _turns(ready, "decode", decode_tokens, rounds, progress)
-        peaks = {name: worker.ask(do="memory")["peak_bytes"] for name, worker in ready.items()}
+        turns = functools.partial(_turns, workers, rounds=rounds, progress=progress)
+        prefill, decode = turns("prefill", prefill_tokens), turns("decode", decode_tokens)
+        peaks = {name: worker.ask(do="memory")["peak_bytes"] for name, worker in workers.items()}
     results = {
         name: Result(
             prefill[name],
@@ -144,25 +159,15 @@ def measure_models(
     return results, refused
 
 
-def _load(worker: WorkerProcess, candidate: Candidate, threads: int) -> dict[str, Any]:
-    return worker.ask(
-        do="load",
-        model=candidate.model,
-        dtype=candidate.dtype,
-        kernel=candidate.kernel,
-        threads=threads,
-        options=candidate.options,
-    )
-
-
 def _turns(
     workers: Mapping[str, WorkerProcess],
     work: str,
     tokens: int,
+    *,
     rounds: int,
     progress: Callable[[str, int, int], None],
 ) -> dict[str, Times]:
-    """Seconds per token of `work`, after one run of each to warm up."""
+    """Seconds per token of `work`, after one run of each candidate to warm up."""
     done = 0
 
     def measure(worker: WorkerProcess) -> float:
@@ -174,18 +179,4 @@ def _turns(
 
     for worker in workers.values():
         measure(worker)
-    return in_turns({n: functools.partial(measure, worker) for n, worker in workers.items()}, rounds)
-
-
-class _closing:  # noqa: N801  (reads as the verb it is, like contextlib's)
-    """Ends every worker that was started, also after an error."""
-
-    def __init__(self, workers: dict[str, WorkerProcess]) -> None:
-        self._workers = workers
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: Any) -> None:
-        for worker in self._workers.values():
-            worker.__exit__(None, None, None)
+    return in_turns({name: functools.partial(measure, worker) for name, worker in workers.items()}, rounds)

@@ -1,7 +1,7 @@
-"""Candidates measured in turns.
+"""Time measurements in turns.
 
 On a shared machine the same work takes different times from one second to the next. Every round measures each candidate
-once, so a slow stretch meets all of them; the minimum is the least disturbed run, the median what to expect.
+once, so a slow period affects all of them. The minimum is the least disturbed run, the median the typical one.
 """
 
 from __future__ import annotations
@@ -11,24 +11,22 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-# From work to a function that does it once and returns its seconds, or those of an average call.
+# Turns work into a function that does it and returns the seconds of one call.
 Stopwatch = Callable[[Callable[[], object]], Callable[[], float]]
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one candidate over all rounds."""
+    """Seconds of one candidate, one entry per round."""
 
     seconds: tuple[float, ...]
 
     @property
     def minimum(self) -> float:
-        """Of the least disturbed round."""
         return min(self.seconds)
 
     @property
     def median(self) -> float:
-        """Of all rounds."""
         return statistics.median(self.seconds)
 
 
@@ -38,9 +36,9 @@ def in_turns(
     """Measure each candidate once per round.
 
     Args:
-        candidates: name → function that does the work once and returns its seconds.
-        rounds: how often; the first of them is not the warm-up, candidates do that themselves.
-        budget: seconds after which no further round begins; there is always one.
+        candidates: name → function that does the work once and returns its seconds; warm-up is its own task.
+        rounds: number of rounds.
+        budget: seconds after which no further round begins; there is always one round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     end = time.perf_counter() + budget
@@ -53,9 +51,9 @@ def in_turns(
 
 
 def seconds_per_call(work: Callable[[], object], at_least: float = 0.004) -> Callable[[], float]:
-    """A candidate for `in_turns`: seconds of one call of `work`, averaged over `at_least` seconds of calls.
+    """A `Stopwatch` for the CPU: seconds of one call of `work`, averaged over at least `at_least` seconds.
 
-    Calls it once to warm up, and once more to see how many calls that takes.
+    Calls `work` once to warm up and once more to choose the number of calls.
     """
     work()
     calls = max(1, round(at_least / max(_time(work, 1), 1e-7)))

@@ -1,21 +1,23 @@
 """One model in a process of its own, timed on request: ``python -m fewbit.bench.worker``.
 
-A request is a line of JSON on stdin, its answer a line of JSON on stdout (the process's other output goes to stderr).
-Memory and load time are then those of this model alone, and several such processes can take turns.
+A request is a line of JSON on stdin, its answer a line of JSON on stdout; all other output goes to stderr. Memory and
+load time then belong to this model alone, and several such processes can take turns.
 
-    {"do": "load", "model": PATH, "dtype": "bfloat16", "kernel": NAME or null, "threads": N, "options": {}}
+    {"do": "load", "model": PATH, "device": "cpu", "dtype": "bfloat16", "kernel": NAME or null, "threads": N,
+     "options": {}}
         → {"seconds", "kernels": [lines], "memory_bytes"}       kernel null: not quantized, through transformers;
-                                                                options: of `fewbit.load` or `open_source`
+                                                                options: for `fewbit.load` or `open_source`
     {"do": "prefill", "tokens": N} → {"seconds"}                one pass over N tokens
     {"do": "decode", "tokens": N} → {"seconds", "tokens"}       tokens after the first, after a prompt of 16
     {"do": "memory"} → {"peak_bytes"}
 
-A request that fails with a `FewbitError` is answered with ``{"error": words}``.
+A request that fails with a `FewbitError` gets the answer ``{"error": message}``.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -31,14 +33,14 @@ _PROMPT = 16
 
 
 class Worker:
-    """Holds the model between requests."""
+    """A loaded model, and the answers to requests about it."""
 
     def __init__(self) -> None:
         self._model: Any = None
         self._quantized = False
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Do what the request says."""
+        """Answer one request."""
         actions: dict[str, Callable[..., dict[str, Any]]] = {
             "load": self._load,
             "prefill": self._prefill,
@@ -48,7 +50,7 @@ class Worker:
         return actions[request.pop("do")](**request)
 
     def _load(
-        self, model: str, dtype: str, kernel: str | None, threads: int, options: dict[str, Any]
+        self, model: str, device: str, dtype: str, kernel: str | None, threads: int, options: dict[str, Any]
     ) -> dict[str, Any]:
         from ..hf.load import kernels, load
         from ..modeling.source import open_source
@@ -57,26 +59,29 @@ class Worker:
         start = time.perf_counter()
         if kernel is None:
             source = open_source(model, **options)
-            self._model = source.load_model(dtype, torch.device("cpu"))
+            self._model = source.load_model(dtype, torch.device(device))
         else:
-            self._model = load(model, "cpu", dtype, kernel, **options)
+            self._model = load(model, device, dtype, kernel, **options)
             self._quantized = True
+        self._synchronize()
         seconds = time.perf_counter() - start
         lines = kernels(self._model) if self._quantized else ["transformers"]
-        return {"seconds": seconds, "kernels": lines, "memory_bytes": memory_in_use_bytes()}
+        return {"seconds": seconds, "kernels": lines, "memory_bytes": self._memory_in_use()}
 
     def _prefill(self, tokens: int) -> dict[str, Any]:
         ids = self._tokens(tokens)
         with torch.inference_mode():
+            self._synchronize()
             start = time.perf_counter()
             self._model(input_ids=ids, use_cache=True, logits_to_keep=1)
+            self._synchronize()
             return {"seconds": time.perf_counter() - start}
 
     def _decode(self, tokens: int) -> dict[str, Any]:
-        """The original as its users run it, with transformers' generate; the quantized with fewbit's."""
+        """Run the original with transformers' `generate`, as its users do, and a quantized model with fewbit's."""
         from ..hf.generate import Clock, generate
 
-        # An end token that the model cannot choose: every run writes as many.
+        # The model cannot choose this end token, so every run generates the same number of tokens.
         options: dict[str, Any] = {"do_sample": False, "eos_token_id": self._vocabulary(), "pad_token_id": 0}
         ids = self._tokens(_PROMPT)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -88,23 +93,34 @@ class Worker:
         return {"seconds": clock.times[-1] - clock.times[0], "tokens": len(clock.times) - 1}
 
     def _memory(self) -> dict[str, Any]:
-        return {"peak_bytes": peak_memory_bytes()}
+        on_gpu = self._model.device.type == "cuda"
+        return {"peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_memory_bytes()}
+
+    def _memory_in_use(self) -> int:
+        on_gpu = self._model.device.type == "cuda"
+        return torch.cuda.memory_allocated() if on_gpu else memory_in_use_bytes()
+
+    def _synchronize(self) -> None:
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def _vocabulary(self) -> int:
         return int(self._model.get_input_embeddings().weight.shape[0])
 
     def _tokens(self, count: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(count)
-        return torch.randint(self._vocabulary(), (1, count), generator=generator)
+        return torch.randint(self._vocabulary(), (1, count), generator=generator).to(self._model.device)
 
 
 def main() -> None:
     """Answer requests until stdin ends."""
-    from ..cli.display import quiet_libraries
+    from transformers.utils import logging as transformers_logging
 
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else writes to stdout must not be taken for an answer
-    quiet_libraries()
+    os.dup2(2, 1)  # output of libraries on stdout must not be read as an answer
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("fewbit").setLevel(logging.ERROR)
     worker = Worker()
     for line in sys.stdin:
         try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -11,6 +13,7 @@ from rich.text import Text
 
 # Results go to stdout; progress and notes to stderr, so that `--json` can be piped.
 console = Console(stderr=True)
+F = TypeVar("F", bound=Callable[..., Any])
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 
@@ -30,6 +33,18 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("fewbit").setLevel(logging.ERROR)
+
+
+def examples(*commands: str) -> Callable[[F], F]:
+    """Decorator: add examples to the help of a command."""
+
+    def decorate(command: F) -> F:
+        command.__doc__ = "\n\n".join(
+            [inspect.cleandoc(command.__doc__ or ""), "Examples:", *(f"  {line}" for line in commands)]
+        )
+        return command
+
+    return decorate
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""The demo model and its text, as they lie inside the package: paths only, importing loads nothing.
+"""Paths of the demo model and its texts inside the package.
 
-The model is a Llama of 1.8 million parameters trained on Jane Austen's novels (`train` made it);
-README.md in this folder states origin and licence.
+The model is a Llama of 1.8 million parameters trained on Jane Austen's novels by benchmarks/train_demo.py. README.md
+in this folder states origin and license.
 """
 
 from __future__ import annotations

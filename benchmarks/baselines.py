@@ -1,9 +1,9 @@
-"""Other packages' products as candidates of `layers`: onnxruntime, ggml, and GPTQModel's kernels for CPUs.
+"""Matrix products of other packages as candidates of `layer_speed`: onnxruntime, ggml, GPTQModel's CPU kernels.
 
-Each is there if its package is; if not, making the candidate raises DependencyError with the command that installs it.
-onnxruntime and ggml hold the very weight of the layer where their format can: symmetric, 4 or 8 bits, groups that are
-multiples of 32.
-ggml's Q4_K cannot (its scales have 6 bits), so it quantizes the dequantized weight again, and its error says so.
+Without its package, a candidate raises DependencyError with the command that installs it.
+onnxruntime and ggml hold exactly the weight of the layer where their format allows it: symmetric, 4 or 8 bits, groups
+that are multiples of 32. ggml's Q4_K has 6-bit scales: it quantizes the dequantized weight again, and its error is
+larger.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from layer_speed import Candidate, Run, registered
 from torch import Tensor
 
-from ..errors import DependencyError, KernelError
-from ..quantized_matrix import QuantizedMatrix
-from .layers import Candidate, Run, registered
+from fewbit.errors import DependencyError, KernelError
+from fewbit.quantized_matrix import QuantizedMatrix
 
 GGML = ("q4_0", "q4_k", "q8_0")
 GPTQMODEL = ("torch_cpu_avx512", "torch_aten")
 
 
-def all_rivals(ggml_folder: Path | None = None) -> dict[str, Candidate]:
-    """Every candidate of this file, by name.
+def all_baselines(ggml_folder: Path | None = None) -> dict[str, Candidate]:
+    """Every candidate of this module, by name.
 
     Args:
-        ggml_folder: where libggml*.so are; None: those inside the package llama_cpp (llama-cpp-python).
+        ggml_folder: folder of libggml*.so; None for the one in the package llama_cpp (llama-cpp-python).
     """
     return {
         "onnxruntime": onnxruntime,
@@ -43,27 +43,27 @@ def onnxruntime(codes: QuantizedMatrix, dtype: torch.dtype) -> Run:
 
     Raises:
         DependencyError: onnxruntime or onnx is missing.
-        KernelError: a layer that it does not take.
+        KernelError: it cannot run this layer.
     """
     for package in ("onnxruntime", "onnx"):
         if importlib.util.find_spec(package) is None:
             raise DependencyError(f"{package} is not installed: pip install onnxruntime onnx")
-    _check(codes, bits=(4, 8), rival="MatMulNBits")
+    _check(codes, bits=(4, 8), product="MatMulNBits")
     return _OnnxRuntime(_onnx_model(codes))
 
 
-def _check(codes: QuantizedMatrix, bits: tuple[int, ...], rival: str) -> None:
-    """Refuse what would not be the same weight."""
+def _check(codes: QuantizedMatrix, bits: tuple[int, ...], product: str) -> None:
+    """Raise KernelError where the product could not hold the same weight."""
     if codes.bits not in bits:
-        raise KernelError(f"{rival} cannot run this layer: {codes.bits} bits")
+        raise KernelError(f"{product} cannot run this layer: {codes.bits} bits")
     if codes.group_size < 16 or codes.group_size % 16 or codes.shape[1] % codes.group_size:
-        raise KernelError(f"{rival} cannot run this layer: group_size {codes.group_size}")
+        raise KernelError(f"{product} cannot run this layer: group_size {codes.group_size}")
     if codes.has_act_order or bool((codes.zeros != 2 ** (codes.bits - 1)).any()):
-        raise KernelError(f"{rival} cannot run this layer: act-order or asymmetric")
+        raise KernelError(f"{product} cannot run this layer: act-order or asymmetric")
 
 
 def _onnx_model(codes: QuantizedMatrix) -> bytes:
-    """One MatMulNBits node; its zero point is the middle, so none is given."""
+    """A model of one MatMulNBits node, with the default zero point in the middle."""
     from onnx import TensorProto, helper, numpy_helper
 
     N, K = codes.shape
@@ -121,10 +121,10 @@ class _OnnxRuntime:
 
 
 def ggml(kind: str, folder: Path | None = None) -> Candidate:
-    """ggml's product for weights of type `kind` (q4_0, q4_k, q8_0), repacked for this processor where it does that.
+    """ggml's product for weights of type `kind` (q4_0, q4_k, q8_0), repacked for this processor where supported.
 
     Args:
-        folder: where libggml*.so are; None: those inside the package llama_cpp (llama-cpp-python).
+        folder: folder of libggml*.so; None for the one in the package llama_cpp (llama-cpp-python).
     """
 
     def make(codes: QuantizedMatrix, dtype: torch.dtype) -> Run:
@@ -148,13 +148,13 @@ _F32 = 0
 
 
 def _blocks(library: _Library, kind: str, codes: QuantizedMatrix) -> np.ndarray[Any, Any]:
-    """The weight in ggml's layout: one float16 scale and 32 codes per block, or quantized again for q4_k."""
+    """The weight in ggml's layout: one float16 scale and 32 codes per block; for q4_k quantized again."""
     N, K = codes.shape
     if kind == "q4_k":
         if codes.bits != 4 or K % 256:
             raise KernelError(f"ggml q4_k cannot run this layer: {codes.bits} bits, {K} inputs")
         return library.quantize(_TYPES[kind], codes.dequantize())
-    _check(codes, bits=(4,) if kind == "q4_0" else (8,), rival=f"ggml {kind}")
+    _check(codes, bits=(4,) if kind == "q4_0" else (8,), product=f"ggml {kind}")
     if codes.group_size % 32:
         raise KernelError(f"ggml {kind} cannot run this layer: group_size {codes.group_size}")
     q = codes.codes.view(N, K // 32, 32)
@@ -173,7 +173,7 @@ class _Parameters(ctypes.Structure):
 
 
 class _Library:
-    """The functions of ggml that are needed, with their types."""
+    """The functions of ggml that this module calls, with their types."""
 
     _POINTER = ctypes.c_void_p
     _INT = ctypes.c_int64
@@ -219,7 +219,7 @@ class _Library:
         return function
 
     def repacking_memory(self) -> list[Any]:
-        """Kinds of memory that keep weights in another order, fastest first."""
+        """Buffer types that store weights repacked, fastest first."""
         registry = self._registry()
         address = self._address(registry, b"ggml_backend_dev_get_extra_bufts")
         if not address:
@@ -232,11 +232,11 @@ class _Library:
         return found
 
     def context(self, tensors: int = 8) -> Any:
-        """Room for descriptions of tensors and a graph; their data is allocated later."""
+        """A context for descriptions of tensors and a graph; their data is allocated later."""
         return self.init(_Parameters((tensors + 2100) * 512, None, True))
 
     def quantize(self, kind: int, weight: Tensor) -> np.ndarray[Any, Any]:
-        """`weight` float32 (out, in) as ggml's own quantization gives it."""
+        """`weight`, float32 (out, in), quantized by ggml."""
         N, K = weight.shape
         out = np.empty(weight.nbytes, dtype=np.uint8)
         used = self._chunk(kind, weight.contiguous().data_ptr(), out.ctypes.data, 0, N, K, None)
@@ -249,7 +249,7 @@ class _Ggml:
     ) -> None:
         self._library, self._kind, self._blocks, self._shape = library, kind, blocks, shape
         N, K = shape
-        # ggml crashes where it is told to repack what it has no repacked product for.
+        # ggml crashes when it is told to repack a type without a repacked product.
         repacks = kind != "q8_0" and N % 8 == 0
         for memory in (*(library.repacking_memory() if repacks else ()), library.cpu_memory()):
             context = library.context()
@@ -268,7 +268,7 @@ class _Ggml:
         return _Ggml(self._library, self._kind, self._blocks, self._shape)
 
     def _graph(self, tokens: int) -> tuple[Any, Any, Any]:
-        """(x, y, graph) for this many tokens."""
+        """(x, y, graph) for this number of tokens."""
         if tokens not in self._graphs:
             library, context = self._library, self._library.context()
             x = library.tensor(context, _F32, self._shape[1], tokens)

@@ -1,9 +1,8 @@
-"""One layer shape at a time: milliseconds by kernel and number of tokens, with memory as cold as in a model.
+"""Speed of one layer shape at a time: milliseconds by kernel and number of tokens, with cold caches.
 
-In a model a layer's weight was read a whole model ago, so it comes from memory. On a CPU every candidate therefore has
-as many copies of the layer as it takes to be several times larger than the last-level cache, and uses them in rotation;
-on a GPU the clock empties the cache before each call (`gpu`).
-Weights are random codes; time does not depend on them.
+In a model, the weight of a layer is read from memory, not from a cache. On a CPU every candidate therefore has
+enough copies of the layer to exceed the last-level cache several times, and uses them in rotation. On a GPU the clock
+empties the cache before each call (`machine_limits`). Weights are random codes; the time does not depend on them.
 """
 
 from __future__ import annotations
@@ -17,31 +16,37 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from machine_limits import last_level_cache
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..checkpoint.reader import LayerSpec
-from ..errors import DependencyError, KernelError
-from ..kernels import registry
-from ..kernels.linear import QuantLinear
-from ..kernels.spec import KernelSpec
-from ..quantized_matrix import QuantizedMatrix, group_count, sequential_groups
-from .machine import last_level_cache
-from .timing import Stopwatch, Times, in_turns, seconds_per_call
+from fewbit.bench.timing import Stopwatch, Times, in_turns, seconds_per_call
+from fewbit.checkpoint.reader import LayerSpec
+from fewbit.errors import ConfigError, DependencyError, KernelError
+from fewbit.kernels.linear import QuantLinear
+from fewbit.quantized_matrix import QuantizedMatrix, group_count, sequential_groups
 
 Run = Callable[[Tensor], Tensor]
 Candidate = Callable[[QuantizedMatrix, torch.dtype], Run]
 
-_INNER_TILES = 8  # of 16 inputs that torch's operator for GPUs packs together: 2, 4 or 8
-_ROWS_CHECKED = 64  # of the product, against float64
+_CPU = torch.device("cpu")
+_INNER_TILES = 8  # tiles of 16 inputs that torch's GPU operator packs into one: 2, 4 or 8
+_ROWS_CHECKED = 64  # rows of the product that are compared with float64
+
+# Llama 3.2 1B, 3.1 8B, 3.1 70B: hidden size, inner size of the MLP, outputs of k and v, layers.
+_LLAMA = {
+    "1b": (2048, 8192, 512, 16),
+    "8b": (4096, 14336, 1024, 32),
+    "70b": (8192, 28672, 1024, 80),
+}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a layer's speed depends on.
+    """The properties of a layer that its speed depends on.
 
     Attributes:
-        count: how many layers of a model are like this.
+        count: number of such layers in a model.
     """
 
     out_features: int
@@ -54,20 +59,22 @@ class Shape:
 
     @property
     def nbytes(self) -> int:
-        """Of the packed codes, zero points and float16 scales, all of which a product must read."""
+        """Size of the packed codes, zero points and float16 scales, which a product must read."""
         groups = group_count(self.in_features, self.group_size) * self.out_features
         return (self.out_features * self.in_features + groups) * self.bits // 8 + 2 * groups
 
     def operations(self, tokens: int) -> int:
-        """Of a product with `tokens` rows; a multiply-add counts two."""
+        """Operations of a product with `tokens` rows; a multiply-add counts as two."""
         return 2 * tokens * self.out_features * self.in_features
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Attributes:
-    times: of one call.
-    error: ‖y − y₆₄‖ / ‖y₆₄‖ against the product in float64 of the same weight and activations.
+    """Time and error of one candidate.
+
+    Attributes:
+        times: seconds of one call, by round.
+        error: ‖y − y₆₄‖ / ‖y₆₄‖, with y₆₄ the float64 product of the same weight and activations.
     """
 
     times: Times
@@ -82,27 +89,36 @@ def shapes_of(layers: Iterable[LayerSpec]) -> list[Shape]:
             layer.out_features, layer.in_features, layer.bits, layer.group_size, layer.sym, layer.desc_act
         )
         counts[shape] = counts.get(shape, 0) + 1
-    found = [Shape(**{**vars(shape), "count": count}) for shape, count in counts.items()]
-    return sorted(found, key=lambda shape: -shape.count * shape.out_features * shape.in_features)
+    return _most_weights_first(replace(shape, count=count) for shape, count in counts.items())
 
 
-def able_kernels(
-    shapes: Iterable[Shape], dtype: torch.dtype, device: torch.device | str = "cpu"
-) -> list[str]:
-    """Kernels of the registry that can run all these layers here; not the reference, which is for checking."""
-    able: list[str] = [name for name in registry.names() if name != "reference"]
-    for shape in shapes:
-        spec = KernelSpec(
-            shape.bits, shape.group_size, shape.sym, shape.act_order, shape.in_features, shape.out_features
+def llama_shapes(name: str, bits: int, group_size: int, sym: bool = True) -> list[Shape]:
+    """The linear layers of a Llama model ("1b", "8b" or "70b"), most weights first.
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
+    if name not in _LLAMA:
+        raise ConfigError(f"there are no shapes called {name!r}; there are {', '.join(_LLAMA)}")
+    hidden, inner, narrow, count = _LLAMA[name]
+    return _most_weights_first(
+        Shape(out_features, in_features, bits, group_size, sym, count=times * count)
+        for out_features, in_features, times in (
+            (inner, hidden, 2),  # gate, up
+            (hidden, inner, 1),  # down
+            (hidden, hidden, 2),  # q, o
+            (narrow, hidden, 2),  # k, v
         )
-        reasons = dict(registry.explain(spec, device, dtype))
-        able = [name for name in able if reasons[name] is None]
-    return able
+    )
 
 
-def random_weight(shape: Shape, seed: int = 0) -> QuantizedMatrix:
-    """Random codes whose weight has about unit variance per row sum, as trained layers do."""
-    generator = torch.Generator().manual_seed(seed)
+def _most_weights_first(shapes: Iterable[Shape]) -> list[Shape]:
+    return sorted(shapes, key=lambda shape: -shape.count * shape.out_features * shape.in_features)
+
+
+def random_weight(shape: Shape) -> QuantizedMatrix:
+    """Random codes of a weight that keeps the variance of its input, about as a trained layer does."""
+    generator = torch.Generator().manual_seed(0)
     groups = group_count(shape.in_features, shape.group_size)
     g_idx = sequential_groups(shape.in_features, shape.group_size)
     if shape.act_order:
@@ -158,14 +174,13 @@ class _Dense(nn.Module):
 
 
 def torch_operator(codes: QuantizedMatrix, dtype: torch.dtype) -> Run:
-    """torch's int4 operator by itself: bfloat16, scales and zero points rounded to it, no corrections.
+    """torch's int4 operator alone: bfloat16 activations, scales and zero points, no corrections.
 
-    The one for CPUs or, where the codes are on a GPU (compute capability 8.0 or higher), the other. That is measured
-    only: as a kernel of the registry it would have to give back its codes, and their order in its packed form is not
-    documented.
+    It runs on the device of the codes, a CPU or a GPU of compute capability 8.0 or higher. The GPU operator is only
+    measured: a kernel of the registry must be able to return its codes, and the packed order is not documented.
 
     Raises:
-        KernelError: not 4 bits, or groups or a shape that it does not know.
+        KernelError: not 4 bits, or groups or a shape that the operator does not support.
     """
     on_gpu = codes.codes.device.type != "cpu"
     why_not = _why_not_torch_operator(codes, dtype, on_gpu)
@@ -205,7 +220,7 @@ class _TorchOperatorGpu(nn.Module):
         super().__init__()
         self.group_size = codes.group_size
         self.register_buffer("scales", _int4_scales(codes))
-        # Two codes to a byte, that of the even input in the upper half.
+        # Two codes to a byte; the code of the even input is in the upper half.
         pairs = (codes.codes[:, ::2] << 4) | codes.codes[:, 1::2]
         self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack(pairs, _INNER_TILES))
 
@@ -221,36 +236,45 @@ def _int4_scales(codes: QuantizedMatrix) -> Tensor:
     return torch.stack([scale, shift], dim=-1).bfloat16().contiguous()
 
 
+@dataclass(frozen=True)
+class Method:
+    """How a shape is measured.
+
+    Attributes:
+        rounds: number of rounds, see `in_turns`.
+        budget: seconds per number of tokens after which no further round begins.
+        rotate: bytes of the copies of each candidate on a CPU; None for `cold_bytes`. A GPU has one copy.
+        device: device of weights and activations.
+        stopwatch: clock for work on the device.
+    """
+
+    rounds: int = 9
+    budget: float = 20.0
+    rotate: int | None = None
+    device: torch.device = _CPU
+    stopwatch: Stopwatch = seconds_per_call
+
+
 def measure_shape(
     shape: Shape,
     token_counts: Sequence[int],
     candidates: Mapping[str, Candidate],
     dtype: torch.dtype = torch.bfloat16,
-    *,
-    rounds: int = 9,
-    budget: float = 20.0,
-    rotate: int | None = None,
-    device: torch.device | str = "cpu",
-    stopwatch: Stopwatch = seconds_per_call,
+    method: Method | None = None,
 ) -> tuple[dict[int, dict[str, Measured]], dict[str, str]]:
-    """Every candidate at every number of tokens.
-
-    Args:
-        dtype: of the activations.
-        rounds, budget: see `in_turns`, for each number of tokens.
-        rotate: bytes of each candidate's copies; None: `cold_bytes`. On a GPU there is one.
-        device: where everything lies.
-        stopwatch: measures work there.
+    """Measure every candidate at every number of tokens, with activations in `dtype`.
 
     Returns:
-        tokens → name → what was measured; and the candidates that cannot run this layer, with the reason.
+        tokens → name → result; and name → reason for each candidate that cannot run this layer.
     """
-    weight = _on(random_weight(shape), torch.device(device))
+    method = method or Method()
+    device = method.device
+    weight = _on(random_weight(shape), device)
     rotations: dict[str, Rotation] = {}
     refused: dict[str, str] = {}
     for name, candidate in candidates.items():
         try:
-            nbytes = 1 if torch.device(device).type != "cpu" else rotate or cold_bytes()
+            nbytes = 1 if device.type != "cpu" else method.rotate or cold_bytes()
             rotations[name] = Rotation(candidate(weight, dtype), nbytes)
         except (KernelError, DependencyError) as error:
             refused[name] = str(error)
@@ -258,13 +282,13 @@ def measure_shape(
     results: dict[int, dict[str, Measured]] = {}
     with torch.inference_mode():
         for tokens in token_counts:
-            x = torch.randn(tokens, shape.in_features, generator=torch.Generator().manual_seed(tokens)).to(
-                device, dtype
-            )
+            generator = torch.Generator().manual_seed(tokens)
+            x = torch.randn(tokens, shape.in_features, generator=generator).to(device, dtype)
             truth = x[:_ROWS_CHECKED].double() @ exact.t()
             work = {name: functools.partial(rotation, x) for name, rotation in rotations.items()}
             errors = {name: _relative(run()[:_ROWS_CHECKED], truth) for name, run in work.items()}
-            times = in_turns({n: stopwatch(run) for n, run in work.items()}, rounds, budget)
+            clocks = {name: method.stopwatch(run) for name, run in work.items()}
+            times = in_turns(clocks, method.rounds, method.budget)
             results[tokens] = {name: Measured(times[name], errors[name]) for name in work}
     return results, refused
 
@@ -279,16 +303,16 @@ def _relative(found: Tensor, truth: Tensor) -> float:
 
 
 def cold_bytes() -> int:
-    """What copies of a layer must hold together so that none is still in a cache when its turn comes."""
+    """Total size of the copies of a layer that guarantees that none is still in a cache when it is used again."""
     return max(4 * last_level_cache(), 128 << 20)
 
 
 class Rotation:
-    """Copies of one layer, used in turn; of a tiny one not more than a thousand, as no model has more.
+    """Copies of one layer, used in turn; at most a thousand, because no model has more.
 
     Args:
-        run: a module, or a callable that can be deep-copied and says its size in ``nbytes``.
-        nbytes: what the copies hold together, at least.
+        run: a module, or a callable that can be deep-copied and has its size in ``nbytes``.
+        nbytes: least total size of the copies.
     """
 
     def __init__(self, run: Run, nbytes: int) -> None:
@@ -296,7 +320,6 @@ class Rotation:
         self._next = itertools.cycle([run, *(copy.deepcopy(run) for _ in range(copies - 1))])
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The product, from the next copy."""
         return next(self._next)(x)
 
 

@@ -1,10 +1,10 @@
-"""How the demo model came to be: a small Llama, trained from nothing on Jane Austen in under half an hour.
+"""Train the demo model: a small Llama on Jane Austen's novels, from random weights, in under half an hour.
 
-    python -m fewbit.demo.train austen.train.txt austen.test.txt --output src/fewbit/demo
+    python benchmarks/train_demo.py austen.train.txt austen.test.txt --output src/fewbit/demo
 
-writes ``model/`` (a transformers folder in bfloat16) and ``text/`` (a calibration text out of the first
-file, an evaluation text out of the second) into the output folder. Those in this package were made with
-the defaults, on one thread.
+Writes ``model/`` (a transformers folder in bfloat16) and ``text/`` (a calibration text from the first file, an
+evaluation text from the second) into the output folder. The files in the package were made with the defaults, on one
+thread.
 
 The text is public domain: six novels, as packaged in Debian's r-cran-janeaustenr 1.0.0 (from Project
 Gutenberg), one paragraph per line, cut into documents of which every seventh went into the test file.
