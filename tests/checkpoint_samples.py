@@ -43,16 +43,17 @@ def write_fewbit(
     """A finished fewbit checkpoint of two layers; returns its codes."""
     config = config or QuantConfig(bits=4, group_size=32, sym=False)
     written = {}
-    with CheckpointWriter(folder, max_shard_size) as writer:
-        writer.add("model.embed_tokens.weight", torch.randn(10, 64).bfloat16())
-        for seed, (name, (out, n)) in enumerate(LAYERS.items()):
-            codes = random_codes(out, n, config.bits, config.group_size, seed=seed)
-            if config.sym:
-                codes.zeros.fill_(2 ** (config.bits - 1))
-            written[name] = codes
-            for part, tensor in pack(codes, config.format).items():
-                writer.add(f"{name}.{part}", tensor)
-            writer.add(f"{name}.bias", torch.zeros(out, dtype=torch.float16))
+    tensors = {"model.embed_tokens.weight": torch.randn(10, 64).bfloat16()}
+    for seed, (name, (out, n)) in enumerate(LAYERS.items()):
+        codes = random_codes(out, n, config.bits, config.group_size, seed=seed)
+        if config.sym:
+            codes.zeros.fill_(2 ** (config.bits - 1))
+        written[name] = codes
+        tensors |= {f"{name}.{part}": tensor for part, tensor in pack(codes, config.format).items()}
+        tensors[f"{name}.bias"] = torch.zeros(out, dtype=torch.float16)
+    with CheckpointWriter(folder, tensors, max_shard_size) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
         quantization = build(
             config, dict.fromkeys(LAYERS, config.defaults), ["lm_head"], {"calibration": "none"}
         )

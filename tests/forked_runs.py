@@ -87,10 +87,8 @@ class ForkedRuns:
 
 def blocks_in_journal(output: Path) -> int | None:
     """Finished blocks in the journal of `output`; None where there is no journal."""
-    try:
-        return (output / ".fewbit" / "journal").read_bytes().count(b"\n") - 1
-    except OSError:
-        return None
+    folder = output / ".fewbit"
+    return len(list(folder.glob("block-*"))) if (folder / "run.json").exists() else None
 
 
 def phase_of(output: Path) -> tuple[str, int]:

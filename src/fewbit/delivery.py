@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import __version__
 from . import mixed_precision as budget
 from .calibration import Calibration
 from .checkpoint import manifest
 from .checkpoint.assemble import checkpoint_tensors, names_on_disk
+from .checkpoint.layout import empty_layer
 from .checkpoint.quantization_config import build
 from .checkpoint.writer import CONFIG, MARKER, CheckpointWriter
 from .config import QuantConfig
@@ -21,7 +22,7 @@ from .errors import OutputError
 from .modeling.source import Source
 from .pipeline.journal import Journal
 from .pipeline.streaming import Weights
-from .planning import Plan, output_embedding_name
+from .planning import LayerPlan, Plan, output_embedding_name
 from .report.collect import PAGE_NAME, REPORT_NAME
 
 
@@ -53,10 +54,20 @@ def write_checkpoint(
     extra: dict[str, Path | bytes] = dict(source.files_to_copy())
     if source.gguf is not None:
         extra.update(_saved_files(tokenizer, getattr(model, "generation_config", None)))
-    with CheckpointWriter(output, shard_bytes) as writer:
-        for name, tensor in checkpoint_tensors(model, names, journal.tensors, weights):
+    packed = {layer.name: _packed(layer) for layer in plan.layers}
+    planned = checkpoint_tensors(model, names, packed.__getitem__, weights.state_by_shard(), values=False)
+    shards = weights.shards(without=[f"{name}.weight" for name in names])
+    with CheckpointWriter(output, dict(planned), shard_bytes) as writer:
+        for name, tensor in checkpoint_tensors(model, names, journal.tensors, shards):
             writer.add(name, tensor)
         writer.finish(values, quantization_config(config, model, plan, meta_of(calibration)), extra)
+
+
+def _packed(layer: LayerPlan) -> dict[str, Tensor]:
+    """The layer's tensors without values, in the order in which the journal returns them."""
+    settings = layer.settings
+    packed = empty_layer(settings.bits, settings.group_size, layer.in_features, layer.out_features)
+    return dict(sorted(packed.items()))
 
 
 def quantization_config(

@@ -3,7 +3,7 @@ import json
 import pytest
 from transformers import AutoConfig, LlamaConfig, PhiConfig
 
-from fewbit.checkpoint.model_config import for_older_readers
+from fewbit.checkpoint.writer import for_older_readers
 
 YARN = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 512}
 

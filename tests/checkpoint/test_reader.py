@@ -16,9 +16,9 @@ from checkpoint_samples import (
     write_autogptq,
     write_fewbit,
 )
-from fewbit.checkpoint.header import read_header
 from fewbit.checkpoint.layout import pack
 from fewbit.checkpoint.reader import open_checkpoint, open_weights
+from fewbit.checkpoint.safetensors_file import read_header
 from fewbit.config import QuantConfig
 from fewbit.errors import CheckpointError
 from fewbit.quantized_matrix import QuantizedMatrix

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from safetensors.torch import load_file
 
 from checkpoint_samples import write_fewbit
 from fewbit.checkpoint import manifest
-from fewbit.checkpoint.header import read_header
 from fewbit.checkpoint.reader import open_checkpoint
+from fewbit.checkpoint.safetensors_file import read_header
 from fewbit.checkpoint.writer import MARKER, CheckpointWriter, parse_size
 from fewbit.errors import CheckpointError, ConfigError, OutputError
 
@@ -48,7 +49,7 @@ def test_every_dtype_and_layout_reads_back_through_the_safetensors_library(
     tmp_path: Path, shard_size
 ) -> None:
     tensors = many_dtypes()
-    with CheckpointWriter(tmp_path / "out", shard_size) as writer:
+    with CheckpointWriter(tmp_path / "out", tensors, shard_size) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
         writer.finish({}, {"bits": 4})
@@ -113,7 +114,7 @@ def test_the_manifest_holds_the_hash_of_every_file_but_model_cards(tmp_path: Pat
 
 
 def test_the_configuration_is_in_both_files_and_the_model_config_is_kept(tmp_path: Path) -> None:
-    with CheckpointWriter(tmp_path / "out") as writer:
+    with CheckpointWriter(tmp_path / "out", {"x": torch.zeros(1)}) as writer:
         writer.add("x", torch.zeros(1))
         writer.finish(
             {"model_type": "llama", "quantization_config": "old"}, {"bits": 4, "quant_method": "gptq"}
@@ -165,7 +166,8 @@ def test_config_json_comes_last_and_until_then_the_folder_is_not_taken_for_a_che
 
 def test_an_error_in_the_block_leaves_no_temporaries(tmp_path: Path) -> None:
     def interrupted() -> None:
-        with CheckpointWriter(tmp_path / "out", 1) as writer:
+        tensors = {"a": torch.zeros(4), "b": torch.zeros(4)}
+        with CheckpointWriter(tmp_path / "out", tensors, 1) as writer:
             writer.add("a", torch.zeros(4))
             writer.add("b", torch.zeros(4))
             raise KeyError("elsewhere")
@@ -175,14 +177,18 @@ def test_an_error_in_the_block_leaves_no_temporaries(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == [MARKER]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_says_where_how_much_and_what_next(tmp_path: Path) -> None:
-    writer = CheckpointWriter(tmp_path / "out")
-    (tmp_path / "out" / ".spool.fewbit-tmp").symlink_to("/dev/full")
-    with pytest.raises(OutputError) as caught, writer:
-        writer.add("x", torch.zeros(1 << 20))
+def test_full_disk_message(tmp_path: Path) -> None:
+    tensor = torch.zeros(1 << 20)
+    writer = CheckpointWriter(tmp_path / "out", {"x": tensor})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with pytest.raises(OutputError) as caught, writer:
+            writer.add("x", tensor)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     message = str(caught.value)
-    assert "No space left on device" in message
+    assert "File too large" in message
     assert str(tmp_path / "out") in message
     assert f"{4 << 20:,} bytes were needed" in message
     assert "run the same command again: it resumes" in message
@@ -191,24 +197,30 @@ def test_a_full_disk_says_where_how_much_and_what_next(tmp_path: Path) -> None:
 def test_finished_checkpoints_and_other_peoples_weights_are_never_overwritten(tmp_path: Path) -> None:
     write_fewbit(tmp_path / "done")
     with pytest.raises(OutputError, match="already holds a finished checkpoint"):
-        CheckpointWriter(tmp_path / "done")
+        CheckpointWriter(tmp_path / "done", {})
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "model.safetensors").write_bytes(b"precious")
     with pytest.raises(OutputError, match=r"holds model\.safetensors from something else"):
-        CheckpointWriter(tmp_path / "theirs")
+        CheckpointWriter(tmp_path / "theirs", {})
     assert (tmp_path / "theirs" / "model.safetensors").read_bytes() == b"precious"
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write"):
-        CheckpointWriter(tmp_path / "file")
+        CheckpointWriter(tmp_path / "file", {})
 
 
 def test_tensors_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
-    with CheckpointWriter(tmp_path / "out") as writer:
+    with pytest.raises(CheckpointError, match=r"tensor y is torch\.complex64"):
+        CheckpointWriter(tmp_path / "out", {"y": torch.zeros(1, dtype=torch.complex64)})
+    with CheckpointWriter(tmp_path / "out", {"x": torch.zeros(1)}) as writer:
+        with pytest.raises(CheckpointError, match="1 tensors were not written, for example x"):
+            writer.finish({}, {})
+        with pytest.raises(CheckpointError, match=r"x is torch.float16 \(1,\); torch.float32 \(1,\) was ann"):
+            writer.add("x", torch.zeros(1).half())
         writer.add("x", torch.zeros(1))
         with pytest.raises(CheckpointError, match="tensor x was added twice"):
             writer.add("x", torch.zeros(1))
-        with pytest.raises(CheckpointError, match=r"tensor y is torch\.complex64"):
-            writer.add("y", torch.zeros(1, dtype=torch.complex64))
+        with pytest.raises(CheckpointError, match="tensor z was not announced"):
+            writer.add("z", torch.zeros(1))
         with pytest.raises(OutputError, match="cannot be called config"):
             writer.finish({}, {}, {"config.json": b""})
         with pytest.raises(OutputError, match="would lie outside"):

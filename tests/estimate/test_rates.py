@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fewbit.checkpoint.header import read_header
+from fewbit.checkpoint.safetensors_file import read_header
 from fewbit.config import LayerSettings
 from fewbit.errors import ModelError
 from fewbit.estimate import rates
@@ -85,7 +85,7 @@ def test_seconds_are_rates_times_counts():
     plan = Plan(tuple(one.layer for one in works), (), ())
     work = Work(works, tokens=1000, batches=10.0, streams=2, probe=0, held_out=0.0, transient=0, spilled=50)
     trial = Trial({"b.0": ["b.0", "b.1"]}, 100, seconds={"b.0": 0.5}, load_rate=0.01)
-    sizes = Sizes(quantized=100, plain=10, output=200, journal=110, spool=110, layers={})
+    sizes = Sizes(quantized=100, plain=10, output=200, journal=110, layers={})
     arguments = (
         plan,
         work,
@@ -120,7 +120,7 @@ def test_of_two_processes_each_has_half_of_the_batches_and_of_the_rows():
         plan = Plan(tuple(one.layer for one in works), (), ())
         work = Work(works, tokens=1000, batches=3.0, streams=2, probe=0, held_out=0.0, transient=0)
         trial = Trial({"b.0": ["b.0"]}, 100, seconds={"b.0": 0.5}, load_rate=0.01)
-        sizes = Sizes(quantized=100, plain=10, output=200, journal=110, spool=110, layers={})
+        sizes = Sizes(quantized=100, plain=10, output=200, journal=110, layers={})
         return predict_seconds(
             plan, of_one_process(work, processes, 3) if processes > 1 else work, trial,
             {(48, SETTINGS): LayerRate(0.1, 7.0, 0.2, 0.3)}, DiskRate(0.001, 0.5, 0.002), sizes,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import fewbit
 from checkpoint_samples import edit_json, rewrite
-from fewbit.checkpoint.header import TensorInfo
+from fewbit.checkpoint.safetensors_file import TensorInfo
 from fewbit.checkpoint.verify import uneven_blocks, verify
 from fewbit.hf.model_check import expected
 from models import FAMILIES, random_sequences, save_tiny, tiny_model

@@ -1,4 +1,4 @@
-"""The journal by itself, and everything that can happen to its files."""
+"""The journal, and damage to its files."""
 
 import hashlib
 import json
@@ -6,9 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from filelock import FileLock
+from safetensors import safe_open
 
+from fewbit.atomic_io import temporary_path
 from fewbit.errors import OutputError, ResumeError
 from fewbit.pipeline.journal import Journal, check_output
 
@@ -22,8 +25,8 @@ def block(value):
     return tensors, {"x.0.q": {"tokens": value}}
 
 
-def filled(folder):
-    journal = Journal(folder, PRINT)
+def filled(folder, fingerprint=PRINT):
+    journal = Journal(folder, fingerprint)
     for index in range(3):
         tensors, records = block(index)
         name = f"x.{index}.q"
@@ -62,161 +65,135 @@ def test_second_process_is_refused(tmp_path):
     first.close()
 
 
-def test_every_cut_of_the_journal_file_is_survived(tmp_path):
+def files_of(folder):
+    """The files of the blocks, in the order in which they were written."""
+    return sorted((folder / ".fewbit").glob("block-*"))
+
+
+def run_of(folder):
+    return folder / ".fewbit" / "run.json"
+
+
+def flipped(data, position):
+    return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
+
+
+def test_every_cut_of_a_block_file_is_survived(tmp_path):
     filled(tmp_path)
-    path = tmp_path / ".fewbit" / "journal"
+    path = files_of(tmp_path)[-1]
     data = path.read_bytes()
     for length in range(0, len(data), 7):
         path.write_bytes(data[:length])
         journal = Journal(tmp_path, PRINT)
-        complete = data[:length].count(b"\n") - 1
-        # A last line that lacks only its line end is whole.
-        assert complete <= len(journal.records) <= complete + 1 or (complete < 0 and not journal.records)
+        assert set(journal.records) == {"x.0.q", "x.1.q"}
+        assert journal.notes == [f"the journal's file {path.name} is damaged: its block is done again"]
         tensors, records = block(7)
-        journal.append("x.7", {"x.7.q": tensors["x.0.q"]}, {"x.7.q": records["x.0.q"]})
+        journal.append("x.2", {"x.2.q": tensors["x.0.q"]}, {"x.2.q": records["x.0.q"]})
         journal.close()
         again = Journal(tmp_path, PRINT)
-        assert again.records["x.7.q"] == {"tokens": 7}
+        assert again.records["x.2.q"] == {"tokens": 7}
+        assert again.notes == []
         again.close()
+        files_of(tmp_path)[-1].unlink()
 
 
-def test_a_changed_byte_anywhere_drops_only_its_block(tmp_path):
+def test_changed_byte_anywhere_drops_only_its_block(tmp_path):
     filled(tmp_path)
-    folder = tmp_path / ".fewbit"
-    path = folder / "journal"
-    first_line = len(path.read_bytes().split(b"\n")[0]) + 1
-    targets = [(path, first_line + 40), *((file, 30) for file in sorted(folder.glob("*.safetensors")))]
-    for file, position in targets:
+    for file in files_of(tmp_path):
         original = file.read_bytes()
-        file.write_bytes(original[:position] + bytes([original[position] ^ 1]) + original[position + 1 :])
-        before = path.read_bytes()
-        journal = Journal(tmp_path, PRINT)
-        assert len(journal.records) == 2
-        assert any("damaged" in note for note in journal.notes)
-        journal.close()
-        file.write_bytes(original)
-        path.write_bytes(before if file != path else original)
+        for position in (3, 30, len(original) // 2, len(original) - 1):
+            file.write_bytes(flipped(original, position))
+            journal = Journal(tmp_path, PRINT)
+            assert len(journal.records) == 2
+            assert any("damaged" in note for note in journal.notes)
+            journal.close()
+            file.write_bytes(original)
 
 
-def journal_of(folder):
-    return folder / ".fewbit" / "journal"
-
-
-def signed(value, run=""):
-    """A line whose checksum fits."""
-    text = json.dumps(value, sort_keys=True)
-    return f"{hashlib.sha256((run + text).encode()).hexdigest()[:16]} {text}\n".encode()
-
-
-def test_a_damaged_first_line_costs_nothing(tmp_path):
+def test_deleted_block_file_drops_only_its_block(tmp_path):
     filled(tmp_path)
-    path = journal_of(tmp_path)
+    files_of(tmp_path)[1].unlink()
+    journal = Journal(tmp_path, PRINT)
+    assert set(journal.records) == {"x.0.q", "x.2.q"}
+    journal.append("x.1", *block(9))
+    journal.close()
+    assert len(files_of(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[" * 200_000, b"[]", b'{"fingerprint": {}}', "flip"])
+def test_damaged_fingerprint_is_written_again(tmp_path, damage):
+    filled(tmp_path)
+    path = run_of(tmp_path)
     before = path.read_bytes()
-    path.write_bytes(b"0" + before[1:])
+    path.write_bytes(flipped(before, 30) if damage == "flip" else damage)
     journal = Journal(tmp_path, PRINT)
     assert len(journal.records) == 3
-    assert journal.notes == ["the journal's first line is damaged: it was written again"]
+    assert journal.notes == ["the journal's run.json is damaged: it was written again"]
     assert path.read_bytes() == before
     journal.close()
 
 
-def test_a_damaged_first_line_over_blocks_of_other_inputs_is_refused(tmp_path):
+def test_damaged_fingerprint_over_blocks_of_other_inputs_is_refused(tmp_path):
     filled(tmp_path)
-    path = journal_of(tmp_path)
+    path = run_of(tmp_path)
     path.write_bytes(b"0" + path.read_bytes()[1:])
     before = path.read_bytes()
-    with pytest.raises(ResumeError, match="first line is damaged and no other belongs to a run with these"):
+    with pytest.raises(ResumeError, match=r"run\.json is damaged and no block belongs to a run with these"):
         Journal(tmp_path, {**PRINT, "model": "other"})
     assert path.read_bytes() == before
+    assert len(files_of(tmp_path)) == 3
 
 
-def test_lines_of_another_run_are_not_taken(tmp_path):
+def test_blocks_of_another_run_are_not_taken(tmp_path):
     filled(tmp_path / "a")
-    other = Journal(tmp_path / "b", {**PRINT, "calibration data": "other"})
-    tensors, records = block(9)
-    other.append("x.0", tensors, records)
-    other.close()
-    foreign = journal_of(tmp_path / "b").read_bytes().splitlines(keepends=True)[1]
-    path = journal_of(tmp_path / "a")
-    header, _, *rest = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([header, foreign, *rest]))
-    for file in (tmp_path / "b" / ".fewbit").glob("*.safetensors"):
-        shutil.copy(file, tmp_path / "a" / ".fewbit")
+    filled(tmp_path / "b", {**PRINT, "calibration data": "other"})
+    files_of(tmp_path / "a")[0].unlink()
+    foreign = files_of(tmp_path / "b")[0]
+    shutil.copy(foreign, tmp_path / "a" / ".fewbit")
     journal = Journal(tmp_path / "a", PRINT)
     assert set(journal.records) == {"x.1.q", "x.2.q"}
-    assert journal.notes == ["1 of 3 blocks in the journal have damaged lines: they are done again"]
+    assert journal.notes == [f"the journal's file {foreign.name} is damaged: its block is done again"]
     journal.close()
-
-
-def test_doubled_and_reordered_lines_change_nothing(tmp_path):
-    filled(tmp_path)
-    path = journal_of(tmp_path)
-    header, *blocks = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([header, *reversed(blocks), *blocks]))
-    journal = Journal(tmp_path, PRINT)
-    assert journal.records == {f"x.{i}.q": {"tokens": i} for i in range(3)}
-    assert journal.notes == []
-    assert torch.equal(journal.tensors("x.1.q")["qweight"], torch.full((4, 3), 1, dtype=torch.int32))
-    journal.close()
-    assert len(path.read_bytes().splitlines()) == 4
-
-
-GOOD = {"block": "x.7", "sha256": "0" * 64, "layers": {"x.7.q": {}}}
 
 
 @pytest.mark.parametrize(
-    "value",
-    [
-        [],
-        7,
-        None,
-        {},
-        {"fingerprint": PRINT},
-        {**GOOD, "block": 7},
-        {**GOOD, "sha256": None},
-        {**GOOD, "layers": ["x.7.q"]},
-        {**GOOD, "layers": {"x.7.q": "done"}},
-    ],
+    "about", [None, "", "{", "[]", "7", "{}", '{"run": 7, "layers": {}}', '{"layers": ["x.7.q"]}', "LAYERS"]
 )
-def test_json_of_another_shape_under_a_right_checksum_is_damage(tmp_path, value):
+def test_metadata_of_another_shape_is_damage(tmp_path, about):
     filled(tmp_path)
     journal = Journal(tmp_path, PRINT)
-    run = journal._run
+    if about == "LAYERS":
+        about = json.dumps({"run": journal._run, "block": "x.7", "layers": {"x.7.q": "done"}})
     journal.close()
-    with journal_of(tmp_path).open("ab") as file:
-        file.write(signed(value, run))
-    journal = Journal(tmp_path, PRINT)
-    assert len(journal.records) == 3
-    assert journal.notes == ["1 of 4 blocks in the journal have damaged lines: they are done again"]
-    journal.close()
-
-
-@pytest.mark.parametrize("value", [{"fingerprint": "x"}, {"block": "x"}, {}])
-def test_a_first_line_of_another_shape_under_a_right_checksum_is_refused(tmp_path, value):
-    filled(tmp_path)
-    journal_of(tmp_path).write_bytes(signed(value))
-    with pytest.raises(ResumeError, match=r"its first line has no fingerprint\. Delete"):
-        Journal(tmp_path, PRINT)
-
-
-def test_very_deep_json_is_damage(tmp_path):
-    filled(tmp_path)
-    text = "[" * 200_000
-    with journal_of(tmp_path).open("ab") as file:
-        file.write(f"{hashlib.sha256(text.encode()).hexdigest()[:16]} {text}\n".encode())
+    metadata = None if about is None else {"fewbit": about}
+    data = safetensors.torch.save({"x": torch.zeros(1)}, metadata=metadata)
+    name = f"block-00007-{hashlib.sha256(data).hexdigest()}.safetensors"
+    (tmp_path / ".fewbit" / name).write_bytes(data)
     journal = Journal(tmp_path, PRINT)
     assert len(journal.records) == 3
+    assert len(journal.notes) == 1
     journal.close()
 
 
-def test_a_journal_of_the_form_before_is_refused(tmp_path):
+def test_journal_of_another_form_is_refused(tmp_path):
     filled(tmp_path)
-    journal_of(tmp_path).write_bytes(signed({"fingerprint": PRINT}))
+    run_of(tmp_path).write_text(
+        json.dumps({"fingerprint": PRINT, "sha256": hashlib.sha256(json.dumps(PRINT).encode()).hexdigest()})
+    )
     with pytest.raises(ResumeError, match="made with another form of the journal"):
         Journal(tmp_path, PRINT)
 
 
-def test_block_files_have_their_own_names_whatever_a_block_is_called(tmp_path):
+def test_journal_of_an_older_version_is_refused(tmp_path):
+    (tmp_path / ".fewbit").mkdir()
+    (tmp_path / ".fewbit" / "journal").write_text('0123456789abcdef {"fingerprint": {}}\n')
+    for open_it in (check_output, lambda folder: Journal(folder, PRINT)):
+        with pytest.raises(ResumeError, match="another form of the journal, of an older version of fewbit"):
+            open_it(tmp_path)
+    assert [path.name for path in (tmp_path / ".fewbit").iterdir()] == ["journal"]
+
+
+def test_block_names_do_not_become_paths(tmp_path):
     journal = Journal(tmp_path / "out", PRINT)
     tensors, records = block(1)
     journal.append("../../../escaped", tensors, records)
@@ -227,15 +204,15 @@ def test_block_files_have_their_own_names_whatever_a_block_is_called(tmp_path):
     again.close()
 
 
-def test_a_huge_journal_is_refused_unread(tmp_path):
+def test_huge_journal_is_refused_unread(tmp_path):
     filled(tmp_path)
-    with journal_of(tmp_path).open("ab") as file:
+    with run_of(tmp_path).open("ab") as file:
         file.truncate(1 << 40)  # takes no room on disk
     with pytest.raises(ResumeError, match=r"bytes are more than fewbit writes\. Delete"):
         Journal(tmp_path, PRINT)
 
 
-@pytest.mark.parametrize("name", [".fewbit", ".fewbit/journal"])
+@pytest.mark.parametrize("name", [".fewbit", ".fewbit/run.json"])
 def test_links_are_not_followed(tmp_path, name):
     filled(tmp_path / "elsewhere")
     out = tmp_path / "out"
@@ -246,25 +223,29 @@ def test_links_are_not_followed(tmp_path, name):
     assert len(list((tmp_path / "elsewhere" / ".fewbit").iterdir())) == 5
 
 
-def test_a_link_under_a_temporary_name_is_not_written_through(tmp_path):
+def test_link_under_a_temporary_name_is_not_followed(tmp_path):
     precious = tmp_path / "precious"
     precious.write_text("years of work")
     filled(tmp_path / "out")
     journal = Journal(tmp_path / "out", PRINT)
-    path = journal._path("x.9")
-    path.with_name(path.name + ".tmp").symlink_to(precious)
+    journal.append("x.9", *block(9))
+    path = files_of(tmp_path / "out")[-1]
+    path.unlink()
+    temporary_path(path).symlink_to(precious)
+    journal._next_number -= 1
     journal.append("x.9", *block(9))
     journal.close()
+    assert path.is_file()
     assert precious.read_text() == "years of work"
 
 
-def test_a_lock_that_cannot_be_made_is_said(tmp_path):
+def test_message_if_the_lock_cannot_be_made(tmp_path):
     (tmp_path / ".fewbit" / "lock").mkdir(parents=True)
     with pytest.raises(OutputError, match=r"cannot create .* and lock it: "):
         Journal(tmp_path, PRINT)
 
 
-def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+def test_message_if_the_file_system_has_no_locks(tmp_path, monkeypatch):
     def none(*_, **__):
         raise NotImplementedError("FileSystem does not appear to support flock")
 
@@ -273,7 +254,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
         Journal(tmp_path, PRINT)
 
 
-def test_a_run_that_ended_before_the_lock_was_free_is_not_begun_again(tmp_path, monkeypatch):
+def test_run_that_ended_before_the_lock_was_acquired(tmp_path, monkeypatch):
     filled(tmp_path)
     acquire = FileLock.acquire
 
@@ -286,22 +267,23 @@ def test_a_run_that_ended_before_the_lock_was_free_is_not_begun_again(tmp_path, 
     monkeypatch.setattr("filelock.FileLock.acquire", late)
     with pytest.raises(OutputError, match="already holds something else"):
         Journal(tmp_path, PRINT)
-    assert not journal_of(tmp_path).exists()
+    assert not run_of(tmp_path).exists()
 
 
-def test_a_block_file_that_changes_under_the_run_is_said(tmp_path):
+def test_message_if_a_block_file_changes_during_the_run(tmp_path):
     filled(tmp_path)
     journal = Journal(tmp_path, PRINT)
-    journal._path("x.1").write_bytes(b"short")
+    path = files_of(tmp_path)[1]
+    path.write_bytes(b"short")
     with pytest.raises(OutputError, match="Something else changed it; run the same command again"):
         journal.tensors("x.1.q")
-    journal._path("x.1").unlink()
+    path.unlink()
     with pytest.raises(OutputError, match="Something else changed it; run the same command again"):
         journal.tensors("x.1.q")
     journal.close()
 
 
-def test_the_finished_journal_is_removed_with_all_that_lies_in_it(tmp_path):
+def test_remove_deletes_everything_in_the_journal(tmp_path):
     filled(tmp_path / "out")
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.tex").write_text("years of work")
@@ -315,7 +297,7 @@ def test_the_finished_journal_is_removed_with_all_that_lies_in_it(tmp_path):
     assert (tmp_path / "precious" / "thesis.tex").exists()
 
 
-def test_a_journal_that_cannot_be_removed_is_said(tmp_path, monkeypatch):
+def test_message_if_the_journal_cannot_be_removed(tmp_path, monkeypatch):
     filled(tmp_path)
     journal = Journal(tmp_path, PRINT)
 
@@ -329,7 +311,7 @@ def test_a_journal_that_cannot_be_removed_is_said(tmp_path, monkeypatch):
     journal.close()
 
 
-def test_a_folder_with_something_else_is_refused_and_untouched(tmp_path):
+def test_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(
         OutputError, match=r"already holds something else \(thesis.tex\). Nothing was changed"
@@ -338,14 +320,14 @@ def test_a_folder_with_something_else_is_refused_and_untouched(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_file_as_output_is_refused(tmp_path):
+def test_file_as_output_is_refused(tmp_path):
     path = tmp_path / "file"
     path.write_text("x")
     with pytest.raises(OutputError, match="is a file; give a folder"):
         check_output(path)
 
 
-def test_a_full_disk_is_reported_and_keeps_finished_blocks(tmp_path, monkeypatch):
+def test_full_disk_keeps_finished_blocks(tmp_path, monkeypatch):
     filled(tmp_path)
     journal = Journal(tmp_path, PRINT)
     tensors, records = block(9)
@@ -365,8 +347,8 @@ def test_a_full_disk_is_reported_and_keeps_finished_blocks(tmp_path, monkeypatch
     again.close()
 
 
-def test_lines_are_plain_json_after_their_checksum(tmp_path):
+def test_fingerprint_and_records_are_plain_json(tmp_path):
     filled(tmp_path)
-    lines = (tmp_path / ".fewbit" / "journal").read_text().splitlines()
-    assert json.loads(lines[0].split(" ", 1)[1])["fingerprint"].items() >= PRINT.items()
-    assert json.loads(lines[1].split(" ", 1)[1])["block"] == "x.0"
+    assert json.loads(run_of(tmp_path).read_text())["fingerprint"].items() >= PRINT.items()
+    with safe_open(files_of(tmp_path)[0], "pt") as file:
+        assert json.loads(file.metadata()["fewbit"])["layers"] == {"x.0.q": {"tokens": 0}}

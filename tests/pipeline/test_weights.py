@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import models
-from fewbit.checkpoint.file_tensor import FileTensor
+from fewbit.checkpoint.safetensors_file import FileTensor
 from fewbit.errors import ModelError
 from fewbit.modeling.source import open_source
 from fewbit.pipeline.streaming import REST, StreamedWeights
@@ -181,7 +181,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     "dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float8_e4m3fn]
 )
 def test_reading_a_tensor(tmp_path, shape, dtype):
-    from fewbit.checkpoint.header import read_header
+    from fewbit.checkpoint.safetensors_file import read_header
 
     tensor = torch.randint(0, 2, shape).to(dtype)
     save_file({"a": torch.zeros(3), "x": tensor}, tmp_path / "t.safetensors")

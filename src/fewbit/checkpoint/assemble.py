@@ -1,7 +1,7 @@
-"""From a walked model and its finished layers to the tensors of the checkpoint, under their names on disk.
+"""From a quantized model to the tensors of the checkpoint, under the names of the original files.
 
-Quantized layers give ``qweight, qzeros, scales, g_idx`` (and their untouched bias) in place of
-``weight``. Everything else is written as it is. Tied weights are written once.
+Quantized layers give ``qweight, qzeros, scales, g_idx`` (and their unchanged bias) in place of ``weight``. Everything
+else is written as it is. Tied weights are written once.
 """
 
 from __future__ import annotations
@@ -12,65 +12,67 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..pipeline.streaming import Weights
 
 
 def checkpoint_tensors(
     model: nn.Module,
     layers: Collection[str],
     layer_tensors: Callable[[str], dict[str, Tensor]],
-    weights: Weights,
+    shards: Iterable[list[str]],
+    *,
+    values: bool = True,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every (name, tensor) of the checkpoint, in the model's order, one part of it in memory at a time.
+    """Yield every (name, tensor) of the checkpoint, in the order of `shards`.
 
     Args:
-        model: the model after the walk. Its names are turned back into those of the original files.
-        layers: names of the quantized layers.
-        layer_tensors: gives a layer's packed tensors by their short names.
-        weights: of the model.
+        model: Model whose layers are quantized. Its names are turned back into the names of the original files.
+        layers: Names of the quantized layers.
+        layer_tensors: Returns a layer's packed tensors by their short names.
+        shards: Names of the model's state in parts; while a part is the current one, its tensors are in memory.
+        values: False for tensors on the meta device: dtypes and shapes of the checkpoint, without reading weights.
 
     Raises:
-        ModelError: the original files store a quantized layer in a form that has no GPTQ counterpart.
+        ModelError: The original files store a quantized layer in a form that has no GPTQ counterpart.
     """
     quantized = {f"{name}.weight": name for name in layers}
     on_disk = names_on_disk(model, layers)
-    own = set(_own_names(model))
-    for part in weights.shards(without=quantized):
+    saved = set(_saved_names(model))
+    for shard in shards:
         state = model.state_dict()
         plain: dict[str, Tensor] = {}
-        for key in part:
+        for key in shard:
             if key in quantized:
                 name = quantized[key]
                 prefix = _only_name(name, on_disk[name])
                 for short, tensor in layer_tensors(name).items():
                     yield f"{prefix}.{short}", tensor
-            elif key in own:
-                plain[key] = state[key].detach()
+            elif key in saved:
+                plain[key] = state[key].detach() if values else torch.empty_like(state[key], device="meta")
         yield from _disk_layout(model, plain).items()
 
 
-def _own_names(model: nn.Module) -> list[str]:
-    """Names of the state without tied duplicates and without what the model itself does not save."""
+def _saved_names(model: nn.Module) -> list[str]:
+    """Names of the state without tied duplicates and without tensors that the model itself does not save."""
     state = model.state_dict(keep_vars=True)
     for key in getattr(model, "_keys_to_ignore_on_save", None) or ():
         state.pop(key, None)
     seen: set[object] = set()
-    own = []
+    saved = []
     for key, tensor in state.items():
         # Tensors on the meta device have no address.
-        place = (
+        address = (
             id(tensor)
             if tensor.is_meta or not tensor.numel()
             else (tensor.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
         )
-        if place not in seen:
-            own.append(key)
-        seen.add(place)
-    return own
+        if address not in seen:
+            saved.append(key)
+        seen.add(address)
+    return saved
 
 
 def _disk_layout(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names and layouts of the original files, where transformers changed them at load."""
+    """Turn names and layouts back into those of the original files, where transformers changed them at load."""
     from transformers import PreTrainedModel
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -81,11 +83,11 @@ def _disk_layout(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def names_on_disk(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
-    """What the original files call each module or bare parameter; several names where transformers merged them."""
+    """Find the names of modules or bare parameters in the original files: several where transformers merged them."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     keys = {name: f"{name}.weight" if f"{name}.weight" in parameters else name for name in names}
     empty = {key: torch.empty_like(parameters[key], device="meta") for key in keys.values()}
-    # What is only renamed comes out as the same tensor; the rest one by one, to see what becomes of each.
+    # A renamed tensor comes out as the same object. Others are converted one by one, to see what becomes of each.
     renamed = {id(tensor): stored for stored, tensor in _disk_layout(model, dict(empty)).items()}
     found = {}
     for name, key in keys.items():

@@ -20,10 +20,10 @@ from ..config import FORMATS
 from ..errors import CheckpointError, ConfigError, OutputError
 from . import layout, manifest
 from . import quantization_config as quantization
-from .header import TensorInfo
-from .layout import G_IDX, PARTS, QWEIGHT, QZEROS
+from .layout import PARTS, QWEIGHT, QZEROS, SCALES, Shaped
 from .quantization_config import CheckpointSettings
 from .reader import LayerSpec, find_config, layer_names, layer_spec, open_weights, read_weight_map
+from .safetensors_file import TensorInfo
 from .verify import overwritten_words
 from .writer import CONFIG, MARKER, QUANTIZE_CONFIG, CheckpointWriter
 
@@ -94,7 +94,7 @@ def convert(
     specs = {name: layer_spec(name, settings, source.tensors) for name in layer_names(source.tensors)}
 
     seen = _Seen()
-    with CheckpointWriter(output_folder, max_shard_size) as writer:
+    with CheckpointWriter(output_folder, _planned(source, specs), max_shard_size) as writer:
         for name in source.tensors:
             layer, _, part = name.rpartition(".")
             if layer not in specs or part not in PARTS:
@@ -107,10 +107,25 @@ def convert(
     return ConvertResult(output_folder, fmt, len(specs), seen.turned_groups)
 
 
+def _planned(source: _Source, specs: Mapping[str, LayerSpec]) -> dict[str, Shaped]:
+    """Dtype and shape of every tensor of the result, in its order."""
+    planned: dict[str, Shaped] = {}
+    for name, info in source.tensors.items():
+        layer, _, part = name.rpartition(".")
+        if layer not in specs or part not in PARTS:
+            planned[name] = info
+        elif part == QWEIGHT:
+            spec = specs[layer]
+            packed = layout.empty_layer(spec.bits, spec.group_size, spec.in_features, spec.out_features)
+            planned |= {f"{layer}.{short}": tensor for short, tensor in packed.items()}
+            planned[f"{layer}.{SCALES}"] = source.tensors[f"{layer}.{SCALES}"]
+    return planned
+
+
 def _converted(
     source: _Source, spec: LayerSpec, settings: CheckpointSettings, fmt: str, seen: _Seen
 ) -> dict[str, Tensor]:
-    """The layer's tensors in format `fmt`: all but qzeros as they are, unless a grid must be turned round."""
+    """Pack the layer in format `fmt`; where the format cannot store zero point 0, the grid is turned round."""
     tensors = {part: source.tensor(f"{spec.name}.{part}") for part in spec.parts if part in PARTS}
     sizes = (spec.in_features, spec.out_features)
     try:
@@ -125,11 +140,10 @@ def _converted(
         )
     seen.all_sym &= bool((codes.zeros == 2 ** (spec.bits - 1)).all())
     seen.any_act_order |= codes.has_act_order
-    turned = int((codes.zeros == 0).sum()) if fmt == "gptq" else 0
-    if turned:
-        seen.turned_groups += turned
-        return layout.pack(layout.without_zero_point_0(codes), fmt)
-    return tensors | {QZEROS: layout.pack_zeros(codes.zeros, spec.bits, fmt), G_IDX: codes.g_idx}
+    if fmt == "gptq":
+        seen.turned_groups += int((codes.zeros == 0).sum())
+        codes = layout.without_zero_point_0(codes)
+    return layout.pack(codes, fmt)
 
 
 def _restated(

@@ -86,6 +86,18 @@ def unpack(
     )
 
 
+def empty_layer(bits: int, group_size: int, in_features: int, out_features: int) -> dict[str, Tensor]:
+    """Return the four tensors that `pack` makes, on the meta device: their dtypes and shapes."""
+    groups = group_count(in_features, group_size)
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        QWEIGHT: (torch.int32, (word_count(in_features, bits), out_features)),
+        QZEROS: (torch.int32, (groups, word_count(out_features, bits))),
+        SCALES: (torch.float16, (groups, out_features)),
+        G_IDX: (torch.int32, (in_features,)),
+    }
+    return {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in shapes.items()}
+
+
 def check_groups(g_idx: Tensor, groups: int) -> None:
     """Raises CheckpointError if any input belongs to a group that there is not."""
     if g_idx.numel() and (int(g_idx.min()) < 0 or int(g_idx.max()) >= groups):

@@ -19,10 +19,10 @@ from ..errors import CheckpointError
 from ..quantized_matrix import QuantizedMatrix, group_count
 from . import layout
 from . import quantization_config as quantization
-from .header import TensorInfo, read_header
 from .layout import G_IDX, PARTS, QWEIGHT, QZEROS, SCALES
 from .quantization_config import CheckpointSettings
 from .safe_io import is_plain_name, read_json, shown
+from .safetensors_file import TensorInfo, read_header
 from .writer import CONFIG, INDEX, MARKER, QUANTIZE_CONFIG, SINGLE
 
 _PICKLES = ("*.bin", "*.pt", "*.pth")

@@ -24,7 +24,6 @@ from ..errors import CheckpointError
 from ..quantized_matrix import sequential_groups
 from . import layout, manifest
 from . import quantization_config as quantization
-from .header import TensorInfo, read_header
 from .layout import G_IDX, PARTS, QZEROS, SCALES
 from .quantization_config import CheckpointSettings
 from .reader import (
@@ -39,6 +38,7 @@ from .reader import (
     read_weight_map,
 )
 from .safe_io import read_json
+from .safetensors_file import TensorInfo, read_header
 from .writer import QUANTIZE_CONFIG
 
 # Writers that take 1 off whole words in format "gptq": what looks overwritten is exact in their files.

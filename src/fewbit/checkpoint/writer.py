@@ -1,37 +1,38 @@
-"""Writing a checkpoint so that nothing half-written can be taken for whole.
+"""Writing a checkpoint so that a half-written one cannot be taken for a whole one.
 
-`add` streams a tensor's bytes into a spool file, so that memory holds one tensor whatever the shard size.
-When a shard is full its safetensors file is written from the spool, hashed on the way, under a temporary
-name. `finish` gives the shards their final names, then writes the other files, the manifest and, last of
-all, config.json: a folder that has one is complete. Every file is fsynced before it is renamed. The same
-tensors and settings give the same bytes.
+Names, dtypes and shapes of all tensors are known before the first one is written. So the tensors are divided into
+shards at the start, and each shard file begins with its header; `add` writes a tensor at its place in the file. Memory
+holds one tensor, whatever the shard size. Shards have temporary names until `finish`, which then writes the other
+files, the manifest and, last, config.json: a folder that has one is complete. Every file is synced before it is
+renamed. The same tensors and settings give the same bytes.
 
-While a folder is unfinished it holds the file `MARKER`. A new writer removes what an interrupted one left,
-but never a file from anyone else.
+While a folder is unfinished it holds the file `MARKER`. A new writer removes what an interrupted writer left, and no
+other files.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from ..atomic_io import sync_folder
+from ..atomic_io import TEMPORARY_SUFFIX, sync_file, sync_folder, temporary_path, write_whole
 from ..errors import CheckpointError, ConfigError, OutputError
 from . import manifest
-from .header import DTYPE_NAMES, encode_header
+from .layout import Shaped
 from .manifest import FileHash
-from .model_config import for_older_readers
+from .safetensors_file import DTYPE_NAMES, encode_header
 
 CONFIG = "config.json"
 QUANTIZE_CONFIG = "quantize_config.json"
@@ -41,50 +42,66 @@ MARKER = ".fewbit-incomplete"
 
 _SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _RESERVED = {CONFIG, QUANTIZE_CONFIG, INDEX, SINGLE, MARKER, manifest.NAME}
-_TEMPORARY = ".fewbit-tmp"
-_CHUNK = 1 << 23
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+# Keys that transformers 5 moved from the top of config.json into ``rope_parameters``.
+_MOVED_ROPE_KEYS = ("rope_theta", "partial_rotary_factor")
 
 
-class _Entry(NamedTuple):
+@dataclass
+class _Shard:
+    """One weight file.
+
+    Attributes:
+        name: Its final name.
+        size: Bytes of the whole file.
+        header: Header, the first bytes of the file.
+        starts: Offset of each tensor's first byte in the file, by the tensor's name.
+        missing: Names of the tensors that are not written yet.
+        file: The open file under its temporary name; None before the first tensor and after the last one.
+        hash: Size and SHA-256 of the file, once it is complete.
+    """
+
     name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-
-
-class _Shard(NamedTuple):
-    path: Path
-    names: tuple[str, ...]
-    hash: FileHash
+    size: int
+    header: bytes
+    starts: dict[str, int]
+    missing: set[str] = field(default_factory=set)
+    file: BinaryIO | None = None
+    hash: FileHash | None = None
 
 
 class CheckpointWriter:
-    """Streams tensors into a checkpoint folder. Use it in a ``with`` block: an error removes the temporaries.
+    """Writes tensors into a checkpoint folder. Use it in a ``with`` block: an error removes the temporary files.
 
     Args:
-        folder: created if missing. It may hold other files, but no config.json and no weights.
-        max_shard_size: bytes, or a text such as "5GB" (10^9) or "512MiB". A larger tensor gets its own shard.
+        folder: Created if it is missing. It may hold other files, but no config.json and no weights.
+        tensors: Dtype and shape of every tensor by name, in the order of the checkpoint.
+        max_shard_size: Bytes, or a text such as "5GB" (10^9) or "512MiB". A larger tensor gets its own shard.
 
     Raises:
-        ConfigError: the shard size cannot be read.
-        OutputError: the folder holds a finished checkpoint or somebody's weights, or cannot be written.
+        ConfigError: The shard size cannot be read.
+        CheckpointError: Safetensors files cannot hold a dtype.
+        OutputError: The folder holds a finished checkpoint or other weights, or cannot be written.
     """
 
-    def __init__(self, folder: Path, max_shard_size: int | str = "5GB") -> None:
+    def __init__(
+        self, folder: Path, tensors: Mapping[str, Shaped], max_shard_size: int | str = "5GB"
+    ) -> None:
         self.folder = Path(folder)
-        self._limit = parse_size(max_shard_size)
-        self._entries: list[_Entry] = []
-        self._shards: list[_Shard] = []
-        self._names: set[str] = set()
-        self._spool: BinaryIO | None = None
-        self._spooled = 0
-        self._total = 0
+        self._tensors = tensors
+        for name, tensor in tensors.items():
+            if tensor.dtype not in DTYPE_NAMES:
+                raise CheckpointError(f"tensor {name} is {tensor.dtype}, which safetensors files cannot hold")
+        self._shards = _divide(tensors, parse_size(max_shard_size))
+        self._shard_of = {name: shard for shard in self._shards for name in shard.starts}
         with _disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._claim()
+        for shard in self._shards:
+            if not shard.missing:  # a checkpoint without any tensor
+                self._open(shard)
+                self._complete(shard)
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -92,35 +109,38 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._close_spool()
-            return
-        with suppress(OSError):  # the first error is the one to report
-            self._close_spool()
-            self._remove_temporaries()
+        for shard in self._shards:
+            if shard.file is not None:
+                with suppress(OSError):
+                    shard.file.close()
+        if kind is not None:
+            with suppress(OSError):  # the first error is the one to report
+                self._remove_temporaries()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor of any device, layout and safetensors dtype; it is not kept.
+        """Write a tensor of any device and layout; it is not kept.
 
         Raises:
-            CheckpointError: the name was added before, or safetensors has no such dtype.
-            OutputError: the disk is full or fails.
+            CheckpointError: The tensor was not announced so, or it was added before.
+            OutputError: The disk is full or fails.
         """
-        if name in self._names:
+        shard, planned = self._shard_of.get(name), self._tensors.get(name)
+        if shard is None or planned is None:
+            raise CheckpointError(f"tensor {name} was not announced to the writer")
+        if name not in shard.missing:
             raise CheckpointError(f"tensor {name} was added twice; tied weights are written once")
-        if tensor.dtype not in DTYPE_NAMES:
-            raise CheckpointError(f"tensor {name} is {tensor.dtype}, which safetensors files cannot hold")
-        nbytes = tensor.numel() * tensor.element_size()
-        if self._entries and self._spooled + nbytes > self._limit:
-            self._close_shard()
-        self._names.add(name)
-        with _disk_errors(self._spool_path, nbytes):
-            if self._spool is None:
-                self._spool = self._spool_path.open("wb")
-            if nbytes:
-                self._spool.write(_bytes_of(tensor))
-        self._entries.append(_Entry(name, tensor.dtype, tuple(tensor.shape), self._spooled, nbytes))
-        self._spooled += nbytes
+        if (tensor.dtype, tuple(tensor.shape)) != (planned.dtype, tuple(planned.shape)):
+            raise CheckpointError(
+                f"tensor {name} is {tensor.dtype} {tuple(tensor.shape)}; "
+                f"{planned.dtype} {tuple(planned.shape)} was announced to the writer"
+            )
+        file = shard.file or self._open(shard)
+        with _disk_errors(self.folder / shard.name, tensor.nbytes):
+            file.seek(shard.starts[name])
+            file.write(_bytes_of(tensor))
+        shard.missing.remove(name)
+        if not shard.missing:
+            self._complete(shard)
 
     def finish(
         self,
@@ -128,21 +148,23 @@ class CheckpointWriter:
         quantization: Mapping[str, Any],
         extra_files: Mapping[str, bytes | Path] | None = None,
     ) -> None:
-        """Complete the checkpoint. Nothing may be added afterwards.
+        """Complete the checkpoint, once all tensors are added.
 
         Args:
-            config: the model's configuration; ``quantization_config`` in it is replaced, and keys that older readers
-                look for are added (`model_config`).
-            quantization: from `quantization.build`; also written as quantize_config.json.
-            extra_files: tokenizer and so on: name in the folder → content, or the file to copy.
+            config: The model's configuration. ``quantization_config`` in it is replaced, and keys that older readers
+                look for are added (`for_older_readers`).
+            quantization: From `quantization_config.build`; also written as quantize_config.json.
+            extra_files: Tokenizer and so on: name in the folder → content, or the file to copy.
 
         Raises:
-            OutputError: the disk is full or fails, or an extra file has a reserved name.
+            CheckpointError: A tensor is missing.
+            OutputError: The disk is full or fails, or an extra file has a reserved name.
         """
         self._check_names(extra_files or {})
-        if self._entries or not self._shards:
-            self._close_shard()
-        hashes = self._place_shards()
+        missing = [name for shard in self._shards for name in shard.missing]
+        if missing:
+            raise CheckpointError(f"{len(missing)} tensors were not written, for example {missing[0]}")
+        hashes = self._rename_shards()
         for name, content in (extra_files or {}).items():
             hashes[name] = self._write_extra(name, content)
         quantization_json = _json(dict(quantization))
@@ -154,10 +176,6 @@ class CheckpointWriter:
         self._write(CONFIG, config_json)
         with _disk_errors(self.folder):
             (self.folder / MARKER).unlink()
-
-    @property
-    def _spool_path(self) -> Path:
-        return self.folder / f".spool{_TEMPORARY}"
 
     def _claim(self) -> None:
         """Take the folder, or refuse it; clear what an interrupted writer left."""
@@ -178,67 +196,40 @@ class CheckpointWriter:
         sync_folder(self.folder)
 
     def _remove_temporaries(self) -> None:
-        for path in self.folder.glob(f".*{_TEMPORARY}"):
+        for path in self.folder.glob(f".*{TEMPORARY_SUFFIX}"):
             path.unlink(missing_ok=True)
 
-    def _close_spool(self) -> None:
-        if self._spool is not None:
-            self._spool.close()
-            self._spool = None
+    def _temporary(self, shard: _Shard) -> Path:
+        return temporary_path(self.folder / shard.name)
 
-    def _close_shard(self) -> None:
-        """Turn the spool into a safetensors file under a temporary name."""
-        path = self.folder / f".shard-{len(self._shards) + 1:05d}{_TEMPORARY}"
-        # Widest dtypes first, so that every tensor is aligned although the format allows no holes.
-        entries = sorted(self._entries, key=lambda entry: -entry.dtype.itemsize)
-        header = encode_header((entry.name, entry.dtype, entry.shape) for entry in entries)
-        digest = hashlib.sha256()
-        size = 0
-        with _disk_errors(path, len(header) + self._spooled):
-            self._close_spool()
-            with path.open("wb") as file:
-                for chunk in self._shard_bytes(header, entries):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    size += len(chunk)
-                _sync(file)
-            self._spool_path.unlink(missing_ok=True)
-        names = tuple(entry.name for entry in entries)
-        self._shards.append(_Shard(path, names, FileHash(size, digest.hexdigest())))
-        self._total += self._spooled
-        self._entries, self._spooled = [], 0
+    def _open(self, shard: _Shard) -> BinaryIO:
+        path = self._temporary(shard)
+        with _disk_errors(self.folder / shard.name, shard.size):
+            shard.file = path.open("xb")
+            shard.file.write(shard.header)
+        return shard.file
 
-    def _shard_bytes(self, header: bytes, entries: list[_Entry]) -> Iterator[bytes]:
-        yield header
-        if not self._spooled:
-            return
-        with self._spool_path.open("rb") as spool:
-            for entry in entries:
-                spool.seek(entry.start)
-                left = entry.nbytes
-                while left:
-                    chunk = spool.read(min(left, _CHUNK))
-                    if not chunk:
-                        raise OSError(f"{self._spool_path} is shorter than what was written to it")
-                    left -= len(chunk)
-                    yield chunk
+    def _complete(self, shard: _Shard) -> None:
+        assert shard.file is not None
+        with _disk_errors(self.folder / shard.name):
+            sync_file(shard.file)
+            shard.file.close()
+            shard.hash = FileHash(shard.size, manifest.hash_file(self._temporary(shard)))
+        shard.file = None
 
-    def _place_shards(self) -> dict[str, FileHash]:
-        """Give the shards their final names; write the index where there are several."""
-        count = len(self._shards)
+    def _rename_shards(self) -> dict[str, FileHash]:
+        """Give the shards their final names; write the index if there are several."""
         hashes: dict[str, FileHash] = {}
-        weight_map: dict[str, str] = {}
-        for number, shard in enumerate(self._shards, start=1):
-            name = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            with _disk_errors(self.folder / name):
-                os.replace(shard.path, self.folder / name)
-            hashes[name] = shard.hash
-            weight_map.update(dict.fromkeys(shard.names, name))
-        if count > 1:
-            index = _json(
-                {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
-            )
-            hashes[INDEX] = self._write(INDEX, index)
+        for shard in self._shards:
+            assert shard.hash is not None
+            with _disk_errors(self.folder / shard.name):
+                os.replace(self._temporary(shard), self.folder / shard.name)
+            hashes[shard.name] = shard.hash
+        if len(self._shards) > 1:
+            total = sum(_nbytes(tensor) for tensor in self._tensors.values())
+            weight_map = {name: shard.name for name, shard in sorted(self._shard_of.items())}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            hashes[INDEX] = self._write(INDEX, _json(index))
         return hashes
 
     def _check_names(self, extra_files: Mapping[str, object]) -> None:
@@ -256,22 +247,73 @@ class CheckpointWriter:
 
     def _write(self, name: str, data: bytes) -> FileHash:
         path = self.folder / name
-        temporary = self.folder / f".file{_TEMPORARY}"
         with _disk_errors(path, len(data)):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                file.write(data)
-                _sync(file)
-            os.replace(temporary, path)
-            sync_folder(path.parent)
+            write_whole(path, data)
         return manifest.hash_bytes(data)
 
 
+def _divide(tensors: Mapping[str, Shaped], limit: int) -> list[_Shard]:
+    """Fill one shard after the other with tensors in their order, up to `limit` bytes each."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and size + _nbytes(tensor) > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += _nbytes(tensor)
+    count = len(groups)
+    names = (
+        [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    )
+    return [
+        _shard(name, {key: tensors[key] for key in group}) for name, group in zip(names, groups, strict=True)
+    ]
+
+
+def _shard(name: str, tensors: Mapping[str, Shaped]) -> _Shard:
+    # Widest dtypes first, so that every tensor is aligned although the format allows no gaps.
+    order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)
+    header = encode_header((key, tensors[key].dtype, tuple(tensors[key].shape)) for key in order)
+    starts, position = {}, len(header)
+    for key in order:
+        starts[key] = position
+        position += _nbytes(tensors[key])
+    return _Shard(name, position, header, starts, set(order))
+
+
+def for_older_readers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the keys of transformers 4 beside ``rope_parameters``, in the parts of a multimodal model too.
+
+    transformers 5 moved ``rope_theta``, ``partial_rotary_factor`` and ``rope_scaling`` from the top of config.json into
+    ``rope_parameters``. A reader that finds none of its keys takes a default without a warning and computes something
+    else. Newer versions read a file with both like one with ``rope_parameters`` alone.
+
+    Keys that exist are kept. Where each type of layer has its own settings, ``rope_parameters`` is nested; no older key
+    can express that, and nothing is added.
+    """
+    result = {
+        key: for_older_readers(value) if key.endswith("_config") and isinstance(value, Mapping) else value
+        for key, value in config.items()
+    }
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
+        return result
+    for key in _MOVED_ROPE_KEYS:
+        if rope.get(key) is not None:
+            result.setdefault(key, rope[key])
+    scaling = {key: value for key, value in rope.items() if key not in _MOVED_ROPE_KEYS}
+    if scaling not in ({}, {"rope_type": "default"}):
+        result.setdefault("rope_scaling", scaling)
+    return result
+
+
 def parse_size(size: int | str) -> int:
-    """Bytes of "5GB", "512MiB", "1000" or a number.
+    """Convert "5GB", "512MiB", "1000" or a number to bytes.
 
     Raises:
-        ConfigError: the text is no size, or the size is not positive.
+        ConfigError: The text is no size, or the size is not positive.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     unit = _UNITS.get(match[2].upper()) if match else None
@@ -281,6 +323,10 @@ def parse_size(size: int | str) -> int:
     return value
 
 
+def _nbytes(tensor: Shaped) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
 def _bytes_of(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
@@ -288,11 +334,6 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 def _json(values: Mapping[str, Any]) -> bytes:
     return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 @contextmanager
@@ -306,10 +347,6 @@ def _disk_errors(path: Path, needed: int | None = None, verb: str = "write") -> 
         message = f"cannot {verb} {path}: {error.strerror or error}"
         if needed is not None:
             message += f"; {needed:,} bytes were needed"
-            free = _free_bytes(path.parent)
+            free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else None
             message += f", {free:,} are free" if free is not None else ""
         raise OutputError(f"{message}. Correct this and run the same command again: it resumes.") from error
-
-
-def _free_bytes(folder: Path) -> int | None:
-    return shutil.disk_usage(folder).free if folder.is_dir() else None

@@ -184,7 +184,7 @@ class _Job:
         units, baseline = weights.shard_sizes(), memory_in_use_bytes()
         if not isinstance(weights, StreamedWeights) and weights.device.type == "cpu":
             baseline -= sum(units.values())  # they are counted as weights
-        self.sizes = self.attempt(sizes_of, model, self.plan, self.config, source, self.shard_bytes)
+        self.sizes = self.attempt(sizes_of, model, self.plan, self.config, source)
         self.problems += problems.of_disk(self.output, self.sizes)
         too_large = problems.of_units(units, weights.device) if source.streams else []
         self.problems += too_large

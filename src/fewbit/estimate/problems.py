@@ -15,7 +15,7 @@ from .sizes import Sizes
 
 
 def of_disk(output: Path | None, sizes: Sizes | None) -> list[str]:
-    """Whether result, journal and spool fit on the disk of the output folder."""
+    """Whether result and journal fit on the disk of the output folder."""
     if output is None or sizes is None:
         return []
     left = limits.disk_left(output)

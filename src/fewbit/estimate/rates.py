@@ -19,9 +19,8 @@ from typing import Any
 import torch
 
 from ..atomic_io import write_whole
-from ..checkpoint.file_tensor import check_finite
-from ..checkpoint.header import TensorInfo
 from ..checkpoint.layout import pack
+from ..checkpoint.safetensors_file import TensorInfo, check_finite
 from ..config import LayerSettings
 from ..errors import ModelError, OutputError
 from ..gptq import Accuracy, FactorCache, Hessian, Holdout, quantize_weight

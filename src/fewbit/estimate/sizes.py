@@ -9,18 +9,16 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ..checkpoint.assemble import checkpoint_tensors
-from ..checkpoint.header import TensorInfo, encode_header, read_header
-from ..checkpoint.layout import word_count
+from ..checkpoint.layout import empty_layer
+from ..checkpoint.safetensors_file import TensorInfo, encode_header, read_header
 from ..config import QuantConfig
 from ..mixed_precision.units import Choice, stored_bytes
 from ..modeling.source import Source
 from ..pipeline.streaming import Weights
 from ..planning import LayerPlan, Plan, output_embedding_name
-from ..quantized_matrix import group_count
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Sizes:
 
     Attributes:
         quantized: the packed tensors. plain: the tensors that are not quantized. output: the finished folder.
-        journal: kept beside it until it is complete. spool: the largest shard, once more while it is written.
+        journal: kept beside it until it is complete.
         layers: layer → its packed tensors.
     """
 
@@ -37,24 +35,22 @@ class Sizes:
     plain: int
     output: int
     journal: int
-    spool: int
     layers: dict[str, int]
 
     @property
     def disk(self) -> int:
-        """Free space that a new run needs: result, journal and spool at the same time."""
-        return self.output + self.journal + self.spool
+        """Free space that a new run needs: result and journal at the same time."""
+        return self.output + self.journal
 
 
-def sizes_of(model: nn.Module, plan: Plan, config: QuantConfig, source: Source, shard_bytes: int) -> Sizes:
+def sizes_of(model: nn.Module, plan: Plan, config: QuantConfig, source: Source) -> Sizes:
     """Of a run over `model`, whose weights may be on the meta device.
 
     With `target_bits` bits are chosen later: the budget stands for the quantized tensors.
     """
-    quantized_names = {layer.name: layer for layer in plan.layers}
-    tensors = checkpoint_tensors(
-        model, list(quantized_names), lambda name: _packed(quantized_names[name]), Weights(model)
-    )
+    packed = {layer.name: _packed(layer) for layer in plan.layers}
+    shards = Weights(model).state_by_shard()
+    tensors = checkpoint_tensors(model, list(packed), packed.__getitem__, shards, values=False)
     entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
     layers = {layer.name: _stored(layer) for layer in plan.layers}
     quantized = sum(layers.values())
@@ -69,7 +65,6 @@ def sizes_of(model: nn.Module, plan: Plan, config: QuantConfig, source: Source, 
         plain,
         weights + copied + texts,
         quantized + _record_bytes(plan),
-        min(weights, shard_bytes),
         layers,
     )
 
@@ -99,15 +94,8 @@ def _stored(layer: LayerPlan) -> int:
 
 
 def _packed(layer: LayerPlan) -> dict[str, Tensor]:
-    """A layer's packed tensors without their values."""
-    bits, groups = layer.settings.bits, group_count(layer.in_features, layer.settings.group_size)
-    shapes = {
-        "qweight": ((word_count(layer.in_features, bits), layer.out_features), torch.int32),
-        "qzeros": ((groups, word_count(layer.out_features, bits)), torch.int32),
-        "scales": ((groups, layer.out_features), torch.float16),
-        "g_idx": ((layer.in_features,), torch.int32),
-    }
-    return {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
+    settings = layer.settings
+    return empty_layer(settings.bits, settings.group_size, layer.in_features, layer.out_features)
 
 
 def _record_bytes(plan: Plan) -> int:

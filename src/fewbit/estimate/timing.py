@@ -15,9 +15,8 @@ from .sizes import Sizes
 from .trial import Trial
 from .work import Work
 
-# Bytes of a shard are written to the spool, read from it, hashed, written and synced; hashing and copying count
-# like a check of the source.
-_SHARD_COPIES = 2
+# Bytes of a shard are written once; hashing and copying count like a check of the source.
+_SHARD_COPIES = 1
 
 # What is put away is written once, and read twice for the Hessian and once for the forward.
 _PASSES_OVER_SCRATCH = 4

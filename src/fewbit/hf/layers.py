@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint import quantization_config as quantization
-from ..checkpoint.header import TensorInfo
 from ..checkpoint.reader import layer_spec
+from ..checkpoint.safetensors_file import TensorInfo
 from ..errors import CheckpointError
 from ..kernels.conv import QuantConv2d
 from ..kernels.linear import QuantizedLayer

@@ -21,7 +21,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..checkpoint import layout
-from ..checkpoint.header import TensorInfo
+from ..checkpoint.safetensors_file import TensorInfo
 from ..errors import CheckpointError
 from .file_names import FileNames
 

@@ -24,8 +24,8 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from ..checkpoint import layout
 from ..checkpoint import quantization_config as quantization
-from ..checkpoint.header import TensorInfo, read_header
 from ..checkpoint.reader import layer_names
+from ..checkpoint.safetensors_file import TensorInfo, read_header
 from ..checkpoint.writer import CONFIG
 from ..compat.settings import kernel_name, needs_gradients
 from ..config import FORMATS

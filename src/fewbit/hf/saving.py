@@ -17,8 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..checkpoint import layout
-from ..checkpoint.model_config import for_older_readers
-from ..checkpoint.writer import CONFIG, QUANTIZE_CONFIG
+from ..checkpoint.writer import CONFIG, QUANTIZE_CONFIG, for_older_readers
 from ..kernels.linear import QuantizedLayer
 from .gptq_config import GPTQConfig
 from .layers import quantized_layers

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -17,11 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint.file_tensor import FileTensor, scan
-from ..checkpoint.header import TensorInfo
 from ..checkpoint.reader import open_weights
+from ..checkpoint.safetensors_file import FileTensor, TensorInfo, scan
 from ..errors import CheckpointError, DependencyError, FewbitError, ModelError
-from ..pipeline.streaming import quietly
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _NOT_COPIED = ("README.md", ".gitattributes", "config.json", "quantize_config.json", "fewbit_manifest.json")
@@ -150,7 +149,7 @@ class Source:
             "dtype": _dtype(dtype),
             "state_dict": {name: _Placeholder(tensor.info) for name, tensor in tensors.items()},
         }
-        with quietly():
+        with without_progress_bars():
             model = self._from_pretrained(self._concrete_class(config), None, options)
         _untie_different(model, tensors)
         return model.eval(), tensors
@@ -379,3 +378,17 @@ def _gguf_dequantize() -> Any:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Switch transformers' progress bars off while entered."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

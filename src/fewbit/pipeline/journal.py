@@ -1,22 +1,20 @@
-"""The journal: finished blocks on disk, so that a killed run goes on where it stopped.
+"""The journal: finished blocks on disk, so that a killed run can be resumed.
 
-``OUT/.fewbit/`` holds ``journal``, append-only lines of the form ``CHECKSUM JSON``, and one
-safetensors file per finished block with the final tensors of its layers. The first line is the
-fingerprint of everything that decides the result (config, data, source weights); a journal with
-another fingerprint is refused. A block counts once its line is on disk, and the line is written after
-the block's file, whose SHA-256 it holds.
+``OUT/.fewbit/`` holds ``run.json`` and one safetensors file for each finished block. ``run.json`` is written once. It
+has the fingerprint of everything that decides the result (config, data, source weights); a journal with another
+fingerprint is refused. A block's file has the final tensors of its layers, and in its metadata the hash of the
+fingerprint and the records of the layers. Every file is written under a temporary name, synced and renamed.
 
-The checksum of a block's line covers the fingerprint too: a line from a run with other inputs does not
-pass for one of this run, wherever it came from. So lines may be lost, doubled or in any order. A damaged
-line or file makes its block unfinished: it is solved again, to the same bytes. A line names no file; the
-file's name follows from the block's, so that nothing outside the folder is ever read. Checksums guard
-against accidents, not against somebody who can write to the folder.
+A block file name has its number and the SHA-256 of its bytes. A file whose bytes do not match its name, or that
+belongs to a run with another fingerprint, leaves its block unfinished: the file is deleted, and the block is solved
+again, to the same bytes. Hashes guard against accidents, not against somebody who can write to the folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -28,56 +26,60 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..atomic_io import append_synced, write_whole
+from ..atomic_io import TEMPORARY_SUFFIX, write_whole
 from ..checkpoint.manifest import hash_file
-from ..errors import OutputError, ResumeError
+from ..errors import FewbitError, OutputError, ResumeError
 
 FOLDER = ".fewbit"
 
-_JOURNAL, _LOCK = "journal", "lock"
-# Part of the fingerprint: journals of another form are refused, not misread.
-_FORM = {"form of the journal": "2"}
-# The lines of a model with 61 blocks of 256 experts take less than 30 MB.
-_LARGEST = 1 << 28
+_RUN, _LOCK = "run.json", "lock"
+_OLD_JOURNAL = "journal"  # of fewbit versions with a line for each block
+_BLOCK_NAME = re.compile(r"block-(\d{5,})-([0-9a-f]{64})\.safetensors")
+_METADATA = "fewbit"
+# Part of the fingerprint: a journal of another form is refused.
+_FORM = {"form of the journal": "3"}
+_LARGEST_RUN = 1 << 20  # bytes; a fingerprint has less than a thousand
 
 
 class Journal:
-    """The finished blocks of one output folder, held by one process.
+    """Finished blocks of one output folder, held by one process.
 
     Attributes:
-        records: layer name → what was written about it (plain JSON types), for finished layers.
-        notes: damaged parts that were found and will be done again.
+        output: The output folder.
+        folder: The journal's folder in it.
+        records: Layer name → what was written about the layer (plain JSON types), for finished layers.
+        notes: Sentences about damaged parts that will be done again.
     """
 
     def __init__(self, output: Path, fingerprint: Mapping[str, str], resume: bool = True) -> None:
         """Open or start the journal of `output`.
 
         Raises:
-            OutputError: the folder holds something that is not an interrupted run of fewbit, another
-                process is writing to it, or it cannot be written.
-            ResumeError: the interrupted run had another fingerprint, its journal is damaged beyond use, or
-                `resume` is False.
+            OutputError: The folder holds something that is not an interrupted run of fewbit, another process is writing
+                to it, or it cannot be written.
+            ResumeError: The interrupted run had another fingerprint, its journal cannot be used, or `resume` is False.
         """
         self.output = output
         self.folder = output / FOLDER
         self.records: dict[str, dict[str, Any]] = {}
         self.notes: list[str] = []
         self._files: dict[str, Path] = {}
+        self._next_number = 0
         self._fingerprint = {**fingerprint, **_FORM}
-        self._run = hashlib.sha256(json.dumps(self._fingerprint, sort_keys=True).encode()).hexdigest()
+        self._run = _hash(json.dumps(self._fingerprint, sort_keys=True))
         check_output(output)
         self._lock = _locked(self.folder)
         with ExitStack() as undo:
             undo.callback(self._lock.release)
-            # Looked at again: until the lock was ours another run may have begun or ended here.
+            # Checked again: another run may have begun or ended here before the lock was acquired.
             self._start(check_output(output), resume)
             undo.pop_all()
 
     def tensors(self, layer: str) -> dict[str, Tensor]:
-        """The stored tensors of a finished layer, by their short names (``qweight`` …).
+        """Read the tensors of a finished layer, by their short names (``qweight`` …).
 
         Raises:
-            OutputError: the block's file was changed or removed under the running process.
+            OutputError: The block's file was changed or removed during the run.
         """
         path, prefix = self._files[layer], layer + "."
         try:
@@ -96,33 +98,39 @@ class Journal:
     def append(
         self, block: str, tensors: Mapping[str, Mapping[str, Tensor]], records: Mapping[str, Any]
     ) -> None:
-        """Write one finished block: layer → its tensors, and layer → its record.
+        """Write one finished block.
+
+        Args:
+            block: Name of the block.
+            tensors: Layer → its tensors by their short names.
+            records: Layer → its record.
 
         Raises:
-            OutputError: the disk is full or cannot be written.
+            OutputError: The disk is full or cannot be written.
         """
-        path = self._path(block)
         flat = {f"{layer}.{key}": tensor for layer, parts in tensors.items() for key, tensor in parts.items()}
-        data = safetensors.torch.save(flat)
-        line = {"block": block, "sha256": hashlib.sha256(data).hexdigest(), "layers": records}
+        about = json.dumps({"run": self._run, "block": block, "layers": records})
+        data = safetensors.torch.save(flat, metadata={_METADATA: about})
+        sha256 = hashlib.sha256(data).hexdigest()
+        path = self.folder / f"block-{self._next_number:05d}-{sha256}.safetensors"
         with _write_errors(path, len(data)):
             write_whole(path, data)
-            append_synced(self.folder / _JOURNAL, _format_line(line, self._run))
+        self._next_number += 1
         self._take(path, records)
 
     def close(self) -> None:
-        """Let go of the folder; the journal stays, to be resumed."""
+        """Release the folder; the journal stays and can be resumed."""
         self._lock.release()
 
     def remove(self) -> None:
         """Delete the journal: the checkpoint is complete.
 
         Raises:
-            OutputError: it cannot be deleted.
+            OutputError: It cannot be deleted.
         """
         try:
-            # The journal file last: until then the folder is recognised as fewbit's own.
-            for path in sorted(self.folder.iterdir(), key=lambda path: path.name == _JOURNAL):
+            # run.json last: until then the folder is recognized as fewbit's own.
+            for path in sorted(self.folder.iterdir(), key=lambda path: path.name == _RUN):
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 elif path.name != _LOCK:
@@ -137,70 +145,70 @@ class Journal:
                 "Delete it yourself"
             ) from error
 
-    def _path(self, block: str) -> Path:
-        return self.folder / f"block-{hashlib.sha256(block.encode()).hexdigest()[:16]}.safetensors"
-
     def _take(self, path: Path, records: Mapping[str, Any]) -> None:
         for layer, record in records.items():
             self.records[layer] = dict(record)
             self._files[layer] = path
 
     def _start(self, existing: bool, resume: bool) -> None:
-        path = self.folder / _JOURNAL
-        blocks: list[dict[str, Any]] = []
+        path = self.folder / _RUN
         if existing and not resume:
             raise ResumeError(
                 f"{self.output} holds an interrupted run and resuming is switched off (--no-resume): "
                 f"delete {self.folder} to start again, or leave --no-resume out to go on"
             )
         try:
-            if existing:
-                blocks = [line for line in self._read(path).values() if self._resume(line)]
-            lines = [_format_line({"fingerprint": self._fingerprint})]
-            lines += [_format_line(line, self._run) for line in blocks]
-            data = b"".join(lines)
-            # Also where a line was cut off: the next one must start on a line of its own.
-            if not existing or path.read_bytes() != data:
-                write_whole(path, data)
-        except OutputError:
+            known = existing and self._check_fingerprint(path)
+            files = sorted(self.folder.glob("block-*.safetensors"))
+            blocks = {file: self._read_block(file) for file in files} if existing else {}
+            if existing and not known:
+                if files and not any(blocks.values()):
+                    raise self._unusable(
+                        "its run.json is damaged and no block belongs to a run with these inputs"
+                    )
+                self.notes.append("the journal's run.json is damaged: it was written again")
+            for file in files:
+                block = blocks.get(file)
+                if block is not None:
+                    self._take(file, block["layers"])
+                    continue
+                if existing:
+                    self.notes.append(f"the journal's file {file.name} is damaged: its block is done again")
+                file.unlink()
+            for temporary in self.folder.glob(f".*{TEMPORARY_SUFFIX}"):
+                temporary.unlink()
+            numbers = [int(match[1]) for file in files if (match := _BLOCK_NAME.fullmatch(file.name))]
+            self._next_number = max(numbers, default=-1) + 1
+            if not known:
+                text = json.dumps(self._fingerprint)
+                write_whole(
+                    path, json.dumps({"fingerprint": self._fingerprint, "sha256": _hash(text)}).encode()
+                )
+        except FewbitError:
             raise
         except OSError as error:
             raise OutputError(
                 f"cannot use {path}: {error.strerror}. Make room, or make it accessible, and run the same command again"
             ) from error
 
-    def _read(self, path: Path) -> dict[str, dict[str, Any]]:
-        """Block → its line, for every line of this run that is whole; says how many are not."""
-        if path.stat().st_size > _LARGEST:
-            raise self._unusable(f"{path.stat().st_size:,} bytes are more than fewbit writes")
-        blocks: dict[str, dict[str, Any]] = {}
-        count = damaged = 0
-        with path.open("rb") as file:
-            header = _parse_line(file.readline())
-            if header is not None:
-                self._compare(header)
-            for count, raw in enumerate(file, start=1):  # noqa: B007 - the last is the number of lines
-                line = _parse_line(raw, self._run)
-                if line is not None and _is_block(line):
-                    blocks[line["block"]] = line
-                else:
-                    damaged += 1
-        if header is None:
-            if damaged and not blocks:
-                raise self._unusable(
-                    "its first line is damaged and no other belongs to a run with these inputs"
-                )
-            self.notes.append("the journal's first line is damaged: it was written again")
-        if damaged:
-            self.notes.append(
-                f"{damaged} of {count} blocks in the journal have damaged lines: they are done again"
-            )
-        return blocks
+    def _check_fingerprint(self, path: Path) -> bool:
+        """Return True if run.json has this run's fingerprint, False if it is damaged.
 
-    def _compare(self, header: Mapping[str, Any]) -> None:
-        before = header.get("fingerprint")
+        Raises:
+            ResumeError: It has another fingerprint.
+        """
+        size = path.stat().st_size
+        if size > _LARGEST_RUN:
+            raise self._unusable(f"{size:,} bytes are more than fewbit writes")
+        try:
+            values = json.loads(path.read_bytes())
+            before = values["fingerprint"]
+            if values["sha256"] != _hash(json.dumps(before)):
+                return False
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return False
         if not isinstance(before, dict):
-            raise self._unusable("its first line has no fingerprint")
+            raise self._unusable("its run.json has no fingerprint")
         keys = dict.fromkeys([*self._fingerprint, *before])
         changed = [key for key in keys if before.get(key) != self._fingerprint.get(key)]
         if changed:
@@ -208,16 +216,20 @@ class Journal:
                 f"{self.output} holds an interrupted run made with another {' and another '.join(changed)}. "
                 f"Use the same inputs to go on, choose another folder, or delete {self.folder} to start again."
             )
+        return True
 
-    def _resume(self, line: Mapping[str, Any]) -> bool:
-        """Take a block whose file is as it was written."""
-        path = self._path(line["block"])
-        whole = path.is_file() and hash_file(path) == line["sha256"]
-        if whole:
-            self._take(path, line["layers"])
-        else:
-            self.notes.append(f"the journal's file for {line['block']} is damaged: the block is done again")
-        return whole
+    def _read_block(self, path: Path) -> dict[str, Any] | None:
+        """Read what a block's file says about its block; None if it is damaged or belongs to another run."""
+        match = _BLOCK_NAME.fullmatch(path.name)
+        if match is None or path.is_symlink() or not path.is_file() or hash_file(path) != match[2]:
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads(file.metadata()[_METADATA])
+            whole = about["run"] == self._run and all(isinstance(r, dict) for r in about["layers"].values())
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None
+        return about if whole else None
 
     def _unusable(self, reason: str) -> ResumeError:
         return ResumeError(
@@ -227,10 +239,11 @@ class Journal:
 
 
 def check_output(output: Path) -> bool:
-    """Whether an interrupted run of fewbit lies in `output`; a missing or empty folder has none.
+    """Return True if `output` holds an interrupted run; False if it is missing or empty.
 
     Raises:
-        OutputError: the path is a file, cannot be read, or holds anything else.
+        OutputError: The path is a file, cannot be read, or holds anything else.
+        ResumeError: The interrupted run is of an older version of fewbit.
     """
     folder = output / FOLDER
     try:
@@ -238,13 +251,18 @@ def check_output(output: Path) -> bool:
             return False
         if not output.is_dir():
             raise OutputError(f"{output} is a file; give a folder that is empty or does not exist")
-        links = [str(path) for path in (folder, folder / _JOURNAL) if path.is_symlink()]
+        links = [str(path) for path in (folder, folder / _RUN, folder / _OLD_JOURNAL) if path.is_symlink()]
         if links:
             raise OutputError(f"{links[0]} is a link; fewbit follows none there. Remove it and start again")
-        if (folder / _JOURNAL).is_file():
+        if (folder / _RUN).is_file():
             return True
+        if (folder / _OLD_JOURNAL).is_file():
+            raise ResumeError(
+                f"{output} holds an interrupted run made with another form of the journal, of an older version of "
+                f"fewbit. Choose another folder, or delete {folder} to start again."
+            )
         others = sorted(path.name for path in output.iterdir() if path.name != FOLDER)
-    except OutputError:
+    except FewbitError:
         raise
     except OSError as error:
         raise OutputError(f"cannot look into {output}: {error.strerror}; choose another folder") from error
@@ -257,7 +275,7 @@ def check_output(output: Path) -> bool:
 
 
 def _locked(folder: Path) -> FileLock:
-    """The lock of the journal in `folder`, held. The system lets go of it when the process dies."""
+    """Lock the journal in `folder`. The system releases the lock when the process dies."""
     lock = FileLock(folder / _LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -277,37 +295,6 @@ def _locked(folder: Path) -> FileLock:
     return lock
 
 
-def _is_block(line: Mapping[str, Any]) -> bool:
-    layers = line.get("layers")
-    return (
-        isinstance(line.get("block"), str)
-        and isinstance(line.get("sha256"), str)
-        and isinstance(layers, dict)
-        and all(isinstance(record, dict) for record in layers.values())
-    )
-
-
-def _format_line(value: Mapping[str, Any], run: str = "") -> bytes:
-    text = json.dumps(value, sort_keys=True)
-    return f"{_checksum(text, run)} {text}\n".encode()
-
-
-def _checksum(text: str, run: str) -> str:
-    return hashlib.sha256((run + text).encode()).hexdigest()[:16]
-
-
-def _parse_line(raw: bytes, run: str = "") -> dict[str, Any] | None:
-    """The JSON object in a line; None where its checksum does not match or it holds anything else."""
-    checksum, _, text = raw.decode(errors="replace").rstrip("\n").partition(" ")
-    if checksum != _checksum(text, run):
-        return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
 @contextmanager
 def _write_errors(path: Path, size: int) -> Iterator[None]:
     try:
@@ -317,3 +304,7 @@ def _write_errors(path: Path, size: int) -> Iterator[None]:
             f"cannot write {path} ({size:,} bytes): {error.strerror}. Finished blocks are safe: "
             "make room and run the same command again to go on."
         ) from error
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -32,9 +32,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..formatting import size
 from ..profiling import Profiler
-from .malloc import give_freed_memory_back
 from .memory import RESIDENT_STORAGES, ActivationBudget
 from .offload_slots import File, HostMemory, Store, is_on_cpu
+from .streaming import release_freed_memory
 
 _SMALLEST = 1 << 16  # bytes of a storage: smaller ones are not worth the trouble
 _FREED = 1 << 25  # bytes after which freed memory is given back to the system
@@ -281,7 +281,7 @@ class Offloader(NoOffload):
                 break
             self._put_away(key, record)
         if self._freed >= _FREED:
-            give_freed_memory_back()
+            release_freed_memory()
             self._freed = 0
 
     def _put_away(self, key: int, record: _Record) -> None:

@@ -1,8 +1,8 @@
-"""The next block's tensors, read from the files while the walk computes with this one.
+"""Reads the next block's tensors from the files while the device computes with the current block.
 
-Contract: one thread, one unit at a time, and host memory for that one: pinned for a CUDA device, so that the copy to it
-needs nobody to wait. What goes wrong in the thread is raised where its tensors are taken. A unit that was read in vain
-costs the reading. The thread ends with the block that `reading_ahead` is entered for, however that ends.
+One thread reads one shard at a time into host memory, which is pinned for a CUDA device so that copies to it are
+asynchronous. An error in the thread is raised where the tensors are taken. A shard that is not used costs only the
+reading. The thread ends with the ``with`` block of `prefetching`.
 """
 
 from __future__ import annotations
@@ -10,87 +10,76 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from threading import Event
 
 from torch import Tensor
 
-from ..checkpoint.file_tensor import FileTensor
+from ..checkpoint.safetensors_file import FileTensor
 
-Held = Mapping[FileTensor, Tensor]
-
-
-@dataclass
-class _Unit:
-    """A unit that is being read, or was; whoever sets `given_up` makes the thread leave it at the next tensor."""
-
-    name: str
-    given_up: Event = field(default_factory=Event)
-    reading: Future[Held] | None = None
+HostTensors = Mapping[FileTensor, Tensor]
 
 
-class ReadAhead:
-    """Reads one unit after the other in a thread of its own.
+class Prefetcher:
+    """Reads one shard after the other in a background thread.
 
     Args:
-        pinned: whether tensors are to lie in pinned memory, from which a GPU copies by itself.
+        pinned: True for page-locked host memory.
 
     Attributes:
-        units: how many were taken that the thread had read.
+        used: Number of prefetched shards that were taken.
     """
 
     def __init__(self, thread: ThreadPoolExecutor, *, pinned: bool) -> None:
-        self.units = 0
+        self.used = 0
         self._thread = thread
         self._pinned = pinned
-        self._unit: _Unit | None = None
+        self._shard = ""
+        self._cancelled = Event()
+        self._reading: Future[HostTensors] | None = None
 
-    def start(self, name: str, tensors: Collection[FileTensor]) -> None:
-        """Begin to read the tensors of the unit `name`; another one that was begun is given up."""
-        if self._unit is not None and self._unit.name == name:
+    def start(self, shard: str, tensors: Collection[FileTensor]) -> None:
+        """Begin to read the tensors of `shard`; cancel another shard that was begun."""
+        if self._reading is not None and self._shard == shard:
             return
-        self.give_up()
-        self._unit = _Unit(name)
-        self._unit.reading = self._thread.submit(_read, tensors, self._unit.given_up, self._pinned)
+        self.cancel()
+        self._shard, self._cancelled = shard, Event()
+        self._reading = self._thread.submit(_read, tensors, self._cancelled, self._pinned)
 
-    def take(self, name: str) -> Held:
-        """The tensors of the unit `name`, as soon as they are there; none if it was not begun.
+    def take(self, shard: str) -> HostTensors:
+        """Wait for the tensors of `shard` and return them; return none if it was not begun.
 
         Raises:
-            ModelError: a file cannot be read.
+            ModelError: A file cannot be read.
         """
-        unit = self._unit
-        if unit is None or unit.name != name or unit.reading is None:
+        if self._reading is None or self._shard != shard:
             return {}
         try:
-            held = unit.reading.result()
-        finally:  # whoever is interrupted here waits for one tensor more, not for all of them
-            self.give_up()
-        self.units += 1
-        return held
+            tensors = self._reading.result()
+        finally:  # after an interrupt the thread stops at the next tensor
+            self.cancel()
+        self.used += 1
+        return tensors
 
-    def give_up(self) -> None:
-        """Let go of a unit that was begun."""
-        if self._unit is not None:
-            self._unit.given_up.set()
-            self._unit = None
+    def cancel(self) -> None:
+        self._cancelled.set()
+        self._reading = None
 
 
 @contextmanager
-def reading_ahead(*, pinned: bool) -> Iterator[ReadAhead]:
-    """While entered, units can be read ahead."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="fewbit-read-ahead") as thread:
-        ahead = ReadAhead(thread, pinned=pinned)
+def prefetching(*, pinned: bool) -> Iterator[Prefetcher]:
+    """Provide a `Prefetcher` while entered."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="fewbit-prefetch") as thread:
+        prefetcher = Prefetcher(thread, pinned=pinned)
         try:
-            yield ahead
+            yield prefetcher
         finally:
-            ahead.give_up()
+            prefetcher.cancel()
 
 
-def _read(tensors: Collection[FileTensor], given_up: Event, pinned: bool) -> Held:
-    held: dict[FileTensor, Tensor] = {}
+def _read(tensors: Collection[FileTensor], cancelled: Event, pinned: bool) -> HostTensors:
+    result: dict[FileTensor, Tensor] = {}
     for tensor in tensors:
-        if given_up.is_set():
+        if cancelled.is_set():
             break
-        held[tensor] = tensor.read(pinned=pinned)
-    return held
+        result[tensor] = tensor.read(pinned=pinned)
+    return result

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import native
 from ..calibration import Calibration
-from ..checkpoint.file_tensor import check_finite
+from ..checkpoint.safetensors_file import check_finite
 from ..config import QuantConfig
 from ..context import RunContext
 from ..distributed import Communicator

@@ -1,19 +1,21 @@
-"""Weights in and out of memory, while the walk goes through a model.
+"""Weights in and out of memory during the pass through a model.
 
-The model is built on the meta device. Its tensors form units: one for each numbered block, one for each
-embedding outside of blocks, one for all the rest. A unit is read from the safetensors files when the first
-batch comes to one of its modules, and given back when no batch is in it any more. So memory holds the rest,
-and one or two blocks.
+The model is built on the meta device. Its tensors are divided into shards: one for each numbered block, one for each
+embedding outside of blocks, and one for everything else. A shard is read from the safetensors files when the first
+batch reaches one of its modules, and released when no batch is in it any more. So memory holds the tensors outside of
+blocks and one or two blocks.
 
-For a GPU the next block is read into host memory while this one is computed with (`ahead`); a CPU would share its
-memory with it, so there memory never holds more than is needed.
+For a GPU the next block is read into host memory while the device computes with the current one (`prefetch`). A CPU
+would share its memory with the prefetched block, so there nothing is prefetched.
 
-Where transformers keeps a tensor as it lies in the file, it is read here; where it merges or splits tensors,
-transformers' own conversion is given the unit's tensors alone.
+A tensor that transformers keeps as it is in the file is read here. Where transformers merges or splits tensors, its own
+conversion gets the tensors of one shard.
 """
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -21,259 +23,265 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.file_tensor import FileTensor, check_all_finite
+from ..checkpoint.safetensors_file import FileTensor, check_all_finite
+from ..modeling.source import without_progress_bars
 from ..planning import block_of, output_embedding_name
 from ..profiling import Profiler
-from .malloc import give_freed_memory_back, large_tensors_apart
-from .prefetch import Held, ReadAhead, reading_ahead
+from .prefetch import HostTensors, Prefetcher, prefetching
 
 Restore = Callable[[str], None]
 Reading = Callable[[], AbstractContextManager[None]]
 
+REST = ""  # name of the shard outside of blocks, which stays in memory
 
-REST = ""  # the unit of what lies outside of blocks; it stays in memory
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_OWN_PAGES = 1 << 20  # bytes from which a tensor gets its own pages
+_ADAPTIVE_MAXIMUM = 32 << 20  # bytes; largest value of glibc's adaptive threshold
 
 
 class Weights:
-    """A model's weights that are in memory from the start, and stay there."""
+    """Weights of a model that is in memory as a whole.
+
+    Attributes:
+        model: The model.
+        device: Device of its weights.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def load(self, name: str) -> None:
-        """Have the unit that the module or parameter `name` belongs to in memory."""
+        """Read the shard of the module or parameter `name` if it is not in memory."""
 
     def release_except(self, names: Collection[str]) -> None:
-        """Give back every unit that none of the modules `names` belongs to."""
+        """Release every shard that holds none of the modules `names`."""
 
     def load_all(self) -> None:
-        """Have everything in memory from now on."""
+        """Read everything and keep it in memory."""
 
     def shard_sizes(self) -> dict[str, int]:
-        """Bytes of every unit: here all weights are one, which stays in memory."""
+        """Return the bytes of every shard: here one shard, which stays in memory."""
         return {REST: sum(tensor.nbytes for tensor in {*self.model.parameters(), *self.model.buffers()})}
 
     def pending_bytes(self) -> int:
-        """Bytes that will be read at most, beyond what is in memory, at a time."""
+        """Return an upper bound on the bytes that will be in memory beyond those that already are."""
         return 0
 
     def untie(self, name: str) -> None:
-        """Give the tied parameter `name` a tensor of its own, with the same values."""
+        """Give the tied parameter `name` its own tensor with the same values."""
         module, _, key = name.rpartition(".")
         parameter = self.model.get_parameter(name).detach().clone()
         setattr(self.model.get_submodule(module), key, nn.Parameter(parameter, requires_grad=False))
 
     @contextmanager
     def on_demand(self, restore: Restore, reading: Reading = nullcontext) -> Iterator[None]:
-        """While entered, units come by themselves.
+        """Load shards when the forward pass reaches them, while entered.
 
         Args:
-            restore: called with a unit that was read. reading: gives what is entered for both.
+            restore: Called with the name of each shard that was read.
+            reading: Returns a context that is entered for reading and restoring.
         """
         yield
 
+    def state_by_shard(self) -> list[list[str]]:
+        """Return the names of the model's state, shard by shard."""
+        return [list(self.model.state_dict())]
+
     def shards(self, without: Collection[str] = ()) -> Iterator[list[str]]:
-        """Names of the model's state, part by part; while a part is the current one, it is in memory.
+        """Yield the names of the model's state, shard by shard; the current shard is in memory.
 
         Args:
-            without: tensors that need not be read.
+            without: Tensors that need not be read.
         """
-        yield list(self.model.state_dict())
+        yield from self.state_by_shard()
 
 
 class StreamedWeights(Weights):
-    """Weights that are read when they are needed, and given back.
+    """Weights that are read when they are needed, and released afterwards.
 
     Args:
-        model: on the meta device, but for what is not in the files (buffers that it computes).
-        files: every tensor of the source by its name there.
-        device: where to read to.
-        ahead: whether the next block is read while this one is in use; None: for every device but the CPU.
+        model: Model on the meta device, except for buffers that it computes and that are not in the files.
+        files: Every tensor of the source by its name there.
+        device: Device to read to.
+        profiler: Gets the seconds of reading, as "load".
 
     Attributes:
-        read_bytes: of all units read so far. resident_bytes, peak_bytes: in memory now, and at most so far, on the
-            device. prefetched_shards: units that had been read before they were needed.
+        read_bytes: Bytes of all shards read so far.
+        resident_bytes: Bytes in memory on the device.
+        peak_bytes: Maximum of `resident_bytes` so far.
+        prefetched_shards: Number of shards that were read before they were needed.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        files: Mapping[str, FileTensor],
-        device: torch.device,
-        profiler: Profiler,
-        *,
-        ahead: bool | None = None,
+        self, model: nn.Module, files: Mapping[str, FileTensor], device: torch.device, profiler: Profiler
     ) -> None:
         self.model, self.device = model, device
         self.read_bytes = self.resident_bytes = self.peak_bytes = self.prefetched_shards = 0
-        self._reads_ahead = device.type != "cpu" if ahead is None else ahead
-        self._ahead: ReadAhead | None = None
+        self._prefetches = device.type != "cpu"
+        self._prefetcher: Prefetcher | None = None
         self._files = files
         self._profiler = profiler
         self._restore: Restore | None = None
-        self._pinned = False
+        self._keeps_all = False
         _move_computed(model, device)
         state = model.state_dict(keep_vars=True)
         self._names = [name for name, tensor in state.items() if tensor.is_meta]
         self._plain, self._converted = _sources(model, files)
         self._aliases = _aliases(state, {*self._plain, *self._converted})
-        self._converted = _with_parts(set(self._names) - {*self._plain, *self._aliases}, self._converted)
+        self._converted = _with_split(set(self._names) - {*self._plain, *self._aliases}, self._converted)
         self._embeddings = _embeddings(model)
         modules = {name for name, _ in model.named_modules()}
-        self._unit_of = {name: self._unit(self._aliases.get(name, name), modules) for name in self._names}
+        self._shard_of = {name: self._shard(self._aliases.get(name, name), modules) for name in self._names}
         self._members: dict[str, list[str]] = {}
         for name in self._names:
             if name not in self._aliases:
-                self._members.setdefault(self._unit_of[name], []).append(name)
+                self._members.setdefault(self._shard_of[name], []).append(name)
         self._loaded: dict[str, int] = {}
 
     def load(self, name: str) -> None:
-        """Have the unit that the module or parameter `name` belongs to in memory."""
-        units = self._units_at(name)
-        for unit in units:
-            self._load(unit)
+        for shard in self._shards_at(name):
+            self._load(shard)
 
     def release_except(self, names: Collection[str]) -> None:
-        """Give back every unit that none of the modules `names` belongs to."""
-        if self._pinned:
+        if self._keeps_all:
             return
-        kept = {REST}.union(*(self._units_at(name) for name in names))
-        gone = [unit for unit in self._loaded if unit not in kept]
-        for unit in gone:
-            self._release(unit)
-        if gone:
-            give_freed_memory_back()
+        kept = {REST}.union(*(self._shards_at(name) for name in names))
+        unused = [shard for shard in self._loaded if shard not in kept]
+        for shard in unused:
+            self._release(shard)
+        if unused:
+            release_freed_memory()
 
     def load_all(self) -> None:
-        """Have everything in memory from now on."""
-        for unit in self._members:
-            self._load(unit)
-        self._pinned = True
+        for shard in self._members:
+            self._load(shard)
+        self._keeps_all = True
 
     def shard_sizes(self) -> dict[str, int]:
-        """Bytes of every unit, once it is in memory."""
-        return {unit: sum(self._get(name).nbytes for name in names) for unit, names in self._members.items()}
+        return {
+            shard: sum(self._get(name).nbytes for name in names) for shard, names in self._members.items()
+        }
 
     def pending_bytes(self) -> int:
-        """Bytes that will be read at most, beyond what is in memory, at a time: the rest, and two units."""
-        units = self.shard_sizes()
-        rest = units.pop(REST, 0)
-        return max(0, rest + sum(sorted(units.values())[-2:]) - self.resident_bytes)
+        """Return the bytes of the shard outside of blocks and of the two largest others, less those in memory."""
+        sizes = self.shard_sizes()
+        rest = sizes.pop(REST, 0)
+        return max(0, rest + sum(sorted(sizes.values())[-2:]) - self.resident_bytes)
 
     def untie(self, name: str) -> None:
-        """Give the tied parameter `name` a tensor of its own, with the same values."""
         owner = self._aliases.pop(name, None)
         super().untie(name)
         if owner is None:
             return
         self._plain[name] = self._plain[owner]
-        unit = self._unit(name, {module for module, _ in self.model.named_modules()})
-        self._unit_of[name] = unit
-        self._members.setdefault(unit, []).append(name)
+        shard = self._shard(name, {module for module, _ in self.model.named_modules()})
+        self._shard_of[name] = shard
+        self._members.setdefault(shard, []).append(name)
 
     @contextmanager
     def on_demand(self, restore: Restore, reading: Reading = nullcontext) -> Iterator[None]:
-        """While entered, units come by themselves."""
         owners: dict[str, set[str]] = {}
         for name in self._names:
-            owners.setdefault(name.rpartition(".")[0], set()).add(self._unit_of[name])
-        for unit in self._members:
-            if unit != REST:
-                owners.setdefault(unit, set()).add(unit)
+            owners.setdefault(name.rpartition(".")[0], set()).add(self._shard_of[name])
+        for shard in self._members:
+            if shard != REST:
+                owners.setdefault(shard, set()).add(shard)
 
-        def hook(units: Iterable[str]) -> Callable[..., None]:
+        def hook(shards: Iterable[str]) -> Callable[..., None]:
             def load(module: nn.Module, arguments: Any) -> None:
                 with reading():
-                    for unit in units:
-                        self._load(unit)
+                    for shard in shards:
+                        self._load(shard)
 
             return load
 
         with ExitStack() as stack:
-            stack.enter_context(large_tensors_apart())
+            stack.enter_context(_own_pages_for_large_tensors())
             self._restore = restore
-            stack.callback(self._forget_restore)
-            for name, units in owners.items():
-                handle = self.model.get_submodule(name).register_forward_pre_hook(hook(sorted(units)))
+            stack.callback(setattr, self, "_restore", None)
+            for name, shards in owners.items():
+                handle = self.model.get_submodule(name).register_forward_pre_hook(hook(sorted(shards)))
                 stack.callback(handle.remove)
-            if self._reads_ahead:
-                self._ahead = stack.enter_context(reading_ahead(pinned=self.device.type == "cuda"))
-                stack.callback(self._forget_ahead, self._ahead)
+            if self._prefetches:
+                self._prefetcher = stack.enter_context(prefetching(pinned=self.device.type == "cuda"))
+                stack.callback(self._stop_prefetching, self._prefetcher)
             self._load(REST)
             yield
 
+    def state_by_shard(self) -> list[list[str]]:
+        shards: dict[str, list[str]] = {}
+        for name in self.model.state_dict():
+            shards.setdefault(self._shard_of.get(name, REST), []).append(name)
+        return list(shards.values())
+
     def shards(self, without: Collection[str] = ()) -> Iterator[list[str]]:
-        """Names of the model's state, part by part; while a part is the current one, it is in memory."""
-        units = {name: self._unit_of.get(name, REST) for name in self.model.state_dict()}
-        for unit in dict.fromkeys(units.values()):
+        for names in self.state_by_shard():
             self.release_except([])
-            self._load(unit, without)
-            yield [name for name, of in units.items() if of == unit]
+            self._load(self._shard_of.get(names[0], REST), without)
+            yield names
         self.release_except([])
 
-    def _forget_restore(self) -> None:
-        self._restore = None
+    def _stop_prefetching(self, prefetcher: Prefetcher) -> None:
+        self.prefetched_shards += prefetcher.used
+        self._prefetcher = None
 
-    def _forget_ahead(self, ahead: ReadAhead) -> None:
-        self.prefetched_shards += ahead.units
-        self._ahead = None
-
-    def _units_at(self, name: str) -> set[str]:
-        """The units of a parameter, or of the parameters right in a module, or around it."""
-        if name in self._unit_of:
-            return {self._unit_of[name]}
+    def _shards_at(self, name: str) -> set[str]:
+        """Find the shards of a parameter, of the parameters directly in a module, or of the block around it."""
+        if name in self._shard_of:
+            return {self._shard_of[name]}
         block = block_of(name)
         if block in self._members:
             return {block}
-        return {self._unit_of[own] for own in self._names if own.rpartition(".")[0] == name}
+        return {self._shard_of[own] for own in self._names if own.rpartition(".")[0] == name}
 
-    def _unit(self, name: str, modules: Collection[str]) -> str:
+    def _shard(self, name: str, modules: Collection[str]) -> str:
         block, module = block_of(name), name.rpartition(".")[0]
         if block != name and block in modules:
             return block
         return module if module in self._embeddings else REST
 
-    def _load(self, unit: str, without: Collection[str] = ()) -> None:
-        if unit not in self._loaded:
+    def _load(self, shard: str, without: Collection[str] = ()) -> None:
+        if shard not in self._loaded:
             with self._profiler.time("load"):
-                self._read(unit, without, self._ahead.take(unit) if self._ahead else {})
-            self._begin_next(unit)
+                self._read(shard, without, self._prefetcher.take(shard) if self._prefetcher else {})
+            self._prefetch_after(shard)
             if self._restore is not None:
-                self._restore(unit)
+                self._restore(shard)
 
-    def _begin_next(self, unit: str) -> None:
-        """Let the block be read that the model comes to after `unit`: it computes in the order of its state."""
+    def _prefetch_after(self, shard: str) -> None:
+        """Prefetch the block that follows `shard` in the order of the model's state."""
         blocks = [name for name in self._members if name != REST and name not in self._embeddings]
-        if self._ahead is None or unit in self._embeddings:
+        if self._prefetcher is None or shard in self._embeddings:
             return
-        following = blocks[blocks.index(unit) + 1 :] if unit in blocks else blocks
+        following = blocks[blocks.index(shard) + 1 :] if shard in blocks else blocks
         if following and following[0] not in self._loaded:
             names = self._members[following[0]]
             plain = [self._plain[name] for name in names if name in self._plain]
             merged = [self._files[source] for name in names for source in self._converted.get(name, ())]
-            self._ahead.start(following[0], list(dict.fromkeys([*plain, *merged])))
+            self._prefetcher.start(following[0], list(dict.fromkeys([*plain, *merged])))
 
-    def _read(self, unit: str, without: Collection[str], held: Held) -> None:
-        """Read a unit's tensors, but for those that are `held` in host memory, and put all on the device."""
-        members = [name for name in self._members.get(unit, ()) if name not in without]
+    def _read(self, shard: str, without: Collection[str], prefetched: HostTensors) -> None:
+        """Put a shard's tensors on the device, from host memory if they are `prefetched`, else from the files."""
+        members = [name for name in self._members.get(shard, ()) if name not in without]
         for name in members:
             if name in self._plain:
                 source, dtype = self._plain[name], self._get(name).dtype
-                tensor = held[source].to(self.device, non_blocking=True) if source in held else source[...]
+                tensor = prefetched.get(source)
+                tensor = source[...] if tensor is None else tensor.to(self.device, non_blocking=True)
                 self._set(name, tensor.to(self.device, dtype))
-        self._convert({source for name in members for source in self._converted.get(name, ())}, held)
+        self._convert({source for name in members for source in self._converted.get(name, ())}, prefetched)
         tensors = {name: self._get(name) for name in members}
         check_all_finite(tensors)
-        self._tie(unit)
+        self._tie(shard)
         size = sum(tensor.nbytes for tensor in tensors.values())
-        self._loaded[unit] = size
+        self._loaded[shard] = size
         self.read_bytes += size
         self.resident_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.resident_bytes)
 
-    def _convert(self, sources: Collection[str], held: Held) -> None:
-        """Let transformers read these tensors of the source, merging and splitting them as it does."""
+    def _convert(self, sources: Collection[str], prefetched: HostTensors) -> None:
+        """Let transformers read these tensors of the source, and merge and split them."""
         if not sources:
             return
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -282,21 +290,21 @@ class StreamedWeights(Weights):
         model: Any = self.model
         conversions = model._weight_conversions
         options = LoadStateDictConfig(device_map={"": self.device}, weight_mapping=conversions)
-        tensors = {name: held.get(self._files[name], self._files[name]) for name in sources}
-        with quietly():
+        tensors = {name: prefetched.get(self._files[name], self._files[name]) for name in sources}
+        with without_progress_bars():
             convert_and_load_state_dict_in_model(model, tensors, options)
-        model._weight_conversions = conversions  # it keeps only those that it has just used
+        model._weight_conversions = conversions  # transformers keeps only the conversions that it just used
 
-    def _release(self, unit: str) -> None:
-        for name in self._members.get(unit, ()):
+    def _release(self, shard: str) -> None:
+        for name in self._members.get(shard, ()):
             self._set(name, torch.empty_like(self._get(name), device="meta"))
-        self._tie(unit)
-        self.resident_bytes -= self._loaded.pop(unit)
+        self._tie(shard)
+        self.resident_bytes -= self._loaded.pop(shard)
 
-    def _tie(self, unit: str) -> None:
-        """Let tied names have the very parameter that they are tied to."""
+    def _tie(self, shard: str) -> None:
+        """Give tied names the same parameter object as the name that they are tied to."""
         for alias, owner in self._aliases.items():
-            if self._unit_of[alias] == unit:
+            if self._shard_of[alias] == shard:
                 module, _, key = alias.rpartition(".")
                 setattr(self.model.get_submodule(module), key, self._get(owner))
 
@@ -317,7 +325,12 @@ class StreamedWeights(Weights):
 def _sources(
     model: nn.Module, files: Mapping[str, FileTensor]
 ) -> tuple[dict[str, FileTensor], dict[str, set[str]]]:
-    """Parameter → the tensor it is in the files; and parameter → names of all tensors it is converted from."""
+    """Match parameters with the tensors of the files.
+
+    Returns:
+        Parameter → its tensor in the files, where transformers keeps it as it is; and parameter → names of all tensors
+        that it is converted from.
+    """
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     any_model: Any = model
@@ -340,8 +353,8 @@ def _sources(
     return plain, converted
 
 
-def _with_parts(orphans: Collection[str], converted: Mapping[str, set[str]]) -> dict[str, set[str]]:
-    """Where a tensor of the files is split, only the first part is known by name: others are in its block."""
+def _with_split(orphans: Collection[str], converted: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """Add the sources of `orphans`: where a tensor of the files is split, only its first part is known by name."""
     blocks: dict[str, set[str]] = {}
     for name, sources in converted.items():
         blocks.setdefault(block_of(name), set()).update(sources)
@@ -350,7 +363,7 @@ def _with_parts(orphans: Collection[str], converted: Mapping[str, set[str]]) -> 
 
 
 def _aliases(state: Mapping[str, Tensor], known: Collection[str]) -> dict[str, str]:
-    """Tied name → the name that its parameter has in the files."""
+    """Map each tied name to the name that its parameter has in the files."""
     groups: dict[int, list[str]] = {}
     for name, tensor in state.items():
         groups.setdefault(id(tensor), []).append(name)
@@ -362,14 +375,14 @@ def _aliases(state: Mapping[str, Tensor], known: Collection[str]) -> dict[str, s
 
 
 def _embeddings(model: nn.Module) -> set[str]:
-    """Modules outside of blocks that are large and needed only at the beginning or the end."""
+    """Find the modules outside of blocks that are large and needed only at the beginning or the end."""
     names = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     head = output_embedding_name(model)
     return names | ({head} if head is not None else set())
 
 
 def _move_computed(model: nn.Module, device: torch.device) -> None:
-    """Move what is not in the files and therefore is there already."""
+    """Move the tensors that are not in the files, and that the model has therefore computed already."""
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for tensor in tensors.values():
@@ -377,15 +390,33 @@ def _move_computed(model: nn.Module, device: torch.device) -> None:
                     tensor.data = tensor.data.to(device)
 
 
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Without transformers' progress bars: one per unit would be too many."""
-    from transformers.utils import logging
+def release_freed_memory() -> None:
+    """Make the C library return freed memory to the system."""
+    trim = _glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+
+@contextmanager
+def _own_pages_for_large_tensors() -> Iterator[None]:
+    """Give each large tensor its own pages, which return to the system as soon as it is freed.
+
+    glibc's adaptive threshold moves large tensors into its arena, which is slightly faster but fragments: by a quarter
+    over sixteen blocks. Setting the threshold switches adaptation off for the rest of the process, and glibc cannot
+    report the old value. So the end of the context does not restore it, but sets the adaptive maximum, which a process
+    that frees large tensors reaches anyway.
+    """
+    mallopt = _glibc("mallopt")
+    if mallopt is None:
+        yield
+        return
+    mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES)
     try:
         yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        mallopt(_M_MMAP_THRESHOLD, _ADAPTIVE_MAXIMUM)
+        release_freed_memory()
+
+
+def _glibc(name: str) -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -8,7 +8,6 @@ inputs.
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from .. import __version__
+from ..atomic_io import write_whole
 from ..calibration import Calibration
 from ..config import QuantConfig
 from ..errors import OutputError
@@ -207,10 +207,8 @@ def write_text(path: Path, text: str) -> Path:
     Raises:
         OutputError: the disk is full or cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, text.encode())
     except OSError as error:
         raise OutputError(
             f"cannot write {path}: {error.strerror}. The checkpoint beside it is complete; make room and run "

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...atomic_io import replacing
 from ...checkpoint.safe_io import read_json
 from ...checkpoint.writer import INDEX, SINGLE
 from ...errors import ConfigError, OutputError
@@ -33,15 +34,13 @@ def text_metadata(metadata: Mapping[Any, Any] | None) -> dict[str, str]:
 def add_metadata(folder: Path, metadata: Mapping[str, str]) -> None:
     """Add to the metadata of every safetensors file in `folder`."""
     for path in sorted(folder.glob("*.safetensors")) if metadata else ():
-        temporary = path.with_name(f".{path.name}.fewbit-tmp")
-        with path.open("rb") as source, temporary.open("wb") as target:
+        with path.open("rb") as source, replacing(path) as target:
             header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
             header["__metadata__"] = {**metadata, **header.get("__metadata__", {})}
             data = json.dumps(header, ensure_ascii=False).encode()
             data += b" " * (-len(data) % 8)
             target.write(len(data).to_bytes(8, "little") + data)
             shutil.copyfileobj(source, target)
-        os.replace(temporary, path)
 
 
 def complete_config(file: Path, quantization: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Blocks read ahead of the walk: the same tensors, one block of them, and no thread that outlives it."""
+"""Prefetched blocks: the same tensors, one block at a time, and no thread left behind."""
 
 import threading
 from functools import partial
@@ -11,8 +11,7 @@ from test_weights import saved
 import fewbit
 import models
 from fewbit import preparation
-from fewbit.checkpoint.file_tensor import FileTensor, check_all_finite
-from fewbit.checkpoint.header import read_header
+from fewbit.checkpoint.safetensors_file import FileTensor, check_all_finite, read_header
 from fewbit.errors import ModelError
 from fewbit.modeling.source import open_source
 from fewbit.pipeline.streaming import REST, StreamedWeights
@@ -23,18 +22,20 @@ CPU = torch.device("cpu")
 IDS = models.random_sequences(1)[0]["input_ids"][None]
 
 
-def opened(folder, device=CPU, **options):
+def opened(folder, device=CPU, prefetch=True):
     model, files = open_source(folder).build_model("auto")
-    return model, StreamedWeights(model, files, device, Profiler(), **{"ahead": True, **options})
+    weights = StreamedWeights(model, files, device, Profiler())
+    weights._prefetches = prefetch
+    return model, weights
 
 
 def threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("fewbit-read-ahead")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("fewbit-prefetch")]
 
 
 def finished(weights):
     """Wait until the block that is being read is there."""
-    weights._ahead._unit.reading.exception()
+    weights._prefetcher._reading.exception()
 
 
 def nothing(unit):
@@ -42,7 +43,7 @@ def nothing(unit):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "mixtral", "qwen2_moe"])
-def test_the_same_tensors_most_of_them_read_before_they_are_needed(tmp_path, family):
+def test_prefetching_reads_the_same_tensors(tmp_path, family):
     folder = saved(tmp_path / "model", family)
     expected = open_source(folder).load_model("auto", CPU)
     model, weights = opened(folder)
@@ -55,32 +56,34 @@ def test_the_same_tensors_most_of_them_read_before_they_are_needed(tmp_path, fam
     assert not threads()
 
 
-def test_a_run_with_it_writes_the_same_files(tmp_path, monkeypatch):
+def test_prefetching_writes_the_same_files(tmp_path, monkeypatch):
     folder, made = saved(tmp_path / "model", "mixtral"), []
 
-    def streamed(*arguments, ahead):
-        made.append(StreamedWeights(*arguments, ahead=ahead))
+    def streamed(*arguments, prefetch):
+        made.append(StreamedWeights(*arguments))
+        made[-1]._prefetches = prefetch
         return made[-1]
 
-    for ahead in (False, True):
-        monkeypatch.setattr(preparation, "StreamedWeights", partial(streamed, ahead=ahead))
+    for prefetch in (False, True):
+        monkeypatch.setattr(preparation, "StreamedWeights", partial(streamed, prefetch=prefetch))
         config = fewbit.QuantConfig(group_size=8, seq_len=24, fast=True)
-        fewbit.quantize(folder, config, dataset=models.random_sequences(4), output=tmp_path / str(ahead))
+        fewbit.quantize(folder, config, dataset=models.random_sequences(4), output=tmp_path / str(prefetch))
     assert [weights.prefetched_shards for weights in made] == [0, 2]
     assert made[0].peak_bytes == made[1].peak_bytes
-    files = [(tmp_path / str(ahead) / "model.safetensors").read_bytes() for ahead in (False, True)]
+    files = [(tmp_path / str(prefetch) / "model.safetensors").read_bytes() for prefetch in (False, True)]
     assert files[0] == files[1]
 
 
-def test_on_a_cpu_nothing_is_read_before_it_is_needed(tmp_path):
-    model, weights = opened(saved(tmp_path / "model", "llama"), ahead=None)
+def test_nothing_is_prefetched_on_a_cpu(tmp_path):
+    model, files = open_source(saved(tmp_path / "model", "llama")).build_model("auto")
+    weights = StreamedWeights(model, files, CPU, Profiler())
     with weights.on_demand(nothing), torch.no_grad():
         model(IDS)
         assert not threads()
     assert weights.prefetched_shards == 0
 
 
-def test_one_block_ahead_and_no_more(tmp_path, monkeypatch):
+def test_one_block_is_prefetched_at_a_time(tmp_path, monkeypatch):
     model, weights = opened(saved(tmp_path / "model", "llama", num_hidden_layers=4))
     read, original = [], FileTensor.read
 
@@ -101,7 +104,7 @@ def test_one_block_ahead_and_no_more(tmp_path, monkeypatch):
     assert read.count("model.layers.1") == read.count("model.layers.0") == 9
 
 
-def test_a_block_out_of_order_is_read_at_once(tmp_path):
+def test_block_out_of_order_is_read_when_needed(tmp_path):
     folder = saved(tmp_path / "model", "llama", num_hidden_layers=4)
     expected = load_file(folder / "model.safetensors")
     model, weights = opened(folder)
@@ -113,7 +116,7 @@ def test_a_block_out_of_order_is_read_at_once(tmp_path):
     assert weights.prefetched_shards == 2  # the first, and the one after 2
 
 
-def test_what_the_thread_could_not_read_is_raised_where_it_is_needed(tmp_path):
+def test_read_errors_are_raised_where_the_block_is_needed(tmp_path):
     folder = saved(tmp_path / "model", "llama", num_hidden_layers=4)
     model, weights = opened(folder)
     path = folder / "model.safetensors"
@@ -128,7 +131,7 @@ def test_what_the_thread_could_not_read_is_raised_where_it_is_needed(tmp_path):
     assert not threads()
 
 
-def test_a_file_that_shrinks_is_noticed_in_the_forward(tmp_path):
+def test_shrunken_file_is_noticed_in_the_forward(tmp_path):
     folder = saved(tmp_path / "model", "llama", num_hidden_layers=4)
     model, weights = opened(folder)
     path = folder / "model.safetensors"
@@ -141,7 +144,7 @@ def test_a_file_that_shrinks_is_noticed_in_the_forward(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_the_thread_ends_whatever_happens(tmp_path, error):
+def test_thread_ends_after_errors(tmp_path, error):
     _, weights = opened(saved(tmp_path / "model", "llama", num_hidden_layers=4))
 
     def stopped():
@@ -157,15 +160,15 @@ def test_the_thread_ends_whatever_happens(tmp_path, error):
     assert weights.prefetched_shards == 1
 
 
-def test_who_is_interrupted_while_waiting_waits_for_one_tensor_more(tmp_path, monkeypatch):
+def test_interrupt_waits_for_one_more_tensor_only(tmp_path, monkeypatch):
     _, weights = opened(saved(tmp_path / "model", "llama", num_hidden_layers=4))
-    begun, read, units, original = threading.Event(), [], [], FileTensor.read
+    begun, read, cancelled, original = threading.Event(), [], [], FileTensor.read
 
     def slow(self, **options):
         if threads() == [threading.current_thread()]:
             begun.wait()
             read.append(self)
-            units[0].given_up.wait(0.2)
+            cancelled[0].wait(0.2)
         return original(self, **options)
 
     def interrupt(*_):
@@ -173,9 +176,9 @@ def test_who_is_interrupted_while_waiting_waits_for_one_tensor_more(tmp_path, mo
 
     def interrupted():
         with weights.on_demand(nothing):
-            units.append(weights._ahead._unit)
+            cancelled.append(weights._prefetcher._cancelled)
             begun.set()
-            monkeypatch.setattr(units[0].reading, "result", interrupt)
+            monkeypatch.setattr(weights._prefetcher._reading, "result", interrupt)
             weights.load("model.layers.0")
 
     monkeypatch.setattr(FileTensor, "read", slow)
@@ -205,7 +208,7 @@ def test_reading_into_pinned_memory(tmp_path, shape, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.float8_e5m2])
-def test_looking_at_many_tensors_at_once(dtype):
+def test_finite_check_of_many_tensors(dtype):
     tensors = {"a": torch.ones(3), "b": torch.tensor([1.0, 2.0]).to(dtype), "i": torch.ones(2).int()}
     check_all_finite(tensors)
     check_all_finite({"none": torch.empty(0)})
@@ -220,7 +223,7 @@ def test_looking_at_many_tensors_at_once(dtype):
 def test_on_a_gpu(tmp_path, family):
     folder = saved(tmp_path / "model", family)
     expected = load_file(folder / "model.safetensors")
-    model, weights = opened(folder, torch.device("cuda"), ahead=None)
+    model, weights = opened(folder, torch.device("cuda"))
     with weights.on_demand(nothing), torch.no_grad():
         model(IDS.cuda())
     assert weights.prefetched_shards == 2
