@@ -152,6 +152,18 @@ def test_figures_in_the_advice_are_those_of_the_tables():
         assert {float(kl), float(perplexity)} <= measured, (kl, perplexity)
 
 
+@pytest.mark.parametrize(
+    "page", [ROOT / "CONTRIBUTING.md", DOCS / "architecture.md"], ids=lambda page: page.name
+)
+def test_files_and_tests_that_a_page_names_exist(page):
+    names = re.findall(r"`([\w/]+(?:\.py|/|::\w+|(?<=test)_\w+))`", page.read_text(encoding="utf-8"))
+    assert len(names) > 5
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py"))
+    for name in names:
+        found = [folder / name for folder in (ROOT, ROOT / "src" / "fewbit") if (folder / name).exists()]
+        assert found or f"def {name}(" in tests, name
+
+
 def templates():
     """Every string in fewbit's source, with … where a value is put in."""
     found = []

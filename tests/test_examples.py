@@ -34,7 +34,7 @@ def replay(model, layers, batches):
         yield name, module.weight.data, X @ X.T
 
 
-def test_matches_full_replay_and_the_oracle():
+def test_example_matches_replay_and_oracle():
     model, _, batches = tiny()
     _, codes = EXAMPLE["quantize"](model, batches, BITS)
     slow, layers, batches = tiny()

@@ -70,7 +70,7 @@ def lockstep(model, batches):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_walk_is_true_sequential(family):
+def test_matches_full_replay(family):
     slow_model, fast_model = tiny_model(family), tiny_model(family)
     batches = batches_for(slow_model)
     expected = replay(slow_model, batches)
