@@ -1,4 +1,4 @@
-"""Several processes that are connected as those of torchrun are, forked from the one that tests."""
+"""Forked processes connected like the processes of torchrun."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fewbit.distributed import current
+from fewbit.distributed import open_communicator
 from fewbit.errors import FewbitError
 
 
 def run_ranks(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What ``work(ranks, *arguments)`` returned in each process, or the FewbitError it raised; None for a dead one."""
+    """Return each process's result of ``work(comm, *arguments)``, or its FewbitError; None for a killed process."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(world)]
@@ -36,8 +36,8 @@ def run_ranks(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any
 def _rank(rank: int, world: int, folder: Path, sender: Any, work: Any, arguments: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     try:
-        with current() as ranks:
-            result = work(ranks, *arguments)
+        with open_communicator() as comm:
+            result = work(comm, *arguments)
     except FewbitError as error:
         result = error
     sender.send(result)

@@ -180,7 +180,7 @@ def test_in_memory_other_experts_no_longer_share_the_fused_tensor(tmp_path):
     assert error(model, original) < 0.03
 
 
-def quantize_as_a_rank(ranks, source, output):
+def quantize_as_a_rank(comm, source, output):
     return fewbit.quantize(source, CONFIG, dataset=DATA, output=output)
 
 

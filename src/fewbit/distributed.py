@@ -1,18 +1,17 @@
-"""Several processes, one run: who walks which batches, who solves which rows, how they stay together.
+"""Distributed runs: ranks share the calibration batches and the rows of every weight matrix.
 
-Contract: the only file that imports torch.distributed. Everything else sees a `Communicator`: of one process, where
-every method is trivial, or of several, where all of them call the same methods in the same order. What they
-exchange are sums of integers, rows and small values, in the order of batches and of rows, so the result does not
-depend on how these are shared.
+Contract: this is the only file that imports torch.distributed. Everything else sees a `Communicator`. In a single
+process its methods are trivial; in several, every rank calls the same methods in the same order. Ranks exchange sums of
+integers, rows, and small values, in batch order and row order, so the result does not depend on the number of ranks.
 
-    batches    consecutive shares, in rank order             share
-    Hessians   sums over the shares                          add_, total, gather
-    rows of W  consecutive shares, each solved by one rank   part
-    disk       the leader (rank 0) reads and writes          from_leader, tensors_from_leader
+    batches    consecutive shares in rank order              share
+    Hessians   integer sums over the shares                  all_reduce_, all_reduce_sum, all_gather_rows
+    rows of W  consecutive shards, one rank solves each      row_shard
+    disk       rank 0 reads and writes                       broadcast_object, broadcast_tensors
 
-A rank that fails says why in the group's key-value store and closes its connections. That breaks whatever the
-others wait for; they find the reason in the store and raise it too. A rank that dies says nothing: the others
-report who did not answer.
+A rank that fails posts its error in the group's key-value store and closes its connections. This breaks the pending
+collectives of the other ranks, which read the error from the store and raise it too. A rank that is killed posts
+nothing: the others report which rank did not answer.
 """
 
 from __future__ import annotations
@@ -37,102 +36,105 @@ from .errors import ConfigError, FewbitError, RankError
 
 T = TypeVar("T")
 
-# Rows of W are divided in multiples of this. With a few rows a matrix product takes other ways, and rounds in
-# another order, than with many; from here on a row comes out the same, whatever rows are beside it.
-ROWS_TOGETHER = 32
+# Row shards are multiples of this many rows. A matrix product with fewer rows takes another code path and rounds in
+# another order; from here on, each row of a product is the same whatever rows are beside it.
+ROW_MULTIPLE = 32
 
-# How long a rank waits for the others, who may have long work of their own (writing, measuring). A process that
-# ends is noticed at once; only a machine that falls silent is waited for so long.
+# A rank waits this long for the others, which may be busy with long local work (writing, measuring). The end of a
+# process is noticed at once; only a machine that falls silent takes the whole timeout.
 _TIMEOUT = timedelta(hours=2)
-_ANSWER_SECONDS = 3.0  # for those who are left to say so
-_LEADER_SECONDS = 10.0  # for the leader to notice a failure, so that it reports it
-_INTERRUPTED_SECONDS = 1.0  # the same, when all processes are told to end
+_ANSWER_SECONDS = 3.0  # for the remaining ranks to post that they are alive
+_LEADER_SECONDS = 10.0  # for rank 0 to notice a failure, so that it reports the error
+_INTERRUPTED_SECONDS = 1.0  # the same, when all processes receive SIGTERM
 _CPU = torch.device("cpu")
 _LAST = torch.iinfo(torch.int64).max  # after every position
 
 
 @dataclass(frozen=True)
-class Part:
+class RowShard:
     """This rank's rows of a matrix.
 
     Attributes:
-        rows: which ones. total: sums figures of these rows, (rows, …), over all rows of the matrix, in their order.
-            gather: puts tensors with these rows of every part together, (all rows, …).
+        rows: slice of the matrix rows that this rank solves.
+        reduce: function that sums per-row statistics of this shard, (rows, ...), over all rows of the matrix, in row
+            order.
+        gather: function that concatenates the shards of all ranks, (all rows, ...).
     """
 
     rows: slice
-    total: Callable[[Tensor], Tensor]
+    reduce: Callable[[Tensor], Tensor]
     gather: Callable[[Tensor], Tensor]
 
 
 class Communicator:
-    """The ranks of one run: here a process on its own.
+    """The ranks of one run. This base class is a single process.
 
     Attributes:
-        rank: of this process, 0 … world − 1. world: how many there are.
+        rank: rank of this process, 0 ... world_size − 1.
+        world_size: number of ranks.
     """
 
     rank = 0
-    world = 1
+    world_size = 1
 
     @property
-    def leader(self) -> bool:
-        """Whether this process reads and writes the output folder, and speaks."""
+    def is_leader(self) -> bool:
+        """True on rank 0, which owns the output folder and the console."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's items: consecutive ones, none where there are fewer than ranks before it."""
-        bounds = _bounds(len(items), self.world)
+        """Return this rank's consecutive items; empty if there are fewer items than ranks."""
+        bounds = _bounds(len(items), self.world_size)
         return items[bounds[self.rank] : bounds[self.rank + 1]]
 
-    def first(self, position: int | None) -> int | None:
-        """The smallest position of all ranks; None where nobody has one."""
+    def all_reduce_min(self, position: int | None) -> int | None:
+        """Return the smallest position of all ranks; None where every rank passes None."""
         return position
 
-    def add_(self, *tensors: Tensor) -> None:
-        """Replace each tensor by its sum over all ranks."""
+    def all_reduce_(self, *tensors: Tensor) -> None:
+        """Replace each tensor by its sum over all ranks, in place."""
 
-    def total(self, *counts: int) -> list[int]:
-        """Each count summed over all ranks."""
+    def all_reduce_sum(self, *counts: int) -> list[int]:
+        """Return the sum of each count over all ranks."""
         return list(counts)
 
-    def all(self, *flags: bool) -> list[bool]:
-        """For each flag, whether it is set on all ranks."""
+    def all_reduce_and(self, *flags: bool) -> list[bool]:
+        """Return, for each flag, whether it is True on all ranks."""
         return list(flags)
 
-    def gather(self, rows: Tensor) -> Tensor:
-        """The rows (any number, …) of all ranks, in rank order."""
+    def all_gather_rows(self, rows: Tensor) -> Tensor:
+        """Concatenate the rows (any number, ...) of all ranks, in rank order."""
         return rows
 
-    def part(self, rows: int) -> Part:
-        """How a matrix with so many rows is divided. One that is too small for it is everybody's.
+    def row_shard(self, rows: int) -> RowShard:
+        """Divide a matrix of this many rows over the ranks.
 
-        Everybody has at least `ROWS_TOGETHER` rows.
+        Every rank gets at least `ROW_MULTIPLE` rows. A matrix too small for that is solved whole on every rank.
         """
-        return Part(slice(0, rows), _summed, _same)
+        return RowShard(slice(0, rows), _summed, _same)
 
-    def collect(self, value: T) -> list[T]:
-        """The values of all ranks, in rank order; any picklable ones."""
+    def all_gather_object(self, value: T) -> list[T]:
+        """Return the picklable values of all ranks, in rank order."""
         return [value]
 
-    def from_leader(self, value: T) -> T:
-        """The leader's value, on all ranks; any picklable one."""
+    def broadcast_object(self, value: T) -> T:
+        """Return rank 0's picklable value on all ranks."""
         return value
 
-    def tensors_from_leader(self, read: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The tensors, by name and on the CPU, that `read` returns on the leader; it is called there alone."""
+    def broadcast_tensors(self, read: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the CPU tensors that `read` returns on rank 0, by name. `read` is called on rank 0 only."""
         return dict(read())
 
-    def alike(self, **facts: str) -> None:
-        """Make sure that all ranks have the same facts, by name, and machines that compute alike.
+    def assert_same(self, **facts: str) -> None:
+        """Check that all ranks have the same facts and run on machines that round alike.
 
-        What follows from the same sums (does a matrix factor?) has to come out the same everywhere.
+        Decisions made from identical sums (does this matrix factor?) must come out the same on every rank.
 
         Raises:
-            RankError: a rank has others.
+            RankError: a rank has other facts.
         """
         mine = {**facts, **_machine()}
-        for rank, others in enumerate(self.collect(mine)):
+        for rank, others in enumerate(self.all_gather_object(mine)):
             different = [name.replace("_", " ") for name, value in mine.items() if others[name] != value]
             if different:
                 raise RankError(
@@ -142,81 +144,83 @@ class Communicator:
 
 
 class _Group(Communicator):
-    """Several processes, connected; what the methods do is said above."""
+    """Several connected processes; the base class documents the methods."""
 
     def __init__(self) -> None:
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        # A group of our own can be closed to let the others know; CPU tensors always go through gloo.
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        # A separate group can be closed to wake up the other ranks. CPU tensors always go through gloo.
         backend = "cpu:gloo,cuda:nccl" if "nccl" in str(dist.get_backend_config()) else "gloo"
         self._group: Any = dist.new_group(backend=backend, timeout=_TIMEOUT)
-        self._notes = _Notes(self._group.group_name, self.rank, self.world)
-        self.total(0)  # nobody goes on, and perhaps ends, before all are connected
+        self._board = _ErrorBoard(self._group.group_name, self.rank, self.world_size)
+        self.all_reduce_sum(0)  # barrier: no rank may end before all are connected
 
-    def first(self, position: int | None) -> int | None:
+    def all_reduce_min(self, position: int | None) -> int | None:
         lowest = torch.tensor(_LAST if position is None else position)
         self._exchange(dist.all_reduce, lowest, op=dist.ReduceOp.MIN)
         return None if int(lowest) == _LAST else int(lowest)
 
-    def add_(self, *tensors: Tensor) -> None:
+    def all_reduce_(self, *tensors: Tensor) -> None:
         for tensor in tensors:
             self._exchange(dist.all_reduce, tensor, device=tensor.device)
 
-    def total(self, *counts: int) -> list[int]:
+    def all_reduce_sum(self, *counts: int) -> list[int]:
         sums = torch.tensor(counts, dtype=torch.int64)
-        self.add_(sums)
+        self.all_reduce_(sums)
         return [int(value) for value in sums]
 
-    def all(self, *flags: bool) -> list[bool]:
-        return [count == 0 for count in self.total(*(not flag for flag in flags))] if flags else []
+    def all_reduce_and(self, *flags: bool) -> list[bool]:
+        return [count == 0 for count in self.all_reduce_sum(*(not flag for flag in flags))] if flags else []
 
-    def gather(self, rows: Tensor) -> Tensor:
-        return self._gather(rows, self.total(*(rows.shape[0] * (r == self.rank) for r in range(self.world))))
+    def all_gather_rows(self, rows: Tensor) -> Tensor:
+        return self._gather(
+            rows, self.all_reduce_sum(*(rows.shape[0] * (r == self.rank) for r in range(self.world_size)))
+        )
 
-    def part(self, rows: int) -> Part:
-        if rows < self.world * ROWS_TOGETHER:
-            return super().part(rows)
-        bounds = row_bounds(rows, self.world)
+    def row_shard(self, rows: int) -> RowShard:
+        if rows < self.world_size * ROW_MULTIPLE:
+            return super().row_shard(rows)
+        bounds = row_bounds(rows, self.world_size)
         sizes = [b - a for a, b in pairwise(bounds)]
 
         def gather(part: Tensor) -> Tensor:
             return self._gather(part, sizes)
 
-        return Part(
+        return RowShard(
             slice(bounds[self.rank], bounds[self.rank + 1]), lambda part: _summed(gather(part)), gather
         )
 
-    def collect(self, value: T) -> list[T]:
-        values: list[Any] = [None] * self.world
+    def all_gather_object(self, value: T) -> list[T]:
+        values: list[Any] = [None] * self.world_size
         self._exchange(dist.all_gather_object, values, value)
         return values
 
-    def from_leader(self, value: T) -> T:
-        values: list[Any] = [value if self.leader else None]
+    def broadcast_object(self, value: T) -> T:
+        values: list[Any] = [value if self.is_leader else None]
         self._exchange(dist.broadcast_object_list, values, group_src=0)
         told: T = values[0]
         return told
 
-    def tensors_from_leader(self, read: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        tensors = {name: tensor.contiguous() for name, tensor in read().items()} if self.leader else {}
-        shapes = self.from_leader({name: (t.shape, t.dtype) for name, t in tensors.items()})
+    def broadcast_tensors(self, read: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        tensors = {name: tensor.contiguous() for name, tensor in read().items()} if self.is_leader else {}
+        shapes = self.broadcast_object({name: (t.shape, t.dtype) for name, t in tensors.items()})
         for name, (shape, dtype) in shapes.items():
             tensor = tensors.setdefault(name, torch.empty(shape, dtype=dtype))
             self._exchange(dist.broadcast, _bytes(tensor), group_src=0)
         return tensors
 
     def failed(self, error: BaseException) -> None:
-        """Let the others know why this rank leaves, and close its connections."""
-        self._notes.leave(error)
+        """Post why this rank fails, and close its connections."""
+        self._board.post(error)
         self.close()
 
     def close(self) -> None:
-        """Leave the group; pending exchanges of others break."""
+        """Leave the group; this breaks the pending collectives of the other ranks."""
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None
 
     def _gather(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
-        """`rows` of ranks that have `sizes` of them. As bytes, padded to the largest: backends want that."""
+        """Concatenate rows, of which rank r has ``sizes[r]``. Sent as bytes padded to one size, as backends require."""
         largest = max(sizes)
         if largest == 0:
             return rows
@@ -232,28 +236,28 @@ class _Group(Communicator):
     ) -> None:
         try:
             if device.type != "cpu":
-                # NCCL only queues its work. With a rank that is gone it would wait for the whole timeout; gloo notices.
+                # NCCL only queues its work and would wait the whole timeout for a dead rank; gloo notices it.
                 dist.all_reduce(torch.zeros(1), group=self._group)
             collective(*args, group=self._group, **kwargs)
-        except RuntimeError as error:  # torch's errors of communication have no closer class in common
-            # Its traceback would hold on to the group, whose connections then stay open.
-            raise self._notes.reason(str(error)) from error.with_traceback(None)
+        except RuntimeError as error:  # torch's communication errors share no narrower class
+            # The traceback would keep the group, and so its connections, alive.
+            raise self._board.reason(str(error)) from error.with_traceback(None)
 
 
-class _Notes:
-    """What the ranks of one group leave in the key-value store when it breaks."""
+class _ErrorBoard:
+    """Error messages that the ranks of a group post in its key-value store when it breaks."""
 
     def __init__(self, group: str, rank: int, world: int) -> None:
         self._store = dist.distributed_c10d._get_default_store()
         self._keys = [f"fewbit/{group}/{rank}" for rank in range(world)]
         self._rank, self._world = rank, world
 
-    def leave(self, error: BaseException) -> None:
-        """Write why this rank ends."""
+    def post(self, error: BaseException) -> None:
+        """Post why this rank ends."""
         _tell(self._store, self._keys[self._rank], json.dumps([type(error).__name__, str(error)]))
 
     def reason(self, symptom: str) -> FewbitError:
-        """Why the group broke, as far as the ranks that are left say so."""
+        """Return the error that broke the group, as far as the remaining ranks know it."""
         _tell(self._store, self._keys[self._rank], json.dumps(None))
         notes: dict[int, list[str] | None] = {}
         _until(lambda: self._read(notes), _ANSWER_SECONDS)
@@ -271,7 +275,7 @@ class _Notes:
         )
 
     def _read(self, notes: dict[int, list[str] | None]) -> bool:
-        """Add the notes that are there; whether one of them tells the cause, or all have one."""
+        """Add new notes; True once one of them tells the cause, or every rank has posted."""
         for rank, key in enumerate(self._keys):
             if rank not in notes and self._store.check([key]):
                 notes[rank] = json.loads(self._store.get(key))
@@ -279,21 +283,21 @@ class _Notes:
 
 
 def _is_cause(note: list[str] | None) -> TypeGuard[list[str]]:
-    """Whether a rank ended by itself, not because another one did."""
+    """Whether a rank failed first, rather than being interrupted because another one failed."""
     return note is not None and note[0] != KeyboardInterrupt.__name__
 
 
 def _until(done: Callable[[], bool], seconds: float) -> bool:
-    """Ask the store again and again; False where the time is over, or the store is gone."""
+    """Poll until `done`; False after the timeout, or if the store is gone."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
             if done():
                 return True
             time.sleep(0.05)
-        except KeyboardInterrupt:  # torchrun ends all processes when one has ended: be quick
+        except KeyboardInterrupt:  # torchrun stops all processes when one has ended: be quick
             end = min(end, time.monotonic() + _INTERRUPTED_SECONDS)
-        except RuntimeError:  # it went with the process that held it
+        except RuntimeError:  # the process that held the store is gone
             return False
     return False
 
@@ -301,12 +305,12 @@ def _until(done: Callable[[], bool], seconds: float) -> bool:
 def _tell(store: Any, key: str, value: str) -> None:
     try:
         store.set(key, value)
-    except RuntimeError:  # the store went with the process that held it: nobody can be told
+    except RuntimeError:  # the process that held the store is gone
         return
 
 
 def _shortened(symptom: str) -> str:
-    """What torch says, without where in its code and what to do."""
+    """Strip the source location and the advice from one of torch's messages."""
     return symptom.splitlines()[0].partition("] ")[2].partition(". ")[0] or symptom
 
 
@@ -317,7 +321,7 @@ _GO_ON = (
 
 
 def _raised_elsewhere(rank: int, kind: str, message: str) -> FewbitError:
-    """The error that another rank raised, in its own class where it is one of fewbit's."""
+    """Rebuild the error of another rank, in its own class if it is one of fewbit's."""
     found = getattr(errors, kind, None)
     if isinstance(found, type) and issubclass(found, FewbitError):
         return found(message)
@@ -325,10 +329,10 @@ def _raised_elsewhere(rank: int, kind: str, message: str) -> FewbitError:
 
 
 @contextmanager
-def current() -> Iterator[Communicator]:
-    """The ranks of this run: those of torch.distributed's process group, if there is one.
+def open_communicator() -> Iterator[Communicator]:
+    """Yield a communicator over torch.distributed's default process group, or of a single process if there is none.
 
-    An error inside ends all ranks, each with this error.
+    An error inside the context ends all ranks, each with that error.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         yield Communicator()
@@ -339,7 +343,7 @@ def current() -> Iterator[Communicator]:
 
 
 class _Closing:
-    """Leaves the group at the end, with the reason if that is an error."""
+    """Closes the group at the end, and posts the error if there is one."""
 
     def __init__(self, group: _Group) -> None:
         self._group = group
@@ -355,32 +359,32 @@ class _Closing:
 
 
 def launched_rank() -> int | None:
-    """The rank that torchrun gave to this process; None where it was not started by torchrun, or alone."""
+    """Return the rank that torchrun gave this process; None without torchrun, or if it is the only process."""
     if launched_processes() == 1 or "RANK" not in os.environ:
         return None
     return int(os.environ["RANK"])
 
 
 def row_bounds(rows: int, world: int) -> list[int]:
-    """Where the parts of a matrix begin and end: world + 1 numbers, multiples of `ROWS_TOGETHER` but for the last."""
-    return [ROWS_TOGETHER * bound for bound in _bounds(rows // ROWS_TOGETHER, world)[:-1]] + [rows]
+    """Return the boundaries of the row shards: world + 1 numbers, multiples of `ROW_MULTIPLE` except the last."""
+    return [ROW_MULTIPLE * bound for bound in _bounds(rows // ROW_MULTIPLE, world)[:-1]] + [rows]
 
 
-def most_rows(rows: int, world: int) -> int:
-    """How many rows the rank that has most of them solves."""
-    if rows < world * ROWS_TOGETHER:
+def largest_shard(rows: int, world: int) -> int:
+    """Return the size of the largest row shard."""
+    if rows < world * ROW_MULTIPLE:
         return rows
     return max(b - a for a, b in pairwise(row_bounds(rows, world)))
 
 
 def launched_processes() -> int:
-    """How many processes torchrun started; 1 where it did not."""
+    """Return the number of processes that torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def threads_of_each(processes: int) -> int | None:
-    """How many threads each of so many processes on this machine uses; None: as many as the user said."""
-    # torchrun sets 1 where the user set nothing, so that processes do not fight for cores.
+def threads_per_process(processes: int) -> int | None:
+    """Return the threads for each process on this machine; None if the user set OMP_NUM_THREADS."""
+    # torchrun sets 1 if the user set nothing.
     if os.environ.get("OMP_NUM_THREADS", "1") != "1":
         return None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -388,12 +392,12 @@ def threads_of_each(processes: int) -> int | None:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[bool]:
-    """While entered, a process that torchrun started is one of its ranks; True where it speaks: rank 0, or alone.
+def torchrun_session(device: str) -> Iterator[bool]:
+    """Join the process group of a torchrun launch while entered; yields whether this process is the leader.
 
-    It takes the GPU, or the share of the cores, that its number on this machine stands for. SIGTERM, with which
-    torchrun ends the other processes when one has ended, is taken like Ctrl-C. An error is left to rank 0 to
-    report where it knows of it: the others then exit with the command's code for errors.
+    The process takes the GPU of its local rank, or its share of the CPU cores. SIGTERM, which torchrun sends to the
+    remaining processes when one ends, is handled like Ctrl-C. If rank 0 reports an error, the other ranks exit silently
+    with the command's error code.
 
     Args:
         device: "auto", "cpu" or "cuda": without a number.
@@ -425,7 +429,7 @@ def joined(device: str) -> Iterator[bool]:
 
 @contextmanager
 def _leader_reports(rank: int) -> Iterator[None]:
-    """Leave an error to rank 0, if that has one to report too."""
+    """Let rank 0 report the error, if it has one to report too."""
     store, key = dist.distributed_c10d._get_default_store(), "fewbit/reported"
     try:
         yield
@@ -438,7 +442,7 @@ def _leader_reports(rank: int) -> Iterator[None]:
 
 
 def _take_device(device: str) -> None:
-    """Make this process's GPU the current one, or use its share of the cores."""
+    """Make the GPU of this local rank the current one, or take this process's share of the cores."""
     if ":" in device:
         raise ConfigError(
             f"device {device!r} would be every process's: with torchrun give cuda (or auto), each process takes the "
@@ -453,13 +457,13 @@ def _take_device(device: str) -> None:
             )
         torch.cuda.set_device(local)
         return
-    threads = threads_of_each(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    threads = threads_per_process(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if threads is not None:
         torch.set_num_threads(threads)
 
 
 def _machine() -> dict[str, str]:
-    """What decides how this process rounds."""
+    """Return what determines the rounding of this process."""
     return {
         "version of torch": torch.__version__,
         "kind of processor": torch.backends.cpu.get_cpu_capability(),
@@ -469,12 +473,12 @@ def _machine() -> dict[str, str]:
 
 
 def _bounds(count: int, world: int) -> list[int]:
-    """Where the consecutive shares of `count` things begin and end: world + 1 numbers."""
+    """Return the boundaries of consecutive shares of `count` items: world + 1 numbers."""
     return [count * rank // world for rank in range(world + 1)]
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """The memory of a contiguous tensor, uint8, one-dimensional."""
+    """View a contiguous tensor as one-dimensional uint8."""
     return tensor.reshape(-1).view(torch.uint8)
 
 

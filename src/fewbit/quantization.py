@@ -24,7 +24,7 @@ from .checkpoint.writer import parse_size
 from .config import QuantConfig
 from .context import Progress, RunContext, no_progress
 from .delivery import meta_of, quantization_config, upload, write_checkpoint
-from .distributed import Communicator, current
+from .distributed import Communicator, open_communicator
 from .errors import ConfigError, ModelError
 from .evaluation import evaluate
 from .modeling.experts import unfuse
@@ -126,8 +126,8 @@ def quantize(
                 "output, evaluate_on, push_to_hub and dtype are for models on disk; this one is in memory: quantize "
                 "it, then call model.save_pretrained, model.push_to_hub or fewbit.evaluation.evaluate"
             )
-        with current() as ranks:
-            return _quantize_module(model, config, dataset, tokenizer, progress, command, ranks, offload_dir)
+        with open_communicator() as comm:
+            return _quantize_module(model, config, dataset, tokenizer, progress, command, comm, offload_dir)
     if output is None:
         raise ConfigError("no output folder was given: pass output=…")
     if dataset == "-" == evaluate_on:
@@ -138,14 +138,14 @@ def quantize(
     source = open_source(model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     origin = {"name": _model_name(model), "hub_id": None if Path(model).expanduser().exists() else str(model)}
     job = _PathJob(source, config, Path(output), progress, origin, command, push_to_hub, offload_dir)
-    with current() as ranks:
-        if ranks.leader:
+    with open_communicator() as comm:
+        if comm.is_leader:
             check_output(job.output)
         where = resolve_device(device)
         # Read before the work, so that a text that cannot be used is refused now.
         evaluation = None if evaluate_on is None else evaluation_windows(source, evaluate_on, tokenizer)
-        report = job.run(dataset, tokenizer, where, resume, shard_bytes, evaluation, ranks)
-    if push_to_hub is not None and ranks.leader:
+        report = job.run(dataset, tokenizer, where, resume, shard_bytes, evaluation, comm)
+    if push_to_hub is not None and comm.is_leader:
         upload(job.output, push_to_hub)
     return report
 
@@ -171,11 +171,11 @@ class _PathJob:
         resume: bool,
         shard_bytes: int,
         evaluation: Evaluation | None,
-        ranks: Communicator,
+        comm: Communicator,
     ) -> Report:
-        check_processes(dataset, ranks.world)
+        check_processes(dataset, comm.world_size)
         start, profiler = time.perf_counter(), Profiler(device)
-        ctx = RunContext(self.config, device, ranks, profiler, self.progress, self.offload_dir)
+        ctx = RunContext(self.config, device, comm, profiler, self.progress, self.offload_dir)
         with profiler.time("calibration"):
             model_config = self.source.load_config()
             tokenizer = tokenizer or self.source.load_tokenizer()
@@ -186,15 +186,15 @@ class _PathJob:
         origin = Origin.of(model, **self.origin, files=self.source.weight_files())
         with profiler.time("check"):
             fingerprint = fingerprint_of(self.config, calibration, self.source.fingerprint())
-            ranks.alike(**fingerprint)
-        if not ranks.leader:
+            comm.assert_same(**fingerprint)
+        if not comm.is_leader:
             return self._follow(model, weights, plan, calibration, ctx)
         journal = Journal(self.output, fingerprint, resume)
         try:
-            resumed = len(ranks.from_leader(journal.records))
+            resumed = len(comm.broadcast_object(journal.records))
             store = budget.Store(journal.folder, fingerprint, journal.records)
             plan, choice = budget.meet(model, plan, calibration, ctx, store, weights)
-            ranks.from_leader(plan)
+            comm.broadcast_object(plan)
             notes = [*self.source.notes, *plan.notes, *calibration.notes, *journal.notes, *choice]
             notes += quantize_layers(model, plan, calibration, journal, weights, ctx)
             with profiler.time("write"):
@@ -223,8 +223,8 @@ class _PathJob:
                 profiler=profiler,
                 resumed_layers=resumed,
                 command=self.command,
-                ranks=ranks.world,
-                peak=_peak(ranks),
+                ranks=comm.world_size,
+                peak=_peak(comm),
             )
             self._leave(report)
             if evaluation is not None:
@@ -237,7 +237,7 @@ class _PathJob:
         finally:
             journal.close()
         _log(report)
-        return ranks.from_leader(report)
+        return comm.broadcast_object(report)
 
     def _follow(
         self,
@@ -248,12 +248,12 @@ class _PathJob:
         ctx: RunContext,
     ) -> Report:
         """The same in the processes that do not write, from the journal on."""
-        ranks = ctx.comm
-        sink = Follower(ranks.from_leader({}))
-        plan = ranks.from_leader(plan)
+        comm = ctx.comm
+        sink = Follower(comm.broadcast_object({}))
+        plan = comm.broadcast_object(plan)
         quantize_layers(model, plan, calibration, sink, weights, replace(ctx, progress=no_progress))
-        _peak(ranks)
-        report: Any = ranks.from_leader(None)
+        _peak(comm)
+        report: Any = comm.broadcast_object(None)
         assert isinstance(report, Report)
         return report
 
@@ -288,18 +288,18 @@ def _quantize_module(
     tokenizer: Any,
     progress: Progress,
     command: str,
-    ranks: Communicator,
+    comm: Communicator,
     offload_dir: Path | None = None,
 ) -> M:
     """Quantize a model in memory, in place. An error midway leaves it partly changed."""
     from .hf.replace import replace_layers
 
-    check_processes(dataset, ranks.world)
+    check_processes(dataset, comm.world_size)
     choice: list[str] = []
     start, sink = time.perf_counter(), MemorySink()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     profiler = Profiler(device)
-    ctx = RunContext(config, device, ranks, profiler, progress, offload_dir)
+    ctx = RunContext(config, device, comm, profiler, progress, offload_dir)
     if getattr(getattr(model, "config", None), "quantization_config", None):
         raise ModelError(f"this {type(model).__name__} is already quantized: quantize the original model")
     calibration = calibrate(config, dataset, tokenizer, getattr(model, "config", None))
@@ -309,10 +309,10 @@ def _quantize_module(
     origin = Origin.of(model, type(model).__name__)
     was_training = model.training
     model.eval()
-    ranks.alike(**fingerprint_of(config, calibration, ranges_of(model) if ranks.world > 1 else ""))
-    if ranks.leader:
+    comm.assert_same(**fingerprint_of(config, calibration, ranges_of(model) if comm.world_size > 1 else ""))
+    if comm.is_leader:
         plan, choice = budget.meet(model, plan, calibration, ctx)
-    plan, choice = ranks.from_leader((plan, choice))
+    plan, choice = comm.broadcast_object((plan, choice))
     notes = [*plan.notes, *calibration.notes, *choice]
     notes += quantize_layers(model, plan, calibration, sink, Weights(model), ctx)
     quantization = quantization_config(config, model, plan, meta_of(calibration))
@@ -330,18 +330,20 @@ def _quantize_module(
         profiler=profiler,
         resumed_layers=0,
         command=command,
-        ranks=ranks.world,
-        peak=_peak(ranks),
+        ranks=comm.world_size,
+        peak=_peak(comm),
     )
-    if ranks.leader:
+    if comm.is_leader:
         _log(report)
     model.fewbit_report = report  # type: ignore[assignment]
     return model.train() if was_training else model
 
 
-def _peak(ranks: Communicator) -> int | None:
+def _peak(comm: Communicator) -> int | None:
     """Memory of the process that had the most, in bytes; None where unknown."""
-    return max((peak for peak in ranks.collect(peak_memory_bytes()) if peak is not None), default=None)
+    return max(
+        (peak for peak in comm.all_gather_object(peak_memory_bytes()) if peak is not None), default=None
+    )
 
 
 def _log(report: Report) -> None:

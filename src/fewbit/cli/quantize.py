@@ -39,7 +39,7 @@ def quantize(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only errors.")] = False,
 ) -> None:
     """Quantize a model with GPTQ into a checkpoint that transformers, vLLM, SGLang and GPTQModel read."""
-    from ..distributed import joined, launched_processes, launched_rank
+    from ..distributed import launched_processes, launched_rank, torchrun_session
 
     if dry_run:
         if launched_rank() in (None, 0):
@@ -50,19 +50,19 @@ def quantize(
     from .. import quantization as api
 
     quiet_libraries()
-    with joined(job.arguments["device"]) as speaks:  # of several processes, one
+    with torchrun_session(job.arguments["device"]) as is_leader:
         try:
-            with progress_bar("quantize", hidden=quiet or as_json or not speaks) as progress:
+            with progress_bar("quantize", hidden=quiet or as_json or not is_leader) as progress:
                 report = api.quantize(
                     job.model, job.config, **job.arguments, push_to_hub=push_to_hub, progress=progress
                 )
         except KeyboardInterrupt as interrupt:
-            if speaks:
+            if is_leader:
                 console.print(_after_interrupt(job.output))
             raise typer.Exit(INTERRUPTED) from interrupt
-    if as_json and speaks:
+    if as_json and is_leader:
         print(json.dumps(report.summary()))
-    elif speaks and not quiet:
+    elif is_leader and not quiet:
         _show(report, verbose)
 
 

@@ -22,7 +22,7 @@ from .. import preparation
 from ..calibration import Calibration
 from ..checkpoint.writer import parse_size
 from ..config import QuantConfig
-from ..distributed import threads_of_each
+from ..distributed import threads_per_process
 from ..errors import FewbitError
 from ..gptq import Accuracy
 from ..modeling.source import Source, load_tokenizer, open_source
@@ -272,7 +272,7 @@ class _Job:
 @contextmanager
 def _threads(processes: int) -> Iterator[None]:
     """While entered, torch has as many threads as one of so many processes on this machine would."""
-    before, threads = torch.get_num_threads(), threads_of_each(processes) if processes > 1 else None
+    before, threads = torch.get_num_threads(), threads_per_process(processes) if processes > 1 else None
     torch.set_num_threads(threads or before)
     try:
         yield

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import formatting as words
-from ..distributed import most_rows
+from ..distributed import largest_shard
 from ..pipeline.streaming import REST
 from ..planning import Plan
 from .live import HEAP_BYTES
@@ -181,7 +181,7 @@ def _walk_moments(
 
 
 def _solver_bytes(one: LayerWork, work: Work, dtype: torch.dtype) -> int:
-    m, n = most_rows(one.layer.out_features, work.processes), one.layer.in_features
+    m, n = largest_shard(one.layer.out_features, work.processes), one.layer.in_features
     converted = 0 if dtype == torch.float32 else 4 * m * n
     sweep = SWEEP_BYTES * m * n + PROBE_BYTES * m * work.probe
     return converted + max(sweep, CORRECTION_BYTES * m * n if work.streams == 2 else 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..distributed import most_rows
+from ..distributed import largest_shard
 from ..planning import Plan
 from .rates import DiskRate, Kind, LayerRate, kind_of
 from .sizes import Sizes
@@ -53,7 +53,7 @@ def predict_seconds(
     blocks = len(plan.block_layers())
     writing = (sizes.quantized + sizes.plain) * (_SHARD_COPIES * disk.check + disk.write)
     solving = sum(rate.factor for _, rate in own)
-    solving += sum(most_rows(one.layer.out_features, work.processes) * rate.solve for one, rate in rates)
+    solving += sum(largest_shard(one.layer.out_features, work.processes) * rate.solve for one, rate in rates)
     busy = {
         "forward passes": forward_seconds(trial) * work.batches * work.streams,
         "Hessians": sum(one.rows * rate.accumulate for one, rate in own),

@@ -31,14 +31,14 @@ class BlockTuner:
         batches: what is known of the rows of every batch; jobs N … 2N−1 are their full-precision runs.
         steps: per block.
         seed: of the order in which batches are used.
-        ranks: the processes; each has its batches, and all tune the same blocks.
+        comm: the processes; each has its batches, and all tune the same blocks.
         skipped: block → why it was not tuned. dropped: batches that had values that are not finite.
     """
 
     batches: Sequence[Rows]
     steps: int
     seed: int
-    ranks: Communicator = field(default_factory=Communicator)
+    comm: Communicator = field(default_factory=Communicator)
     skipped: dict[str, str] = field(default_factory=dict)
     dropped: set[int] = field(default_factory=set)
 
@@ -55,15 +55,15 @@ class BlockTuner:
         Args:
             codes, weights: name of a layer inside the block → its codes, its original weight matrix.
         """
-        reason = next(filter(None, self.ranks.collect(_why_not(block, passages))), None)
+        reason = next(filter(None, self.comm.all_gather_object(_why_not(block, passages))), None)
         train, held_out = ([], []) if reason else self._calls(name, passages)
-        if not reason and not all(self.ranks.total(len(train), len(held_out))):
+        if not reason and not all(self.comm.all_reduce_sum(len(train), len(held_out))):
             reason = "too few sequences went through it in both streams, or their outputs are not finite"
         if reason:
             self.skipped[name] = reason
             return None
         return tune_block(
-            block, codes, weights, train, held_out, steps=self.steps, seed=self.seed, ranks=self.ranks
+            block, codes, weights, train, held_out, steps=self.steps, seed=self.seed, comm=self.comm
         )
 
     def notes(self, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -82,7 +82,7 @@ class BlockTuner:
                 else ""
             )
             notes.append(f"tuning lowered the held-out error of {len(kept)} of {len(blocks)} blocks{left}")
-        [dropped] = self.ranks.total(len(self.dropped))
+        [dropped] = self.comm.all_reduce_sum(len(self.dropped))
         if dropped:
             notes.append(f"{dropped} batches with values that are not finite had no part in the tuning")
         for reason in dict.fromkeys(self.skipped.values()):

@@ -35,16 +35,16 @@ class Routing:
     Args:
         model: its experts are unfused.
         batches: what is known of the rows of every batch of this process.
-        ranks: the processes.
+        comm: the processes.
 
     Attributes:
         points: name → routing point, meeting points for the walk.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Rows], ranks: Communicator | None = None) -> None:
+    def __init__(self, model: nn.Module, batches: Sequence[Rows], comm: Communicator | None = None) -> None:
         self._experts = unfused_modules(model)
         self._batches = batches
-        self._ranks = ranks or Communicator()
+        self._comm = comm or Communicator()
         self._rows: dict[str, dict[int, list[ExpertRows]]] = {}  # of the module decided last
         self.points: dict[str, RoutingPoint] = {
             f"{name}.{ROUTING}": module.routing for name, module in self._experts.items()
@@ -100,10 +100,10 @@ class Routing:
         spare = {job: int(counted[job].sum()) - have[job] for job in choices}
         none = torch.zeros(E, dtype=torch.int64)
         sizes = sum(have.values(), none.clone())
-        self._ranks.add_(sizes)
-        everyones = self._ranks.collect(sum(spare.values(), none).tolist())
+        self._comm.all_reduce_(sizes)
+        everyones = self._comm.all_gather_object(sum(spare.values(), none).tolist())
         total = torch.tensor(everyones).sum(0)
-        before = torch.tensor(everyones[: self._ranks.rank]).reshape(-1, E).sum(0)
+        before = torch.tensor(everyones[: self._comm.rank]).reshape(-1, E).sum(0)
         missing = torch.minimum((wanted - sizes).clamp(min=0), total)
         added = {}
         for job, choice in choices.items():

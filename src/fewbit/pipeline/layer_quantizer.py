@@ -168,7 +168,7 @@ class LayerQuantizer:
         self.profiler = ctx.profiler
         self.progress = ctx.progress
         self.hessians = hessians
-        self.ranks = ctx.comm
+        self.comm = ctx.comm
         self._layers = {layer.name: layer for layer in plan.layers}
         self._accuracy = Accuracy(ctx.config.effective_correction)
         self._strict = ctx.config.strict
@@ -183,7 +183,7 @@ class LayerQuantizer:
         layer, module = self._layers[name], self.modules[name]
         if name in self.sink.records:
             with self.profiler.time("resume"):
-                tensors = self.ranks.tensors_from_leader(lambda: self.sink.tensors(name))
+                tensors = self.comm.broadcast_tensors(lambda: self.sink.tensors(name))
                 W = weight_matrix(module)
                 set_weight_matrix(module, self._unpacked(layer, tensors).dequantize(W.dtype).to(W.device))
         else:
@@ -195,7 +195,7 @@ class LayerQuantizer:
     def _solve(self, layer: LayerPlan, module: nn.Module, arrivals: Sequence[LayerInput]) -> None:
         start = time.perf_counter()
         shared: SharedHessian | None = None
-        [nowhere] = self.ranks.all(not arrivals)
+        [nowhere] = self.comm.all_reduce_and(not arrivals)
         if layer.settings.method == "gptq" and not nowhere:
             with self.profiler.time("hessian"):
                 shared = self.hessians.get(layer.name, module, arrivals)
@@ -248,7 +248,7 @@ class LayerQuantizer:
 
     def _solution(self, layer: LayerPlan, W: Tensor, shared: SharedHessian | None) -> Solution:
         """Solve this process's rows of the layer, and gather the codes of all rows."""
-        part = self.ranks.part(layer.out_features)
+        part = self.comm.row_shard(layer.out_features)
         try:
             if shared is not None:
                 solution = quantize_weight(
@@ -258,14 +258,14 @@ class LayerQuantizer:
                     shared.cache,
                     accuracy=self._accuracy,
                     probe=shared.probe,
-                    total=part.total,
+                    total=part.reduce,
                 )
             else:  # no token came: the solver records that as a fallback
                 empty = (
                     Hessian(layer.in_features, device=W.device) if layer.settings.method == "gptq" else None
                 )
                 solution = quantize_weight(
-                    W[part.rows], empty, layer.settings, accuracy=self._accuracy, total=part.total
+                    W[part.rows], empty, layer.settings, accuracy=self._accuracy, total=part.reduce
                 )
         except SolverError as error:
             raise ModelError(f"layer {layer.name} cannot be quantized: {error}") from error
@@ -337,7 +337,7 @@ class LayerQuantizer:
     ) -> float | None:
         """Of the first input that came to any process."""
         error = _output_error(module, W, Wq, arrivals[0].x) if arrivals else None
-        return next(error for error, came in self.ranks.collect((error, bool(arrivals))) if came)
+        return next(error for error, came in self.comm.all_gather_object((error, bool(arrivals))) if came)
 
     def _unpacked(self, layer: LayerPlan, tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
         settings = layer.settings

@@ -71,17 +71,17 @@ def quantize_layers(
         OutputError: activations cannot be written to `offload_dir`.
     """
     modules = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
-    config, ranks, profiler = ctx.config, ctx.comm, ctx.profiler
+    config, comm, profiler = ctx.config, ctx.comm, ctx.profiler
     _untie(model, modules, weights)
-    batches = [arguments_for(model, batch, weights.device) for batch in ranks.share(calibration.batches)]
+    batches = [arguments_for(model, batch, weights.device) for batch in comm.share(calibration.batches)]
     blocks = _blocks_to_tune(model, plan) if config.tune and calibration.batches else {}
     encoder_outputs = _EncoderOutputs(model)
     paired = needs_full_precision(config)
     all_rows = _rows(calibration.batches, config)
-    rows = ranks.share(all_rows)
+    rows = comm.share(all_rows)
     streams = 2 if paired else 1
-    routing = Routing(model, rows, ranks)
-    hessians = HessianPool(rows, encoder_outputs.has, ranks, routing.rows)
+    routing = Routing(model, rows, comm)
+    hessians = HessianPool(rows, encoder_outputs.has, comm, routing.rows)
     quantizer = LayerQuantizer(
         plan,
         modules,
@@ -102,7 +102,7 @@ def quantize_layers(
             jobs = [_job(model, batch) for batch in batches]
             references = range(len(batches), 2 * len(batches) if paired else len(batches))
             jobs += [jobs[reference - len(batches)] for reference in references]
-            tuner = BlockTuner(rows, steps=config.tune_steps, seed=config.seed, ranks=ranks)
+            tuner = BlockTuner(rows, steps=config.tune_steps, seed=config.seed, comm=comm)
             leave = _leaving(blocks, quantizer, tuner, profiler) if blocks else None
             traffic = walk(
                 routing.meeting_points(modules),
@@ -112,15 +112,15 @@ def quantize_layers(
                 blocks=blocks,
                 leave=leave,
                 gathered=weights.release_except,
-                earliest=ranks.first,
+                earliest=comm.all_reduce_min,
                 running=spill.running,
             )
         traffic.forget(routing.points)
-        traffic = _of_all(traffic, ranks)
+        traffic = _of_all(traffic, comm)
         _meet_without_inputs(traffic.unreached, quantizer, weights)
         for block in blocks:  # those that no batch went through as a whole
             quantizer.close(block)
-    unmaskable = sum(ranks.collect(hessians.unmaskable), Counter[str]())
+    unmaskable = sum(comm.all_gather_object(hessians.unmaskable), Counter[str]())
     if paired:
         notes += _held_out_notes(all_rows)
     notes += [*_traffic_notes(traffic, unmaskable), *tuner.notes(sink.records), *spill.notes()]
@@ -140,10 +140,10 @@ def _meeting(routing: Routing, quantizer: LayerQuantizer, weights: Weights) -> O
     return meet
 
 
-def _of_all(traffic: ScheduleStats, ranks: Communicator) -> ScheduleStats:
+def _of_all(traffic: ScheduleStats, comm: Communicator) -> ScheduleStats:
     """The traffic of all processes: they met the same layers, each with its own inputs."""
-    late = sum(ranks.collect(traffic.late), Counter[str]())
-    late_references = sum(ranks.collect(traffic.late_references), Counter[str]())
+    late = sum(comm.all_gather_object(traffic.late), Counter[str]())
+    late_references = sum(comm.all_gather_object(traffic.late_references), Counter[str]())
     return replace(traffic, late=late, late_references=late_references)
 
 

@@ -152,7 +152,7 @@ class HessianPool:
         batches: what is known of the rows of every batch of this process.
         is_encoder_output: whether a tensor is the output of the model's encoder, which cross-attention in the
             decoder receives.
-        ranks: the processes; all of them make a pool, and get the same layers' Hessians.
+        comm: the processes; all of them make a pool, and get the same layers' Hessians.
         routed: what the rows are that came to a layer in a job; None where they are simply the tokens.
 
     Attributes:
@@ -163,14 +163,14 @@ class HessianPool:
         self,
         batches: Sequence[Rows],
         is_encoder_output: Callable[[Tensor], bool] = lambda x: False,
-        ranks: Communicator | None = None,
+        comm: Communicator | None = None,
         routed: Callable[[str, int], ExpertRows | None] = lambda layer, job: None,
     ) -> None:
         self._batches = batches
         self._routed = routed
         self._is_encoder_output = is_encoder_output
-        self._ranks = ranks or Communicator()
-        [self._probed] = self._ranks.total(sum(batch.held_out > 0 for batch in batches))
+        self._comm = comm or Communicator()
+        [self._probed] = self._comm.all_reduce_sum(sum(batch.held_out > 0 for batch in batches))
         self._pool: list[SharedHessian] = []
         self.unmaskable: Counter[str] = Counter()
 
@@ -192,7 +192,9 @@ class HessianPool:
     def _prune(self, arrivals: Sequence[LayerInput]) -> SharedHessian | None:
         """The same; returns the Hessian that was made from these very inputs, if there is one."""
         pool, count = self._pool, len(self._pool)
-        flags = self._ranks.all(*(one.alive for one in pool), *(one.made_from(arrivals) for one in pool))
+        flags = self._comm.all_reduce_and(
+            *(one.alive for one in pool), *(one.made_from(arrivals) for one in pool)
+        )
         self._pool = [one for one, alive in zip(pool, flags[:count], strict=True) if alive]
         return next((one for one, same in zip(pool, flags[count:], strict=True) if same), None)
 
@@ -200,7 +202,7 @@ class HessianPool:
         N = len(self._batches)
         quantized = [arrival for arrival in arrivals if arrival.job < N]
         full = self._partners(name, module, quantized, {a.job - N: a.x for a in arrivals if a.job >= N})
-        [paired] = self._ranks.all(bool(full) or not quantized)
+        [paired] = self._comm.all_reduce_and(bool(full) or not quantized)
         full = full if paired else {}
         entry = self._sums(name, module, arrivals, full, holding_out=paired)
         if entry.probe is not None and _unrelated(entry.probe):
@@ -244,7 +246,7 @@ class HessianPool:
         if not H.in_range:
             H.reset()
             foresee(check_finite=True)
-        H.freeze_units(self._ranks.gather(H.range_stats))
+        H.freeze_units(self._comm.all_gather_rows(H.range_stats))
         for arrival in quantized:
             X, X_full = streams(arrival)
             mask, held = counted[arrival.job]
@@ -276,15 +278,15 @@ class HessianPool:
     def _sum_up(self, entry: SharedHessian) -> None:
         """Replace every sum by that over all processes."""
         H = entry.hessian
-        H.tokens, H.dropped, entry.masked, entry.added, paired = self._ranks.total(
+        H.tokens, H.dropped, entry.masked, entry.added, paired = self._comm.all_reduce_sum(
             H.tokens, H.dropped, entry.masked, entry.added, int(H.has_full)
         )
         if H.tokens:
-            self._ranks.add_(*H.sums(full=paired > 0))
+            self._comm.all_reduce_(*H.sums(full=paired > 0))
 
     def _gathered(self, probe: _ProbeRows, n: int, device: torch.device) -> Holdout | None:
         """The rows of all processes; None where no row was collected."""
-        both = self._ranks.gather(torch.cat(probe.rows(n, device), dim=1))
+        both = self._comm.all_gather_rows(torch.cat(probe.rows(n, device), dim=1))
         return Holdout(both[:, :n].contiguous(), both[:, n:].contiguous()) if len(both) else None
 
     def _partners(

@@ -98,7 +98,7 @@ def tune_block(
     *,
     steps: int,
     seed: int = 0,
-    ranks: Communicator | None = None,
+    comm: Communicator | None = None,
 ) -> TuneResult:
     """Optimise the codes and scales of the layers of one block.
 
@@ -113,20 +113,20 @@ def tune_block(
         train, held_out: at least one call each, in any of the processes.
         steps: of about `TOKENS_PER_STEP` tokens each, with a rate that falls linearly to 0.
         seed: of the order in which calls are used.
-        ranks: the processes, each with its calls; all get the same result.
+        comm: the processes, each with its calls; all get the same result.
 
     Raises:
         CalibrationError: no call to train on, or none to judge by.
         ModelError: the block's output does not have the target's shape.
     """
-    ranks = ranks or Communicator()
-    shared, judges = _Shared(train, ranks), _Shared(held_out, ranks)
+    comm = comm or Communicator()
+    shared, judges = _Shared(train, comm), _Shared(held_out, comm)
     if not shared.count or not judges.count:
         raise CalibrationError(
             f"tuning needs calibration batches to learn from and others to judge by, but there are {shared.count} and "
             f"{judges.count}: give more text or a smaller batch_size"
         )
-    trial = _Trial(block, {name: _Layer(codes[name], weights[name]) for name in codes}, ranks)
+    trial = _Trial(block, {name: _Layer(codes[name], weights[name]) for name in codes}, comm)
     first = best = trial.state(shared, judges)
     checks = {steps * i // _CHECKS for i in range(1, _CHECKS + 1)}
     for step in _descend(trial, shared, steps, seed):
@@ -161,9 +161,9 @@ class _Shared:
         count: how many there are. tokens: of all of them.
     """
 
-    def __init__(self, calls: Sequence[TrainingCall], ranks: Communicator) -> None:
-        everyones = ranks.collect([call.tokens for call in calls])
-        self._calls, self._first = calls, sum(map(len, everyones[: ranks.rank]))
+    def __init__(self, calls: Sequence[TrainingCall], comm: Communicator) -> None:
+        everyones = comm.all_gather_object([call.tokens for call in calls])
+        self._calls, self._first = calls, sum(map(len, everyones[: comm.rank]))
         self.count, self.tokens = sum(map(len, everyones)), sum(map(sum, everyones))
 
     def mine(self, numbers: Iterable[int]) -> list[TrainingCall]:
@@ -246,8 +246,8 @@ class _Layer:
 class _Trial:
     """The block with the matrices being tuned in place of its own."""
 
-    def __init__(self, block: nn.Module, layers: dict[str, _Layer], ranks: Communicator) -> None:
-        self.block, self.layers, self.ranks = block, layers, ranks
+    def __init__(self, block: nn.Module, layers: dict[str, _Layer], comm: Communicator) -> None:
+        self.block, self.layers, self.comm = block, layers, comm
         self.modules = {name: block.get_submodule(name) for name in layers}
         self.others = {name: parameter.detach() for name, parameter in block.named_parameters()}
 
@@ -265,7 +265,7 @@ class _Trial:
         for calls in (train, held_out):
             with torch.no_grad():
                 errors = [self.errors(matrices, call) for call in calls.mine(range(held_out.count))]
-            means.append(float(self.ranks.gather(torch.cat([none, *errors])).mean()))
+            means.append(float(self.comm.all_gather_rows(torch.cat([none, *errors])).mean()))
         return _State({name: layer.codes() for name, layer in self.layers.items()}, *means)
 
     def set_gradients(self, calls: Sequence[TrainingCall]) -> None:
@@ -285,7 +285,7 @@ class _Trial:
                 strict=True,
             ):
                 total[name] += gradient
-        self.ranks.add_(*total.values())
+        self.comm.all_reduce_(*total.values())
         for name, layer in self.layers.items():
             layer.set_gradient(total[name])
 

@@ -61,7 +61,7 @@ def sequences_by_expert(count, of_expert_0):
     return sequences
 
 
-def quantized(ranks, sequences, options):
+def quantized(comm, sequences, options):
     """Codes, and what is known of every layer, of an `IntegerNet` quantized by all ranks."""
     config = fewbit.QuantConfig(group_size=16, seq_len=24, **options)
     model = fewbit.quantize(IntegerNet(), config, dataset=sequences)
@@ -99,9 +99,9 @@ def test_exact_sums_give_the_codes_of_one_process(case, options):
     codes, figures, alone, notes = quantized(None, sequences, options)
     assert alone == 1
     results = run_ranks(world, quantized, sequences, options)
-    for divided, others, ranks, said in results:
+    for divided, others, world_size, said in results:
         assert divided == codes
-        assert ranks == world
+        assert world_size == world
         assert said == notes
         for one, other in zip(figures, others, strict=True):
             assert other == pytest.approx(one, rel=1e-5)
@@ -115,12 +115,12 @@ def test_no_row_counts_twice_and_held_out_ones_are_gathered():
         assert [layer["tokens"] for layer in divided] == [layer["tokens"] for layer in figures]
 
 
-def shared_hessians(ranks):
+def shared_hessians(comm):
     """Two layers get the same tensors on rank 0; on rank 1 others, or none."""
     layers = [nn.Linear(4, 4) for _ in range(4)]
-    pool = HessianPool(ranks.share(hold_out([Rows() for _ in range(2)])), ranks=ranks)
+    pool = HessianPool(comm.share(hold_out([Rows() for _ in range(2)])), comm=comm)
     x, y = (torch.full((1, 3, 4), float(value)) for value in (1, 2))
-    inputs = [x, x, x if ranks.leader else y, None if ranks.leader else y]
+    inputs = [x, x, x if comm.is_leader else y, None if comm.is_leader else y]
     entries = [
         pool.get(str(i), layer, [] if tensor is None else [LayerInput(0, tensor)])
         for i, (layer, tensor) in enumerate(zip(layers, inputs, strict=True))
@@ -135,7 +135,7 @@ def test_a_hessian_is_shared_only_where_the_inputs_are_the_same_on_all_ranks():
         assert sums == [(6, 6.0), (6, 6.0), (6, 15.0), (3, 12.0)]
 
 
-def packed(ranks, make, sequences, options):
+def packed(comm, make, sequences, options):
     """Every tensor of the quantized model, as bytes, and what was found out on the way."""
     dtype = options.pop("dtype", torch.float32)
     config = fewbit.QuantConfig(group_size=16, seq_len=24, **options)
@@ -186,7 +186,7 @@ def test_a_real_architecture_has_the_bytes_of_one_process(make, options, world, 
 def test_a_mixture_of_experts_counts_every_token_once():
     sequences = random_sequences(6)
 
-    def tokens(ranks):
+    def tokens(comm):
         config = fewbit.QuantConfig(group_size=16, seq_len=24)
         model = fewbit.quantize(tiny_moe("mixtral"), config, dataset=sequences, tokenizer=tiny_tokenizer())
         return [(layer["name"], layer["tokens"], layer["held_out"]) for layer in model.fewbit_report.layers]

@@ -1,4 +1,4 @@
-"""A layer's rows divided over processes: the same codes as in one, and the figures of all rows, to the last bit."""
+"""A layer's rows divided over processes give the bits of a single process."""
 
 import pytest
 import torch
@@ -19,19 +19,21 @@ def problem(m, n, tokens=300):
     return W, H, Holdout(X[200:], X_full[200:])
 
 
-def solved(ranks, m, n, settings, accuracy, with_hessian=True):
+def solved(comm, m, n, settings, accuracy, with_hessian=True):
     W, H, probe = problem(m, n)
-    part = ranks.part(m)
+    shard = comm.row_shard(m)
     solution = quantize_weight(
-        W[part.rows],
+        W[shard.rows],
         H if with_hessian else None,
         settings,
         accuracy=accuracy,
         probe=probe if with_hessian else None,
-        total=part.total,
+        total=shard.reduce,
     )
     figures = {key: getattr(solution, key) for key in ("loss", "alpha", "true_error", "tokens", "fallbacks")}
-    return [part.gather(tensor).tolist() for tensor in (solution.codes.codes, solution.codes.scales)], figures
+    return [
+        shard.gather(tensor).tolist() for tensor in (solution.codes.codes, solution.codes.scales)
+    ], figures
 
 
 def settings_of(bits=4, sym=True, method="gptq"):
@@ -47,14 +49,14 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("m", "n", "world"), [(64, 48, 2), (131, 200, 3), (31, 48, 3), (576, 192, 5)])
-def test_divided_rows_give_what_one_process_gives(case, m, n, world):
+def test_row_shards_match_one_process(case, m, n, world):
     settings, accuracy = CASES[case]
     whole, figures = solved(Communicator(), m, n, settings, accuracy)
     results = run_ranks(world, solved, m, n, settings, accuracy)
     assert all(result == (whole, figures) for result in results)
 
 
-def test_round_to_nearest_is_divided_too():
+def test_round_to_nearest_row_shards_match():
     settings = settings_of(method="rtn")
     alone = solved(Communicator(), 131, 48, settings, Accuracy(), False)
     assert run_ranks(3, solved, 131, 48, settings, Accuracy(), False) == [alone] * 3

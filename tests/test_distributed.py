@@ -1,4 +1,4 @@
-"""What the processes of one run exchange, and how they end together."""
+"""Collectives of the communicator, and how an error on one rank ends all ranks."""
 
 import os
 import signal
@@ -7,35 +7,35 @@ import time
 import pytest
 import torch
 
-from fewbit.distributed import Communicator, joined
+from fewbit.distributed import Communicator, torchrun_session
 from fewbit.errors import ConfigError, ModelError, RankError
 from fewbit.pipeline.layer_quantizer import Follower
 from rank_processes import run_ranks
 
 
-def exchanges(ranks):
-    """One of everything; ranks bring different numbers of rows."""
-    mine = torch.full((ranks.rank, 2), ranks.rank, dtype=torch.int16)
+def every_collective(comm):
+    """Call every collective once; ranks pass different numbers of rows."""
+    mine = torch.full((comm.rank, 2), comm.rank, dtype=torch.int16)
     matrix = torch.arange(14, dtype=torch.float16).reshape(7, 2)
-    part = ranks.part(7)
-    total = torch.full((2,), float(ranks.rank + 1))
-    ranks.add_(total)
+    part = comm.row_shard(7)
+    total = torch.full((2,), float(comm.rank + 1))
+    comm.all_reduce_(total)
     return {
-        "share": list(ranks.share(range(7))),
-        "first": ranks.first(None if ranks.rank == 0 else 5 + ranks.rank),
-        "nobody": ranks.first(None),
+        "share": list(comm.share(range(7))),
+        "first": comm.all_reduce_min(None if comm.rank == 0 else 5 + comm.rank),
+        "nobody": comm.all_reduce_min(None),
         "add": total.tolist(),
-        "total": ranks.total(ranks.rank, 1),
-        "all": ranks.all(True, ranks.rank != 1),
-        "gather": ranks.gather(mine).tolist(),
+        "total": comm.all_reduce_sum(comm.rank, 1),
+        "all": comm.all_reduce_and(True, comm.rank != 1),
+        "gather": comm.all_gather_rows(mine).tolist(),
         "part": torch.equal(part.gather(matrix[part.rows]), matrix),
-        "part total": float(part.total(matrix[part.rows].float().sum())),
-        "tiny": ranks.part(ranks.world - 1).rows,
-        "collect": ranks.collect(f"rank {ranks.rank}"),
-        "leader": ranks.from_leader(f"said by {ranks.rank}"),
+        "part total": float(part.reduce(matrix[part.rows].float().sum())),
+        "tiny": comm.row_shard(comm.world_size - 1).rows,
+        "collect": comm.all_gather_object(f"rank {comm.rank}"),
+        "leader": comm.broadcast_object(f"said by {comm.rank}"),
         "tensors": {
             name: tensor.tolist()
-            for name, tensor in ranks.tensors_from_leader(
+            for name, tensor in comm.broadcast_tensors(
                 lambda: {"a": matrix.T, "none": torch.empty(0, dtype=torch.int32), "one": torch.tensor(3.5)}
             ).items()
         },
@@ -43,8 +43,8 @@ def exchanges(ranks):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_every_rank_gets_the_same_and_it_is_that_of_all(world):
-    seen = run_ranks(world, exchanges)
+def test_collectives_agree_on_all_ranks(world):
+    seen = run_ranks(world, every_collective)
     assert [item for one in seen for item in one.pop("share")] == list(range(7))
     assert all(one == seen[0] for one in seen)
     matrix = torch.arange(14.0).reshape(7, 2)
@@ -64,8 +64,8 @@ def test_every_rank_gets_the_same_and_it_is_that_of_all(world):
     }
 
 
-def test_one_process_is_the_same_without_exchanges():
-    alone = exchanges(Communicator())
+def test_single_process_communicator():
+    alone = every_collective(Communicator())
     assert alone["share"] == list(range(7))
     assert (alone["total"], alone["all"], alone["collect"]) == ([0, 1], [True, True], ["rank 0"])
     assert alone["part"]
@@ -74,66 +74,66 @@ def test_one_process_is_the_same_without_exchanges():
 
 @pytest.mark.parametrize(("items", "world"), [(7, 3), (2, 3), (0, 2), (100, 3)])
 def test_shares_are_consecutive_and_even(items, world):
-    shares = run_ranks(world, lambda ranks: list(ranks.share(range(items))))
+    shares = run_ranks(world, lambda comm: list(comm.share(range(items))))
     assert [item for share in shares for item in share] == list(range(items))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def one_fails(ranks, error):
-    if ranks.rank == 1:
+def one_fails(comm, error):
+    if comm.rank == 1:
         raise error
     while True:
-        ranks.total(1)
+        comm.all_reduce_sum(1)
 
 
-def test_an_error_of_one_rank_ends_all_with_this_error():
+def test_error_on_one_rank_is_raised_on_all():
     for result in run_ranks(3, one_fails, ModelError("the weight w holds NaN values")):
         assert isinstance(result, ModelError)
         assert str(result) == "the weight w holds NaN values"
 
 
-def leader_refuses(ranks):
-    if ranks.leader:
+def leader_raises(comm):
+    if comm.is_leader:
         raise ModelError("no")
-    return ranks.from_leader(None)
+    return comm.broadcast_object(None)
 
 
-def test_what_the_leader_refuses_is_refused_by_all():
-    results = run_ranks(3, leader_refuses)
+def test_error_on_leader_is_raised_on_all():
+    results = run_ranks(3, leader_raises)
     assert [(type(result), str(result)) for result in results] == [(ModelError, "no")] * 3
 
 
-def fails_outside_of_fewbit(ranks):
-    if ranks.rank == 1:
+def fails_outside_of_fewbit(comm):
+    if comm.rank == 1:
         try:
-            with_an_error(ranks)
+            with_an_error(comm)
         except ZeroDivisionError:
             return "raised its own"
     while True:
-        ranks.total(1)
+        comm.all_reduce_sum(1)
 
 
-def with_an_error(ranks):
-    ranks.failed(ZeroDivisionError("division by zero"))
+def with_an_error(comm):
+    comm.failed(ZeroDivisionError("division by zero"))
     raise ZeroDivisionError
 
 
-def test_an_error_that_is_not_fewbits_is_named_with_its_rank():
+def test_foreign_error_is_reported_with_its_rank():
     results = run_ranks(2, fails_outside_of_fewbit)
     assert results[1] == "raised its own"
     assert isinstance(results[0], RankError)
     assert "rank 1 failed: ZeroDivisionError: division by zero" in str(results[0])
 
 
-def one_is_killed(ranks):
-    ranks.total(1)
-    if ranks.rank == 1:
+def one_is_killed(comm):
+    comm.all_reduce_sum(1)
+    if comm.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     while True:
-        ranks.total(1)
+        comm.all_reduce_sum(1)
 
 
-def test_a_killed_rank_ends_the_others_with_its_number_and_what_to_do():
+def test_killed_rank_is_reported_by_the_others():
     start = time.monotonic()
     first, killed, third = run_ranks(3, one_is_killed)
     assert killed is None
@@ -145,21 +145,21 @@ def test_a_killed_rank_ends_the_others_with_its_number_and_what_to_do():
     assert time.monotonic() - start < 20
 
 
-def one_is_interrupted(ranks):
-    if ranks.rank == 1:
-        ranks.failed(KeyboardInterrupt())
+def one_is_interrupted(comm):
+    if comm.rank == 1:
+        comm.failed(KeyboardInterrupt())
         return None
     while True:
-        ranks.total(1)
+        comm.all_reduce_sum(1)
 
 
-def test_an_interrupted_rank_is_no_failure_of_its_own():
+def test_interrupted_rank_is_not_a_failure():
     first, _ = run_ranks(2, one_is_interrupted)
     assert isinstance(first, RankError)
     assert "the run was interrupted. If an output folder was given" in str(first)
 
 
-def test_finished_tensors_cannot_be_asked_for_out_of_turn():
+def test_non_leader_sink_has_no_tensors():
     with pytest.raises(
         RankError, match=r"came back to layers\.0\.q after its block was finished, which works in one"
     ):
@@ -168,7 +168,7 @@ def test_finished_tensors_cannot_be_asked_for_out_of_turn():
 
 @pytest.fixture
 def launched(monkeypatch):
-    """As torchrun starts the second of two processes, but without the address of the first."""
+    """The environment of torchrun's second process of two, without the address of the first."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     values = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
@@ -178,11 +178,11 @@ def launched(monkeypatch):
 
 
 def join(device):
-    with joined(device):
+    with torchrun_session(device):
         pass
 
 
-def test_every_process_takes_its_own_gpu(launched):
+def test_each_process_takes_the_gpu_of_its_local_rank(launched):
     with pytest.raises(
         ConfigError, match="device 'cuda:1' would be every process's: with torchrun give cuda"
     ):
@@ -195,7 +195,7 @@ def test_every_process_takes_its_own_gpu(launched):
         join("auto")
 
 
-def test_or_its_share_of_the_cores_and_says_whom_it_cannot_reach(launched):
+def test_each_process_takes_its_share_of_the_cores(launched):
     threads = []
     launched.setattr(torch, "set_num_threads", threads.append)
     launched.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
@@ -206,49 +206,49 @@ def test_or_its_share_of_the_cores_and_says_whom_it_cannot_reach(launched):
     assert threads == [8]
 
 
-def test_without_torchrun_nothing_is_joined(monkeypatch):
+def test_no_session_without_torchrun(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    with joined("cuda:7") as speaks:
-        assert speaks
+    with torchrun_session("cuda:7") as is_leader:
+        assert is_leader
 
 
-def on_another_machine(ranks):
-    if ranks.rank == 1:
+def on_another_machine(comm):
+    if comm.rank == 1:
         torch.backends.cpu.get_cpu_capability = lambda: "of another kind"
-    ranks.alike(config="c")
+    comm.assert_same(config="c")
 
 
-def test_machines_that_round_in_other_ways_are_refused():
+def test_machines_that_round_differently_are_refused():
     for result in run_ranks(2, on_another_machine):
         assert isinstance(result, RankError)
         assert "another kind of processor" in str(result)
         assert "on machines of one kind" in str(result)
 
 
-def test_ranks_that_were_started_with_other_things_are_refused():
-    results = run_ranks(2, lambda ranks: ranks.alike(calibration_data=str(ranks.rank), config="c"))
+def test_ranks_with_other_arguments_are_refused():
+    results = run_ranks(2, lambda comm: comm.assert_same(calibration_data=str(comm.rank), config="c"))
     assert all(isinstance(result, RankError) for result in results)
     assert "rank 1 has another calibration data than rank 0: start all processes with the same" in str(
         results[0]
     )
-    assert run_ranks(2, lambda ranks: ranks.alike(config="c")) == [None, None]
+    assert run_ranks(2, lambda comm: comm.assert_same(config="c")) == [None, None]
 
 
-def queued_on_a_gpu(ranks):
-    """What NCCL does: return at once, whoever is there."""
-    if ranks.rank == 1:
+def queued_on_a_gpu(comm):
+    """A collective that returns at once, as NCCL does, whether or not the other ranks are alive."""
+    if comm.rank == 1:
         raise ModelError("the model is damaged")
     done = []
-    ranks._exchange(lambda group: done.append(group), device=torch.device("cuda"))
+    comm._exchange(lambda group: done.append(group), device=torch.device("cuda"))
     return "it went on to a kernel that never ends"
 
 
-def test_before_something_is_queued_on_a_gpu_all_have_to_be_there():
+def test_dead_rank_is_noticed_before_gpu_work_is_queued():
     seen = run_ranks(2, queued_on_a_gpu)
     assert [type(one) for one in seen] == [ModelError, ModelError]
     assert str(seen[0]) == "the model is damaged"
 
 
-def test_nothing_to_gather_on_any_rank():
-    seen = run_ranks(2, lambda ranks: ranks.gather(torch.empty(0, 3, dtype=torch.int16)))
+def test_gather_of_no_rows():
+    seen = run_ranks(2, lambda comm: comm.all_gather_rows(torch.empty(0, 3, dtype=torch.int16)))
     assert [(one.shape, one.dtype) for one in seen] == [((0, 3), torch.int16)] * 2

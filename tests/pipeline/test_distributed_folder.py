@@ -21,7 +21,7 @@ def model(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("ranks") / "model", "llama", num_hidden_layers=4)
 
 
-def quantize(ranks, model, output, dataset=TEXTS, **options):
+def quantize(comm, model, output, dataset=TEXTS, **options):
     config = fewbit.QuantConfig(group_size=16, seq_len=32, **options)
     return fewbit.quantize(model, config, dataset=dataset, output=output)
 
@@ -63,17 +63,17 @@ def test_processes_without_batches_read_the_weights_that_they_need(tmp_path, fam
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
 
 
-def killed(ranks, model, output, blocks):
+def killed(comm, model, output, blocks):
     """Rank 1 is killed while a layer is solved, when so many blocks are finished."""
     solve = LayerQuantizer._solve
 
     def solve_or_die(self, layer, module, arrivals):
-        if len(self.sink.records) == 7 * blocks and self.ranks.rank == 1:
+        if len(self.sink.records) == 7 * blocks and self.comm.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         solve(self, layer, module, arrivals)
 
     LayerQuantizer._solve = solve_or_die
-    return quantize(ranks, model, output)
+    return quantize(comm, model, output)
 
 
 @pytest.mark.parametrize("blocks", [1, pytest.param(3, marks=pytest.mark.slow)])
@@ -98,8 +98,8 @@ def test_a_run_of_two_processes_may_go_on_in_one(model, whole, tmp_path):
     assert contents(output) == contents(whole[1])
 
 
-def refused(ranks, model, output, options):
-    return quantize(ranks, model, output, **options)
+def refused(comm, model, output, options):
+    return quantize(comm, model, output, **options)
 
 
 @pytest.mark.parametrize(
@@ -122,10 +122,10 @@ def test_a_folder_with_something_else_is_refused_by_all_though_one_looks(model, 
         assert "already holds something else (notes.txt)" in str(result)
 
 
-def with_other_text(ranks, model, output):
+def with_other_text(comm, model, output):
     import torch.distributed as dist
 
-    return quantize(ranks, model, output, dataset=TEXTS[dist.get_rank() :])
+    return quantize(comm, model, output, dataset=TEXTS[dist.get_rank() :])
 
 
 def test_processes_with_different_text_are_refused(model, tmp_path):
@@ -134,7 +134,7 @@ def test_processes_with_different_text_are_refused(model, tmp_path):
         assert "another calibration data" in str(result)
 
 
-def in_memory(ranks):
+def in_memory(comm):
     import torch.distributed as dist
 
     model = tiny_model("llama", seed=dist.get_rank())
@@ -149,6 +149,6 @@ def test_different_models_in_memory_are_refused():
 
 def test_a_budget_gives_the_same_choice(model, tmp_path):
     quantize(None, model, tmp_path / "alone", target_bits=4.5)
-    divided, _ = run_ranks(2, lambda ranks: quantize(ranks, model, tmp_path / "out", target_bits=4.5))
+    divided, _ = run_ranks(2, lambda comm: quantize(comm, model, tmp_path / "out", target_bits=4.5))
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
     assert len({layer["bits"] for layer in divided.layers}) > 1
