@@ -62,7 +62,7 @@ def write_fewbit(
 
 
 def write_base(folder: Path, written: dict[str, QuantizedMatrix]) -> None:
-    """A float model of which the quantized one is exactly the rounding."""
+    """A float model whose rounded weights are exactly the checkpoint."""
     folder.mkdir()
     tensors = {f"{name}.weight": codes.dequantize() for name, codes in written.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -56,7 +56,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def prepare(folder: Path) -> None:
-    """What the pages take for granted: a model, a text to calibrate with and one to measure on."""
+    """Create what the pages assume: a model, a calibration text and an evaluation text."""
     save_tiny(
         folder / "my-model",
         hidden_size=128,
@@ -70,7 +70,7 @@ def prepare(folder: Path) -> None:
 
 
 def run(page: Path) -> dict[str, Any]:
-    """Run the blocks of `page` in the current folder; gives the names that its Python blocks leave."""
+    """Run the blocks of `page` in the current folder; returns the names that its Python blocks define."""
     names: dict[str, Any] = {}
     for block in blocks(page):
         if block.reason is not None:

@@ -1,4 +1,4 @@
-"""Tiny random models of many families, made on the spot. Weights are spread so that layers differ."""
+"""Tiny random models of many architectures. Weights are spread so that layers differ."""
 
 from __future__ import annotations
 

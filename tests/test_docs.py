@@ -49,7 +49,7 @@ def test_the_code_of_a_page_runs(page, prepared, tmp_path, monkeypatch):
     torch.random.set_rng_state(state)
 
 
-def test_every_block_is_of_a_kind_that_is_looked_at():
+def test_every_block_has_a_known_language():
     for page in pages():
         kinds = {block.kind for block in blocks(page)}
         allowed = {"python", "bash", "text", "yaml", "diff"} | ({"", "sh"} if page.name in NOT_RUN else set())
@@ -58,7 +58,7 @@ def test_every_block_is_of_a_kind_that_is_looked_at():
         assert (ROOT / "tests" / test).exists(), name
 
 
-def test_blocks_that_are_only_shown_are_few_and_say_why():
+def test_blocks_that_do_not_run_say_why():
     shown = [block for page in pages() for block in blocks(page) if block.reason is not None]
     assert len(shown) == SHOWN_ONLY, "\n".join(
         f"{block.page}:{block.line}: {block.reason}" for block in shown
@@ -68,7 +68,7 @@ def test_blocks_that_are_only_shown_are_few_and_say_why():
             assert (ROOT / test).exists(), block
 
 
-def test_commands_that_are_only_shown_exist():
+def test_options_of_shown_commands_exist():
     """Options of fewbit's commands, and scripts of this repository."""
     known = {
         name: {o for p in command.params for o in p.opts + p.secondary_opts}
@@ -117,25 +117,25 @@ def test_every_page_is_in_the_table_of_contents():
 @pytest.mark.parametrize(
     "page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *pages()], ids=lambda page: page.name
 )
-def test_links_lead_somewhere_on_github_too(page):
+def test_links_work_on_github(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith(("http://", "https://", "#")):
             assert (page.parent / target.partition("#")[0]).exists(), target
 
 
-def test_pictures_are_those_that_the_script_draws():
+def test_pictures_are_up_to_date():
     for name, draw in runpy.run_path(str(DOCS / "draw_pipeline.py"))["PICTURES"].items():
         assert (DOCS / name).read_text(encoding="utf-8") == draw(), "run docs/draw_pipeline.py"
 
 
-def test_every_setting_is_somewhere_in_the_docs():
+def test_every_setting_is_documented():
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages())
     for field in dataclasses.fields(fewbit.QuantConfig):
         option = field.name.replace("_", "-")
         assert re.search(rf"`[^`\n]*(--{option}|\b{field.name}\b)", text), field.name
 
 
-def test_figures_in_the_advice_are_those_of_the_tables():
+def test_figures_in_choosing_are_in_the_tables():
     measured = {
         round(float(n), 3)
         for n in re.findall(r"\d+\.\d+", (DOCS / "accuracy.md").read_text(encoding="utf-8"))
@@ -155,7 +155,7 @@ def test_figures_in_the_advice_are_those_of_the_tables():
 @pytest.mark.parametrize(
     "page", [ROOT / "CONTRIBUTING.md", DOCS / "architecture.md"], ids=lambda page: page.name
 )
-def test_files_and_tests_that_a_page_names_exist(page):
+def test_named_files_and_tests_exist(page):
     names = re.findall(r"`([\w/]+(?:\.py|/|::\w+|(?<=test)_\w+))`", page.read_text(encoding="utf-8"))
     assert len(names) > 5
     tests = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py"))
@@ -196,7 +196,7 @@ def test_every_message_in_troubleshooting_exists():
 
 
 @pytest.mark.parametrize(("message", "module"), OTHERS.items())
-def test_messages_of_others_exist(message, module):
+def test_messages_of_other_packages_exist(message, module):
     import importlib.util
 
     assert message in Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""No code that comes with a model runs unless it is asked for: neither Python files nor pickles, by any way in."""
+"""Code that comes with a model runs only if the user allows it: neither Python files nor pickles, in any command."""
 
 import builtins
 import json
@@ -45,7 +45,7 @@ class Running:
 
 @pytest.fixture
 def trace(tmp_path, monkeypatch):
-    """What appears if foreign code runs. Nobody may be asked either: there may be nobody."""
+    """A path that exists once foreign code has run. Asking the user is not allowed either."""
     monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("a question was asked"))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
@@ -53,7 +53,7 @@ def trace(tmp_path, monkeypatch):
 
 
 def bring_code(folder, trace, model_type):
-    """Let the folder's configuration and tokenizer name code of its own."""
+    """Let the folder's configuration and tokenizer name their own code."""
     (folder / "foreign.py").write_text(CODE.format(trace=str(trace)))
     path = folder / "config.json"
     values = {**json.loads(path.read_text()), "auto_map": AUTO_MAP, "model_type": model_type}
@@ -64,7 +64,7 @@ def bring_code(folder, trace, model_type):
 
 
 def bring_pickles(folder, trace, instead):
-    """Put pickles that run code beside the weights, or in their place."""
+    """Put pickles that run code beside the weights, or replace the weights by them."""
     if instead:
         for path in folder.glob("*.safetensors*"):
             path.unlink()
@@ -106,7 +106,7 @@ WAYS = {
 
 
 def go(way, original, quantized, new, text, *more):
-    """Take one way in, to whatever end but a crash. Returns the error, if it was one."""
+    """Run one command or function. Returns its error message, or an empty text."""
     if way == "load":
         return _error(lambda: fewbit.load(quantized, trust_remote_code=bool(more)))
     if way == "through transformers":
@@ -145,7 +145,7 @@ def test_a_models_own_code_does_not_run(tmp_path, trace, text_file, original, qu
 
 
 @pytest.mark.parametrize("way", ["quantize", "eval", "generate", "load", "through transformers"])
-def test_it_runs_when_it_is_trusted(tmp_path, trace, text_file, original, quantized, way):
+def test_trusted_code_runs(tmp_path, trace, text_file, original, quantized, way):
     for folder in (original, quantized):
         bring_code(folder, trace, "foreign")
     go(way, original, quantized, tmp_path / "new", text_file, "--trust-remote-code")
@@ -167,9 +167,7 @@ def test_pickles_are_not_opened(tmp_path, trace, text_file, original, quantized,
 
 
 @pytest.mark.parametrize("way", ["quantize", "convert"])
-def test_pickles_that_run_code_are_refused_even_when_pickles_are_allowed(
-    tmp_path, trace, text_file, original, quantized, way
-):
+def test_allowed_pickles_cannot_run_code(tmp_path, trace, text_file, original, quantized, way):
     for folder in (original, quantized):
         for path in bring_pickles(folder, trace, instead=True).glob("*.pth"):
             path.unlink()
@@ -179,7 +177,7 @@ def test_pickles_that_run_code_are_refused_even_when_pickles_are_allowed(
 
 
 @pytest.mark.parametrize("name", ["text.pt", "text.pkl", "text.bin", "text.npy", "text.py"])
-def test_a_text_is_never_a_program(tmp_path, trace, original, name):
+def test_calibration_text_is_never_executed(tmp_path, trace, original, name):
     path = tmp_path / name
     if name.endswith(".py"):
         path.write_text(f"import os; os.mkdir({str(trace)!r})")
@@ -190,7 +188,7 @@ def test_a_text_is_never_a_program(tmp_path, trace, original, name):
     assert not trace.exists()
 
 
-def test_the_trace_tells(tmp_path, trace):
+def test_the_trace_appears_when_code_runs(tmp_path, trace):
     torch.save(Running(trace), tmp_path / "x.pt")
     torch.load(tmp_path / "x.pt", weights_only=False)
     assert trace.exists()

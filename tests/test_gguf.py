@@ -87,7 +87,7 @@ def test_a_broken_gguf_file_is_refused(tmp_path):
         fewbit.quantize(tmp_path / "broken.gguf", dataset=["x"], output=tmp_path / "out")
 
 
-def test_without_the_gguf_package_the_command_is_named(tmp_path, monkeypatch):
+def test_the_error_names_the_missing_package(tmp_path, monkeypatch):
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(fewbit.errors.DependencyError, match=r"pip install 'fewbit\[gguf\]'"):

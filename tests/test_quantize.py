@@ -82,7 +82,7 @@ def test_overrides_ignore_and_lm_head(tmp_path, text_file, model_folder):
     assert torch.isfinite(logits(model)).all()
 
 
-def test_a_tied_head_that_is_quantized_leaves_the_embedding_alone(tmp_path, text_file):
+def test_quantizing_a_tied_head_keeps_the_embedding(tmp_path, text_file):
     source = save_tiny(tmp_path / "model", "llama", tie_word_embeddings=True)
     config = fewbit.QuantConfig(bits=8, lm_head=True, **SMALL)
     fewbit.quantize(source, config, dataset=text_file, output=tmp_path / "out")
@@ -150,7 +150,7 @@ def test_padding_never_counts_in_an_encoder_decoder():
     assert tokens["decoder.block.1.layer.1.EncDecAttention.v"] == (sum(lengths), 5)
 
 
-def test_a_decoder_without_a_mask_is_not_cut_by_the_encoders():
+def test_the_encoder_mask_does_not_apply_to_the_decoder():
     ids = torch.randint(4, 100, (2, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, 8:] = 0
@@ -191,7 +191,7 @@ def test_a_tensor_changed_in_place_gets_its_own_hessian():
     assert torch.equal(model.second.codes().codes, expected.codes)
 
 
-def test_a_layer_that_nobody_reached_is_a_fallback():
+def test_a_layer_without_inputs_is_a_fallback():
     batches = [{"x": torch.randn(64, 32)}]
     model = Partial()
     fewbit.quantize(model, fewbit.QuantConfig(group_size=32), dataset=batches)
@@ -211,7 +211,7 @@ class Twice(nn.Module):
         return self.last(self.shared(self.shared(x)))
 
 
-def test_inputs_that_come_late_are_noted():
+def test_late_inputs_are_noted():
     model = fewbit.quantize(
         Twice(), fewbit.QuantConfig(group_size=32), dataset=[{"x": torch.randn(9, 32)}] * 2
     )
@@ -220,7 +220,7 @@ def test_inputs_that_come_late_are_noted():
     )
 
 
-def test_rules_are_written_in_the_names_of_the_files(tmp_path):
+def test_rules_use_the_names_of_the_files(tmp_path):
     """transformers renames what a vision-language model stores; the overrides must follow the stored names."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -304,7 +304,7 @@ def test_rtn_needs_no_dataset(tmp_path, model_folder):
     assert report.fallbacks == {}
 
 
-def test_layers_with_one_input_share_one_hessian(monkeypatch):
+def test_layers_with_the_same_input_share_a_hessian(monkeypatch):
     from fewbit.pipeline import statistics as hessians
 
     made = []
@@ -444,7 +444,7 @@ def test_no_network(tmp_path, text_file, monkeypatch):
     refused(ModelError, message, tmp_path, "someone/model", dataset=text_file)
 
 
-def test_experts_are_left_alone_under_the_names_of_their_files(tmp_path, text_file):
+def test_ignored_experts_keep_their_names(tmp_path, text_file):
     """What serving engines read: one file name per expert, each excluded from quantization by a rule."""
     source = save_tiny(
         tmp_path / "model", "mixtral", hidden_size=48, intermediate_size=80, num_hidden_layers=2,
@@ -463,7 +463,7 @@ def test_experts_are_left_alone_under_the_names_of_their_files(tmp_path, text_fi
     assert not any(re.match(rule, "model.layers.0.self_attn.q_proj") for rule in rules)
 
 
-def test_eval_is_refused_before_the_work(tmp_path, text_file, model_folder):
+def test_a_bad_evaluation_text_is_refused_first(tmp_path, text_file, model_folder):
     refused(
         CalibrationError,
         "nothing.txt",
@@ -478,7 +478,7 @@ def test_eval_is_refused_before_the_work(tmp_path, text_file, model_folder):
     )
 
 
-def test_a_path_that_is_nothing(tmp_path, text_file):
+def test_a_path_that_does_not_exist(tmp_path, text_file):
     refused(
         ModelError,
         "neither a folder, a .gguf file nor a Hub id",
@@ -494,7 +494,7 @@ def test_an_already_quantized_model(tmp_path, text_file, model_folder):
     refused(ModelError, r"is already quantized \(gptq\)", tmp_path, tmp_path / "once", dataset=text_file)
 
 
-def test_a_target_that_holds_something_else(tmp_path, text_file, model_folder):
+def test_an_output_folder_with_other_files(tmp_path, text_file, model_folder):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("years")
@@ -510,12 +510,12 @@ def test_a_finished_checkpoint_is_not_overwritten(tmp_path, text_file, model_fol
 
 
 @pytest.mark.parametrize("option", [{"output": "x"}, {"evaluate_on": "x"}, {"push_to_hub": "x"}])
-def test_options_for_paths_are_refused_for_a_model_in_memory(option):
+def test_path_options_with_a_model_in_memory(option):
     with pytest.raises(ConfigError, match=r"are for models on disk; this one is in memory"):
         fewbit.quantize(tiny_model("llama"), dataset=random_sequences(), **option)
 
 
-def test_the_shard_size_is_checked_before_the_work(tmp_path, text_file, model_folder):
+def test_the_shard_size_is_checked_first(tmp_path, text_file, model_folder):
     steps = []
     refused(
         ConfigError, "max_shard_size '0' is no size", tmp_path, model_folder, dataset=text_file, max_shard_size="0",
@@ -524,7 +524,7 @@ def test_the_shard_size_is_checked_before_the_work(tmp_path, text_file, model_fo
     assert steps == []
 
 
-def test_one_standard_input_for_two_texts_is_refused(tmp_path, model_folder):
+def test_standard_input_cannot_be_both_texts(tmp_path, model_folder):
     refused(
         ConfigError, "standard input cannot be both", tmp_path, model_folder, dataset="-", evaluate_on="-"
     )
@@ -551,7 +551,7 @@ def test_personal_files_are_not_copied(tmp_path, text_file, model_folder):
     assert "notes.txt" not in names
 
 
-def test_tensors_without_a_place_are_noted(tmp_path, text_file, model_folder):
+def test_tensors_that_the_model_lacks_are_noted(tmp_path, text_file, model_folder):
     from safetensors.torch import save_file
 
     stored = load_file(model_folder / "model.safetensors")
@@ -609,7 +609,7 @@ def test_upload(tmp_path, text_file, model_folder, monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:77", "meta-physics"])
-def test_a_device_that_is_not_there(tmp_path, text_file, model_folder, device):
+def test_a_device_that_does_not_exist(tmp_path, text_file, model_folder, device):
     refused(ConfigError, "cannot be used here", tmp_path, model_folder, dataset=text_file, device=device)
 
 
@@ -621,7 +621,7 @@ def test_strict_refuses_fallbacks(tmp_path, model_folder):
     assert report.layers[0]["tokens"] == 1
     model = tiny_model("llama")
     with torch.no_grad():
-        model.model.layers[0].input_layernorm.weight.zero_()  # q/k/v see nothing but zeros
+        model.model.layers[0].input_layernorm.weight.zero_()  # the inputs of q/k/v are zeros
     with pytest.raises(SolverError, match=r"q_proj needed a fallback .*strict mode refuses it"):
         fewbit.quantize(model, fewbit.QuantConfig(strict=True, **SMALL), dataset=random_sequences())
 
@@ -633,7 +633,7 @@ def test_seq_len_is_capped_with_a_note(tmp_path, text_file):
     assert any("seq_len 4096 is more than the model's 128 positions" in note for note in report.notes)
 
 
-def test_a_model_in_memory_carries_its_report_and_logs_its_notes(caplog):
+def test_a_model_in_memory_has_a_report(caplog):
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[0].input_layernorm.weight.zero_()
@@ -642,15 +642,13 @@ def test_a_model_in_memory_carries_its_report_and_logs_its_notes(caplog):
             model, fewbit.QuantConfig(bits=3, group_size=32, seq_len=32), dataset=random_sequences()
         )
     assert model.fewbit_report.modules == 14
-    assert model.fewbit_report.fallbacks["no calibration tokens"] == 4  # q, k, v, and o behind them
+    assert model.fewbit_report.fallbacks["no calibration tokens"] == 4  # q, k, v and o
     logged = caplog.text
     assert "4 layers needed a fallback: no calibration tokens" in logged
     assert logged.count("which group size 32 does not divide") == 2
 
 
-def test_without_the_compiled_solver_there_is_one_warning(
-    caplog, monkeypatch, tmp_path, text_file, model_folder
-):
+def test_one_warning_without_the_compiled_solver(caplog, monkeypatch, tmp_path, text_file, model_folder):
     from fewbit import native
 
     monkeypatch.setattr(native, "_load", lambda: (None, "no compiler was found at install time"))

@@ -1,4 +1,4 @@
-"""`torchrun -m fewbit quantize`, as a user types it."""
+"""`torchrun -m fewbit quantize`, as a user starts it."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from models import TEXT, save_tiny
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
-# A process that kills itself after so many finished blocks, if it has that rank.
+# A process of the given rank that kills itself after the given number of finished blocks.
 KILLED = """
 import os, signal, sys
 from fewbit.cli.main import run
@@ -56,7 +56,7 @@ def words(text):
     return " ".join(text.split())
 
 
-def test_rank_0_alone_writes_and_speaks(inputs, tmp_path):
+def test_only_rank_0_writes_and_prints(inputs, tmp_path):
     done = torchrun(inputs, tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -67,7 +67,7 @@ def test_rank_0_alone_writes_and_speaks(inputs, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_refusal_is_said_once(inputs, tmp_path):
+def test_a_refusal_is_printed_once(inputs, tmp_path):
     refused = torchrun(inputs, tmp_path / "out", "--dataset", "-")
     assert refused.returncode != 0
     assert refused.stderr.count("error (ConfigError)") == 1
@@ -76,12 +76,12 @@ def test_a_refusal_is_said_once(inputs, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_ends_the_run_and_the_same_command_goes_on(inputs, tmp_path, rank):
+def test_the_run_resumes_after_a_process_was_killed(inputs, tmp_path, rank):
     torchrun(inputs, tmp_path / "whole")
     output = tmp_path / "out"
     killed = torchrun(inputs, output, start=(inputs[2], rank, 2))
     assert killed.returncode != 0
-    assert f"Signal {signal.SIGKILL.value} (SIGKILL)" in killed.stderr  # what torchrun says
+    assert f"Signal {signal.SIGKILL.value} (SIGKILL)" in killed.stderr  # torchrun's message
     if rank == 1:
         assert "same command again to go on" in words(killed.stderr)
     assert not (output / "config.json").exists()

@@ -177,6 +177,6 @@ def logits(model, seed=0):
 
 
 def alike(found, truth):
-    """Whether two models say the same up to what kernels may round in float32."""
+    """Whether two models give the same logits, up to float32 rounding in the kernels."""
     a, b = logits(found), logits(truth)
     return bool((a - b).norm() < 1e-4 * b.norm())

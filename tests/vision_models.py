@@ -1,4 +1,4 @@
-"""Tiny models with towers, and what their processors would make."""
+"""Tiny multimodal models, and inputs as their processors make them."""
 
 from __future__ import annotations
 
