@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from code_size import functions, parameters
+from code_size import frames_to_the_column_loop, functions, parameters
 
 import fewbit
 
@@ -164,3 +164,10 @@ def test_the_package_stays_small():
     assert len(sizes) <= LIMITS["files"]
     assert sum(sizes.values()) <= LIMITS["lines"]
     assert max(sizes.values()) <= LIMITS["lines of a file"]
+
+
+@OPEN
+def test_few_calls_from_quantize_to_the_column_loop():
+    frames = frames_to_the_column_loop()
+    assert frames[0].endswith("quantize")
+    assert len(frames) <= 10, "\n".join(frames)
