@@ -83,21 +83,21 @@ def _after_interrupt(output: Path) -> str:
 def _show(report: Any, verbose: bool) -> None:
     from .. import formatting as words
     from ..report.collect import PAGE_NAME
-    from ..report.layers import MEASURES, error_measure, is_known, mean
+    from ..report.layer_stats import error_measure, error_name, mean, worst_layer
 
     results = Console()
     if verbose:
         results.print(_layer_table(report))
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     measure = error_measure(report.layers)
-    known = [layer for layer in report.layers if is_known(layer, measure)]
+    worst = worst_layer(report.layers, measure)
     table.add_row("quantized", f"{report.modules} layers, {report.bits_per_weight:.3f} bits per weight")
     table.add_row("left as they are", f"{len(report.skipped)} weight matrices")
-    if known:
-        worst = max(known, key=lambda layer: layer[measure])
-        average = mean(layer[measure] for layer in known)
+    if worst is not None:
+        average = mean(layer[measure] for layer in report.layers)
+        tuned = any(layer["tuned"] for layer in report.layers)
         table.add_row(
-            MEASURES[measure][0] + (", before tuning" if any(layer["tuned"] for layer in known) else ""),
+            error_name(report.layers) + (", before tuning" if tuned else ""),
             f"{words.percent(average)} on average, {words.percent(worst[measure])} at most ({worst['name']})",
         )
     fallbacks = ", ".join(f"{name} ({count} layers)" for name, count in report.fallbacks.items())

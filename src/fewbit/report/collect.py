@@ -25,7 +25,7 @@ from ..config import QuantConfig
 from ..errors import OutputError
 from ..planning import Plan
 from ..profiling import Profiler, peak_memory_bytes
-from .html import page
+from .page import page
 
 REPORT_NAME = "fewbit_report.json"
 PAGE_NAME = "fewbit_report.html"

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .. import formatting as words
-from .layers import error_measure, mean, setting
+from .layer_stats import error_measure, mean, setting
 
 CARD_NAME = "README.md"
 _PLACEHOLDER = "path/to/this/folder"
