@@ -1,14 +1,17 @@
-"""The compiled part of the solver: the only place that imports `fewbit._native`.
+"""The only door to the compiled module `fewbit._native`: the solver's loops and the kernels for CPUs.
 
-Contract: every function here has a torch counterpart that gives the same result up to the order of
-floating-point sums. Where the module is absent, `available` is False and `unsupported_reason` says why.
-Threads follow `torch.get_num_threads()`.
+Every function here has a torch counterpart with the same result up to the order of floating-point sums. Where the
+module is absent, `available` is False and `unsupported_reason` says why. Threads follow `torch.get_num_threads()`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,6 +20,11 @@ from torch import Tensor
 from .errors import KernelError
 
 Backend = Literal["auto", "torch", "native", "triton"]
+
+# Numbers of `DType` in csrc/matmul.h.
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+_isa = "best"  # see `instruction_set`
 
 
 @functools.cache
@@ -32,12 +40,12 @@ def _load() -> tuple[Any, str]:
 
 
 def available() -> bool:
-    """Whether the compiled solver can be used here."""
+    """Whether the compiled module can be used here."""
     return _load()[0] is not None
 
 
 def unsupported_reason() -> str:
-    """Why it cannot, in words; empty where it can."""
+    """Why the compiled module cannot be used, in words; empty where it can."""
     return _load()[1]
 
 
@@ -47,21 +55,32 @@ def instruction_sets() -> tuple[str, ...]:
     return tuple(module.instruction_sets()) if module is not None else ()
 
 
-def module() -> Any:
+@contextlib.contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """Run compiled code for another instruction set than the best one, to test what other processors run.
+
+    Args:
+        name: one of `instruction_sets`.
+    """
+    global _isa
+    before, _isa = _isa, name
+    try:
+        yield
+    finally:
+        _isa = before
+
+
+@functools.cache
+def _module() -> Any:
     """The compiled module.
 
     Raises:
-        KernelError: it is not there; the message says why.
+        KernelError: it is missing; the message says why.
     """
     found, reason = _load()
     if found is None:
         raise KernelError(reason)
     return found
-
-
-def advise_huge_pages(tensor: Tensor) -> None:
-    """Ask the system for huge pages behind a large, still unwritten tensor: fewer address translations are missed."""
-    module().advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
 
 
 def use(backend: Backend, tensor: Tensor, needs: str | None = None) -> bool:
@@ -110,7 +129,7 @@ def product_bf16(
         ends: int64 (batches,), where each batch ends: rows ``ends[b − 1] … ends[b]`` are batch b.
         row_factors, column_factors: float32 (n,), what the sums are multiplied by.
     """
-    _load()[0].product_bf16(
+    _module().product_bf16(
         A.data_ptr(), B.data_ptr(), C.data_ptr(), ends.data_ptr(), ends.numel(), A.shape[1],
         row_factors.data_ptr(), column_factors.data_ptr(), upper, torch.get_num_threads(),
     )  # fmt: skip
@@ -125,7 +144,6 @@ def fit_grid(
     offsets: Tensor,
     bits: int,
     sym: bool,
-    isa: str = "best",
 ) -> tuple[Tensor, Tensor]:
     """The search of `gptq.grid`, groups being the columns ``starts[g] … starts[g+1]``.
 
@@ -133,7 +151,6 @@ def fit_grid(
         W: float32 (m, n) contiguous. D: float32 (n,). starts: int32 (G + 1,).
         coarse, fine: float32, multiples of the base scale, and of the best coarse scale.
         offsets: int32, candidate zero points relative to the centred one; not used when `sym`.
-        isa: one of `instruction_sets`, or "best".
 
     Returns:
         scales float32 (m, G) and zeros float32 (m, G).
@@ -142,10 +159,10 @@ def fit_grid(
     G = starts.numel() - 1
     scales = torch.empty(m, G, dtype=torch.float32)
     zeros = torch.empty(m, G, dtype=torch.float32)
-    _load()[0].fit_grid(
+    _module().fit_grid(
         W.data_ptr(), D.data_ptr(), starts.data_ptr(), m, n, G, coarse.data_ptr(), coarse.numel(),
         fine.data_ptr(), fine.numel(), offsets.data_ptr(), offsets.numel(), bits, sym,
-        scales.data_ptr(), zeros.data_ptr(), torch.get_num_threads(), isa,
+        scales.data_ptr(), zeros.data_ptr(), torch.get_num_threads(), _isa,
     )  # fmt: skip
     return scales, zeros
 
@@ -161,7 +178,6 @@ def ldlq_block(
     bits: int,
     codes: Tensor,
     E: Tensor,
-    isa: str = "best",
 ) -> Tensor:
     """One block of `gptq.gptq`: fills codes and E, returns the block's share of every row's loss, float32 (m,).
 
@@ -172,13 +188,169 @@ def ldlq_block(
         F: float32 (k, k), unit upper triangular. d: float32 (k,), the diagonal of D.
         scales, zeros: float32 (G, m). groups: int32 (k,).
         codes: uint8 (k, m), written. E: float32 (k, m), written: W − Ŵ.
-        isa: one of `instruction_sets`, or "best".
     """
     k, m = W.shape
     loss = torch.empty(m, dtype=torch.float32)
-    _load()[0].ldlq_block(
+    _module().ldlq_block(
         W.data_ptr(), T.data_ptr(), F.data_ptr(), d.data_ptr(), scales.data_ptr(), zeros.data_ptr(),
         groups.data_ptr(), m, k, bits, codes.data_ptr(), E.data_ptr(), loss.data_ptr(),
-        torch.get_num_threads(), isa,
+        torch.get_num_threads(), _isa,
     )  # fmt: skip
     return loss
+
+
+def advise_huge_pages(tensor: Tensor) -> None:
+    """Ask the system for huge pages behind a large, still unwritten tensor: fewer address translations miss."""
+    _module().advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+
+
+def drop_page_cache(tensor: Tensor) -> bool:
+    """Give back the pages of a tensor that lies in a mapped safetensors file; they can be read again.
+
+    While a model is loaded, every weight is read once from the file and repacked. The pages that were read would count
+    as memory of the process until the whole file is unmapped: at the end, twice the checkpoint's size.
+
+    Returns:
+        Whether the tensor lies in such a file. Any other tensor is left alone.
+    """
+    if not sys.platform.startswith("linux") or not tensor.is_cpu or not tensor.is_contiguous():
+        return False
+    size = tensor.numel() * tensor.element_size()
+    if not _in_mapped_file(tensor.data_ptr(), tensor.data_ptr() + size):
+        return False
+    _module().forget_pages(tensor.data_ptr(), size)
+    return True
+
+
+def _in_mapped_file(first: int, last: int) -> bool:
+    """Whether these addresses lie in one mapping of a safetensors file."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, _, _, _, _, *path = line.split(maxsplit=5)
+        start, end = (int(address, 16) for address in addresses.split("-"))
+        if start <= first < end:
+            return last <= end and bool(path) and path[0].endswith(".safetensors")
+    return False
+
+
+# Packed weights (csrc/matmul.h), and the operations between their products.
+
+
+def has_int8_products() -> bool:
+    """Whether the best instruction set has its own products for 8-bit activations."""
+    return bool(_module().own_int8())
+
+
+def packed_view(
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    bits: int,
+    in_features: int,
+    out_features: int,
+) -> Any:
+    """The compiled module's view of a `fewbit.kernels.cpu.layout.PackedWeight`. The caller keeps the tensors alive.
+
+    Raises:
+        ValueError: `starts` does not fit the tiles.
+    """
+    return _module().Packed(
+        tiles.data_ptr(), scales.data_ptr(), DTYPES[scales.dtype], zeros.data_ptr(), zeros.shape == scales.shape,
+        order.data_ptr() if order.numel() else 0, starts.data_ptr(), out_features, in_features, scales.shape[1],
+        bits, tiles.shape[1],
+    )  # fmt: skip
+
+
+def pack_tiles(view: Any, qweight: Tensor, tiles: Tensor) -> None:
+    """Write the tiles of a packed weight.
+
+    Args:
+        view: from `packed_view`.
+        qweight: int32 (words, out_features), contiguous.
+        tiles: the view's tiles, written.
+    """
+    view.pack(qweight.data_ptr(), tiles.data_ptr(), torch.get_num_threads())
+
+
+def unpack_tiles(view: Any, qweight: Tensor) -> None:
+    """Inverse of `pack_tiles`: set the bits of `qweight`, which is zero, for all inputs that exist."""
+    view.unpack(qweight.data_ptr(), torch.get_num_threads())
+
+
+def dequantize_tiles(view: Any, out: Tensor) -> None:
+    """Write the weight (out_features, in_features), computed in float32 and rounded once."""
+    view.dequantize(out.data_ptr(), DTYPES[out.dtype], torch.get_num_threads())
+
+
+# The four functions below take tens of microseconds for one token. They pass addresses, because converting tensors to
+# checked arrays would add a measurable share; their callers check shapes and dtypes.
+
+
+def matmul(view: Any, x: Tensor, y: Tensor, bias: Tensor | None, rounding: int) -> None:
+    """y = x Ŵᵀ + bias.
+
+    Args:
+        view: from `packed_view`.
+        x: (…, in_features), contiguous.
+        y: (…, out_features), contiguous, in x's dtype, written.
+        bias: (out_features,), or None.
+        rounding: a `fewbit.kernels.cpu.layout.Rounding`.
+    """
+    view.matmul(
+        x.data_ptr(), y.data_ptr(), DTYPES[x.dtype], x.numel() // x.shape[-1], 0 if bias is None else bias.data_ptr(),
+        0 if bias is None else DTYPES[bias.dtype], rounding, torch.get_num_threads(), _isa,
+    )  # fmt: skip
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight · x / √(mean(x²) + eps) over the last dimension, rounded before the weight as in transformers' models.
+
+    Args:
+        x: (…, n), contiguous.
+        weight: (n,), in x's dtype: float32, float16 or bfloat16.
+    """
+    y, n = torch.empty_like(x), weight.numel()
+    _module().rms_norm(
+        x.data_ptr(), weight.data_ptr(), y.data_ptr(), DTYPES[x.dtype], x.numel() // n, n, eps,
+        torch.get_num_threads(), _isa,
+    )  # fmt: skip
+    return y
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """silu(gate) · up, rounded after silu.
+
+    Args:
+        x: (…, 2n), contiguous, float32, float16 or bfloat16: gate, then up.
+    """
+    n = x.shape[-1] // 2
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    _module().silu_gate(
+        x.data_ptr(), y.data_ptr(), DTYPES[x.dtype], x.numel() // (2 * n), n, torch.get_num_threads(), _isa
+    )
+    return y
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool = False) -> Tensor:
+    """softmax(scale · Q Kᵀ) V.
+
+    Args:
+        query: (batch, heads, queries, size).
+        key: (batch, key heads, length, size), length > 0; heads is a multiple of key heads. All three tensors have one
+            dtype, float32, float16 or bfloat16, and each vector is contiguous.
+        value: (batch, key heads, length, size).
+        causal: query i sees the keys 0 … i, and there are as many keys as queries.
+
+    Returns:
+        (batch, queries, heads, size)
+    """
+    batch, heads, queries, size = query.shape
+    _, key_heads, length, _ = key.shape
+    y = torch.empty((batch, queries, heads, size), dtype=query.dtype)
+    _module().attention(
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), y.data_ptr(), DTYPES[query.dtype], batch, heads,
+        key_heads, queries, length, size, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], scale, causal,
+        torch.get_num_threads(), _isa,
+    )  # fmt: skip
+    return y

@@ -25,7 +25,8 @@ def test_grid_search_finds_the_same_grids(bits, sym, isa):
     W[5, 32:64] = 0
     starts = torch.tensor([0, 32, 64, 96, 100], dtype=torch.int32)
     lists = grid.candidates(bits, sym)
-    s, z = native.fit_grid(W, D, starts, lists.coarse, lists.fine, lists.offsets, bits, sym, isa)
+    with native.instruction_set(isa):
+        s, z = native.fit_grid(W, D, starts, lists.coarse, lists.fine, lists.offsets, bits, sym)
     s_torch, z_torch = grid._fit_torch(W, D, starts, lists, bits, sym)
     assert (s == s_torch).float().mean() > 0.95  # the rest are ties between sums in another order
     for columns, group in ((slice(0, 32), 0), (slice(96, 100), 3)):
@@ -55,9 +56,10 @@ def test_block_gives_the_codes_of_the_torch_block(m, k, isa):
     scales = (torch.rand(G, m) * 0.2 + 0.2) * torch.where(torch.rand(G, m) < 0.5, -1.0, 1.0)
     zeros = torch.randint(1, 16, (G, m)).float()
     results = []
-    for block, extra in ((ldlq.torch_block, ()), (native.ldlq_block, (isa,))):
+    for block in (ldlq.torch_block, native.ldlq_block):
         codes, E = torch.empty(k, m, dtype=torch.uint8), torch.empty(k, m)
-        loss = block(W, W.clone(), F, d, scales, zeros, groups, 4, codes, E, *extra)
+        with native.instruction_set(isa):
+            loss = block(W, W.clone(), F, d, scales, zeros, groups, 4, codes, E)
         results.append((codes, E, loss))
     (codes, E, loss), (codes_native, E_native, loss_native) = results
     same = (codes == codes_native).all(dim=0)
@@ -70,10 +72,9 @@ def test_block_gives_the_codes_of_the_torch_block(m, k, isa):
 def test_an_unknown_instruction_set_is_refused():
     lists = grid.candidates(4, True)
     starts = torch.tensor([0, 1], dtype=torch.int32)
-    with pytest.raises(ValueError, match="this processor has no sve"):
-        native.fit_grid(
-            torch.ones(1, 1), torch.ones(1), starts, lists.coarse, lists.fine, lists.offsets, 4, True, "sve"
-        )
+    W, D = torch.ones(1, 1), torch.ones(1)
+    with pytest.raises(ValueError, match="this processor has no sve"), native.instruction_set("sve"):
+        native.fit_grid(W, D, starts, lists.coarse, lists.fine, lists.offsets, 4, True)
 
 
 def test_without_the_module_the_torch_path_is_used_and_the_reason_is_told(monkeypatch):

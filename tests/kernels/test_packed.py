@@ -31,6 +31,12 @@ def isas():
     return [isa for isa in native.instruction_sets() if isa != "avx512_bf16"]
 
 
+def on(isa, *arguments):
+    """The product of packed tiles on one instruction set."""
+    with native.instruction_set(isa):
+        return packed.multiply_tiles(*arguments)
+
+
 def weight_of(codes, g_idx=None):
     words = layout.pack_rows(codes.codes, codes.bits).t().contiguous()
     return words, packed.pack(words, codes.scales.t(), codes.zeros.t(), codes.g_idx, codes.bits)
@@ -67,7 +73,7 @@ def test_products_against_float64(bits, group_size, dtype, rounding):
             truth = x.double() @ dense.t() + bias.double()
             size = x.double().abs() @ dense.abs().t() + bias.double().abs()
             for isa in isas():
-                found = packed.multiply(x, weight, bias, rounding, isa).double()
+                found = on(isa, x, weight, bias, rounding).double()
                 error = ((found - truth).abs() / size).max().item()
                 assert error < TOLERANCE[dtype] + (INT8 if rounding else 0), (
                     rows,
@@ -102,7 +108,7 @@ def test_activations_of_8_bits_are_the_same_numbers_everywhere(bits, group_size)
             rounded = rounded_to_int8(x, codes, columns).double()
             truth = rounded @ codes.dequantize(torch.float64).t()
             for isa in isas():
-                found = packed.multiply(x, weight, None, Rounding.INT8, isa).double()
+                found = on(isa, x, weight, None, Rounding.INT8).double()
                 error = ((found - truth).abs() / (rounded.abs() @ sizes)).max().item()
                 # Only "generic" sums in float32.
                 assert error < (5e-5 if isa == "generic" else 2e-6), (sym, columns, tokens, isa)
@@ -134,7 +140,7 @@ def test_blocks_that_are_multiplied_together_and_those_left_over(bits, blocks):
             x = torch.randn(tokens, 120)
             truth = x.double() @ codes.dequantize(torch.float64).t()
             for isa in isas():
-                error = (packed.multiply(x, weight, None, how, isa).double() - truth).norm() / truth.norm()
+                error = (on(isa, x, weight, None, how).double() - truth).norm() / truth.norm()
                 assert error < (3e-2 if int8 else 1e-4), (group_size, sym, int8, tokens, isa)
 
 
@@ -150,7 +156,7 @@ def test_activations_in_fine_steps(bits, group_size):
             x[0] = 1 / 64
             rounded = rounded_to_int8(x, codes, 16).double()
             truth = rounded @ codes.dequantize(torch.float64).t()
-            found = packed.multiply(x, weight, None, Rounding.INT8_FOR_PREFILL, "avx512_vnni").double()
+            found = on("avx512_vnni", x, weight, None, Rounding.INT8_FOR_PREFILL).double()
             error = (found - truth).abs() - truth.abs() * 2**-11
             assert (error / (rounded.abs() @ sizes)).max() < 2e-6, (sym, columns, tokens)
 
@@ -171,15 +177,13 @@ def test_only_many_tokens_of_16_bits_are_rounded_and_only_where_that_is_fast(bit
     x = torch.randn(64, 96)
 
     def same(x, isa="best"):
-        rounded, kept = (
-            packed.multiply(x, weight, None, how, isa) for how in (Rounding.INT8_FOR_PREFILL, Rounding.NONE)
-        )
+        rounded, kept = (on(isa, x, weight, None, how) for how in (Rounding.INT8_FOR_PREFILL, Rounding.NONE))
         return torch.equal(rounded, kept)
 
     assert same(x)
     for dtype in (torch.bfloat16, torch.float16):
         assert same(x[:8].to(dtype))
-        assert same(x.to(dtype)) == (packed.fast_isa() != "avx512_vnni")
+        assert same(x.to(dtype)) == (native.instruction_sets()[0] != "avx512_vnni")
         assert same(x.to(dtype), "generic")
 
 
@@ -203,9 +207,7 @@ def test_scales_of_every_dtype_and_subnormal_ones(scales):
     dense = torch.ops.fewbit.dequantize_packed(*tiny, torch.float32).double()
     truth = x.double() @ dense.t()
     for isa in isas():
-        assert (
-            packed.multiply(x, tiny, None, Rounding.NONE, isa).double() - truth
-        ).norm() < 1e-4 * truth.norm()
+        assert (on(isa, x, tiny, None, Rounding.NONE).double() - truth).norm() < 1e-4 * truth.norm()
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -129,7 +129,7 @@ def package(monkeypatch):
     for provider in AVAILABLE:
         module, _, name = provider.layer_class.partition(":")
         classes[provider.name] = type(name, (StandIn,), {"REQUIRES_FORMAT_V2": provider.name != "marlin"})
-        stand_in = types.ModuleType(f"gptqmodel.{module}")
+        stand_in = types.ModuleType(f"gptqmodel.nn_modules.qlinear.{module}")
         setattr(stand_in, name, classes[provider.name])
         monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
     exllama = types.ModuleType("gptqmodel.utils.exllamav2")

@@ -57,6 +57,11 @@ class LayerFormat(NamedTuple):
     sym: bool
     desc_act: bool
 
+    @classmethod
+    def of(cls, settings: LayerSettings) -> LayerFormat:
+        """The format of a layer that is quantized with these settings."""
+        return cls(settings.bits, settings.group_size, settings.sym, settings.act_order == "full")
+
 
 @dataclass(frozen=True)
 class CheckpointSettings:
@@ -136,10 +141,10 @@ def build(
         "format": config.format,
         "lm_head": any(name.rpartition(".")[2] in OUTPUT_EMBEDDINGS for name in layers),
     }
-    base = _format_of(config.defaults)
+    base = LayerFormat.of(config.defaults)
     rules: dict[str, _Rule] = {}
     for name, settings in layers.items():
-        mine = _format_of(settings)._asdict()
+        mine = LayerFormat.of(settings)._asdict()
         rules[name] = tuple((key, value) for key, value in mine.items() if value != getattr(base, key))
     for name in skipped:
         if name.rpartition(".")[2] not in OUTPUT_EMBEDDINGS:
@@ -266,10 +271,6 @@ def _pattern(stem: str, names: list[str], whole: bool) -> str:
 
 def _alternation(choices: list[str]) -> str:
     return choices[0] if len(choices) == 1 else f"(?:{'|'.join(choices)})"
-
-
-def _format_of(settings: LayerSettings) -> LayerFormat:
-    return LayerFormat(settings.bits, settings.group_size, settings.sym, settings.act_order == "full")
 
 
 # Parsing: one value each.

@@ -20,7 +20,7 @@ from ..quantized_matrix import QuantizedMatrix, group_count
 from . import layout
 from . import quantization_config as quantization
 from .layout import G_IDX, PARTS, QWEIGHT, QZEROS, SCALES
-from .quantization_config import CheckpointSettings
+from .quantization_config import CheckpointSettings, LayerFormat
 from .safe_io import is_plain_name, read_json, shown
 from .safetensors_file import TensorInfo, read_header
 from .writer import CONFIG, INDEX, MARKER, QUANTIZE_CONFIG, SINGLE
@@ -55,6 +55,11 @@ class LayerSpec:
     configured: bool
     parts: tuple[str, ...]
     nbytes: int
+
+    @property
+    def layer_format(self) -> LayerFormat:
+        """Bits, group size, symmetry and order."""
+        return LayerFormat(self.bits, self.group_size, self.sym, self.desc_act)
 
 
 @dataclass(frozen=True)

@@ -42,15 +42,11 @@ def of_checkpoint(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> Contents:
     layers = [
         (
             name,
-            KernelSpec(
-                bits=spec.bits,
-                group_size=spec.group_size,
-                sym=spec.sym,
-                act_order=spec.desc_act,
-                in_features=spec.in_features,
-                out_features=spec.out_features,
-                format=spec.format,
-                kind=kinds.get(name, "linear"),
+            KernelSpec.of(
+                spec.layer_format,
+                (spec.out_features, spec.in_features),
+                spec.format,
+                kinds.get(name, "linear"),
             ),
         )
         for name, spec in checkpoint.layers.items()
@@ -71,14 +67,10 @@ def of_plan(plan: Plan, config: QuantConfig) -> Contents:
     layers = [
         (
             layer.name,
-            KernelSpec(
-                bits=bits,
-                group_size=group_size,
-                sym=layer.settings.sym,
-                act_order=layer.settings.act_order == "full",
-                in_features=layer.in_features,
-                out_features=layer.out_features,
-                format=config.format,
+            KernelSpec.of(
+                LayerFormat.of(layer.settings)._replace(bits=bits, group_size=group_size),
+                (layer.out_features, layer.in_features),
+                config.format,
             ),
         )
         for layer in plan.layers
@@ -99,7 +91,7 @@ def why_not(reader: Reader, contents: Contents) -> list[str]:
         reasons += _of_base(reader, contents)
         reasons += _of_merged(contents)
     if not reader.settings_per_layer:
-        apart = {name for name, spec in contents.layers if _settings(spec) != contents.base}
+        apart = {name for name, spec in contents.layers if spec.layer_format != contents.base}
         if apart:
             reasons.append(
                 f"{words.plural(len(apart), 'layer')}: settings of their own, for example {min(apart)}"
@@ -172,7 +164,7 @@ def _of_merged(contents: Contents) -> Iterator[str]:
     """Layers of which it makes one must be alike, or all of them stay as they are."""
     families: dict[str, dict[str, set[LayerFormat]]] = {}
     for name, spec in contents.layers:
-        families.setdefault(family(name), {}).setdefault(name, set()).add(_settings(spec))
+        families.setdefault(family(name), {}).setdefault(name, set()).add(spec.layer_format)
     for name in contents.plain:
         if family(name) in families:
             families[family(name)].setdefault(name, set())
@@ -182,10 +174,6 @@ def _of_merged(contents: Contents) -> Iterator[str]:
             f"{len(apart)} times layers of which it makes one have different settings, for example in {min(apart)} "
             "(the same --override and --ignore for all of them)"
         )
-
-
-def _settings(spec: KernelSpec) -> LayerFormat:
-    return LayerFormat(spec.bits, spec.group_size, spec.sym, spec.act_order)
 
 
 def _listed(values: Sequence[int]) -> str:

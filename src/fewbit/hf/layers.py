@@ -55,16 +55,8 @@ def make_room(
             f"layer {layer_name} of the checkpoint is {found.out_features} x {found.in_features} (out x in), "
             f"but the model has {out_features} x {in_features} there; config.json belongs to another model"
         )
-    spec = KernelSpec(
-        bits=found.bits,
-        group_size=found.group_size,
-        sym=found.sym,
-        act_order=found.desc_act,
-        in_features=in_features,
-        out_features=out_features,
-        format=found.format,
-        kind="conv2d" if isinstance(old, nn.Conv2d) else "linear",
-    )
+    kind = "conv2d" if isinstance(old, nn.Conv2d) else "linear"
+    spec = KernelSpec.of(found.layer_format, (out_features, in_features), found.format, kind)
     tensors = {
         part: torch.empty(info.shape, dtype=info.dtype, device="meta")
         for part in found.parts

@@ -75,7 +75,7 @@ def load(
         DependencyError: a `device_map`, and accelerate is missing.
     """
     from ..kernels.cpu.lm_head import add_int8_lm_head
-    from ..kernels.cpu.merged import fuse as fuse_model
+    from .fuse import fuse as fuse_model
     from .quantizer import offer
 
     registry.resolve(kernel)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..checkpoint.quantization_config import LayerFormat
 from ..kernels.conv import QuantConv2d
 from ..kernels.linear import QuantizedLayer, QuantLinear
 from ..kernels.spec import KernelSpec
@@ -39,18 +40,9 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def kernel_spec(layer: LayerPlan, fmt: str, kind: str = "linear") -> KernelSpec:
-    """What a kernel must know of a layer before it is quantized."""
-    settings = layer.settings
-    return KernelSpec(
-        bits=settings.bits,
-        group_size=settings.group_size,
-        sym=settings.sym,
-        act_order=settings.act_order == "full",
-        in_features=layer.in_features,
-        out_features=layer.out_features,
-        format=fmt,
-        kind=kind,
-    )
+    """The kernel spec of a planned layer."""
+    shape = (layer.out_features, layer.in_features)
+    return KernelSpec.of(LayerFormat.of(layer.settings), shape, fmt, kind)
 
 
 def replace_layers(

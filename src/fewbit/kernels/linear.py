@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import layout
+from ..checkpoint.quantization_config import LayerFormat
 from ..errors import CheckpointError, KernelError
 from ..quantized_matrix import QuantizedMatrix, group_count, sequential_groups
 from . import registry
@@ -334,16 +335,8 @@ class QuantLinear(QuantizedLayer, nn.Linear):  # type: ignore[override]
         compute_dtype: torch.dtype = torch.float32,
     ) -> QuantLinear:
         """A layer from a solver's result, with the reference kernel; call `prepare` for a faster one."""
-        out_features, in_features = codes.shape
-        spec = KernelSpec(
-            bits=codes.bits,
-            group_size=codes.group_size,
-            sym=sym,
-            act_order=codes.has_act_order,
-            in_features=in_features,
-            out_features=out_features,
-            format=fmt,
-        )
+        layer_format = LayerFormat(codes.bits, codes.group_size, sym, codes.has_act_order)
+        spec = KernelSpec.of(layer_format, codes.shape, fmt)
         return cls(spec, layout.pack(codes, fmt), bias, compute_dtype)
 
     def forward(self, input: Tensor) -> Tensor:

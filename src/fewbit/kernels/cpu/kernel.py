@@ -1,7 +1,7 @@
 """fewbit's own kernels for CPUs: every bit width, group size, zero point, column order, shape and float dtype.
 
-All read the tiles of `packed`. They differ in the activations: 16 bits, 8 bits, or 16 bits for a few tokens and 8 for a
-prompt, which is measured not to cost accuracy (docs/performance.md). `packed.Rounding` says how they are rounded.
+All of them read the tiles of `layout`. They differ in the rounding of activations (`layout.Rounding`): 16 bits, 8 bits,
+or 16 bits for a few tokens and 8 bits for a prompt, which costs no measurable accuracy (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -14,9 +14,6 @@ from ...checkpoint import layout
 from ..spec import Kernel, KernelSpec, QuantizedBuffers
 from . import layout as packed
 from .layout import PackedWeight, Rounding
-from .page_cache import forget
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Cpu(Kernel):
@@ -30,26 +27,25 @@ class Cpu(Kernel):
     def unsupported_reason(
         self, spec: KernelSpec, device: torch.device, dtype: torch.dtype, trainable: bool
     ) -> str | None:
-        """See `Kernel.unsupported_reason`."""
         if spec.kind != "linear":
             return f"the layer is a {spec.kind}, not a linear layer"
         if device.type != "cpu":
             return f"device is {device.type}, not cpu"
-        if dtype not in _DTYPES:
+        if dtype not in native.DTYPES:
             return f"activations are {str(dtype).removeprefix('torch.')}, not float32, float16 or bfloat16"
         if not native.available():
             return native.unsupported_reason()
         return None
 
     def repack(self, layer: QuantizedBuffers) -> dict[str, Tensor]:
-        """Buffers: tiles, block_scales, zeros, order, starts, as in `packed.PackedWeight`."""
+        """Buffers: tiles, block_scales, zeros, order, starts, as in `layout.PackedWeight`."""
         spec, tensors = layer.spec, layer.tensors
         zeros = layout.unpack_zeros(tensors[layout.QZEROS], spec.bits, spec.format, spec.out_features)
         weight = packed.pack(
             tensors[layout.QWEIGHT], tensors[layout.SCALES], zeros, tensors[layout.G_IDX], spec.bits
         )
-        forget(tensors[layout.QWEIGHT])
-        forget(tensors[layout.SCALES])
+        native.drop_page_cache(tensors[layout.QWEIGHT])
+        native.drop_page_cache(tensors[layout.SCALES])
         return {
             "tiles": weight.tiles,
             "block_scales": weight.scales,
@@ -59,21 +55,18 @@ class Cpu(Kernel):
         }
 
     def restore(self, layer: QuantizedBuffers) -> Tensor:
-        """See `Kernel.restore`."""
         words = layout.word_count(layer.spec.in_features, layer.spec.bits)
         return packed.unpack(packed_weight(layer), words)
 
     def restore_scales(self, layer: QuantizedBuffers) -> Tensor:
-        """See `Kernel.restore_scales`."""
         return packed.from_blocks(layer.tensors["block_scales"], layer.spec.out_features)
 
     def linear(self, x: Tensor, layer: QuantizedBuffers) -> Tensor:
-        """See `Kernel.linear`."""
         return product(x, packed_weight(layer), layer.bias, rounding=self.rounding)
 
 
 class Cpu16(Cpu):
-    """Integer codes times 16-bit activations, summed in float32, however many tokens there are."""
+    """Integer codes times 16-bit activations, summed in float32, for any number of tokens."""
 
     name = "cpu_a16"
     summary = "fewbit's own with 16-bit activations for prompts too"
@@ -94,14 +87,14 @@ NAMES = tuple(kernel.name for kernel in (Cpu, Cpu16, CpuInt8))
 
 
 def product(x: Tensor, weight: PackedWeight, bias: Tensor | None, *, rounding: Rounding) -> Tensor:
-    """``x @ weightᵀ + bias``, with gradients where they are wanted.
+    """``x @ weightᵀ + bias``, with gradients where they are needed.
 
-    Gradients are those of 16-bit activations: where they are wanted, `Rounding.INT8_FOR_PREFILL` rounds nothing.
+    Gradients assume 16-bit activations: where they are needed, `Rounding.INT8_FOR_PREFILL` rounds nothing.
     """
     if can_bypass_dispatch(x, bias):
         # Dispatching a custom operator takes longer than multiplying with a small weight.
         return packed.multiply(x, weight, bias, rounding)
-    if rounding is Rounding.INT8_FOR_PREFILL and _wants_gradients(x, bias):
+    if rounding is Rounding.INT8_FOR_PREFILL and _needs_gradients(x, bias):
         rounding = Rounding.NONE
     y: Tensor = torch.ops.fewbit.linear_packed(x, *weight, bias, rounding)
     return y
@@ -122,12 +115,12 @@ def packed_weight(layer: QuantizedBuffers) -> PackedWeight:
     )
 
 
-def can_bypass_dispatch(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether nobody watches: no compiler, no tracer, no gradients, no other kind of tensor."""
+def can_bypass_dispatch(x: Tensor, other: Tensor | None) -> bool:
+    """Whether compiled code may be called directly: no compiler, tracer, gradients or tensor subclass."""
     if type(x) is not Tensor or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    return not _wants_gradients(x, bias)
+    return not _needs_gradients(x, other)
 
 
-def _wants_gradients(x: Tensor, bias: Tensor | None) -> bool:
-    return (x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled()
+def _needs_gradients(x: Tensor, other: Tensor | None) -> bool:
+    return (x.requires_grad or (other is not None and other.requires_grad)) and torch.is_grad_enabled()

@@ -1,12 +1,11 @@
-"""Weights in tiles, and products with them: the operators of the compiled module (csrc/matmul.h has the layout).
+"""Weights in tiles, and products with them (csrc/matmul.h describes the layout).
 
 A packed weight is five tensors and three numbers (`PackedWeight`). Codes lie in tiles, block by block of 16 outputs;
-scales and zero points lie in the same order, so that a product reads both from front to back. Activations may be
-float32, float16 or bfloat16. In bfloat16, products are those of bfloat16 numbers with integer codes, summed in float32;
-float32 and float16 activations enter as the sum of two bfloat16 numbers, so that they keep 16 bits.
-Or they are rounded to 8 bits (`Rounding`).
-Threads follow `torch.get_num_threads()`, and results do not depend on them. They depend on how many tokens there are,
-for that decides how they are computed, but not on what the other tokens are.
+scales and zero points lie in the same order, so that a product reads both sequentially. Activations may be float32,
+float16 or bfloat16. Products are those of bfloat16 numbers with integer codes, summed in float32; float32 and float16
+activations enter as the sum of two bfloat16 numbers, so that they keep 16 bits. Or activations are rounded to 8 bits
+(`Rounding`). Results depend on the number of tokens, which decides how they are computed, but not on the values of
+other tokens, nor on the number of threads.
 """
 
 from __future__ import annotations
@@ -22,24 +21,21 @@ from torch.nn import functional
 from ... import native
 from ...errors import KernelError
 
-# Numbers of csrc/matmul.h.
-NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _BLOCK = 16
-_VNNI = "avx512_vnni"
 
-# Without instructions for these products, unpacking and a dense product is faster from so many tokens on.
+# Without instructions for these products, a dense product on the dequantized weight is faster from this many tokens on.
 _DENSE_FROM = 24
 
 
 class Rounding(IntEnum):
-    """What becomes of the activations; the numbers of csrc/matmul.h.
+    """How activations are rounded; the numbers of csrc/matmul.h.
 
     Attributes:
-        NONE: 16 bits of each are kept.
-        INT8_FOR_PREFILL: those of many tokens (a prompt; the compiled module decides from how many on) are rounded to 8
-            bits with a scale for each token and 16 inputs, if they are bfloat16 or float16 and the processor has
-            AVX-512 with VNNI and BF16. Otherwise as `NONE`.
-        INT8: rounded to 8 bits with a scale for each token and group.
+        NONE: activations keep 16 bits.
+        INT8_FOR_PREFILL: activations of many tokens (a prompt; the compiled module has the threshold) are rounded to 8
+            bits with a scale per token and 16 inputs, if they are bfloat16 or float16 and the processor has AVX-512
+            with VNNI and BF16. Otherwise as `NONE`.
+        INT8: activations are rounded to 8 bits with a scale per token and group.
     """
 
     NONE = 0
@@ -54,12 +50,12 @@ class PackedWeight(NamedTuple):
         tiles: uint8 (blocks, tiles per block, bytes); a block is 16 outputs.
         scales: (blocks, groups, 16), float16, bfloat16 or float32; 0 for outputs that do not exist.
         zeros: uint8 (blocks, groups, 16), or (1, 1, 1) where all zero points are the same.
-        order: int32 (positions), the input at each position, `in_features` for padding; empty where input i
-            is at position i.
+        order: int32 (positions), the input at each position, `in_features` for padding; empty where input i is at
+            position i.
         starts: int32 (groups + 1), group g is tiles ``starts[g] … starts[g + 1]``.
-        bits: 2, 3, 4 or 8.
-        in_features: inputs.
-        out_features: outputs.
+        bits: bits per code: 2, 3, 4 or 8.
+        in_features: number of inputs.
+        out_features: number of outputs.
     """
 
     tiles: Tensor
@@ -73,7 +69,7 @@ class PackedWeight(NamedTuple):
 
 
 def tile_inputs(bits: int) -> int:
-    """Inputs of a tile: those that fill whole words."""
+    """Inputs of a tile: as many as fill whole words."""
     return 32 if bits == 3 else 32 // bits
 
 
@@ -83,10 +79,12 @@ def tile_bytes(bits: int) -> int:
 
 
 def positions(g_idx: Tensor, groups: int, bits: int) -> tuple[Tensor, Tensor]:
-    """Where the inputs go: group by group, each group padded to whole tiles.
+    """Positions of the inputs: group by group, each group padded to whole tiles.
 
     Args:
-        g_idx: (in,) the group of each input, all below `groups`.
+        g_idx: (in,), the group of each input, below `groups`.
+        groups: number of groups.
+        bits: bits per code.
 
     Returns:
         `order` and `starts` of `PackedWeight`.
@@ -123,8 +121,11 @@ def pack(qweight: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor, bits: in
     """A packed weight from the tensors of a checkpoint.
 
     Args:
-        qweight: int32 (words, out). scales: (groups, out). zeros: (groups, out), 0 … 2^bits − 1.
-        g_idx: (in,).
+        qweight: int32 (words, out).
+        scales: (groups, out).
+        zeros: (groups, out), 0 … 2^bits − 1.
+        g_idx: (in,), the group of each input.
+        bits: bits per code.
     """
     groups, out_features = scales.shape
     order, starts = positions(g_idx, groups, bits)
@@ -142,8 +143,7 @@ def pack(qweight: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor, bits: in
         out_features=out_features,
     )
     native.advise_huge_pages(weight.tiles)
-    words = qweight.contiguous()
-    native_view(weight).pack(words.data_ptr(), weight.tiles.data_ptr(), torch.get_num_threads())
+    native.pack_tiles(native_view(weight), qweight.contiguous(), weight.tiles)
     return weight
 
 
@@ -152,15 +152,15 @@ def unpack(weight: PackedWeight, words: int) -> Tensor:
     qweight = torch.zeros((words, weight.out_features), dtype=torch.int32, device=weight.tiles.device)
     if qweight.is_meta:
         return qweight
-    native_view(weight).unpack(qweight.data_ptr(), torch.get_num_threads())
+    native.unpack_tiles(native_view(weight), qweight)
     return qweight
 
 
 def _check(weight: PackedWeight) -> PackedWeight:
-    """The weight, if its tensors belong together.
+    """The weight itself.
 
     Raises:
-        KernelError: they do not, or do not lie in CPU memory.
+        KernelError: shapes or dtypes of its tensors do not fit each other, or they are not in CPU memory.
     """
     tiles, scales, zeros, order, starts, bits, _, out_features = weight
     blocks, per_block, width = tiles.shape
@@ -188,73 +188,64 @@ def native_view(weight: PackedWeight) -> Any:
     Raises:
         KernelError: `starts` does not fit the tiles.
     """
-    tiles, scales, zeros, order, starts, bits, in_features, out_features = weight
     try:
-        return _module().Packed(
-            tiles.data_ptr(), scales.data_ptr(), NUMBERS[scales.dtype], zeros.data_ptr(), zeros.shape == scales.shape,
-            order.data_ptr() if order.numel() else 0, starts.data_ptr(), out_features, in_features, scales.shape[1],
-            bits, tiles.shape[1],
-        )  # fmt: skip
+        return native.packed_view(*weight)
     except ValueError as error:
         raise KernelError(f"these tensors are not a packed weight: {error}; load it again") from error
 
 
-@functools.cache
-def _module() -> Any:
-    return native.module()
-
-
-@functools.cache
-def fast_isa() -> str:
-    """The best instruction set for products here, "generic" at worst."""
-    return native.instruction_sets()[0]
-
-
-def multiply(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None, rounding: int, isa: str = "best", view: Any = None
-) -> Tensor:
+def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None, rounding: int, view: Any = None) -> Tensor:
     """``x @ weightᵀ + bias``: (…, in) → (…, out) in x's dtype. No gradient; see `linear_packed`.
 
     Args:
+        x: float32, float16 or bfloat16 activations (…, in).
         weight: from `pack`; its tensors are not checked again.
+        bias: (out,), or None.
         rounding: a `Rounding`.
-        isa: one of `native.instruction_sets`, or "best".
-        view: `native_view` of the weight, where it was made before.
+        view: `native_view` of the weight, if it exists already.
 
     Raises:
         KernelError: x has another number of inputs or another dtype, or bias does not fit.
     """
-    shape, kind = x.shape, NUMBERS.get(x.dtype)
-    if shape[-1] != weight.in_features or kind is None or not x.is_cpu:
+    if x.numel() // max(1, x.shape[-1]) >= _dense_from(rounding):
+        _check_operands(x, weight, bias)
+        return functional.linear(x, _dequantize(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+    return multiply_tiles(x, weight, bias, rounding, view)
+
+
+def multiply_tiles(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, rounding: int, view: Any = None
+) -> Tensor:
+    """`multiply`, always on the packed tiles."""
+    _check_operands(x, weight, bias)
+    y = torch.empty((*x.shape[:-1], weight.out_features), dtype=x.dtype)
+    if y.numel():
+        native.matmul(view or native_view(weight), x.contiguous(), y, bias, rounding)
+    return y
+
+
+def _check_operands(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
+    if x.shape[-1] != weight.in_features or x.dtype not in native.DTYPES or not x.is_cpu:
         raise KernelError(
             f"x is {x.dtype} {tuple(x.shape)} on {x.device}; the layer takes float32, float16 or bfloat16 "
             f"(…, {weight.in_features}) on the CPU"
         )
-    out_features = weight.out_features
-    if bias is not None and (bias.shape != (out_features,) or bias.dtype not in NUMBERS):
-        raise KernelError(f"bias is {bias.dtype} {tuple(bias.shape)}; the layer has {out_features} outputs")
-    tokens = x.numel() // shape[-1]
-    if isa == "best" and tokens >= _dense_from(rounding):
-        return functional.linear(x, _dequantize(weight, x.dtype), None if bias is None else bias.to(x.dtype))
-    y = torch.empty((*shape[:-1], out_features), dtype=x.dtype)
-    if tokens:
-        x = x.contiguous()
-        (view or native_view(weight)).matmul(
-            x.data_ptr(), y.data_ptr(), kind, tokens, 0 if bias is None else bias.data_ptr(),
-            0 if bias is None else NUMBERS[bias.dtype], rounding, torch.get_num_threads(), isa,
-        )  # fmt: skip
-    return y
+    if bias is not None and (bias.shape != (weight.out_features,) or bias.dtype not in native.DTYPES):
+        raise KernelError(
+            f"bias is {bias.dtype} {tuple(bias.shape)}; the layer has {weight.out_features} outputs"
+        )
 
 
 @functools.cache
 def _dense_from(rounding: int) -> float:
-    int8 = rounding == Rounding.INT8 and _module().own_int8()
-    return float("inf") if fast_isa() == _VNNI or int8 else _DENSE_FROM
+    """Number of tokens from which on a dense product is faster."""
+    int8 = rounding == Rounding.INT8 and native.has_int8_products()
+    return float("inf") if native.instruction_sets()[0] == "avx512_vnni" or int8 else _DENSE_FROM
 
 
 def _dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     out = torch.empty((weight.out_features, weight.in_features), dtype=dtype)
-    native_view(weight).dequantize(out.data_ptr(), NUMBERS[dtype], torch.get_num_threads())
+    native.dequantize_tiles(native_view(weight), out)
     return out
 
 
@@ -276,18 +267,9 @@ def dequantize_packed(
 
 
 @dequantize_packed.register_fake
-def _(
-    tiles: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    bits: int,
-    in_features: int,
-    out_features: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return scales.new_empty((out_features, in_features), dtype=dtype)
+def _(*weight_and_dtype: Any) -> Tensor:
+    *_, in_features, out_features, dtype = weight_and_dtype
+    return torch.empty((out_features, in_features), dtype=dtype, device=weight_and_dtype[0].device)
 
 
 @torch.library.custom_op("fewbit::linear_packed", mutates_args=())
@@ -310,19 +292,8 @@ def linear_packed(
 
 
 @linear_packed.register_fake
-def _(
-    x: Tensor,
-    tiles: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    bits: int,
-    in_features: int,
-    out_features: int,
-    bias: Tensor | None,
-    rounding: int,
-) -> Tensor:
+def _(x: Tensor, *weight_bias_rounding: Any) -> Tensor:
+    *_, out_features, _bias, _rounding = weight_bias_rounding
     return x.new_empty((*x.shape[:-1], out_features))
 
 

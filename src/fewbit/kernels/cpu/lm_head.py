@@ -1,8 +1,8 @@
 """An output layer that multiplies with 8 bits while the model keeps its weight.
 
-In a small model the output layer is most of what a token has to read, and it is rarely quantized. Here a copy of its
-weight, rounded to 8 bits in groups of 64 inputs, serves the products on the CPU. The weight itself stays what it was:
-it may be the embeddings', it is saved, moved and trained as before, and where the copy cannot serve, it does.
+In a small model the output layer is most of what one token reads, and it is rarely quantized. Here a copy of its
+weight, rounded to 8 bits in groups of 64 inputs, serves the products on the CPU. The weight itself does not change: it
+may be shared with the embeddings, it is saved, moved and trained as before, and it is used wherever the copy cannot be.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _ROWS = 4096  # rounded at a time
 
 
 class Int8LMHead(nn.Linear):
-    """The output layer with its weight, and with an 8-bit copy of it that serves while the weight is not trained.
+    """The output layer with its weight and an 8-bit copy of it, which is used unless the weight is trained.
 
     Args:
-        linear: the layer; its parameters are taken over, not copied.
+        linear: the layer; its parameters are shared, not copied.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
-        nn.Module.__init__(self)  # not nn.Linear's: there is no weight to make
+        nn.Module.__init__(self)  # not nn.Linear's: there is no weight to create
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.copy = round_to_8_bits(linear.weight.detach())
@@ -41,7 +41,7 @@ class Int8LMHead(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(…, in) → (…, out), in the input's dtype."""
         weight = self.weight
-        # A compiler cannot look at addresses: a graph of it is for the weights as they are.
+        # A compiler cannot read addresses: its graph assumes that the weight does not change.
         current = torch.compiler.is_compiling() or (weight.data_ptr(), weight._version) == self._copied
         trained = torch.is_grad_enabled() and weight.requires_grad
         if input.is_cpu and current and not trained:
@@ -49,7 +49,6 @@ class Int8LMHead(nn.Linear):
         return functional.linear(input, weight, self.bias)
 
     def extra_repr(self) -> str:
-        """Shape and bits."""
         return f"{super().extra_repr()}, runtime_bits={BITS}"
 
 

@@ -6,7 +6,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fewbit import native
-from fewbit.kernels.cpu.page_cache import forget
 
 pytestmark = [
     pytest.mark.skipif(not native.available(), reason=native.unsupported_reason() or "compiled module"),
@@ -27,7 +26,7 @@ def test_pages_of_a_file_are_given_back_and_can_be_read_again(tmp_path):
         mapped = file.get_tensor("b")
         total = mapped.sum()
         before = resident()
-        assert forget(mapped)
+        assert native.drop_page_cache(mapped)
         assert before - resident() > 15 << 20
         assert mapped.sum() == total
         assert torch.equal(mapped, values)
@@ -35,13 +34,13 @@ def test_pages_of_a_file_are_given_back_and_can_be_read_again(tmp_path):
 
 def test_anything_else_is_left_alone(tmp_path):
     values = torch.ones(1 << 20)
-    assert not forget(values)
+    assert not native.drop_page_cache(values)
     assert values.sum() == 1 << 20
     save_file({"b": values}, tmp_path / "x.safetensors")
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         mapped = file.get_tensor("b")
-        assert not forget(mapped.view(1024, 1024).t())
-        assert not forget(torch.empty(3, device="meta"))
+        assert not native.drop_page_cache(mapped.view(1024, 1024).t())
+        assert not native.drop_page_cache(torch.empty(3, device="meta"))
         (tmp_path / "x.safetensors").unlink()
-        assert not forget(mapped)
+        assert not native.drop_page_cache(mapped)
         assert mapped.sum() == 1 << 20

@@ -16,8 +16,8 @@ from transformers import (
 import fewbit
 from fewbit import native
 from fewbit.errors import KernelError
-from fewbit.kernels.cpu import fused_ops as steps
-from fewbit.kernels.cpu.merged import fuse
+from fewbit.hf.fuse import fuse
+from fewbit.kernels.cpu.fused_ops import FusedGatedMLP, FusedRMSNorm
 from tiny_gptq import llama, write_checkpoint
 
 pytestmark = pytest.mark.skipif(
@@ -41,22 +41,24 @@ def test_rms_norm(shape, dtype, isa):
     torch.manual_seed(0)
     x, weight = torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
-    assert within_rounding(steps.rms_norm(x, weight, 1e-5, isa), exact)
+    with native.instruction_set(isa):
+        assert within_rounding(native.rms_norm(x, weight, 1e-5), exact)
 
 
 @pytest.mark.parametrize("isa", SETS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1, 3072), (5, 14), (1, 2), (70, 1026)])
-def test_silu_gate(shape, dtype, isa):
+def test_silu_mul(shape, dtype, isa):
     torch.manual_seed(0)
     x = (torch.randn(shape) * 8).to(dtype)
     gate, up = x.double().chunk(2, dim=-1)
-    assert within_rounding(steps.silu_gate(x, isa), gate / (1 + (-gate).exp()) * up, 1e-3)
+    with native.instruction_set(isa):
+        assert within_rounding(native.silu_mul(x), gate / (1 + (-gate).exp()) * up, 1e-3)
 
 
 def test_silu_of_extreme_numbers_is_torchs():
     gate = torch.tensor([-1e30, -300.0, -90.0, -87.5, -1e-30, 0.0, 88.5, 1e30, float("nan"), float("inf")])
-    found = steps.silu_gate(torch.cat([gate, torch.ones(10)]))
+    found = native.silu_mul(torch.cat([gate, torch.ones(10)]))
     torch.testing.assert_close(found, nn.functional.silu(gate), atol=1e-34, rtol=1e-6, equal_nan=True)
 
 
@@ -81,7 +83,8 @@ def test_attention(batch, heads, key_heads, queries, length, size, causal, dtype
     # As in a cache with room for more, and as projections give queries.
     keys, values = (torch.randn(batch, key_heads, length + 9, size).to(dtype)[:, :, :length] for _ in "kv")
     query = (torch.randn(batch, queries, heads, size) * 3).to(dtype).transpose(1, 2)
-    found = steps.attention(query, keys, values, size**-0.5, causal=causal, isa=isa)
+    with native.instruction_set(isa):
+        found = native.attention(query, keys, values, size**-0.5, causal=causal)
     k, v = (t.double().repeat_interleave(heads // key_heads, dim=1) for t in (keys, values))
     scores = query.double() @ k.transpose(2, 3) / math.sqrt(size)
     if causal:
@@ -96,7 +99,7 @@ def test_attention_far_from_zero():
     values = torch.arange(70.0)[None, None, :, None].expand(1, 1, 70, 16).contiguous()
     for causal in (True, False):
         expected = torch.arange(70.0) if causal else torch.full((70,), 69.0)
-        found = steps.attention(query, keys, values, 1.0, causal=causal)[0, :, 0]
+        found = native.attention(query, keys, values, 1.0, causal=causal)[0, :, 0]
         torch.testing.assert_close(found, expected[:, None].expand(70, 16))
 
 
@@ -108,8 +111,8 @@ def test_threads_do_not_change_numbers():
     for threads in (1, 3):
         torch.set_num_threads(threads)
         found.append([
-            steps.attention(query, keys, values, 0.1), steps.silu_gate(x), steps.rms_norm(x, torch.ones(512), 1e-6),
-            steps.attention(prompt, keys, values, 0.1),
+            native.attention(query, keys, values, 0.1), native.silu_mul(x), native.rms_norm(x, torch.ones(512), 1e-6),
+            native.attention(prompt, keys, values, 0.1),
         ])  # fmt: skip
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -156,8 +159,8 @@ def text(model, mask=None, **options):
 def counts(model):
     forwards = [vars(module).get("forward") for module in model.modules()]
     return (
-        sum(isinstance(forward, steps.Norm) for forward in forwards),
-        sum(isinstance(forward, steps.GatedMlp) for forward in forwards),
+        sum(isinstance(forward, FusedRMSNorm) for forward in forwards),
+        sum(isinstance(forward, FusedGatedMLP) for forward in forwards),
         model.config._attn_implementation,
     )
 
@@ -187,16 +190,16 @@ def test_families(tmp_path, config, expected):
 def test_it_is_fused_code_that_runs(tmp_path, monkeypatch):
     _, fused = models_of(tmp_path, AutoConfig.for_model("llama", **COMMON))
     called = []
-    for name in ("rms_norm", "silu_gate", "attention"):
-        true = getattr(steps, name)
+    for name in ("rms_norm", "silu_mul", "attention"):
+        true = getattr(native, name)
         monkeypatch.setattr(
-            steps, name, lambda *a, true=true, name=name, **k: called.append(name) or true(*a, **k)
+            native, name, lambda *a, true=true, name=name, **k: called.append(name) or true(*a, **k)
         )
     text(fused)
     # Five passes: prompt and four tokens.
     assert {name: called.count(name) for name in called} == {
         "rms_norm": 25,
-        "silu_gate": 10,
+        "silu_mul": 10,
         "attention": 10,
     }
 
