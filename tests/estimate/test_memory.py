@@ -7,9 +7,10 @@ import torch
 
 from fewbit.config import LayerSettings
 from fewbit.estimate.live import LiveBytes
-from fewbit.estimate.memory import FRAGMENTATION, predict_memory, spilled_notes
+from fewbit.estimate.memory import predict_memory, spilled_notes
 from fewbit.estimate.work import LayerWork, Work
 from fewbit.gptq import Accuracy, FactorCache, Hessian, Holdout, quantize_weight
+from fewbit.pipeline.memory import HOST_FRAGMENTATION
 from fewbit.planning import LayerPlan, Plan
 
 SETTINGS = LayerSettings(4, 32, True, "group", 0.01, "gptq")
@@ -58,13 +59,13 @@ def test_the_parts_of_a_moment_add_up():
     assert memory.parts["activations"] == 10_000_000
     waiting = 2 * 64 * 32  # codes, which are no holes' business
     solving = memory.parts["Hessians"] + memory.parts["solver"] - waiting
-    assert memory.parts["allocator"] == round(FRAGMENTATION * (4_000_000 + solving))
+    assert memory.parts["allocator"] == round(HOST_FRAGMENTATION * (4_000_000 + solving))
     assert memory.peak == sum(memory.parts.values())
 
 
 def test_large_matrices_leave_no_holes():
     small, large = (predicted(work(layer("b.x", 64, n))) for n in (1024, 4096))
-    assert small.parts["allocator"] > 0.9 * FRAGMENTATION * small.parts["Hessians"]
+    assert small.parts["allocator"] > 0.9 * HOST_FRAGMENTATION * small.parts["Hessians"]
     assert large.parts["allocator"] < 0.1 * large.parts["Hessians"]
 
 

@@ -27,7 +27,7 @@ from ..errors import FewbitError
 from ..gptq import Accuracy
 from ..modeling.source import Source, load_tokenizer, open_source
 from ..pipeline.journal import Journal, check_output
-from ..pipeline.memory import FRAGMENTATION
+from ..pipeline.memory import DEVICE_FRAGMENTATION
 from ..pipeline.offload import check_offload_dir
 from ..pipeline.quantize_layers import arguments_for
 from ..pipeline.streaming import StreamedWeights, Weights
@@ -211,7 +211,7 @@ class _Job:
             dtype=next(model.parameters()).dtype,
             device=weights.device,
             extras={name: extra.parts for name, extra in extras.items()},
-            device_free=round((1 - FRAGMENTATION) * on_device.bytes) if on_device else None,
+            device_free=round((1 - DEVICE_FRAGMENTATION) * on_device.bytes) if on_device else None,
         )
         self.notes += spilled_notes(self.memory)
         self.problems += problems.of_memory(

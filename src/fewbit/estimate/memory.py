@@ -26,32 +26,19 @@ import torch
 
 from .. import formatting as words
 from ..distributed import largest_shard
+from ..pipeline.memory import (
+    FACTORING_MATRICES,
+    FIRST_USE_BYTES,
+    HOST_FRAGMENTATION,
+    KEPT_MATRICES,
+    PACKING_BYTES,
+    PINNED_BYTES,
+    solver_bytes,
+)
 from ..pipeline.streaming import REST
 from ..planning import Plan
 from .live import HEAP_BYTES
 from .work import LayerWork, Work
-
-# Matrices n × n in float32: while they are made, and those that stay with the Hessian. In one stream H and F, with
-# the matrix and its factor as LAPACK leaves it; in two also C and the factorization for the correction.
-FACTORING = {1: 3, 2: 5}
-KEPT_MATRICES = {1: 2, 2: 4}
-
-# Bytes for every weight of the layer being solved, in float32 matrices and codes, without and with the correction;
-# and for every product of an output and a probe row.
-SWEEP_BYTES, CORRECTION_BYTES, PROBE_BYTES = 11, 22, 12
-
-# What the C library holds beyond the tensors themselves, as a share of those smaller than HEAP_BYTES. Measured while
-# weights are streamed (`pipeline.streaming.large_tensors_apart`); without that it is up to 0.8 after thirty blocks.
-FRAGMENTATION = 0.15
-
-# Code and buffers that torch's libraries take when they first multiply, factor and convert.
-FIRST_USE = 30_000_000
-
-# Of memory that is pinned for a byte of a block: torch takes powers of two for each tensor.
-PINNED_BYTES = 2
-
-# Codes of a block that are waiting to be packed, and then its packed tensors twice.
-_WAITING_BYTES = 2
 
 Parts = dict[str, int]
 
@@ -102,7 +89,7 @@ def predict_memory(
     reading = {"weights": max(units.values(), default=0), "reading": largest_tensor}
     moments["writing the checkpoint"] = reading
     moment = max(moments, key=lambda name: sum(moments[name].values()))
-    return Memory(moment, {"libraries": baseline + FIRST_USE, **moments[moment]})
+    return Memory(moment, {"libraries": baseline + FIRST_USE_BYTES, **moments[moment]})
 
 
 def spilled_notes(memory: Memory) -> list[str]:
@@ -148,13 +135,13 @@ def _walk_moments(
     rest = units.get(REST, 0)
     for block, ones in blocks.items():
         weights = rest + units.get(block, 0)
-        waiting = _WAITING_BYTES * sum(one.layer.weights for one in ones)
+        waiting = PACKING_BYTES * sum(one.layer.weights for one in ones)
         before = 0  # the Hessian before this one, kept while its input is
         for one in ones:
             n = one.layer.in_features
             matrix, kept = 4 * n * n, KEPT_MATRICES[work.streams]
             solver = _solver_bytes(one, work, dtype)
-            making = (FACTORING[work.streams] - kept) * matrix
+            making = (FACTORING_MATRICES[work.streams] - kept) * matrix
             hessians = kept * matrix + before + max(0, making - solver)
             heap = most.heap + (hessians if matrix < HEAP_BYTES else 0)
             heap += solver if 4 * one.layer.weights < HEAP_BYTES else 0
@@ -164,7 +151,7 @@ def _walk_moments(
                 "Hessians": hessians,
                 "solver": solver + waiting,
                 "probe": 8 * work.probe * n,
-                "allocator": round(FRAGMENTATION * heap),
+                "allocator": round(HOST_FRAGMENTATION * heap),
             }
             yield f"solving {one.layer.name}", parts
             if not one.shares:
@@ -175,13 +162,13 @@ def _walk_moments(
             "forward": work.transient,
             "Hessians": before,
             "solver": waiting,
-            "allocator": round(FRAGMENTATION * most.heap),
+            "allocator": round(HOST_FRAGMENTATION * most.heap),
         }
         yield f"leaving {block}", parts
 
 
 def _solver_bytes(one: LayerWork, work: Work, dtype: torch.dtype) -> int:
-    m, n = largest_shard(one.layer.out_features, work.processes), one.layer.in_features
-    converted = 0 if dtype == torch.float32 else 4 * m * n
-    sweep = SWEEP_BYTES * m * n + PROBE_BYTES * m * work.probe
-    return converted + max(sweep, CORRECTION_BYTES * m * n if work.streams == 2 else 0)
+    rows = largest_shard(one.layer.out_features, work.processes)
+    return solver_bytes(
+        rows, one.layer.in_features, work.streams, converted=dtype != torch.float32, holdout_tokens=work.probe
+    )

@@ -1,9 +1,9 @@
-"""How much of a GPU's memory the activations of paused batches may have, and about how much they want.
+"""The memory model: bytes of Hessians, solver and activations, for the run itself and for its estimate.
 
-Contract: arithmetic on what the device says is free before the pass. The budget is what remains when the weights, the
-matrices of the solver and the forward of one batch have theirs; some of it is lost to holes. What the batches want is
-an estimate on the safe side: it only decides whether they have to be watched, which takes time. Those that are watched
-are counted.
+Arithmetic only. Constants were measured by counting live tensors, or the resident memory where the C library or the
+device's allocator is concerned; the tests compare the solver's with what it really holds. On a GPU the model decides
+how many bytes of activations may stay on the device (`activation_budget`). That is on the safe side: it only decides
+whether activations are watched, which takes time. Watched activations are counted.
 """
 
 from __future__ import annotations
@@ -20,31 +20,48 @@ from ..planning import Plan, block_of
 from .statistics import Rows
 from .streaming import Weights
 
-# Storages that stay when something outside of the jobs, such as a Hessian, goes through them all.
+# Float32 matrices n × n by the number of paths (1: quantized only, 2: with full precision): at most while they are
+# factorized, and those that stay with the Hessian. One path has H, its factor and LAPACK's copy; two paths also have C
+# and the factorization for the correction. Counted.
+FACTORING_MATRICES = {1: 3, 2: 5}
+KEPT_MATRICES = {1: 2, 2: 4}
+
+# Bytes for every weight of the layer being solved, in float32 matrices and codes: while columns are rounded, and while
+# targets are corrected. Bytes for every product of an output and a holdout token. Counted.
+ROUNDING_BYTES, CORRECTION_BYTES, HOLDOUT_BYTES = 11, 22, 12
+
+# Bytes for every weight of a block whose codes wait to be packed; later its packed tensors twice.
+PACKING_BYTES = 2
+
+# Values for every token that a paused batch holds at most: the widest layer's input or output with a gate beside it,
+# and states between layers (the residual, the layer's input, queries, keys). Bounds from the shapes of Llama.
+_WIDEST_VALUES, _STATE_VALUES = 1.5, 4
+
+# Storages that stay in memory while the solver reads the inputs of all batches, one after the other.
 RESIDENT_STORAGES = 8
 
-# n × n matrices in float32 that a layer needs: H, its factor, what makes it, and those kept of the Hessian before; in
-# two streams also C and the factor for the correction.
-_MATRICES = {1: 5, 2: 9}
+# Share of a GPU's free memory that its caching allocator may lose to fragmentation. Set by hand.
+DEVICE_FRAGMENTATION = 0.1
 
-# Bytes in float32 and in codes for every weight of the layer that is solved.
-_SOLVER_BYTES = {1: 15, 2: 26}
+# Share that the C library holds beyond the tensors small enough for its arena. Measured while weights are streamed,
+# with large tensors on their own pages (`streaming`); without that it is up to 0.8 after thirty blocks.
+HOST_FRAGMENTATION = 0.15
 
-# Values for every token that a paused batch holds at most: of the widest layer's input or output, a gate beside it, and
-# of states between layers (the residual, the layer's input, queries, keys).
-_WIDEST, _STATES = 1.5, 4
+# Bytes of code and buffers that torch's libraries take when they first multiply, factorize and convert. Measured.
+FIRST_USE_BYTES = 30_000_000
 
-# Share of a GPU's free memory that is not counted on.
-FRAGMENTATION = 0.1
+# Bytes of pinned memory for every byte of a block: torch rounds each tensor up to a power of two.
+PINNED_BYTES = 2
 
 
 @dataclass(frozen=True)
 class ActivationBudget:
-    """For activations of paused batches on a device.
+    """Memory of a device for the activations of paused batches.
 
     Attributes:
-        bytes: that they may have. needed: that they are thought to want at most.
-        pinned: whether memory of the host has to be pinned for copies that nobody waits for.
+        bytes: Bytes that the activations may take.
+        needed: Upper bound on the bytes of all activations.
+        pinned: True if host memory must be pinned for asynchronous copies.
     """
 
     bytes: int
@@ -53,13 +70,18 @@ class ActivationBudget:
 
 
 def activation_budget(
-    model: nn.Module, plan: Plan, weights: Weights, batches: Sequence[Rows], streams: int
+    model: nn.Module, plan: Plan, weights: Weights, batches: Sequence[Rows], paths: int
 ) -> ActivationBudget | None:
-    """The room that a GPU has for the activations of these batches; None on devices that do not say what is free.
+    """Compute the budget of a GPU; None for devices that do not report their free memory.
+
+    The budget is what remains when the weights, the solver and the forward pass of one batch have their memory.
 
     Args:
-        model: whose weights may still be on the meta device. batches: of this process.
-        streams: forward passes of every batch, 1 or 2.
+        model: Model whose weights may still be on the meta device.
+        plan: Plan of the layers.
+        weights: Weights of the model.
+        batches: Row masks and token counts of the batches of this process.
+        paths: Forward passes of every batch, 1 or 2.
     """
     free = free_device_bytes(weights.device)
     if free is None:
@@ -68,31 +90,50 @@ def activation_budget(
     shapes = shapes or [(layer.out_features, layer.in_features) for layer in plan.layers]
     itemsize = next(model.parameters()).dtype.itemsize
     tokens = [max(batch.counts, default=1) for batch in batches]
-    widest, states = max(map(max, shapes)), mode(n for _, n in shapes)
-    of_token = round(_WIDEST * widest + _STATES * states) * itemsize
-    needed = streams * sum(tokens) * of_token
-    most = max(tokens, default=0)
-    # Norms and activations compute in float32.
-    forward = 2 * most * of_token * max(1, 4 // itemsize) + RESIDENT_STORAGES * most * widest * itemsize
-    taken = weights.pending_bytes() + solver_bytes(plan, streams) + forward
-    return ActivationBudget(
-        max(0, round((1 - FRAGMENTATION) * free) - taken), needed, weights.device.type == "cuda"
+    widest, hidden = max(map(max, shapes)), mode(n for _, n in shapes)
+    per_token = round(_WIDEST_VALUES * widest + _STATE_VALUES * hidden) * itemsize
+    needed = paths * sum(tokens) * per_token
+    longest = max(tokens, default=0)
+    # Norms and activation functions compute in float32.
+    forward = (
+        2 * longest * per_token * max(1, 4 // itemsize) + RESIDENT_STORAGES * longest * widest * itemsize
     )
+    taken = weights.pending_bytes() + largest_layer_bytes(plan, paths) + forward
+    usable = round((1 - DEVICE_FRAGMENTATION) * free)
+    return ActivationBudget(max(0, usable - taken), needed, pinned=weights.device.type == "cuda")
 
 
 def free_device_bytes(device: torch.device) -> int | None:
-    """Memory of a CUDA device that this process could still fill; None on others, which do not say."""
+    """Return the memory of a CUDA device that this process can still allocate; None for other devices."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def solver_bytes(plan: Plan, streams: int) -> int:
-    """What the layer that takes most needs while it is solved."""
+def solver_bytes(
+    out_features: int, in_features: int, paths: int, *, converted: bool = True, holdout_tokens: int = 0
+) -> int:
+    """Return the bytes for solving one layer, without its Hessian.
+
+    Args:
+        out_features: Rows of the weight matrix.
+        in_features: Columns of the weight matrix.
+        paths: Forward passes of every batch, 1 or 2.
+        converted: True if the weight is not stored in float32 and needs a float32 copy.
+        holdout_tokens: Tokens on which the solution is judged.
+    """
+    weights = out_features * in_features
+    rounding = ROUNDING_BYTES * weights + HOLDOUT_BYTES * out_features * holdout_tokens
+    correction = CORRECTION_BYTES * weights if paths == 2 else 0
+    return (4 * weights if converted else 0) + max(rounding, correction)
+
+
+def largest_layer_bytes(plan: Plan, paths: int) -> int:
+    """Return the bytes for the layer that needs most: solver, its matrices, and the kept ones of the layer before."""
+    matrices = FACTORING_MATRICES[paths] + KEPT_MATRICES[paths]
     sizes = (
-        _MATRICES[streams] * 4 * layer.in_features**2
-        + _SOLVER_BYTES[streams] * layer.in_features * layer.out_features
+        4 * matrices * layer.in_features**2 + solver_bytes(layer.out_features, layer.in_features, paths)
         for layer in plan.layers
     )
     return max(sizes, default=0)

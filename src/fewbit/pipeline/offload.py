@@ -1,20 +1,20 @@
-"""Activations elsewhere while the batch that they belong to is paused: on disk, or a GPU's in host memory.
+"""Activations of paused batches, offloaded to disk or, from a GPU, to pinned host memory.
 
-At every pause of the walk each batch holds its activations, so with many calibration tokens they are the larger
-part of memory. `Offloader` keeps no more of them where they are than fit: on the CPU those of the running job, on a
-GPU as many as it has room for. Of others, what a job's operations made and is still alive when it pauses is put in a
-store. Whoever uses such a tensor next gets its bytes back first.
+Whenever the pass pauses, each batch holds its activations, so with many calibration tokens they take most of the
+memory. `Offloader` keeps as many in memory as fit: on the CPU the activations of the running job, on a GPU as many as
+its budget allows. Other storages that a job's operations made, and that are alive when it pauses, are evicted to a
+store. The first operation that touches an evicted tensor reloads it.
 
-`Offloader` sees every operation of torch, on the way in and on the way out: outputs are what a job made, inputs are
-what must be in memory. Below a tensor it empties and fills the storage; the tensor itself, its views, its identity
-and its version stay, wherever references to it are (local variables, containers, Python's stack).
+`Offloader` sees every operation of torch: outputs are what a job made, inputs are what must be in memory. Eviction
+resizes the storage below a tensor to zero bytes. The tensor, its views, its identity and its version stay, wherever
+references to it are (local variables, containers, Python's stack).
 
-On the CPU every access to a tensor goes through torch, and a tensor is read back when an operation needs it, and
-written again only if one changed it. Elsewhere kernels are also launched by address. So there a job gets back all
-it had before it runs on, and what it still has afterwards is taken to be changed.
+On the CPU every access to a tensor goes through torch. So a storage is reloaded when an operation needs it, and
+written again only if an operation changed it. On other devices kernels are also launched by address. There a job gets
+all of its storages back before it runs, and they count as changed afterwards.
 
-Jobs run in the same order again and again. So when there is no room, it is the job that pauses which gives way: the
-first ones stay, and only the others come and go.
+Jobs run in the same order again and again. So the storages that came into memory last are evicted first: the first
+jobs stay in memory, and only the others are moved.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..formatting import size
 from ..profiling import Profiler
 from .memory import RESIDENT_STORAGES, ActivationBudget
-from .offload_slots import File, HostMemory, Store, is_on_cpu
+from .offload_store import DiskStore, HostStore, Store, is_on_cpu
 from .streaming import release_freed_memory
 
-_SMALLEST = 1 << 16  # bytes of a storage: smaller ones are not worth the trouble
-_FREED = 1 << 25  # bytes after which freed memory is given back to the system
+_SMALLEST = 1 << 16  # bytes; smaller storages stay in memory
+_FREED = 1 << 25  # bytes after which freed memory is returned to the system
 
 
 class NoOffload:
@@ -50,41 +50,42 @@ class NoOffload:
         pass
 
     def running(self, job: int) -> AbstractContextManager[None]:
-        """To be entered while job number `job` computes, and left when it pauses."""
+        """Return a context for the time in which the job with number `job` computes."""
         return nullcontext()
 
     def paused(self) -> AbstractContextManager[None]:
-        """To be entered while a job computes something that is not its own, such as weights."""
+        """Return a context in which new tensors do not belong to the job, such as weights that are loaded."""
         return nullcontext()
 
     def notes(self) -> list[str]:
-        """Sentences about what was done."""
+        """Return sentences about what was offloaded."""
         return []
 
 
 def make_offloader(
-    folder: str | Path | None, profiler: Profiler, room: ActivationBudget | None = None
+    folder: str | Path | None, profiler: Profiler, budget: ActivationBudget | None = None
 ) -> NoOffload:
-    """Where activations of paused jobs are kept.
+    """Choose where the activations of paused jobs are kept.
 
     Args:
-        folder: what has to give way goes there; None: into host memory, if the device has not enough `room`.
-        room: of the device; None: on the CPU, where they give way only to a folder, and then all of them.
+        folder: Folder for evicted storages; None for host memory, which is used if the device lacks memory.
+        profiler: Gets the seconds of synchronous stores, as "offload".
+        budget: Budget of the device; None on the CPU, where only a folder is of use, and gets all activations.
 
     Raises:
-        OutputError: nothing can be written in `folder`.
+        OutputError: `folder` cannot be written.
     """
-    budget = 0 if room is None else room.bytes
+    kept = 0 if budget is None else budget.bytes
     if folder is not None:
-        return Offloader(File(Path(folder)), profiler, budget)
-    if room is None or room.needed <= budget:
+        return Offloader(DiskStore(Path(folder)), profiler, kept)
+    if budget is None or budget.needed <= kept:
         return NoOffload()
-    return Offloader(HostMemory(pinned=room.pinned), profiler, budget)
+    return Offloader(HostStore(pinned=budget.pinned), profiler, kept)
 
 
 def check_offload_dir(folder: str | Path) -> None:
-    """Raises OutputError if nothing can be written in `folder`."""
-    File(Path(folder)).close()
+    """Raise OutputError if nothing can be written in `folder`."""
+    DiskStore(Path(folder)).close()
 
 
 @dataclass(eq=False)
@@ -92,33 +93,39 @@ class _Record:
     """A storage that a job made.
 
     Attributes:
-        on_cpu: whether all accesses to it go through torch. bytes: that it has.
-        place: in the store; None: it was never put there.
-        present: whether it is where it belongs. saved: whether the store has the very bytes that it has.
+        storage: Reference to the storage, which does not keep it alive.
+        on_cpu: True if all accesses to the storage go through torch.
+        bytes: Size of the storage while it is resident.
+        slot: Slot in the store; None if the storage was never evicted.
+        resident: True if the bytes are in the storage.
+        clean: True if the slot has the same bytes as the storage.
     """
 
     storage: weakref.ref[UntypedStorage]
     on_cpu: bool
     bytes: int
-    place: Any = None
-    present: bool = True
-    saved: bool = False
+    slot: Any = None
+    resident: bool = True
+    clean: bool = False
 
 
 class Offloader(NoOffload):
-    """Activations of paused jobs are in a store, but for as many as there is room for.
+    """Evicts activations of paused jobs to a store, as far as they exceed a budget.
 
-    Must be entered around the whole walk. When it is left, what is still alive is brought back and the store is
-    closed, whatever happened. Seconds of a store that has to be waited for are counted in the phase "offload".
+    Enter it around the whole pass. On exit, everything that is still alive is restored and the store is closed, after
+    errors too.
 
     Args:
-        budget: bytes that may stay while a job is paused.
+        store: Store for evicted storages.
+        profiler: Gets the seconds of a synchronous store, as "offload".
+        budget: Bytes that may stay in memory while a job is paused.
 
     Attributes:
-        written, read: bytes so far.
+        written: Bytes written to the store so far.
+        read: Bytes read from the store so far.
 
     Raises:
-        FewbitError: the store's.
+        FewbitError: The errors of the store.
     """
 
     def __init__(self, store: Store, profiler: Profiler, budget: int = 0) -> None:
@@ -127,13 +134,15 @@ class Offloader(NoOffload):
         self._profiler = profiler
         self._budget = budget
         self._mode: Any = _EveryOperation(self._before, self._after)
-        self._records: dict[int, _Record] = {}  # by id of the storage; those that died are not in it
-        self._present: dict[int, _Record] = {}  # those that are where they belong, the last used at the end
-        self._held = 0  # bytes of these
-        self._touched: dict[int, _Record] = {}  # by the job that runs, where it must be given them back
-        self._paused: dict[int, list[_Record]] = {}  # the same of jobs that do not run
+        self._records: dict[int, _Record] = {}  # by id of the storage, for all that are alive
+        self._resident: dict[int, _Record] = {}  # the last to come into memory is at the end
+        self._held = 0  # bytes of the resident storages
+        self._touched: dict[
+            int, _Record
+        ] = {}  # storages of the running job that must be restored before it runs again
+        self._paused: dict[int, list[_Record]] = {}  # the same for paused jobs
         self._recording = False
-        self._freed = 0  # bytes of the heap since memory was last given back
+        self._freed = 0  # bytes evicted since freed memory was last returned to the system
 
     def __enter__(self) -> None:
         self._mode.__enter__()
@@ -142,25 +151,19 @@ class Offloader(NoOffload):
         self._mode.__exit__(None, None, None)
         try:
             for record in list(self._records.values()):
-                self._bring_back(record)
+                self._restore(record)
         finally:
             self._records.clear()
-            self._present.clear()
+            self._resident.clear()
             self._store.close()
-
-    @property
-    def peak(self) -> int:
-        """Bytes in the store at a time."""
-        return self._store.size
 
     @contextmanager
     def running(self, job: int) -> Iterator[None]:
-        """To be entered while job number `job` computes, and left when it pauses."""
         with self._timed():
-            self._make_room()
+            self._evict_excess()
             for record in self._paused.pop(job, ()):
-                self._bring_back(record)
-                record.saved = False  # kernels that get an address change it unseen
+                self._restore(record)
+                record.clean = False  # a kernel that gets an address changes the bytes unseen
                 self._touch(record)
         self._recording = True
         try:
@@ -169,12 +172,11 @@ class Offloader(NoOffload):
             self._recording = False
         with self._timed():
             self._paused[job] = list(self._touched.values())
-            self._make_room(first=self._paused[job])
+            self._evict_excess()
             self._touched.clear()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """To be entered while a job computes something that is not its own, such as weights."""
         before, self._recording = self._recording, False
         try:
             yield
@@ -182,10 +184,9 @@ class Offloader(NoOffload):
             self._recording = before
 
     def notes(self) -> list[str]:
-        """Sentences about what was done."""
-        if not self.written and not isinstance(self._store, File):  # a folder was asked for
+        if not self.written and not isinstance(self._store, DiskStore):  # a folder was asked for
             return []
-        written, read, peak = (size(count) for count in (self.written, self.read, self.peak))
+        written, read, peak = (size(count) for count in (self.written, self.read, self._store.size))
         which = "that had no room on the device " if self._budget else ""
         return [
             f"activations of paused batches {which}were kept {self._store.name}: {written} written, {read} read, "
@@ -193,30 +194,28 @@ class Offloader(NoOffload):
         ]
 
     def _timed(self) -> AbstractContextManager[None]:
-        return self._profiler.time("offload") if self._store.waits else nullcontext()
+        return self._profiler.time("offload") if self._store.synchronous else nullcontext()
 
     def _before(self, func: Any, inputs: list[UntypedStorage]) -> None:
-        """Have the inputs of an operation in memory."""
-        known = [(id(storage), self._records.get(id(storage))) for storage in inputs]
-        needed = {key: record for key, record in known if record is not None}
+        """Restore the inputs of an operation."""
+        keys = {id(storage) for storage in inputs}
+        needed = {key: record for key in keys if (record := self._records.get(key)) is not None}
         if not needed:
             return
-        if not all(record.present for record in needed.values()):
+        if not all(record.resident for record in needed.values()):
             with self._timed():
                 for record in needed.values():
-                    self._bring_back(record)
-        for key, record in needed.items():
-            self._present.pop(key, None)
-            self._present[key] = record
-            record.saved = record.saved and not func._schema.is_mutable
+                    self._restore(record)
+        for record in needed.values():
+            record.clean = record.clean and not func._schema.is_mutable
             if self._recording:
                 self._touch(record)
-        if not self._recording and len(self._present) > RESIDENT_STORAGES and self._held > self._budget:
+        if not self._recording and len(self._resident) > RESIDENT_STORAGES and self._held > self._budget:
             with self._timed():
-                self._make_room(spare=max(RESIDENT_STORAGES, len(needed)))
+                self._evict_excess(keep={*list(self._resident)[-RESIDENT_STORAGES:], *needed})
 
     def _after(self, inputs: list[UntypedStorage], outputs: list[UntypedStorage]) -> None:
-        """Remember what a job made anew; an output that shares an input's storage is not new."""
+        """Record the storages that a job's operation made; an output may share the storage of an input."""
         if not self._recording:
             return
         given = {id(storage) for storage in inputs}
@@ -228,12 +227,12 @@ class Offloader(NoOffload):
                 and storage.nbytes() >= _SMALLEST
                 and storage.device.type != "meta"
                 and storage.resizable()
-                and self._store.takes(storage)
+                and self._store.accepts(storage)
             ):
                 reference = weakref.ref(storage, self._forgetting(key))
                 record = _Record(reference, is_on_cpu(storage), storage.nbytes())
                 self._records[key] = record
-                self._enter(record, storage)
+                self._add_resident(record, storage)
                 self._touch(record)
 
     def _touch(self, record: _Record) -> None:
@@ -245,77 +244,69 @@ class Offloader(NoOffload):
         return lambda _: self._forget(key)
 
     def _forget(self, key: int) -> None:
-        """The storage is gone: its place may be used again."""
+        """Release the slot of a storage that was freed."""
         record = self._records.pop(key, None)
         self._touched.pop(key, None)
-        if record is None:
-            return
-        self._leave(key)
-        if record.place is not None:
-            self._store.release(record.place)
+        if record is not None:
+            self._remove_resident(key)
+            if record.slot is not None:
+                self._store.release(record.slot)
 
-    def _enter(self, record: _Record, storage: UntypedStorage) -> None:
-        record.present, record.bytes = True, storage.nbytes()
-        self._present[id(storage)] = record
+    def _add_resident(self, record: _Record, storage: UntypedStorage) -> None:
+        record.resident, record.bytes = True, storage.nbytes()
+        self._resident[id(storage)] = record
         self._held += record.bytes
 
-    def _leave(self, key: int) -> None:
-        record = self._present.pop(key, None)
+    def _remove_resident(self, key: int) -> None:
+        record = self._resident.pop(key, None)
         self._held -= 0 if record is None else record.bytes
 
-    def _make_room(self, *, spare: int = 0, first: Collection[_Record] = ()) -> None:
-        """Put storages in the store until the others fit the budget, besides the `spare` ones that were used last.
-
-        Those whose bytes it has already cost nothing; then come `first`, then those that were used longest ago.
-        """
-        if self._held <= self._budget:
-            return
-        known = list(self._present.items())
-        leaving, staying = known[: max(0, len(known) - spare)], known[max(0, len(known) - spare) :]
-        allowed = self._budget + sum(record.bytes for _, record in staying)
-        if self._budget:
-            turns = set(first)
-            leaving.sort(key=lambda item: 0 if item[1].saved else 1 if item[1] in turns else 2)
-        for key, record in leaving:
+    def _evict_excess(self, keep: Collection[int] = ()) -> None:
+        """Evict storages until the others fit the budget, not counting those to `keep`."""
+        allowed = self._budget + sum(self._resident[key].bytes for key in keep if key in self._resident)
+        for key, record in reversed(list(self._resident.items())):
             if self._held <= allowed:
                 break
-            self._put_away(key, record)
+            if key not in keep:
+                self._evict(key, record)
         if self._freed >= _FREED:
             release_freed_memory()
             self._freed = 0
 
-    def _put_away(self, key: int, record: _Record) -> None:
-        """Put a storage in the store, and free its memory."""
+    def _evict(self, key: int, record: _Record) -> None:
         storage = record.storage()
         if storage is None:
             return
+        count = storage.nbytes()
         if not storage.resizable():  # its memory was given to numpy or another process
             self._forget(key)
             return
-        count = storage.nbytes()
-        if not record.saved:
-            record.place = self._store.put(storage, record.place)
+        if not record.clean:
+            if count != record.bytes and record.slot is not None:  # an operation resized it
+                self._store.release(record.slot)
+                record.slot = None
+            record.slot = self._store.put(storage, record.slot)
             self.written += count
-            record.saved = True
-        # In this order: whatever is interrupted, `present` never says so of an empty storage.
-        record.present = False
-        self._leave(key)
+            record.clean = True
+        # The order matters after an interrupt: `resident` must never be True for an empty storage.
+        record.resident = False
+        self._remove_resident(key)
         record.bytes = count
         self._freed += count if record.on_cpu else 0
         storage.resize_(0)
 
-    def _bring_back(self, record: _Record) -> None:
+    def _restore(self, record: _Record) -> None:
         storage = record.storage()
-        if storage is None or record.present:
+        if storage is None or record.resident:
             return
         storage.resize_(record.bytes)
-        self._store.get(record.place, storage)
+        self._store.get(record.slot, storage)
         self.read += record.bytes
-        self._enter(record, storage)
+        self._add_resident(record, storage)
 
 
 class _EveryOperation(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While entered, calls `before` and `after` around every operation of torch, with the storages it uses."""
+    """Calls `before` and `after` around every operation of torch, with the storages that it uses."""
 
     def __init__(
         self,
@@ -337,7 +328,7 @@ class _EveryOperation(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _storages(values: Iterable[object]) -> Iterator[UntypedStorage]:
-    """Of all plain tensors: others have none of their own."""
+    """Yield the storages of all plain tensors; tensor subclasses have none."""
     for value in values:
         if isinstance(value, Tensor):
             if type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided:

@@ -15,12 +15,10 @@ from torch import nn
 
 import fewbit
 from fewbit.errors import CalibrationError, OutputError
-from fewbit.pipeline import offload as spilling
-from fewbit.pipeline import offload_slots as places
-from fewbit.pipeline import quantize_layers as running
+from fewbit.pipeline import offload, offload_store, quantize_layers
 from fewbit.pipeline.memory import ActivationBudget
 from fewbit.pipeline.offload import NoOffload, Offloader, make_offloader
-from fewbit.pipeline.offload_slots import File, HostMemory
+from fewbit.pipeline.offload_store import DiskStore, HostStore
 from fewbit.profiling import Profiler
 from models import random_sequences, save_tiny, tiny_model, tiny_tokenizer
 
@@ -30,19 +28,19 @@ SMALL = {"group_size": 16, "seq_len": 24}
 @pytest.fixture
 def everything(monkeypatch):
     """However small, it goes to disk."""
-    monkeypatch.setattr(spilling, "_SMALLEST", 1)
+    monkeypatch.setattr(offload, "_SMALLEST", 1)
 
 
 @pytest.fixture
-def spill(tmp_path, everything):
-    spill = Offloader(File(tmp_path), Profiler())
-    with spill:
-        yield spill
+def offloader(tmp_path, everything):
+    offloader = Offloader(DiskStore(tmp_path), Profiler())
+    with offloader:
+        yield offloader
 
 
 def on_other_devices(monkeypatch):
     """Take the CPU's memory for that of a device, to which kernels are given addresses."""
-    for module in (spilling, places):
+    for module in (offload, offload_store):
         monkeypatch.setattr(module, "is_on_cpu", lambda storage: False)
 
 
@@ -113,7 +111,7 @@ def stop_after(count, error):
 
 
 @pytest.mark.parametrize("error", [StopError, KeyboardInterrupt])
-def test_a_run_that_was_stopped_goes_on_to_the_same_files_and_leaves_nothing(error, tmp_path, everything):
+def test_stopped_run_resumes_to_the_same_files(error, tmp_path, everything):
     folder, scratch = save_tiny(tmp_path / "model"), tmp_path / "scratch"
     scratch.mkdir()
     config, text = fewbit.QuantConfig(**SMALL), random_sequences(6)
@@ -135,8 +133,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_files_and_leaves_nothing(err
         assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
 
 
-def test_tensors_of_a_paused_job_give_their_memory_back_and_get_it_again(spill):
-    with spill.running(0):
+def test_paused_tensors_are_evicted_and_restored(offloader):
+    with offloader.running(0):
         x = torch.arange(1000.0)
         y = x * 2
         rows, version = y.view(10, 100)[3:], y._version
@@ -145,48 +143,48 @@ def test_tensors_of_a_paused_job_give_their_memory_back_and_get_it_again(spill):
     assert y._version == version
     assert rows.data_ptr() == y.data_ptr() + 300 * 4
     assert bytes_of(x) == 0  # nobody asked for it
-    assert (spill.written, spill.read, spill.peak) == (8000, 4000, 8000)
+    assert (offloader.written, offloader.read, offloader._store.size) == (8000, 4000, 8000)
 
 
-def test_only_what_was_changed_is_written_again(spill):
-    with spill.running(0):
+def test_only_changed_tensors_are_written_again(offloader):
+    with offloader.running(0):
         x, y = torch.zeros(1000), torch.ones(1000)
-    with spill.running(0):
+    with offloader.running(0):
         (x + y).sum()
-    assert spill.written == 8000
-    with spill.running(0):
+    assert offloader.written == 8000
+    with offloader.running(0):
         x.view(10, 100)[2].add_(1)
         (y + 1).sum()
-    assert spill.written == 12000
-    assert spill.peak == 8000
+    assert offloader.written == 12000
+    assert offloader._store.size == 8000
     assert float(x.sum()) == 100
 
 
-def test_places_in_the_file_are_used_again(spill):
+def test_slots_are_used_again(offloader):
     for _ in range(5):
-        with spill.running(0):
+        with offloader.running(0):
             x = torch.ones(1000)
         assert bytes_of(x) == 0
         del x
-    assert (spill.written, spill.peak) == (20000, 4000)
+    assert (offloader.written, offloader._store.size) == (20000, 4000)
 
 
-def test_whoever_goes_through_all_jobs_holds_few_of_them(spill):
+def test_reading_all_jobs_keeps_few_resident(offloader):
     tensors = []
     for job in range(40):
-        with spill.running(job):
+        with offloader.running(job):
             tensors.append(torch.full((1000,), float(job)))
     assert [float(x.sum()) for x in tensors] == [1000.0 * job for job in range(40)]
     assert sum(bytes_of(x) > 0 for x in tensors) <= 8
-    with spill.running(0):
+    with offloader.running(0):
         pass
     assert sum(bytes_of(x) for x in tensors) == 0
 
 
-def test_what_is_not_of_the_job_stays(spill):
+def test_other_tensors_stay(offloader):
     weight = nn.Parameter(torch.randn(100, 100))
-    with spill.running(0):
-        with spill.paused():
+    with offloader.running(0):
+        with offloader.paused():
             read = torch.ones(100, 100) * 3
         view, made = weight.T, weight.T @ read
     outside = torch.ones(100) * 2
@@ -195,20 +193,20 @@ def test_what_is_not_of_the_job_stays(spill):
     assert bytes_of(made) == 0
 
 
-def test_memory_that_was_given_to_numpy_stays(spill):
-    with spill.running(0):
+def test_memory_shared_with_numpy_stays(offloader):
+    with offloader.running(0):
         x = torch.arange(100.0) + 1
         array = x.numpy()
     assert bytes_of(x) == 400
     assert array.sum() == 5050
 
 
-def test_what_outlives_the_walk_is_complete_again(tmp_path, everything):
-    spill, made = Offloader(File(tmp_path), Profiler()), []
+def test_survivors_are_restored_at_the_end(tmp_path, everything):
+    offloader, made = Offloader(DiskStore(tmp_path), Profiler()), []
 
     def stop_midway():
-        with spill:
-            with spill.running(0):
+        with offloader:
+            with offloader.running(0):
                 made.append(torch.arange(1000.0))
             assert bytes_of(made[0]) == 0
             raise StopError
@@ -219,40 +217,40 @@ def test_what_outlives_the_walk_is_complete_again(tmp_path, everything):
     assert is_clean(tmp_path)
 
 
-def test_on_other_devices_a_job_gets_everything_back_before_it_runs(tmp_path, everything, monkeypatch):
+def test_device_job_is_restored_before_it_runs(tmp_path, everything, monkeypatch):
     on_other_devices(monkeypatch)
-    spill = Offloader(File(tmp_path), Profiler())
-    with spill:
-        with spill.running(0):
+    offloader = Offloader(DiskStore(tmp_path), Profiler())
+    with offloader:
+        with offloader.running(0):
             x = torch.arange(1000.0)
-        with spill.running(1):
+        with offloader.running(1):
             assert bytes_of(x) == 0
-        with spill.running(0):
+        with offloader.running(0):
             assert bytes_of(x) == 4000
             x.numpy()[:] = 5  # behind torch's back
-    assert spill.written == 4000
+    assert offloader.written == 4000
     assert x[0] == 5
 
 
-def test_small_tensors_are_not_worth_it(tmp_path):
-    spill = Offloader(File(tmp_path), Profiler())
-    with spill, spill.running(0):
+def test_small_tensors_stay(tmp_path):
+    offloader = Offloader(DiskStore(tmp_path), Profiler())
+    with offloader, offloader.running(0):
         small, large = torch.zeros(1000), torch.zeros(100_000)
-    assert spill.written == bytes_of(large) > bytes_of(small)
+    assert offloader.written == bytes_of(large) > bytes_of(small)
 
 
-def test_without_a_folder_no_operation_is_watched():
-    spill = make_offloader(None, Profiler())
-    with spill, spill.running(0), spill.paused():
+def test_no_offload_without_a_folder():
+    offloader = make_offloader(None, Profiler())
+    with offloader, offloader.running(0), offloader.paused():
         x = torch.zeros(100_000)
         assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
-    assert type(spill) is NoOffload
+    assert type(offloader) is NoOffload
     assert bytes_of(x)
-    assert spill.notes() == []
+    assert offloader.notes() == []
 
 
 @pytest.mark.parametrize("kind", ["missing", "file"])
-def test_a_folder_that_cannot_be_used_is_refused_before_any_work(kind, tmp_path):
+def test_unusable_folder_is_refused_before_any_work(kind, tmp_path):
     folder = tmp_path / kind
     if kind == "file":
         folder.write_text("")
@@ -260,7 +258,7 @@ def test_a_folder_that_cannot_be_used_is_refused_before_any_work(kind, tmp_path)
         fewbit.quantize(tmp_path / "no model", dataset=["a"], output=tmp_path / "out", offload_dir=folder)
 
 
-def test_a_full_disk(tmp_path, everything):
+def test_full_disk(tmp_path, everything):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
@@ -279,87 +277,87 @@ def device(monkeypatch, everything):
     on_other_devices(monkeypatch)
 
 
-def filled(spill, jobs, count=1000):
+def filled(offloader, jobs, count=1000):
     """One tensor of `count` floats made by each job."""
     made = []
     for job in range(jobs):
-        with spill.running(job):
+        with offloader.running(job):
             made.append(torch.full((count,), float(job)))
     return made
 
 
-def test_those_that_a_device_has_room_for_stay(device):
-    spill = Offloader(HostMemory(pinned=False), Profiler(), budget=8000)
-    with spill:
-        tensors = filled(spill, 4)
+def test_tensors_within_the_budget_stay(device):
+    offloader = Offloader(HostStore(pinned=False), Profiler(), budget=8000)
+    with offloader:
+        tensors = filled(offloader, 4)
         assert [bytes_of(x) for x in tensors] == [4000, 4000, 0, 0]
         for job in range(4):
-            with spill.running(job):
+            with offloader.running(job):
                 assert float(tensors[job].sum()) == 1000 * job
         assert [bytes_of(x) for x in tensors] == [4000, 4000, 0, 0]
-        assert (spill.written, spill.read, spill.peak) == (16000, 8000, 8000)
-        with spill.running(0):
+        assert (offloader.written, offloader.read, offloader._store.size) == (16000, 8000, 8000)
+        with offloader.running(0):
             del tensors[0]
-        with spill.running(2):
+        with offloader.running(2):
             pass  # there is room for it now
         assert [bytes_of(x) for x in tensors] == [4000, 4000, 0]
     assert [float(x[0]) for x in tensors] == [1, 2, 3]
-    assert "on the device were kept in host memory: 16" in spill.notes()[0]
+    assert "on the device were kept in host memory: 16" in offloader.notes()[0]
 
 
-def test_a_job_that_grows_gives_way_itself(device):
-    spill = Offloader(HostMemory(pinned=False), Profiler(), budget=12000)
-    with spill:
-        tensors = filled(spill, 3)
-        with spill.running(1):
+def test_growing_job_is_evicted_itself(device):
+    offloader = Offloader(HostStore(pinned=False), Profiler(), budget=12000)
+    with offloader:
+        tensors = filled(offloader, 3)
+        with offloader.running(1):
             grown = torch.ones(500)
-        assert [bytes_of(x) for x in (*tensors, grown)] == [4000, 0, 4000, 2000]
-        with spill.running(1):
-            assert bytes_of(tensors[1]) == 4000
+        assert [bytes_of(x) for x in (*tensors, grown)] == [4000, 4000, 4000, 0]
+        with offloader.running(1):
+            assert bytes_of(grown) == 2000
 
 
-def test_whoever_goes_through_all_jobs_writes_nothing_again(device):
-    spill = Offloader(HostMemory(pinned=False), Profiler(), budget=8000)
-    with spill:
-        tensors = filled(spill, 40)
-        assert spill.written == 38 * 4000
+def test_reading_all_jobs_writes_nothing_again(device):
+    offloader = Offloader(HostStore(pinned=False), Profiler(), budget=8000)
+    with offloader:
+        tensors = filled(offloader, 40)
+        assert offloader.written == 38 * 4000
         for _ in range(2):
             assert [float(x.sum()) for x in tensors] == [1000.0 * job for job in range(40)]
         assert sum(bytes_of(x) > 0 for x in tensors) <= 10
         assert bytes_of(tensors[0]) == bytes_of(tensors[1]) == 4000
-        with spill.running(0):
+        with offloader.running(0):
             pass
         assert sum(bytes_of(x) > 0 for x in tensors) == 2
-        assert spill.written == 38 * 4000
+        assert offloader.written == 38 * 4000
 
 
-def test_what_a_job_changed_behind_torch_is_kept(device):
-    spill = Offloader(HostMemory(pinned=False), Profiler())
-    with spill:
-        [x] = filled(spill, 1)
-        with spill.running(0):
+def test_changes_unseen_by_torch_are_kept(device):
+    offloader = Offloader(HostStore(pinned=False), Profiler())
+    with offloader:
+        [x] = filled(offloader, 1)
+        with offloader.running(0):
             ctypes.memset(x.data_ptr(), 0, 2000)
         assert float(x.sum()) == 0
-        assert spill.written == 8000
+        assert offloader.written == 8000
 
 
-def test_host_memory_of_what_died_is_used_again(device):
-    store = HostMemory(pinned=False)
-    spill = Offloader(store, Profiler())
-    with spill:
+def test_released_host_memory_is_not_counted(device):
+    store = HostStore(pinned=False)
+    offloader = Offloader(store, Profiler())
+    with offloader:
         for _ in range(5):
-            [x] = filled(spill, 1)
+            [x] = filled(offloader, 1)
             assert bytes_of(x) == 0
             del x
-    assert (spill.written, spill.peak) == (20000, 4000)
+    assert (offloader.written, offloader._store.size) == (20000, 4000)
 
 
-def test_host_memory_does_not_take_what_is_there_already(everything):
-    spill = Offloader(HostMemory(pinned=False), Profiler())
-    with spill:
-        [x] = filled(spill, 1)
+def test_host_store_rejects_cpu_tensors(everything):
+    offloader = Offloader(HostStore(pinned=False), Profiler())
+    with offloader:
+        [x] = filled(offloader, 1)
         assert bytes_of(x) == 4000
-    assert spill.notes() == []
+    assert offloader.notes() == []
 
 
 def test_too_little_host_memory(device, monkeypatch):
@@ -368,13 +366,13 @@ def test_too_little_host_memory(device, monkeypatch):
             raise RuntimeError("CUDA error: out of memory\nand more")
         return torch.zeros(*arguments, **options)
 
-    monkeypatch.setattr(places.torch, "empty", refuse)
-    spill = Offloader(HostMemory(pinned=True), Profiler())
+    monkeypatch.setattr(offload_store.torch, "empty", refuse)
+    offloader = Offloader(HostStore(pinned=True), Profiler())
     with (
-        spill,
+        offloader,
         pytest.raises(CalibrationError, match=r"neither .* out of memory\. Use fewer .*\(--offload-dir"),
     ):
-        filled(spill, 1)
+        filled(offloader, 1)
 
 
 @pytest.mark.parametrize(
@@ -385,21 +383,21 @@ def test_too_little_host_memory(device, monkeypatch):
         ("mixtral", {}, 60_000),
     ],
 )
-def test_with_little_room_on_a_device_the_result_is_the_same(family, options, budget, device, monkeypatch):
+def test_same_result_with_little_device_memory(family, options, budget, device, monkeypatch):
     expected, plain = quantized(family, None, **options)
     assert not any("host memory" in note for note in plain.notes)
     monkeypatch.setattr(
-        running, "activation_budget", lambda *_, **__: ActivationBudget(budget, 10**9, pinned=False)
+        quantize_layers, "activation_budget", lambda *_, **__: ActivationBudget(budget, 10**9, pinned=False)
     )
     state, report = quantized(family, None, **options)
     assert all(torch.equal(state[key], expected[key]) for key in expected)
     assert any("were kept in host memory" in note for note in report.notes)
 
 
-def test_a_folder_takes_what_a_device_has_no_room_for(tmp_path, device, monkeypatch):
+def test_folder_takes_the_excess_of_a_device(tmp_path, device, monkeypatch):
     expected, _ = quantized("llama", None)
     monkeypatch.setattr(
-        running, "activation_budget", lambda *_, **__: ActivationBudget(60_000, 10**9, pinned=False)
+        quantize_layers, "activation_budget", lambda *_, **__: ActivationBudget(60_000, 10**9, pinned=False)
     )
     state, report = quantized("llama", tmp_path)
     assert all(torch.equal(state[key], expected[key]) for key in expected)
@@ -407,7 +405,7 @@ def test_a_folder_takes_what_a_device_has_no_room_for(tmp_path, device, monkeypa
     assert is_clean(tmp_path)
 
 
-def test_where_all_have_room_nobody_watches():
+def test_no_offload_if_everything_fits():
     assert type(make_offloader(None, Profiler(), ActivationBudget(1000, 1000, pinned=False))) is NoOffload
     assert type(make_offloader(None, Profiler(), ActivationBudget(1000, 1001, pinned=False))) is Offloader
 
@@ -416,7 +414,7 @@ def test_where_all_have_room_nobody_watches():
 @pytest.mark.parametrize("kind", ["host", "disk"])
 def test_on_a_gpu(kind, tmp_path, everything, monkeypatch):
     def run(room):
-        monkeypatch.setattr(running, "activation_budget", lambda *_, **__: room)
+        monkeypatch.setattr(quantize_layers, "activation_budget", lambda *_, **__: room)
         folder = tmp_path if kind == "disk" and room else None
         model = tiny_model("llama").cuda()
         config = fewbit.QuantConfig(**SMALL)
@@ -447,7 +445,7 @@ print(quantize(num_samples=64) - before)
 """
 
 
-def test_memory_holds_the_activations_of_one_batch(tmp_path):
+def test_peak_memory_is_one_batch(tmp_path):
     process = subprocess.run(
         [sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, timeout=120, check=True
     )

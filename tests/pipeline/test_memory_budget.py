@@ -1,4 +1,4 @@
-"""The room that a GPU has for activations: arithmetic, with the device's answer put in."""
+"""The memory of a GPU for activations: arithmetic, with the device's answer put in."""
 
 from types import SimpleNamespace
 
@@ -9,8 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import models
 from fewbit import QuantConfig
 from fewbit.modeling.source import open_source
-from fewbit.pipeline import memory as room
-from fewbit.pipeline.memory import activation_budget, free_device_bytes, solver_bytes
+from fewbit.pipeline import memory
+from fewbit.pipeline.memory import activation_budget, free_device_bytes, largest_layer_bytes
 from fewbit.pipeline.statistics import Rows
 from fewbit.pipeline.streaming import REST, StreamedWeights
 from fewbit.planning import make_plan
@@ -28,55 +28,55 @@ def llama(hidden, inner, key_values):
         return LlamaForCausalLM(config).bfloat16().eval()
 
 
-def room_of(monkeypatch, model, free, streams=2, batches=128):
-    monkeypatch.setattr(room, "free_device_bytes", lambda device: free)
+def budget_of(monkeypatch, model, free, paths=2, batches=128):
+    monkeypatch.setattr(memory, "free_device_bytes", lambda device: free)
     rows = [Rows(counts=frozenset([2048]))] * batches
     weights = SimpleNamespace(device=GPU, pending_bytes=lambda: 10**9)
-    return activation_budget(model, make_plan(model, QuantConfig()), weights, rows, streams)
+    return activation_budget(model, make_plan(model, QuantConfig()), weights, rows, paths)
 
 
-def test_nobody_asks_a_cpu():
+def test_no_budget_on_a_cpu():
     assert free_device_bytes(torch.device("cpu")) is None
     weights = SimpleNamespace(device=torch.device("cpu"))
     assert activation_budget(models.tiny_model("llama"), None, weights, [], 1) is None
 
 
-def test_an_8b_model_on_gpus_of_two_sizes(monkeypatch):
+def test_8b_model_on_gpus_of_two_sizes(monkeypatch):
     model = llama(4096, 14336, 1024)
     # Held while the widest layer waits: its input, the residual, and the input of the feed-forward network.
     held = 2 * 128 * 2048 * (14336 + 2 * 4096) * 2
-    large = room_of(monkeypatch, model, 139 * 2**30)
+    large = budget_of(monkeypatch, model, 139 * 2**30)
     assert held < large.needed < 2 * held
     assert large.needed < large.bytes < 0.9 * 139 * 2**30
-    small = room_of(monkeypatch, model, 24 * 2**30)
+    small = budget_of(monkeypatch, model, 24 * 2**30)
     assert 0 < small.bytes < held
     assert small.needed == large.needed
     assert large.bytes - small.bytes == pytest.approx(0.9 * 115 * 2**30, abs=2)
-    assert room_of(monkeypatch, model, 24 * 2**30, streams=1).needed == large.needed // 2
-    assert room_of(monkeypatch, model, 2**30).bytes == 0
+    assert budget_of(monkeypatch, model, 24 * 2**30, paths=1).needed == large.needed // 2
+    assert budget_of(monkeypatch, model, 2**30).bytes == 0
     assert large.pinned
 
 
-def test_a_70b_model_needs_no_watching_on_a_large_gpu(monkeypatch):
-    found = room_of(monkeypatch, llama(8192, 28672, 1024), 139 * 2**30)
+def test_70b_model_fits_on_a_large_gpu(monkeypatch):
+    found = budget_of(monkeypatch, llama(8192, 28672, 1024), 139 * 2**30)
     assert found.needed < found.bytes
 
 
-def test_the_solver_has_its_matrices():
+def test_largest_layer_bytes():
     plan = make_plan(llama(4096, 14336, 1024), QuantConfig())
-    assert solver_bytes(plan, 2) == 36 * 14336**2 + 26 * 14336 * 4096
-    assert solver_bytes(plan, 1) == 20 * 14336**2 + 15 * 14336 * 4096
+    assert largest_layer_bytes(plan, 2) == 36 * 14336**2 + 26 * 14336 * 4096
+    assert largest_layer_bytes(plan, 1) == 20 * 14336**2 + 15 * 14336 * 4096
 
 
-def test_a_batch_without_tokens(monkeypatch):
+def test_batch_without_tokens(monkeypatch):
     model = models.tiny_model("llama")
-    monkeypatch.setattr(room, "free_device_bytes", lambda device: 10**9)
+    monkeypatch.setattr(memory, "free_device_bytes", lambda device: 10**9)
     weights = SimpleNamespace(device=GPU, pending_bytes=lambda: 0)
     found = activation_budget(model, make_plan(model, QuantConfig(group_size=16)), weights, [Rows()], 1)
     assert 0 < found.needed < found.bytes
 
 
-def test_the_weights_that_are_still_to_come(tmp_path):
+def test_pending_bytes(tmp_path):
     folder = models.save_tiny(tmp_path / "model", "llama", num_hidden_layers=4)
     model, files = open_source(folder).build_model("auto")
     weights = StreamedWeights(model, files, torch.device("cpu"), Profiler())
@@ -88,7 +88,7 @@ def test_the_weights_that_are_still_to_come(tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_says_what_is_free():
+def test_free_memory_of_a_gpu():
     before = free_device_bytes(GPU)
     held = torch.empty(2**28, dtype=torch.uint8, device=GPU)
     assert 2**28 <= before - free_device_bytes(GPU) < 2**29
