@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .display import console, examples, plain, progress_bar, quiet_libraries
-from .options import Dtype
+from .options import AsJson, Dtype, TrustRemoteCode
 
 if TYPE_CHECKING:
     import torch
@@ -41,10 +41,8 @@ def bench(
         bool, typer.Option("--fuse", help="Merged layers, norms, MLPs and attention in one call each.")
     ] = False,
     lm_head_runtime: Annotated[int | None, typer.Option(help="8: run the output layer in 8 bits.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the model's own code.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
     verbose: Annotated[
         bool, typer.Option("-v", "--verbose", help="Also the time of every round (in the JSON).")
     ] = False,

@@ -3,41 +3,30 @@
 from __future__ import annotations
 
 import json
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from .. import formatting as words
-from ..checkpoint import convert as checkpoint_convert
-
-_EXAMPLES = """
-Examples:
-
-  fewbit convert out -o out-v2 --format gptq_v2
-
-  fewbit convert old-autogptq -o new --format gptq --allow-pickle
-"""
+from .. import formatting
+from .display import examples
+from .options import AsJson, Format
 
 
-class Format(str, Enum):
-    """Checkpoint formats."""
-
-    gptq = "gptq"
-    gptq_v2 = "gptq_v2"
-
-
+@examples(
+    "fewbit convert out -o out-v2 --format gptq_v2",
+    "fewbit convert old-autogptq -o new --format gptq --allow-pickle",
+)
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a GPTQ checkpoint, from any tool.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; must be empty or new.")],
     fmt: Annotated[Format, typer.Option("--format", help="gptq (v1, read by everything) or gptq_v2.")],
-    max_shard_size: Annotated[str, typer.Option(help="Of a weight file: 5GB, 512MiB.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 512MiB.")] = "5GB",
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Also read .bin and .pt files.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    as_json: AsJson = False,
     verbose: Annotated[
         bool, typer.Option("-v", "--verbose", help="Also list the files that were written.")
     ] = False,
@@ -47,8 +36,10 @@ def convert(
 
     No weight changes by a single bit.
     """
+    from ..checkpoint import convert as checkpoint_convert
+
     result = checkpoint_convert.convert(
-        checkpoint, output, fmt.value, max_shard_size=max_shard_size, allow_pickle=allow_pickle
+        checkpoint, output, fmt, max_shard_size=max_shard_size, allow_pickle=allow_pickle
     )
     if as_json:
         answer = {
@@ -68,8 +59,5 @@ def convert(
             )
         for path in sorted(result.output.iterdir()) if verbose else ():
             console.print(
-                f"{words.size(path.stat().st_size):>10}  {path.name}", markup=False, highlight=False
+                f"{formatting.size(path.stat().st_size):>10}  {path.name}", markup=False, highlight=False
             )
-
-
-convert.__doc__ = f"{convert.__doc__}\n{_EXAMPLES}"

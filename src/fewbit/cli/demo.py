@@ -10,18 +10,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .. import formatting as words
-from .display import console, progress_bar, quiet_libraries
-
-_EXAMPLES = """
-Examples:
-
-  fewbit demo
-
-  fewbit demo --json
-"""
+from .. import formatting
+from .display import console, examples, progress_bar, quiet_libraries
 
 
+@examples(
+    "fewbit demo",
+    "fewbit demo --json",
+)
 def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Also the settings, on stderr.")] = False,
@@ -51,16 +47,17 @@ def demo(
     for row in rows:
         kl = "" if row.kl is None else f"{row.kl:.4f}"
         table.add_row(
-            row.name, f"{row.bits_per_weight:.2f}", words.size(row.size_bytes), f"{row.perplexity:.2f}", kl
+            row.name,
+            f"{row.bits_per_weight:.2f}",
+            formatting.size(row.size_bytes),
+            f"{row.perplexity:.2f}",
+            kl,
         )
     output = Console()
     output.print(table)
     if quiet:
         return
-    output.print("How each goes on from the same words, with the same dice:")
+    output.print("Text of each model, from the same prompt and the same seed:")
     for row in rows:
         output.print(f"[bold]{row.name}[/]: ", end="")
         output.print(row.text, markup=False, highlight=False)
-
-
-demo.__doc__ = f"{demo.__doc__}\n{_EXAMPLES}"

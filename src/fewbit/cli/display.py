@@ -1,31 +1,38 @@
-"""What the commands share on the screen: the console, the progress bar, sizes in words."""
+"""Output that the commands share: console, examples, progress bar, and the table of engines."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column, Table
 from rich.text import Text
+
+from ..engines.table import READERS, reader
+
+if TYPE_CHECKING:
+    from ..engines.rules import Contents
 
 # Results go to stdout; progress and notes to stderr, so that `--json` can be piped.
 console = Console(stderr=True)
 F = TypeVar("F", bound=Callable[..., Any])
 
+NO = 1  # exit code if the answer is no
 INTERRUPTED = 130  # exit code after Ctrl-C
 
 
 def plain(value: object) -> Text:
-    """What a stranger wrote, for the screen: no markup, and control characters shown instead of obeyed."""
+    """Untrusted text for the screen: no markup, and control characters are shown, not executed."""
     text = str(value)
     return Text("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text))
 
 
 def quiet_libraries() -> None:
-    """Keep the progress bars and advice of transformers off the screen, and fewbit's log: commands show notes."""
+    """Turn off the progress bars and warnings of transformers, and fewbit's log, because commands show the notes."""
     import logging
 
     from transformers.utils import logging as transformers_logging
@@ -49,7 +56,7 @@ def examples(*commands: str) -> Callable[[F], F]:
 
 @contextmanager
 def progress_bar(title: str, *, hidden: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """A live bar with the time left; gives the callback ``(phase, done, total)`` that moves it."""
+    """Show a progress bar; yields its callback ``(phase, done, total)``."""
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(),
@@ -65,3 +72,21 @@ def progress_bar(title: str, *, hidden: bool = False) -> Iterator[Callable[[str,
             bar.update(task, completed=done, total=total, description=f"{title}: {phase}" if phase else title)
 
         yield update
+
+
+def engine_reasons(contents: Contents) -> dict[str, list[str]]:
+    """Engine → reasons why it cannot load a checkpoint; empty where no reason is known."""
+    from ..engines.rules import why_not
+
+    return {entry.name: why_not(entry, contents) for entry in READERS}
+
+
+def engine_table(reasons: Mapping[str, Sequence[str]], asked: Collection[str] | None, verbose: bool) -> Table:
+    """The engines in `asked`, or all, with the reasons why they cannot load a checkpoint: the first one, or all."""
+    table = Table("engine", "loads it", Column("why not", overflow="fold"), box=None, padding=(0, 2, 0, 0))
+    table.title, table.title_justify = "other engines", "left"
+    for name, why in reasons.items():
+        if not asked or name in asked:
+            shown = why if verbose or asked else why[:1]
+            table.add_row(reader(name).title, "no" if why else "yes", "\n".join(shown))
+    return table

@@ -10,18 +10,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-_EXAMPLES = """
-Examples:
-
-  fewbit env
-
-  fewbit env -v --json
-"""
+from .display import examples
 
 
+@examples(
+    "fewbit env",
+    "fewbit env -v --json",
+)
 def env(
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Also how torch was built.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Also the build settings of torch.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only the version of fewbit.")] = False,
 ) -> None:
     """Show versions, devices and what is compiled: paste this into a bug report."""
@@ -52,6 +52,3 @@ def env(
     for name, value in facts.items():
         table.add_row(name, value)
     Console().print(table)
-
-
-env.__doc__ = f"{env.__doc__}\n{_EXAMPLES}"

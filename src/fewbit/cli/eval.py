@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 
-from ..checkpoint.safe_io import read_json
 from ..errors import CalibrationError, ConfigError
-from ..evaluation import Evaluation, evaluate, windows
-from ..hf.lm_eval import Score, require_harness, run_tasks
-from ..modeling.source import Source, open_source
-from .display import console, plain, progress_bar, quiet_libraries
-from .options import Dtype
+from .display import console, examples, plain, progress_bar, quiet_libraries
+from .options import AsJson, Dtype, TrustRemoteCode
 
-_EXAMPLES = """
-Examples:
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
-  fewbit eval out --dataset wikitext2
-
-  fewbit eval out --against org/model --dataset held-out.txt --num-samples 64 --json
-
-  fewbit eval out --tasks arc_easy,hellaswag --limit 100
-"""
+    from ..evaluation import Evaluation
+    from ..hf.lm_eval import Score
+    from ..modeling.source import Source
 
 
+@examples(
+    "fewbit eval out --dataset wikitext2",
+    "fewbit eval out --against org/model --dataset held-out.txt --num-samples 64 --json",
+    "fewbit eval out --tasks arc_easy,hellaswag --limit 100",
+)
 def eval_(
     model: Annotated[str, typer.Argument(help="A quantized checkpoint, a transformers folder or a Hub id.")],
     dataset: Annotated[
@@ -63,16 +60,17 @@ def eval_(
         str,
         typer.Option(help="auto_a16 (no activation in 8 bits), auto, or one that `fewbit inspect` lists."),
     ] = "auto_a16",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the model's own code.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
     verbose: Annotated[
         bool, typer.Option("-v", "--verbose", help="Also device and kernels, on stderr.")
     ] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Measure perplexity on a text, with --against also KL divergence and top-1 agreement; or run benchmarks."""
+    from ..evaluation import windows
+    from ..hf.lm_eval import require_harness, run_tasks
+    from ..modeling.source import open_source
     from ..preparation import resolve_device
 
     if dataset is None and tasks is None:
@@ -117,11 +115,8 @@ def eval_(
         Console().print(_score_table(scores))
 
 
-eval_.__doc__ = f"{eval_.__doc__}\n{_EXAMPLES}"
-
-
 def _load(source: Source, dtype: str, device: torch.device, kernel: str) -> nn.Module:
-    """Through fewbit's runtime if the folder is a GPTQ checkpoint, else through transformers."""
+    """Load with fewbit if the folder is a GPTQ checkpoint, else with transformers."""
     if source.gguf is not None or not _is_gptq(source.folder):
         return source.load_model(dtype, device)
     from ..hf.load import load
@@ -131,7 +126,9 @@ def _load(source: Source, dtype: str, device: torch.device, kernel: str) -> nn.M
 
 
 def _perplexity(models: list[nn.Module], text: Tensor, batch_size: int, *, hidden: bool) -> Evaluation:
-    """Of the first model, compared with the second if there is one."""
+    """Evaluate the first model, against the second if there is one."""
+    from ..evaluation import evaluate
+
     with progress_bar("eval", hidden=hidden) as progress:
         return evaluate(
             models[0],
@@ -151,6 +148,8 @@ def _show_setup(model: nn.Module, device: torch.device) -> None:
 
 
 def _is_gptq(folder: Path) -> bool:
+    from ..checkpoint.safe_io import read_json
+
     config = read_json(folder / "config.json")
     return bool(config.get("quantization_config")) or (folder / "quantize_config.json").is_file()
 

@@ -9,23 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError, ModelError
-from .display import console, quiet_libraries
-from .options import Dtype
+from .display import console, examples, quiet_libraries
+from .options import Dtype, TrustRemoteCode
 
 if TYPE_CHECKING:
     from ..hf.generate import Generation
 
-_EXAMPLES = """
-Examples:
 
-  fewbit generate ./SmolLM2-135M-4bit -p "The capital of France is"
-
-  fewbit generate ./SmolLM2-135M-4bit --chat -p "Name three rivers." --max-new-tokens 60 --temperature 0.7
-
-  fewbit generate ./SmolLM2-135M-4bit -p "One" -p "Two, three" --lm-head-runtime 8
-"""
-
-
+@examples(
+    'fewbit generate ./SmolLM2-135M-4bit -p "The capital of France is"',
+    'fewbit generate ./SmolLM2-135M-4bit --chat -p "Name three rivers." --max-new-tokens 60 --temperature 0.7',
+    'fewbit generate ./SmolLM2-135M-4bit -p "One" -p "Two, three" --lm-head-runtime 8',
+)
 def generate(
     checkpoint: Annotated[str, typer.Argument(help="A quantized checkpoint: a folder or a Hub id.")],
     prompt: Annotated[
@@ -49,9 +44,7 @@ def generate(
         int | None, typer.Option(help="8: the output layer in 8 bits while running.")
     ] = None,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the model's own code.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     verbose: Annotated[
         bool, typer.Option("-v", "--verbose", help="Also device, dtype and prompt tokens.")
     ] = False,
@@ -72,15 +65,15 @@ def generate(
     quiet_libraries()
     if not all(prompt):
         raise ConfigError("the prompt is empty; give some text to go on from: -p TEXT")
-    place = resolve_device(device)
-    wanted = "bfloat16" if dtype == "auto" and place.type == "cpu" else dtype
-    fused = fuse and place.type == "cpu" and kernel in ("auto", "auto_a16", *NAMES)
+    where = resolve_device(device)
+    wanted = "bfloat16" if dtype == "auto" and where.type == "cpu" else dtype
+    fused = fuse and where.type == "cpu" and kernel in ("auto", "auto_a16", *NAMES)
     faster: dict[str, Any] = {"fuse": fused, "lm_head_runtime": lm_head_runtime}
-    model = load(checkpoint, place, wanted, kernel, trust_remote_code, **faster)
+    model = load(checkpoint, where, wanted, kernel, trust_remote_code, **faster)
     if not model.can_generate():
         raise ModelError(f"{checkpoint} is a {type(model).__name__}, which cannot generate text")
     tokenizer = _tokenizer(checkpoint, trust_remote_code)
-    inputs = _encode(tokenizer, prompt, chat, checkpoint).to(place)
+    inputs = _encode(tokenizer, prompt, chat, checkpoint).to(where)
     torch.manual_seed(seed)
     decoding = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     # transformers streams one text; several are written when all are complete.
@@ -95,10 +88,7 @@ def generate(
     for line in (*_speed(result), *kernels(model)):
         console.print(line, markup=False, highlight=False)
     if verbose:
-        console.print(f"on {place} in {str(model.dtype).removeprefix('torch.')}")
-
-
-generate.__doc__ = f"{generate.__doc__}\n{_EXAMPLES}"
+        console.print(f"on {where} in {str(model.dtype).removeprefix('torch.')}")
 
 
 def _speed(result: Generation) -> list[str]:

@@ -7,38 +7,29 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from .. import formatting as words
-from ..checkpoint.reader import Checkpoint, LayerSpec, open_checkpoint
+from .. import formatting
 from ..errors import CheckpointError
-from ..kernels import registry
-from .display import plain, quiet_libraries
-from .verdicts import NO, ForReaders, verdict_table, verdicts
+from .display import NO, engine_reasons, engine_table, examples, plain, quiet_libraries
+from .options import AsJson, Engines
 
-if TYPE_CHECKING:  # transformers takes seconds to import: not for --help
+if TYPE_CHECKING:
+    from ..checkpoint.reader import Checkpoint, LayerSpec
     from ..engines.rules import Contents
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_EXAMPLES = """
-Examples:
-
-  fewbit inspect out
-
-  fewbit inspect out --for vllm --for onnxruntime
-
-  fewbit inspect out --json
-"""
-
-
+@examples(
+    "fewbit inspect out",
+    "fewbit inspect out --for vllm --for onnxruntime",
+    "fewbit inspect out --json",
+)
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a GPTQ checkpoint, from any tool.")],
-    for_: ForReaders = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    for_: Engines = None,
+    as_json: AsJson = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="List every layer.")] = False,
     quiet: Annotated[
         bool, typer.Option("-q", "--quiet", help="Print nothing: is it a checkpoint that can be opened?")
@@ -46,9 +37,9 @@ def inspect(
 ) -> None:
     """Show bits, groups, format, sizes and origin of a checkpoint, and which kernels here can run it.
 
-    Only headers are read; `fewbit verify` looks at the contents. Exit code 1 if one that is named by --for cannot load
-    it.
+    Reads headers only; `fewbit verify` checks the contents. Exit code 1 if an engine named by --for cannot load it.
     """
+    from ..checkpoint.reader import open_checkpoint
     from ..engines.rules import of_checkpoint
 
     opened = open_checkpoint(checkpoint)
@@ -57,7 +48,7 @@ def inspect(
     quiet_libraries()
     kinds = _kinds(opened)
     contents = of_checkpoint(opened, kinds)
-    answers = verdicts(contents)
+    answers = engine_reasons(contents)
     if as_json:
         counts = Counter(kinds.get(name, "unknown") for name in opened.layers)
         found = {"kinds": dict(counts), "kernels": _kernels(opened, contents), "readers": answers}
@@ -68,16 +59,13 @@ def inspect(
         if verbose:
             console.print(_layers(opened))
         console.print(_kernel_table(opened, contents, kinds))
-        console.print(verdict_table(answers, for_, verbose))
+        console.print(engine_table(answers, for_, verbose))
     if any(answers[name] for name in for_ or ()):
         raise typer.Exit(NO)
 
 
-inspect.__doc__ = f"{inspect.__doc__}\n{_EXAMPLES}"
-
-
 def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Everything about the checkpoint itself, in plain JSON types."""
+    """The facts about the checkpoint, in plain JSON types."""
     specs = checkpoint.layers.values()
     weights = sum(spec.in_features * spec.out_features for spec in specs)
     nbytes = sum(spec.nbytes for spec in specs)
@@ -118,7 +106,7 @@ def _summary(checkpoint: Checkpoint) -> Table:
     if facts["bits_per_weight"] is not None:
         per_weight = f"{facts['bits_per_weight']:.2f}, with scales, zero points and g_idx"
         table.add_row("bits per weight", per_weight)
-    quantized, other = words.size(facts["quantized_bytes"]), words.size(facts["other_bytes"])
+    quantized, other = formatting.size(facts["quantized_bytes"]), formatting.size(facts["other_bytes"])
     table.add_row("size", f"{quantized} quantized, {other} not, in {facts['files']} file(s)")
     return table
 
@@ -133,15 +121,20 @@ def _layers(checkpoint: Checkpoint) -> Table:
     table = Table("layer", "out x in", "layout", "size", box=None, padding=(0, 2, 0, 0))
     for spec in checkpoint.layers.values():
         shape = f"{spec.out_features} x {spec.in_features}"
-        table.add_row(plain(spec.name), shape, _layout_text(spec), words.size(spec.nbytes))
+        table.add_row(plain(spec.name), shape, _layout_text(spec), formatting.size(spec.nbytes))
     return table
 
 
 def _kernels(checkpoint: Checkpoint, contents: Contents) -> list[dict[str, Any]]:
-    """For every kernel: how many layers it can run here, and the first reason where it cannot."""
+    """For every kernel: the number of layers that it can run here, and the first reason why it cannot run others."""
+    import torch
+
+    from ..kernels import registry
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float16"
-    dtype = _DTYPES.get(str(stated), torch.float16)
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    dtype = dtypes.get(str(stated), torch.float16)
     able: Counter[str] = Counter()
     reasons: dict[str, str] = {}
     for _, spec in contents.layers:
@@ -156,7 +149,7 @@ def _kernels(checkpoint: Checkpoint, contents: Contents) -> list[dict[str, Any]]
 
 
 def _kinds(checkpoint: Checkpoint) -> dict[str, str]:
-    """Layer → "linear" or "conv2d", which only the model knows; empty where transformers cannot build it."""
+    """Layer → "linear" or "conv2d", from the model; empty where transformers cannot build it."""
     from ..hf.model_check import expected
 
     try:

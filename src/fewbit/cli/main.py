@@ -1,4 +1,4 @@
-"""The `fewbit` command: puts the commands together and turns errors into messages and exit codes.
+"""The `fewbit` command: collects the commands and turns errors into messages and exit codes.
 
 Exit codes: 0 done, 1 the answer is no, 2 bad usage or bad input, 130 interrupted.
 """
@@ -26,10 +26,9 @@ from .verify import verify
 
 
 class _UnderscoreGroup(TyperGroup):
-    """Takes ``--group_size`` for ``--group-size``, in every command."""
+    """Accepts ``--group_size`` for ``--group-size``, in every command."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the command, after its long options were brought to their usual form."""
         return super().resolve_command(ctx, [_with_dashes(arg) for arg in args])
 
 

@@ -1,6 +1,7 @@
-"""The options of `fewbit quantize`, which `fewbit plan` takes too: listed once, turned into a `Job`.
+"""Options that several commands share.
 
-A command that begins with ``@with_options`` gets all of them, and receives the `Job` as its first argument.
+`fewbit quantize` and `fewbit plan` have the same options: the signature of `quantize_arguments`. A command with the
+decorator `with_options` takes all of them and receives the resulting `QuantizeArguments` as its first argument.
 """
 
 from __future__ import annotations
@@ -15,33 +16,56 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..config import QuantConfig, parse_overrides
+from ..engines.table import READERS
 
 ActOrder = Literal["group", "none", "full"]
 Method = Literal["gptq", "rtn"]
 Format = Literal["gptq", "gptq_v2"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+_ENGINES = [entry.name for entry in READERS]
+
+
+def _known_engines(names: list[str] | None) -> list[str] | None:
+    for name in names or ():
+        if name not in _ENGINES:
+            raise typer.BadParameter(f"{name!r} is none of {', '.join(_ENGINES)}")
+    return names
+
+
+Engines = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--for",
+        metavar="ENGINE",
+        callback=_known_engines,
+        help=f"Can it load this? {', '.join(_ENGINES)}. Repeatable.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")]
 
 
 @dataclass(frozen=True)
-class Job:
-    """What the options ask for.
+class QuantizeArguments:
+    """The arguments of `fewbit.quantize` that the options describe.
 
     Attributes:
-        arguments: of `api.quantize` and `forecast.forecast` alike: dataset, output, device and so on.
+        model: folder, ``.gguf`` file or Hub id.
+        config: settings of the run.
+        keywords: keyword arguments: dataset, output, device and so on.
     """
 
     model: str
     config: QuantConfig
-    arguments: dict[str, Any]
+    keywords: dict[str, Any]
 
     @property
     def output(self) -> Path | None:
-        """The folder to write."""
-        output: Path | None = self.arguments["output"]
+        output: Path | None = self.keywords["output"]
         return output
 
 
-def job(
+def quantize_arguments(
     model: Annotated[str, typer.Argument(help="A transformers folder, a .gguf file or a Hub id.")],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder to write; new, empty or interrupted.")
@@ -56,7 +80,7 @@ def job(
         typer.Option(help="Move targets towards the full-precision outputs: 0 to 1, or auto.", metavar="A"),
     ] = "auto",
     fast: Annotated[
-        bool, typer.Option("--fast", help="Half the time: no full-precision stream, no correction.")
+        bool, typer.Option("--fast", help="Half the time: no full-precision path, no correction.")
     ] = False,
     target_bits: Annotated[
         float | None,
@@ -78,10 +102,11 @@ def job(
     batch_size: Annotated[int, typer.Option(help="Sequences in a forward pass.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu or mps.")] = "auto",
     dtype: Annotated[
-        Dtype, typer.Option(help="Read the model in this: for calibration and what stays as it is.")
+        Dtype,
+        typer.Option(help="Dtype of the model: for calibration and for weights that are not quantized."),
     ] = "auto",
     ignore: Annotated[
-        list[str] | None, typer.Option(help="REGEX of layers to leave alone. Repeatable.")
+        list[str] | None, typer.Option(help="REGEX of layers not to quantize. Repeatable.")
     ] = None,
     override: Annotated[
         list[str] | None, typer.Option(help="'REGEX=bits:8,group_size:32' or 'REGEX=skip'. Repeatable.")
@@ -89,24 +114,20 @@ def job(
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Also quantize the output embedding.")] = False,
     format: Annotated[Format, typer.Option(help="gptq (v1) is read by everything.")] = "gptq",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
-    resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")
-    ] = True,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run.")] = True,
     eval_dataset: Annotated[
-        str | None, typer.Option("--eval", help="Measure the result on this text, against the original.")
+        str | None, typer.Option("--eval", help="Evaluate the result on this text, against the original.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Chooses the calibration windows.")] = 0,
     strict: Annotated[bool, typer.Option("--strict", help="Fail where a fallback would be used.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the model's own code.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weight files.")] = False,
     offload_dir: Annotated[
         Path | None,
-        typer.Option(help="Folder for activations of batches that wait, instead of memory. Same result."),
+        typer.Option(help="Folder for the activations of paused batches, instead of memory. Same result."),
     ] = None,
-) -> Job:
-    """The job that the options describe; its signature is what the command line takes."""
+) -> QuantizeArguments:
+    """The arguments that the options describe; the signature defines the command line."""
     config = QuantConfig(
         bits=bits,
         group_size=group_size,
@@ -130,7 +151,7 @@ def job(
         dtype=dtype,
         strict=strict,
     )
-    arguments = {
+    keywords = {
         "dataset": dataset,
         "output": output,
         "device": device,
@@ -141,17 +162,17 @@ def job(
         "offload_dir": offload_dir,
         "evaluate_on": eval_dataset,
     }
-    return Job(model, config, arguments)
+    return QuantizeArguments(model, config, keywords)
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` with the options of `job` in place of its first parameter."""
-    shared = inspect.signature(job, eval_str=True).parameters
+    """`command` with the options of `quantize_arguments` instead of its first parameter."""
+    shared = inspect.signature(quantize_arguments, eval_str=True).parameters
     _, *own = inspect.signature(command, eval_str=True).parameters.values()
 
     def run(**given: Any) -> None:
-        described = job(**{name: given.pop(name) for name in shared})
-        command(described, **given)
+        arguments = quantize_arguments(**{name: given.pop(name) for name in shared})
+        command(arguments, **given)
 
     parameters = [*shared.values(), *own]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -161,5 +182,5 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _correction(text: str) -> float | str:
-    """A number where the text is one; QuantConfig judges the rest."""
+    """A number if the text is one; QuantConfig checks the rest."""
     return float(text) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text.lower()) else text

@@ -14,37 +14,30 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from .. import formatting as words
+from .. import formatting
 from ..engines.table import reader
-from .display import console, quiet_libraries
-from .options import Job, with_options
-from .verdicts import NO, ForReaders, verdicts
+from .display import NO, console, engine_reasons, examples, quiet_libraries
+from .options import AsJson, Engines, QuantizeArguments, with_options
 
-if TYPE_CHECKING:  # transformers takes seconds to import: not for --help
+if TYPE_CHECKING:
     from ..estimate import Forecast
     from ..planning import LayerPlan, Plan
 
-_EXAMPLES = """
-Examples:
 
-  fewbit plan ./SmolLM2-135M -o ./SmolLM2-135M-4bit --dataset notes.txt
-
-  fewbit plan org/model --bits 3 --group-size 64 -v
-
-  fewbit plan org/model --bits 8 --asym --for vllm --for onnxruntime
-
-  fewbit plan org/model --num-samples 64 --json | jq .problems
-"""
-
-
+@examples(
+    "fewbit plan ./SmolLM2-135M -o ./SmolLM2-135M-4bit --dataset notes.txt",
+    "fewbit plan org/model --bits 3 --group-size 64 -v",
+    "fewbit plan org/model --bits 8 --asym --for vllm --for onnxruntime",
+    "fewbit plan org/model --num-samples 64 --json | jq .problems",
+)
 @with_options
 def plan(
-    job: Job,
+    arguments: QuantizeArguments,
     processes: Annotated[
         int, typer.Option(min=1, help="Plan for so many processes of torchrun, on this machine.")
     ] = 1,
-    for_: ForReaders = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    for_: Engines = None,
+    as_json: AsJson = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="List every module.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only say what cannot work.")] = False,
 ) -> None:
@@ -53,26 +46,29 @@ def plan(
 
     Takes a few seconds, for a measurement on this machine; nothing is written.
     """
-    show_forecast(job, processes, for_ or (), as_json=as_json, verbose=verbose, quiet=quiet)
-
-
-plan.__doc__ = f"{plan.__doc__}\n{_EXAMPLES}"
+    show_forecast(arguments, processes, for_ or (), as_json=as_json, verbose=verbose, quiet=quiet)
 
 
 def show_forecast(
-    job: Job, processes: int, engines: Sequence[str] = (), *, as_json: bool, verbose: bool, quiet: bool
+    arguments: QuantizeArguments,
+    processes: int,
+    engines: Sequence[str] = (),
+    *,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
 ) -> None:
-    """Forecast the job and print the answer, also to whether `engines` could load its result.
+    """Estimate a run and print the result, with the verdict of `engines` about its checkpoint.
 
     Raises:
-        typer.Exit: it cannot work, or one of them could not.
+        typer.Exit: the run cannot work, or an engine could not load the result.
     """
     from ..engines.rules import of_plan
     from ..estimate import forecast
 
     quiet_libraries()
-    found = forecast(job.model, job.config, **job.arguments, processes=processes)
-    answers = {} if found.plan is None else verdicts(of_plan(found.plan, job.config))
+    found = forecast(arguments.model, arguments.config, **arguments.keywords, processes=processes)
+    answers = {} if found.plan is None else engine_reasons(of_plan(found.plan, arguments.config))
     refused = [name for name in engines if answers.get(name)]
     if as_json:
         asked = {"readers": {name: answers.get(name) for name in engines}} if engines else {}
@@ -112,7 +108,7 @@ def _kind_table(found: Forecast) -> Table:
     table = Table("layers", Column("", overflow="fold"), "out × in", "bits", "group", "how", "size")
     table.title, table.title_justify, table.box = "to be quantized", "left", None
     for columns, count in counts.items():
-        table.add_row(f"{count} ×", *columns, words.size(nbytes[columns]))
+        table.add_row(f"{count} ×", *columns, formatting.size(nbytes[columns]))
     return table
 
 
@@ -121,13 +117,13 @@ def _module_table(found: Forecast) -> Table:
     table = Table(Column("layer", overflow="fold"), "out × in", "bits", "group", "how", "size", box=None)
     table.title, table.title_justify = "to be quantized", "left"
     for layer in found.plan.layers:
-        size = words.size(found.sizes.layers[layer.name]) if found.sizes else words.DASH
+        size = formatting.size(found.sizes.layers[layer.name]) if found.sizes else formatting.DASH
         table.add_row(layer.name, _shape(layer.out_features, layer.in_features), *_settings(layer), size)
     return table
 
 
 def _settings(layer: LayerPlan) -> tuple[str, str, str]:
-    """Bits, group and the rest in words."""
+    """Bits, group and the rest in formatting."""
     settings = layer.settings
     group = "row" if settings.group_size == -1 else str(settings.group_size)
     grid = "symmetric" if settings.sym else "asymmetric"
@@ -138,7 +134,9 @@ def _settings(layer: LayerPlan) -> tuple[str, str, str]:
 def _kept_table(found: Forecast, plan: Plan) -> Table:
     """What stays as it is, by reason."""
     table = Table("", Column("", overflow="fold"), "weights", "why", box=None)
-    total = f" ({words.size(found.sizes.plain)}, with embeddings, norms and biases)" if found.sizes else ""
+    total = (
+        f" ({formatting.size(found.sizes.plain)}, with embeddings, norms and biases)" if found.sizes else ""
+    )
     table.title, table.title_justify = f"to stay as they are{total}", "left"
     kinds: Counter[tuple[str, str]] = Counter()
     weights: Counter[tuple[str, str]] = Counter()
@@ -147,7 +145,7 @@ def _kept_table(found: Forecast, plan: Plan) -> Table:
         kinds[kind] += 1
         weights[kind] += math.prod(item.shape)
     for (name, why), count in kinds.items():
-        table.add_row(f"{count} ×", name, words.parameters(weights[name, why]), why)
+        table.add_row(f"{count} ×", name, formatting.parameters(weights[name, why]), why)
     return table
 
 
@@ -156,25 +154,28 @@ def _summary(found: Forecast) -> Table:
     each = f" in each of {found.processes} processes" if found.processes > 1 else ""
     if found.plan is not None:
         stored = f", {found.bits_per_weight:.3f} bits per weight" if found.bits_per_weight else ""
-        table.add_row("layers", f"{words.plural(len(found.plan.layers), 'layer')}{stored}")
+        table.add_row("layers", f"{formatting.plural(len(found.plan.layers), 'layer')}{stored}")
     if found.sizes is not None:
         sizes = found.sizes
         table.add_row(
             "result",
-            f"{words.size(sizes.output)}: {words.size(sizes.quantized)} quantized, {words.size(sizes.plain)} as it was",
+            f"{formatting.size(sizes.output)}: {formatting.size(sizes.quantized)} quantized, "
+            f"{formatting.size(sizes.plain)} as it was",
         )
-        table.add_row("disk", f"{words.size(sizes.disk)} while it is written")
+        table.add_row("disk", f"{formatting.size(sizes.disk)} while it is written")
     if found.memory is not None:
         memory = found.memory
-        parts = ", ".join(f"{name} {words.size(size)}" for name, size in memory.parts.items() if size)
-        table.add_row("peak memory", f"{words.size(memory.peak)}{each}, while {memory.moment}")
+        parts = ", ".join(f"{name} {formatting.size(size)}" for name, size in memory.parts.items() if size)
+        table.add_row("peak memory", f"{formatting.size(memory.peak)}{each}, while {memory.moment}")
         table.add_row("", parts)
         if memory.device_peak is not None:
-            table.add_row("GPU memory", f"{words.size(memory.device_peak)}{each}")
+            table.add_row("GPU memory", f"{formatting.size(memory.device_peak)}{each}")
     if found.seconds is not None:
         phases = sorted(found.seconds.items(), key=lambda item: -item[1])
-        shown = ", ".join(f"{name} {words.duration(seconds)}" for name, seconds in phases if seconds >= 0.1)
-        table.add_row("time", f"about {words.duration(found.total_seconds)}{each}")
+        shown = ", ".join(
+            f"{name} {formatting.duration(seconds)}" for name, seconds in phases if seconds >= 0.1
+        )
+        table.add_row("time", f"about {formatting.duration(found.total_seconds)}{each}")
         table.add_row("", shown)
     return table
 

@@ -10,31 +10,26 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from .display import INTERRUPTED, console, progress_bar, quiet_libraries
-from .options import Job, with_options
+from .. import formatting
+from .display import INTERRUPTED, console, examples, progress_bar, quiet_libraries
+from .options import AsJson, QuantizeArguments, with_options
 from .plan import show_forecast
 
-_EXAMPLES = """
-Examples:
 
-  fewbit quantize ./SmolLM2-135M -o ./SmolLM2-135M-4bit --dataset notes.txt
-
-  fewbit quantize org/model -o out --bits 3 --group-size 64 --dataset wikitext2 --eval wikitext2
-
-  fewbit quantize model.gguf -o out --dataset chats.jsonl --override 'down_proj=bits:8' --ignore 'layers.0'
-
-  torchrun --nproc-per-node 8 -m fewbit quantize org/model -o out --dataset wikitext2
-"""
-
-
+@examples(
+    "fewbit quantize ./SmolLM2-135M -o ./SmolLM2-135M-4bit --dataset notes.txt",
+    "fewbit quantize org/model -o out --bits 3 --group-size 64 --dataset wikitext2 --eval wikitext2",
+    "fewbit quantize model.gguf -o out --dataset chats.jsonl --override 'down_proj=bits:8' --ignore 'layers.0'",
+    "torchrun --nproc-per-node 8 -m fewbit quantize org/model -o out --dataset wikitext2",
+)
 @with_options
 def quantize(
-    job: Job,
+    arguments: QuantizeArguments,
     push_to_hub: Annotated[str | None, typer.Option(help="Upload the result to this Hub repository.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what it would do, need and take: fewbit plan.")
+        bool, typer.Option("--dry-run", help="Only plan the run, as fewbit plan does.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    as_json: AsJson = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Also list every layer.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only errors.")] = False,
 ) -> None:
@@ -43,30 +38,31 @@ def quantize(
 
     if dry_run:
         if launched_rank() in (None, 0):
-            show_forecast(job, launched_processes(), as_json=as_json, verbose=verbose, quiet=quiet)
+            show_forecast(arguments, launched_processes(), as_json=as_json, verbose=verbose, quiet=quiet)
         return
-    if job.output is None:
+    if arguments.output is None:
         raise typer.BadParameter("the folder to write is missing", param_hint="'-o' / '--output'")
     from .. import quantization as api
 
     quiet_libraries()
-    with torchrun_session(job.arguments["device"]) as is_leader:
+    with torchrun_session(arguments.keywords["device"]) as is_leader:
         try:
             with progress_bar("quantize", hidden=quiet or as_json or not is_leader) as progress:
                 report = api.quantize(
-                    job.model, job.config, **job.arguments, push_to_hub=push_to_hub, progress=progress
+                    arguments.model,
+                    arguments.config,
+                    **arguments.keywords,
+                    push_to_hub=push_to_hub,
+                    progress=progress,
                 )
         except KeyboardInterrupt as interrupt:
             if is_leader:
-                console.print(_after_interrupt(job.output))
+                console.print(_after_interrupt(arguments.output))
             raise typer.Exit(INTERRUPTED) from interrupt
     if as_json and is_leader:
         print(json.dumps(report.summary()))
     elif is_leader and not quiet:
         _show(report, verbose)
-
-
-quantize.__doc__ = f"{quantize.__doc__}\n{_EXAMPLES}"
 
 
 def _after_interrupt(output: Path) -> str:
@@ -81,7 +77,6 @@ def _after_interrupt(output: Path) -> str:
 
 
 def _show(report: Any, verbose: bool) -> None:
-    from .. import formatting as words
     from ..report.collect import PAGE_NAME
     from ..report.layer_stats import error_measure, error_name, mean, worst_layer
 
@@ -98,12 +93,12 @@ def _show(report: Any, verbose: bool) -> None:
         tuned = any(layer["tuned"] for layer in report.layers)
         table.add_row(
             error_name(report.layers) + (", before tuning" if tuned else ""),
-            f"{words.percent(average)} on average, {words.percent(worst[measure])} at most ({worst['name']})",
+            f"{formatting.percent(average)} on average, {formatting.percent(worst[measure])} at most ({worst['name']})",
         )
     fallbacks = ", ".join(f"{name} ({count} layers)" for name, count in report.fallbacks.items())
     table.add_row("fallbacks", fallbacks or "none")
     processes = f" in one of {report.ranks} processes" if report.ranks > 1 else ""
-    peak = words.size(report.peak_memory_bytes)
+    peak = formatting.size(report.peak_memory_bytes)
     table.add_row("time", f"{report.seconds:.1f} s, peak memory {peak}{processes}")
     if report.resumed_layers:
         table.add_row("resumed", f"{report.resumed_layers} layers came from the interrupted run")
@@ -111,9 +106,9 @@ def _show(report: Any, verbose: bool) -> None:
         base, after = report.evaluation["base"], report.evaluation["quantized"]
         table.add_row(
             "perplexity",
-            f"{words.number(base['perplexity'])} before, {words.number(after['perplexity'])} after; "
-            f"KL {words.number(after['kl'])} nats per token; same first choice "
-            f"{words.percent(after['top1_agreement'])}",
+            f"{formatting.number(base['perplexity'])} before, {formatting.number(after['perplexity'])} after; "
+            f"KL {formatting.number(after['kl'])} nats per token; same first choice "
+            f"{formatting.percent(after['top1_agreement'])}",
         )
     table.add_row("written to", str(report.output))
     table.add_row("report", str(Path(report.output) / PAGE_NAME))
@@ -123,7 +118,6 @@ def _show(report: Any, verbose: bool) -> None:
 
 
 def _layer_table(report: Any) -> Table:
-    from .. import formatting as words
 
     headings = ("shape", "bits", "group", "tokens", "own error", "true error", "α", "fallbacks")
     table = Table(Column("layer", overflow="fold"), *headings)
@@ -134,9 +128,9 @@ def _layer_table(report: Any) -> Table:
             str(layer["bits"]),
             str(layer["group_size"]),
             str(layer["tokens"]),
-            words.percent(layer["output_error"]),
-            words.percent(layer["true_error"]),
-            words.alpha(layer["correction"]),
+            formatting.percent(layer["output_error"]),
+            formatting.percent(layer["true_error"]),
+            formatting.alpha(layer["correction"]),
             ", ".join(layer["fallbacks"]),
         )
     return table

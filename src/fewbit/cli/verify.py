@@ -4,36 +4,37 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from ..checkpoint import verify as checkpoint_verify
-from .display import plain, quiet_libraries
+from .display import NO, examples, plain, quiet_libraries
+from .options import AsJson
 
-_EXAMPLES = """
-Examples:
-
-  fewbit verify out
-
-  fewbit verify out --against path/to/original --json
-"""
+if TYPE_CHECKING:
+    from ..checkpoint.verify import VerifyResult
 
 
+@examples(
+    "fewbit verify out",
+    "fewbit verify out --against path/to/original --json",
+)
 def verify(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a GPTQ checkpoint, from any tool.")],
     against: Annotated[
         Path | None, typer.Option(help="Folder of the original model: also measure every layer's error.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    as_json: AsJson = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="With --against: every layer.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only the exit code.")] = False,
 ) -> None:
     """Check names (also those that the model needs), shapes, dtypes, index, hashes, scales, zero points and g_idx.
 
-    Lists every problem that it finds. Exit code 0 if there is none, else 1.
+    Lists every problem. Exit code 0 if there is none, else 1.
     """
+    from ..checkpoint import verify as checkpoint_verify
+
     quiet_libraries()
     result = checkpoint_verify.verify(checkpoint, against)
     if as_json:
@@ -43,13 +44,10 @@ def verify(
     elif not quiet:
         _show(Console(), result, verbose)
     if not result.ok:
-        raise typer.Exit(1)
+        raise typer.Exit(NO)
 
 
-verify.__doc__ = f"{verify.__doc__}\n{_EXAMPLES}"
-
-
-def _show(console: Console, result: checkpoint_verify.VerifyResult, verbose: bool) -> None:
+def _show(console: Console, result: VerifyResult, verbose: bool) -> None:
     for problem in result.problems:
         console.print(plain(f"{problem.where}: {problem.what}"), highlight=False)
     if result.errors:
