@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fewbit.config import QuantConfig
 from fewbit.modeling.layers import input_rows, set_weight_matrix, weight_matrix
-from fewbit.pipeline.scheduler import LayerInput, walk
+from fewbit.pipeline.scheduler import Hooks, LayerInput, Scheduler
 from fewbit.planning import make_plan
 
 _BLOCK_COLUMNS = 128
@@ -106,16 +106,17 @@ def quantize(model: nn.Module, batches: Sequence[dict[str, Tensor]], recipe: Rec
     hessians = _Hessians()
     found: dict[str, Tensor] = {}
 
-    def meet(name: str, arrivals: list[LayerInput]) -> None:
+    def on_layer(name: str, inputs: list[LayerInput]) -> None:
         W = weight_matrix(layers[name]).float()
-        H = hessians.of(layers[name], arrivals) if arrivals else None
+        H = hessians.of(layers[name], inputs) if inputs else None
         found[name] = round_to_nearest(W, recipe) if H is None else gptq(W, H, recipe)
         set_weight_matrix(layers[name], found[name])
 
     with torch.no_grad():
-        walk(layers, [lambda b=batch: model(**b, use_cache=False) for batch in batches], meet)
+        jobs = [lambda b=batch: model(**b, use_cache=False) for batch in batches]
+        Scheduler(layers, jobs, Hooks(on_layer)).run()
         for name in layers.keys() - found.keys():  # no token reached it
-            meet(name, [])
+            on_layer(name, [])
     return found
 
 
@@ -126,8 +127,8 @@ class _Hessians:
         self._inputs: list[Tensor] = []
         self._H = torch.empty(0, 0)
 
-    def of(self, module: nn.Module, arrivals: list[LayerInput]) -> Tensor:
-        inputs = [arrival.x for arrival in arrivals]
+    def of(self, module: nn.Module, given: list[LayerInput]) -> Tensor:
+        inputs = [one.x for one in given]
         if len(inputs) != len(self._inputs) or any(
             a is not b for a, b in zip(inputs, self._inputs, strict=True)
         ):

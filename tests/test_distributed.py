@@ -9,7 +9,7 @@ import torch
 
 from fewbit.distributed import Communicator, torchrun_session
 from fewbit.errors import ConfigError, ModelError, RankError
-from fewbit.pipeline.layer_quantizer import Follower
+from fewbit.pipeline.layer_quantizer import NonLeaderSink
 from rank_processes import run_ranks
 
 
@@ -163,7 +163,7 @@ def test_non_leader_sink_has_no_tensors():
     with pytest.raises(
         RankError, match=r"came back to layers\.0\.q after its block was finished, which works in one"
     ):
-        Follower({}).tensors("layers.0.q")
+        NonLeaderSink({}).tensors("layers.0.q")
 
 
 @pytest.fixture

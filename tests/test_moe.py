@@ -234,7 +234,7 @@ def test_resumed_in_the_middle_it_is_the_same_to_the_byte(run, tmp_path):
 
 
 def test_experts_that_cannot_be_taken_apart_are_told_when_loading(run, monkeypatch):
-    monkeypatch.setattr("fewbit.modeling.experts.why_not", lambda *_: "they are not known")
+    monkeypatch.setattr("fewbit.modeling.experts.unsupported_reason", lambda *_: "they are not known")
     message = r"layer .*experts\.0\.\w+ is stored by itself, but .* take apart: they are not known"
     with pytest.raises(CheckpointError, match=message):
         fewbit.load(run[2])

@@ -20,14 +20,14 @@ from fewbit.cli.main import run
 from fewbit.pipeline.layer_quantizer import LayerQuantizer
 
 rank, blocks = sys.argv.pop(1), int(sys.argv.pop(1))
-solve = LayerQuantizer._solve
+quantize_layer = LayerQuantizer.quantize_layer
 
-def solve_or_die(self, *arguments):
+def quantize_or_die(self, *arguments):
     if os.environ["RANK"] == rank and len(self.sink.records) == 7 * blocks:
         os.kill(os.getpid(), signal.SIGKILL)
-    solve(self, *arguments)
+    quantize_layer(self, *arguments)
 
-LayerQuantizer._solve = solve_or_die
+LayerQuantizer.quantize_layer = quantize_or_die
 run()
 """
 

@@ -30,7 +30,7 @@ from .evaluation import evaluate
 from .modeling.experts import unfuse
 from .modeling.source import Source, load_tokenizer, open_source
 from .pipeline.journal import Journal, check_output
-from .pipeline.layer_quantizer import Follower, MemorySink
+from .pipeline.layer_quantizer import MemorySink, NonLeaderSink
 from .pipeline.offload import check_offload_dir
 from .pipeline.quantize_layers import check_weights, quantize_layers
 from .pipeline.streaming import Weights
@@ -249,7 +249,7 @@ class _PathJob:
     ) -> Report:
         """The same in the processes that do not write, from the journal on."""
         comm = ctx.comm
-        sink = Follower(comm.broadcast_object({}))
+        sink = NonLeaderSink(comm.broadcast_object({}))
         plan = comm.broadcast_object(plan)
         quantize_layers(model, plan, calibration, sink, weights, replace(ctx, progress=no_progress))
         _peak(comm)

@@ -7,7 +7,7 @@ from torch import nn
 import fewbit
 from fewbit.kernels.linear import QuantLinear
 from fewbit.pipeline.scheduler import LayerInput
-from fewbit.pipeline.statistics import HessianPool, Rows, hold_out
+from fewbit.pipeline.statistics import BatchMasks, HessianPool, split_holdout
 from models import random_sequences, tiny_model, tiny_tokenizer
 from moe_models import tiny_moe
 from rank_processes import run_ranks
@@ -77,7 +77,7 @@ def quantized(comm, sequences, options):
     return codes, figures, report.ranks, report.notes
 
 
-UNEVEN, ONE_RANKS, NOBODYS, FEW = (7, {0, 1, 2}, 2), (8, {6}, 3), (5, set(range(5)), 2), (2, {0}, 3)
+UNEVEN, ONE_RANKS, UNUSED, FEW = (7, {0, 1, 2}, 2), (8, {6}, 3), (5, set(range(5)), 2), (2, {0}, 3)
 
 
 @pytest.mark.parametrize(
@@ -87,13 +87,13 @@ UNEVEN, ONE_RANKS, NOBODYS, FEW = (7, {0, 1, 2}, 2), (8, {6}, 3), (5, set(range(
         pytest.param(UNEVEN, {"bits": 3, "sym": False}, id="3 bits, asymmetric"),
         pytest.param(UNEVEN, {"method": "rtn"}, id="round to nearest"),
         pytest.param(ONE_RANKS, {}, id="an expert of one rank"),
-        pytest.param(ONE_RANKS, {"fast": True}, id="the same in one stream"),
-        pytest.param(NOBODYS, {}, id="an expert of nobody"),
+        pytest.param(ONE_RANKS, {"fast": True}, id="the same on one path"),
+        pytest.param(UNUSED, {}, id="an expert without tokens"),
         pytest.param(FEW, {}, id="more ranks than batches"),
-        pytest.param(FEW, {"fast": True}, id="the same in one stream, too"),
+        pytest.param(FEW, {"fast": True}, id="the same on one path, more ranks"),
     ],
 )
-def test_exact_sums_give_the_codes_of_one_process(case, options):
+def test_exact_sums_match_one_process(case, options):
     count, of_expert_0, world = case
     sequences = sequences_by_expert(count, of_expert_0)
     codes, figures, alone, notes = quantized(None, sequences, options)
@@ -107,7 +107,7 @@ def test_exact_sums_give_the_codes_of_one_process(case, options):
             assert other == pytest.approx(one, rel=1e-5)
 
 
-def test_no_row_counts_twice_and_held_out_ones_are_gathered():
+def test_each_row_counts_once():
     _, figures, _, _ = quantized(None, random_sequences(7), {})
     assert {layer["tokens"] for layer in figures[:3]} == {6 * 24}
     assert {layer["held_out"] for layer in figures[:3]} == {24}
@@ -116,20 +116,20 @@ def test_no_row_counts_twice_and_held_out_ones_are_gathered():
 
 
 def shared_hessians(comm):
-    """Two layers get the same tensors on rank 0; on rank 1 others, or none."""
+    """Two layers get the same tensors on rank 0; on rank 1 other tensors, or none."""
     layers = [nn.Linear(4, 4) for _ in range(4)]
-    pool = HessianPool(comm.share(hold_out([Rows() for _ in range(2)])), comm=comm)
+    pool = HessianPool(comm.share(split_holdout([BatchMasks() for _ in range(2)])), comm=comm)
     x, y = (torch.full((1, 3, 4), float(value)) for value in (1, 2))
     inputs = [x, x, x if comm.is_leader else y, None if comm.is_leader else y]
-    entries = [
+    hessians = [
         pool.get(str(i), layer, [] if tensor is None else [LayerInput(0, tensor)])
         for i, (layer, tensor) in enumerate(zip(layers, inputs, strict=True))
     ]
-    same = [entry is entries[0] for entry in entries]
-    return same, [(entry.hessian.tokens, float(entry.hessian.matrix()[0, 1])) for entry in entries]
+    same = [shared is hessians[0] for shared in hessians]
+    return same, [(shared.hessian.tokens, float(shared.hessian.matrix()[0, 1])) for shared in hessians]
 
 
-def test_a_hessian_is_shared_only_where_the_inputs_are_the_same_on_all_ranks():
+def test_hessian_is_shared_if_inputs_agree_on_all_ranks():
     for same, sums in run_ranks(2, shared_hessians):
         assert same == [True, True, False, False]
         assert sums == [(6, 6.0), (6, 6.0), (6, 15.0), (3, 12.0)]
@@ -163,7 +163,7 @@ def outliers(model):
     ("make", "options"),
     [
         pytest.param(wide_llama, {}, id="defaults"),
-        pytest.param(wide_llama, {"fast": True, "dtype": torch.bfloat16}, id="one stream, bfloat16"),
+        pytest.param(wide_llama, {"fast": True, "dtype": torch.bfloat16}, id="one path, bfloat16"),
         pytest.param(wide_llama, {"act_order": "full", "dtype": torch.bfloat16}, id="full order"),
         pytest.param(lambda: outliers(wide_llama()), {"bits": 2, "sym": False}, id="3 bits, asymmetric"),
         pytest.param(wide_llama, {"tune": True, "tune_steps": 6, "bits": 2}, id="tuned"),
@@ -171,7 +171,7 @@ def outliers(model):
         pytest.param(lambda: tiny_moe("qwen3_moe"), {"dtype": torch.bfloat16}, id="experts, bfloat16"),
     ],
 )
-def test_a_real_architecture_has_the_bytes_of_one_process(make, options, world, monkeypatch):
+def test_bytes_match_one_process(make, options, world, monkeypatch):
     monkeypatch.setattr(
         "fewbit.pipeline.tune_block.TOKENS_PER_STEP", 30
     )  # gradients of up to two batches are summed exactly
@@ -183,7 +183,7 @@ def test_a_real_architecture_has_the_bytes_of_one_process(make, options, world, 
     assert run_ranks(world, packed, make, sequences, options) == [alone] * world
 
 
-def test_a_mixture_of_experts_counts_every_token_once():
+def test_each_expert_token_counts_once():
     sequences = random_sequences(6)
 
     def tokens(comm):

@@ -13,7 +13,14 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from fewbit.checkpoint.assemble import names_on_disk
 from fewbit.config import QuantConfig
-from fewbit.modeling.experts import UnfusedExperts, routes_of, unfuse, unfused_modules, why_fused, why_not
+from fewbit.modeling.experts import (
+    UnfusedExperts,
+    routes_of,
+    unfuse,
+    unfused_modules,
+    unsupported_reason,
+    why_fused,
+)
 from fewbit.planning import make_plan
 from models import random_sequences, tiny_model
 from moe_models import EXPERTS, HIDDEN, INNER, MOE_SHAPES, tiny_moe
@@ -190,12 +197,12 @@ def test_an_activation_of_their_own_is_kept():
 
 def test_other_structures_are_refused_with_the_reason():
     fused = ClampedExperts(SimpleNamespace())
-    assert "original files" in why_not("x", fused, [])
+    assert "original files" in unsupported_reason("x", fused, [])
     fused.extra = nn.Parameter(torch.zeros(1))
-    assert "other weights" in why_not("x", fused, [])
+    assert "other weights" in unsupported_reason("x", fused, [])
     unknown = nn.Module()
     unknown.weight = nn.Parameter(torch.zeros(2, 3, 4))
-    assert "not one of transformers' fused experts" in why_not("x", unknown, [])
+    assert "not one of transformers' fused experts" in unsupported_reason("x", unknown, [])
 
 
 def test_gradients_reach_every_expert_that_was_chosen():

@@ -11,7 +11,7 @@ from fewbit import QuantConfig
 from fewbit.modeling.source import open_source
 from fewbit.pipeline import memory
 from fewbit.pipeline.memory import activation_budget, free_device_bytes, largest_layer_bytes
-from fewbit.pipeline.statistics import Rows
+from fewbit.pipeline.statistics import BatchMasks
 from fewbit.pipeline.streaming import REST, StreamedWeights
 from fewbit.planning import make_plan
 from fewbit.profiling import Profiler
@@ -30,7 +30,7 @@ def llama(hidden, inner, key_values):
 
 def budget_of(monkeypatch, model, free, paths=2, batches=128):
     monkeypatch.setattr(memory, "free_device_bytes", lambda device: free)
-    rows = [Rows(counts=frozenset([2048]))] * batches
+    rows = [BatchMasks(counts=frozenset([2048]))] * batches
     weights = SimpleNamespace(device=GPU, pending_bytes=lambda: 10**9)
     return activation_budget(model, make_plan(model, QuantConfig()), weights, rows, paths)
 
@@ -72,7 +72,7 @@ def test_batch_without_tokens(monkeypatch):
     model = models.tiny_model("llama")
     monkeypatch.setattr(memory, "free_device_bytes", lambda device: 10**9)
     weights = SimpleNamespace(device=GPU, pending_bytes=lambda: 0)
-    found = activation_budget(model, make_plan(model, QuantConfig(group_size=16)), weights, [Rows()], 1)
+    found = activation_budget(model, make_plan(model, QuantConfig(group_size=16)), weights, [BatchMasks()], 1)
     assert 0 < found.needed < found.bytes
 
 

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from ..modeling.experts import UnfusedExperts, unfused_modules
 from ..modeling.layers import input_rows
-from ..pipeline.expert_calibration import Routing
+from ..pipeline.expert_calibration import ExpertCalibration
 from ..pipeline.quantize_layers import without_cache
-from ..pipeline.scheduler import BlockCall, LayerInput, walk
-from ..pipeline.statistics import KEPT, Rows
+from ..pipeline.scheduler import BlockCall, Hooks, LayerInput, Scheduler
+from ..pipeline.statistics import CACHED_HESSIANS, BatchMasks
 from ..pipeline.streaming import StreamedWeights, Weights
 from ..planning import LayerPlan, Plan, block_of
 from ..profiling import Profiler
@@ -96,8 +96,8 @@ def run_trial(
     experts = unfused_modules(model)
     layers = [layer for layer in plan.layers if layer.block in trial.kinds and not of_expert(layer, experts)]
     modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
-    routing = Routing(model, [Rows.of(batch)])
-    points = routing.meeting_points(_with_experts(modules, plan, trial, model))
+    routing = ExpertCalibration(model, [BatchMasks.of(batch)])
+    points = routing.with_points(_with_experts(modules, plan, trial, model))
     points = {name: module for name, module in points.items() if name in modules or name in routing.points}
     blocks = {b: model.get_submodule(b) for b in trial.kinds if any(n.startswith(f"{b}.") for n in modules)}
     extra = without_cache(model)
@@ -105,19 +105,20 @@ def run_trial(
     def job() -> object:
         return model(**batch, **extra)
 
-    def leave(name: str, passages: list[BlockCall]) -> dict[int, Any]:
-        trial.seconds[name] = _median_seconds(blocks[name], passages[0], weights.device)
+    def on_block_end(name: str, calls: list[BlockCall]) -> dict[int, Any]:
+        trial.seconds[name] = _median_seconds(blocks[name], calls[0], weights.device)
         return {}
 
     with torch.no_grad(), weights.on_demand(lambda unit: None):
         with _load_rate(weights, trial, profiler):
-            walk(points, [job], lambda name, arrivals: None, blocks=blocks, leave=leave)
+            Scheduler(points, [job], Hooks(lambda name, inputs: None, on_block_end), blocks=blocks).run()
         second = _first_of_second_block(trial, layers, plan)
         for name in second:
             weights.load(name)  # not to be counted
         with LiveBytes(HEAP_BYTES * trial.tokens // whole) as live:
             observer = _Observer(trial, modules, live, second)
-            walk(points | {name: model.get_submodule(name) for name in second}, [job], observer.meet)
+            points |= {name: model.get_submodule(name) for name in second}
+            Scheduler(points, [job], Hooks(observer.on_layer)).run()
         trial.transient = max(0, live.peak - max((stop.held for stop in trial.stops.values()), default=0))
     weights.release_except([])
     return trial
@@ -181,8 +182,8 @@ class _Observer:
     last: list[tuple[str, weakref.ref[Tensor]]] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
 
-    def meet(self, name: str, arrivals: Sequence[LayerInput]) -> None:
-        held, heap, x = self.live.now, self.live.heap, arrivals[0].x
+    def on_layer(self, name: str, inputs: Sequence[LayerInput]) -> None:
+        held, heap, x = self.live.now, self.live.heap, inputs[0].x
         if name in self.second:
             self.add_to_first(self.second[name], held, heap)
             return
@@ -193,7 +194,9 @@ class _Observer:
         new = sum(size for key, size in alive.items() if key not in self.seen)
         self.seen = set(alive)
         first = next((other for other, seen in self.last if seen() is x), name)
-        self.last = [*self.last[1 - KEPT :], (name, weakref.ref(x))] if first == name else self.last
+        self.last = (
+            [*self.last[1 - CACHED_HESSIANS :], (name, weakref.ref(x))] if first == name else self.last
+        )
         self.trial.stops[name] = Stop(input_rows(self.modules[name], x).shape[0], held, heap, new, first)
 
     def add_to_first(self, alike: str, held: int, heap: int) -> None:
@@ -222,11 +225,11 @@ def _with_experts(
     return {name: modules.get(name) or model.get_submodule(name) for name in names}
 
 
-def _median_seconds(block: nn.Module, passage: BlockCall, device: torch.device) -> float:
+def _median_seconds(block: nn.Module, call: BlockCall, device: torch.device) -> float:
     found: list[float] = []
     while len(found) < _REPEATS and sum(found) < _SECONDS:
         start = time.perf_counter()
-        block(*passage.args, **passage.kwargs)
+        block(*call.args, **call.kwargs)
         synchronize(device)
         found.append(time.perf_counter() - start)
     return statistics.median(found)

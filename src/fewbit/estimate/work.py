@@ -14,7 +14,7 @@ from ..modeling.experts import UnfusedExperts, unfused_modules
 from ..pipeline.expert_calibration import TOKENS_PER_FEATURE
 from ..pipeline.memory import RESIDENT_STORAGES
 from ..pipeline.quantize_layers import needs_full_precision
-from ..pipeline.statistics import PROBE_TOKENS, Rows, hold_out
+from ..pipeline.statistics import HOLDOUT_TOKENS, BatchMasks, split_holdout
 from ..planning import LayerPlan, Plan, block_of
 from .trial import Trial, of_expert, tokens_of
 
@@ -47,7 +47,7 @@ class Work:
         transient: most bytes in use inside the forward of one batch, beyond those held.
         scratch: bytes of activations that lie on disk at most, and `spilled`, that are written there in all; 0 where
             they stay in memory.
-        processes: that share the run. Rows, batches and bytes are those of the one that has most.
+        processes: that share the run. BatchMasks, batches and bytes are those of the one that has most.
     """
 
     layers: list[LayerWork]
@@ -91,7 +91,7 @@ def work_of(
         rows = round(rows * (1 - share))
         of_all = [round(size * batches * streams) for size in held]
         layers.append(LayerWork(layer, rows, shares, *of_all))
-    probe = min(PROBE_TOKENS, round(tokens * share))
+    probe = min(HOLDOUT_TOKENS, round(tokens * share))
     return Work(layers, tokens, batches, streams, probe, share, trial.transient)
 
 
@@ -142,6 +142,6 @@ def _expert_rows(layer: LayerPlan, experts: Mapping[str, UnfusedExperts], tokens
 
 
 def _held_out_share(calibration: Calibration) -> float:
-    rows = hold_out([Rows.of(batch) for batch in calibration.batches])
+    rows = split_holdout([BatchMasks.of(batch) for batch in calibration.batches])
     sequences = sum(one.sequences for one in rows)
     return sum(one.held_out for one in rows) / sequences if sequences else 0.0

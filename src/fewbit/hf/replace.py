@@ -72,7 +72,7 @@ def replace_layers(
         new.prepare()
         set_module(model, layer.name, new.train(old.training))
     for experts in unfused_modules(model).values():
-        experts.let_go_of_fused()
+        experts.release_fused()
     if isinstance(model, PreTrainedModel):
         _adopt(model, quantization)
 

@@ -1,14 +1,18 @@
-"""Mixtures of experts, taken apart: one module with ordinary linear layers for each expert.
+"""Mixtures of experts, unfused: one module with ordinary linear layers for each expert.
 
-transformers holds the weights of all experts of a layer in two fused parameters, ``gate_up_proj`` (E, 2I, H)
-and ``down_proj`` (E, H, I). `unfuse` puts in the place of each such module one that computes the same from
-``0.gate_proj``, ``0.up_proj``, ``0.down_proj``, ``1.gate_proj`` …: layers like any other, for the walk, for
-the files and for the kernels. Knows nothing of quantization.
+transformers holds the weights of all experts of a layer in two fused parameters, ``gate_up_proj`` (E, 2I, H) and
+``down_proj`` (E, H, I). `unfuse` replaces each such module by one that computes the same from ``0.gate_proj``,
+``0.up_proj``, ``0.down_proj``, ``1.gate_proj`` ...: ordinary layers for the pipeline, the files and the kernels. This
+file knows nothing about quantization.
+
+Checkpoint files hold one matrix for each expert and projection. transformers' conversion merges them into the fused
+tensors when it loads, and splits them when it saves. For unfused experts the conversion becomes a renaming, which
+transformers applies in both directions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,13 +20,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightTransform
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+)
 
-from .expert_names import PARTS, conversions_of, converter_of, renamings, without_fusing
+ROUTING = "routing"  # attribute name of the `RoutingPoint` in `UnfusedExperts`
 
-ROUTING = "routing"  # the attribute of `UnfusedExperts`
+# Fused parameter → the projections that it concatenates.
+PARTS = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "up_proj": ("up_proj",),
+    "down_proj": ("down_proj",),
+}
 
-# What transformers says of every class of fused experts.
+_ANY_EXPERT = ".*."
+_EXPERT_NUMBER = r"\.(\d+)\."
+
+# Attributes that transformers defines on every class of fused experts.
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
@@ -31,26 +51,26 @@ class Route:
     """The rows that one expert computes.
 
     Attributes:
-        tokens: int64 (rows,), the tokens, as row numbers of the hidden states.
-        slots: int64 (n,), as which of its choices each token's router took this expert.
-        own: int64 (n,), which rows are those of the router's choice; None: all of them.
+        tokens: row numbers of the hidden states, int64 (rows,).
+        slots: for each token routed here, which of its k choices this expert is, int64 (n,).
+        routed: which of the rows the router sent here, int64 (n,); None: all of them.
     """
 
     tokens: Tensor
     slots: Tensor
-    own: Tensor | None = None
+    routed: Tensor | None = None
 
     @property
     def chosen(self) -> Tensor:
         """The tokens that the router sent here, int64 (n,)."""
-        return self.tokens if self.own is None else self.tokens[self.own]
+        return self.tokens if self.routed is None else self.tokens[self.routed]
 
 
 def routes_of(top_k_index: Tensor, experts: int) -> list[Route]:
-    """One route for each expert, its tokens in ascending order.
+    """Return one route per expert, its tokens in ascending order.
 
     Args:
-        top_k_index: (tokens, k), the experts chosen for each token; a number of `experts` or more means none.
+        top_k_index: experts chosen for each token, int64 (tokens, k); `experts` or more means none.
     """
     k = top_k_index.shape[-1]
     flat = top_k_index.reshape(-1)
@@ -62,27 +82,27 @@ def routes_of(top_k_index: Tensor, experts: int) -> list[Route]:
 
 
 class RoutingPoint(nn.Module):
-    """Where tokens have been given to experts and no expert has run yet: a meeting point for the walk."""
+    """The step between the router and the experts: a sync point for the scheduler."""
 
     def __init__(self, experts: int) -> None:
         super().__init__()
         self.experts = experts
-        self._decided: list[tuple[Tensor, list[Route]]] = []
+        self._routes: list[tuple[Tensor, list[Route]]] = []
 
     def forward(self, top_k_index: Tensor) -> list[Route]:
-        """The routes decided for this very tensor; otherwise just what the router chose."""
-        for given, routes in self._decided:
+        """Return the routes set for this very tensor, or else the router's own choice."""
+        for given, routes in self._routes:
             if given is top_k_index:
                 return routes
         return routes_of(top_k_index, self.experts)
 
-    def decide(self, top_k_index: Tensor, routes: list[Route]) -> None:
-        """From now on `top_k_index` is answered with `routes`."""
-        self._decided.append((top_k_index, routes))
+    def set_routes(self, top_k_index: Tensor, routes: list[Route]) -> None:
+        """From now on, return `routes` for this tensor."""
+        self._routes.append((top_k_index, routes))
 
-    def forget(self) -> None:
-        """Answer every tensor with what the router chose."""
-        self._decided.clear()
+    def reset(self) -> None:
+        """Return the router's own choice for every tensor."""
+        self._routes.clear()
 
 
 class Expert(nn.Module):
@@ -90,7 +110,7 @@ class Expert(nn.Module):
 
     Args:
         layers: ``gate_proj`` (where there is one), ``up_proj``, ``down_proj``.
-        activation: from the outputs of gate and up, side by side, or of up alone, to the input of down.
+        activation: function from the concatenated outputs of gate and up, or of up alone, to the input of down.
     """
 
     def __init__(self, layers: Mapping[str, nn.Linear], activation: Callable[[Tensor], Tensor]) -> None:
@@ -111,11 +131,14 @@ class UnfusedExperts(nn.Module):
     """The experts ``0`` … ``E−1`` of one layer, with the forward of the fused module.
 
     Args:
-        fused: the module to be taken apart, for which `why_not` is None. Its parameters are views of it from
-            now on, and it loses them.
+        fused: module to unfuse, for which `unsupported_reason` is None. The new parameters are views of its
+            parameters, which it loses.
 
     Attributes:
-        fused_parameters: what the fused module called them. num_experts: E. hidden_size: H.
+        fused_parameters: parameter names of the fused module.
+        num_experts: E.
+        hidden_size: H.
+        routing: sync point between the router and the experts.
     """
 
     def __init__(self, fused: nn.Module) -> None:
@@ -131,11 +154,11 @@ class UnfusedExperts(nn.Module):
         self.train(fused.training)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The weighted sum of the chosen experts' outputs.
+        """Return the weighted sum of the chosen experts' outputs.
 
         Args:
             hidden_states: (tokens, H).
-            top_k_index: int64 (tokens, k), numbers of experts; E or more means none.
+            top_k_index: experts chosen for each token, int64 (tokens, k); E or more means none.
             top_k_weights: (tokens, k).
         """
         output = torch.zeros_like(hidden_states)
@@ -144,29 +167,28 @@ class UnfusedExperts(nn.Module):
             if len(route.tokens) == 0:
                 continue
             y = self.expert(number)(hidden_states[route.tokens])
-            y = y if route.own is None else y[route.own]
+            y = y if route.routed is None else y[route.routed]  # borrowed tokens only feed Hessians
             weighted = y * top_k_weights[route.chosen, route.slots, None]
             output.index_add_(0, route.chosen, weighted.to(output.dtype))
         return output
 
     def expert(self, number: int) -> Expert:
-        """One of the experts."""
         expert = self.get_submodule(str(number))
         assert isinstance(expert, Expert)
         return expert
 
-    def let_go_of_fused(self) -> None:
-        """Give weights that are still views of the fused ones tensors of their own, so that those are freed."""
+    def release_fused(self) -> None:
+        """Copy weights that are still views of the fused ones, so that those are freed."""
         for layer in self.modules():
             if isinstance(layer, nn.Linear) and layer.weight.untyped_storage().nbytes() > layer.weight.nbytes:
                 layer.weight = nn.Parameter(layer.weight.detach().clone(), layer.weight.requires_grad)
 
 
 def unfuse(model: nn.Module) -> dict[str, UnfusedExperts]:
-    """Take every mixture of experts apart that can be. Others stay as they are: `why_fused` says why.
+    """Unfuse every supported mixture of experts. The others stay fused; `why_fused` says why.
 
-    Works with weights, of which the layers become views, and without (on the meta device). What transformers
-    saves and loads from now on has the names of the original files.
+    With weights the new layers become views of them; without weights (on the meta device) it works too. From now on
+    transformers saves and loads the model with the names of the original files.
 
     Returns:
         The new modules by name.
@@ -176,7 +198,7 @@ def unfuse(model: nn.Module) -> dict[str, UnfusedExperts]:
     conversions = conversions_of(model)
     modules = {}
     for name, fused in _fused_modules(model):
-        if why_not(name, fused, conversions) is None:
+        if unsupported_reason(name, fused, conversions) is None:
             parent, _, own = name.rpartition(".")
             modules[name] = UnfusedExperts(fused)
             setattr(model.get_submodule(parent), own, modules[name])
@@ -186,30 +208,31 @@ def unfuse(model: nn.Module) -> dict[str, UnfusedExperts]:
 
 
 def unfused_modules(model: nn.Module) -> dict[str, UnfusedExperts]:
-    """The modules that `unfuse` made, by name."""
+    """Return the modules that `unfuse` made, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, UnfusedExperts)}
 
 
 def unfused_conversions(model: nn.Module, conversions: list[WeightTransform]) -> list[WeightTransform]:
-    """`conversions`, made for the model's class, for this model with its experts taken apart."""
+    """Adapt `conversions`, made for the model's class, to this model with unfused experts."""
     return without_fusing(
         conversions, {name: module.fused_parameters for name, module in unfused_modules(model).items()}
     )
 
 
 def why_fused(model: nn.Module) -> dict[str, str]:
-    """Every fused parameter that is still in the model → why it cannot be taken apart."""
+    """Return every parameter that is still fused → why it cannot be unfused."""
     conversions = conversions_of(model) if isinstance(model, PreTrainedModel) else []
     return {
-        f"{name}.{parameter}": why_not(name, module, conversions) or "experts that were not taken apart"
+        f"{name}.{parameter}": unsupported_reason(name, module, conversions)
+        or "experts that were not taken apart"
         for name, module in _fused_modules(model)
         for parameter, weight in module._parameters.items()
         if weight is not None and weight.ndim == 3
     }
 
 
-def why_not(name: str, fused: nn.Module, conversions: list[WeightTransform]) -> str | None:
-    """Why the fused experts at `name` cannot be taken apart; None if they can."""
+def unsupported_reason(name: str, fused: nn.Module, conversions: list[WeightTransform]) -> str | None:
+    """Return why the fused experts at `name` cannot be unfused; None if they can."""
     kind = type(fused).__name__
     if any(not hasattr(fused, flag) for flag in _FLAGS):
         return f"{kind} holds a weight of three dimensions that is not one of transformers' fused experts"
@@ -255,14 +278,14 @@ def _fused_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _activation(fused: nn.Module, first: Tensor) -> Tensor:
-    """From the outputs of gate and up, side by side, or of up alone, to the input of down."""
+    """Map the concatenated outputs of gate and up, or of up alone, to the input of down."""
     apply: Any = fused._apply_gate if fused.has_gate else fused.act_fn
     h: Tensor = apply(first)
     return h
 
 
 def _layers(fused: nn.Module, number: int) -> dict[str, nn.Linear]:
-    """The layers of one expert; their weights are views of the fused ones."""
+    """Return the layers of one expert; their weights are views of the fused ones."""
     layers = {}
     for parameter, weight in fused.named_parameters(recurse=False):
         parts = PARTS[parameter]
@@ -271,3 +294,73 @@ def _layers(fused: nn.Module, number: int) -> dict[str, nn.Linear]:
             layer.weight = nn.Parameter(matrix, requires_grad=weight.requires_grad)
             layers[part] = layer
     return layers
+
+
+def conversions_of(model: PreTrainedModel) -> list[WeightTransform]:
+    """Return the conversion `model` was loaded with, or the one of its class if it was not loaded."""
+    used: list[WeightTransform] | None = getattr(model, "_weight_conversions", None)
+    if used is not None:
+        return list(used)
+    # As in transformers' own saving: without a file, prefixes are unknown.
+    default = get_model_conversion_mapping(model, add_legacy=False)
+    return [entry for entry in default if not isinstance(entry, PrefixChange)]
+
+
+def converter_of(parameter: str, conversions: Iterable[WeightTransform]) -> WeightConverter | None:
+    """Return the conversion that makes the fused `parameter` (full name) from tensors of the files, if any."""
+    for entry in reversed(list(conversions)):
+        if isinstance(entry, WeightConverter) and entry.reverse_transform().rename_source_key(parameter)[1]:
+            return entry
+    return None
+
+
+def renamings(converter: WeightConverter, parts: Sequence[str]) -> list[WeightRenaming] | None:
+    """Return the renamings that replace `converter` for unfused experts.
+
+    Args:
+        parts: projections in the fused parameter.
+
+    Returns:
+        None unless the conversion is "stack the experts, then concatenate the projections".
+    """
+    stacks = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
+    expected = [(MergeModulelist, 0), (Concatenate, 1)][: min(len(parts), 2)]
+    sources, targets = converter.source_patterns, converter.target_patterns
+    one_matrix_each = all(
+        source.count("*") == 1 == source.count(_ANY_EXPERT)
+        and source.endswith(".weight")
+        and "(" not in source
+        for source in sources
+    )
+    if stacks != expected or len(sources) != len(parts) or len(targets) != 1 or not one_matrix_each:
+        return None
+    experts = targets[0].rpartition(".")[0]
+    result = []
+    for source, part in zip(sources, parts, strict=True):
+        on_disk = source.removesuffix(".weight").replace(_ANY_EXPERT, _EXPERT_NUMBER)
+        renaming = WeightRenaming(on_disk, rf"{experts}.\1.{part}")
+        renaming.scope_prefix, renaming.base_model_prefix = (
+            converter.scope_prefix,
+            converter.base_model_prefix,
+        )
+        result.append(renaming)
+    return result
+
+
+def without_fusing(
+    conversions: Sequence[WeightTransform], unfused: Mapping[str, Iterable[str]]
+) -> list[WeightTransform]:
+    """Return the conversions for a model with unfused experts.
+
+    Args:
+        unfused: module → names of the fused parameters that it had.
+    """
+    replaced: dict[int, list[WeightRenaming]] = {}
+    for module, parameters in unfused.items():
+        for parameter in parameters:
+            converter = converter_of(f"{module}.{parameter}", conversions)
+            if converter is not None and id(converter) not in replaced:
+                replaced[id(converter)] = renamings(converter, PARTS[parameter]) or []
+    # Converters act after all renamings, so their replacements come last.
+    kept = [entry for entry in conversions if id(entry) not in replaced]
+    return [*kept, *(entry for entries in replaced.values() for entry in entries)]

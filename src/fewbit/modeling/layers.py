@@ -1,6 +1,6 @@
-"""The kinds of layer that can be quantized, seen as one thing: a matrix (out, in) applied to rows.
+"""Quantizable layers, seen as one thing: a matrix (out, in) applied to rows.
 
-nn.Linear holds it as it is, transformers' Conv1D transposed, nn.Conv2d with the kernel flattened
+nn.Linear holds the matrix as it is, transformers' Conv1D holds it transposed, and nn.Conv2d with the kernel flattened
 into the inputs.
 """
 
@@ -14,12 +14,12 @@ LAYER_TYPES = (nn.Linear, Conv1D, nn.Conv2d)
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether `module` is of a kind that can be quantized and holds a plain weight."""
+    """Whether `module` is a quantizable type with a plain weight."""
     return isinstance(module, LAYER_TYPES) and isinstance(getattr(module, "weight", None), nn.Parameter)
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of the weight matrix."""
+    """Return (out_features, in_features) of the weight matrix."""
     if isinstance(module, Conv1D):
         return int(module.weight.shape[1]), int(module.weight.shape[0])
     weight = module.weight
@@ -28,7 +28,7 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def weight_matrix(module: nn.Module) -> Tensor:
-    """The weight as a matrix (out, in); a view where the layout allows it."""
+    """Return the weight as a matrix (out, in), as a view where the layout allows it."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     weight = weight.detach()
@@ -36,7 +36,7 @@ def weight_matrix(module: nn.Module) -> Tensor:
 
 
 def set_weight_matrix(module: nn.Module, W: Tensor) -> None:
-    """Put a matrix (out, in) in place of the weight; other modules that shared the old one keep it."""
+    """Replace the weight by a matrix (out, in). Other modules that share the old weight keep it."""
     old = module.weight
     assert isinstance(old, Tensor)
     new = W.T.contiguous() if isinstance(module, Conv1D) else W.reshape(old.shape)
@@ -44,9 +44,9 @@ def set_weight_matrix(module: nn.Module, W: Tensor) -> None:
 
 
 def input_rows(module: nn.Module, x: Tensor) -> Tensor:
-    """The inputs that the matrix is applied to, as rows (tokens, in).
+    """Return the inputs of the matrix as rows (tokens, in).
 
-    For a convolution every output position is a row: the patch under the kernel.
+    For a convolution, each output position is a row: the patch under the kernel.
     """
     if not isinstance(module, nn.Conv2d):
         return x.reshape(-1, x.shape[-1])
@@ -57,7 +57,7 @@ def input_rows(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def row_mask(x: Tensor, mask: Tensor) -> Tensor | None:
-    """`mask` (batch, tokens) for the rows of `x`, flattened, on its device; None: x has other rows than the tokens.
+    """Flatten `mask` (batch, tokens) to the rows of `x`; None if the rows of `x` are not the tokens.
 
     Layers see (batch, tokens, in) or, in models that flatten early, (batch·tokens, in).
     """

@@ -1,1 +1,1 @@
-"""The walk through the model: meeting points, Hessians, journal."""
+"""The calibration pass: scheduler, Hessians, layer quantizer, weights, activations, journal."""

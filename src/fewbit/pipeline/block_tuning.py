@@ -17,7 +17,7 @@ from ..distributed import Communicator
 from ..modeling.layers import row_mask
 from ..quantized_matrix import QuantizedMatrix
 from .scheduler import BlockCall
-from .statistics import Rows
+from .statistics import BatchMasks
 from .tune_block import TrainingCall, TuneResult, tune_block
 
 
@@ -35,7 +35,7 @@ class BlockTuner:
         skipped: block → why it was not tuned. dropped: batches that had values that are not finite.
     """
 
-    batches: Sequence[Rows]
+    batches: Sequence[BatchMasks]
     steps: int
     seed: int
     comm: Communicator = field(default_factory=Communicator)
@@ -114,7 +114,7 @@ class BlockTuner:
         return train, held_out
 
 
-def _counts(name: str, batch: Rows, target: Tensor) -> Tensor:
+def _counts(name: str, batch: BatchMasks, target: Tensor) -> Tensor:
     """Which tokens of a block's output count, flattened: all but padding."""
     padding = batch.decoder if batch.has_decoder and "decoder" in name.split(".") else batch.tokens
     mask = None if padding is None else row_mask(target, padding)

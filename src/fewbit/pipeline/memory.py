@@ -17,7 +17,7 @@ from torch import nn
 
 from ..modeling.layers import is_layer, matrix_shape
 from ..planning import Plan, block_of
-from .statistics import Rows
+from .statistics import BatchMasks
 from .streaming import Weights
 
 # Float32 matrices n × n by the number of paths (1: quantized only, 2: with full precision): at most while they are
@@ -70,7 +70,7 @@ class ActivationBudget:
 
 
 def activation_budget(
-    model: nn.Module, plan: Plan, weights: Weights, batches: Sequence[Rows], paths: int
+    model: nn.Module, plan: Plan, weights: Weights, batches: Sequence[BatchMasks], paths: int
 ) -> ActivationBudget | None:
     """Compute the budget of a GPU; None for devices that do not report their free memory.
 

@@ -1,7 +1,7 @@
-"""One whole walk: a model, its plan and the calibration batches in; finished layers in the sink.
+"""One calibration pass: a model, its plan and the calibration batches in; finished layers in the sink.
 
-This is where the parts of this folder meet: jobs are the model's own forward on each batch, `lockstep`
-brings them to the meeting points, `quantizer` solves there, `hessians` knows the padding.
+This file connects the parts of the folder. Jobs are the model's own forward on each batch, `scheduler` runs them to the
+sync points, `layer_quantizer` solves there, `statistics` knows which rows count.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from ..gptq import why_no_triton
 from ..planning import Plan, output_embedding_name
 from ..profiling import Profiler
 from .block_tuning import BlockTuner
-from .expert_calibration import Routing
-from .layer_quantizer import LayerQuantizer, Sink
+from .expert_calibration import ExpertCalibration
+from .layer_quantizer import LayerQuantizer, ResultSink
 from .memory import activation_budget
 from .offload import make_offloader
-from .scheduler import BlockCall, LayerInput, OnBlockEnd, OnLayer, ScheduleStats, walk
-from .statistics import HessianPool, Rows, hold_out
+from .scheduler import BlockCall, Hooks, LayerInput, OnBlockEnd, Scheduler, ScheduleStats
+from .statistics import BatchMasks, HessianPool, split_holdout
 from .streaming import Weights
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raises ModelError if any weight is NaN or infinite: found now, not after hours."""
+    """Raise ModelError if any weight is NaN or infinite: now, instead of after hours."""
     for name, parameter in model.named_parameters():
         check_finite(name, parameter)
 
@@ -47,163 +47,148 @@ def quantize_layers(
     model: nn.Module,
     plan: Plan,
     calibration: Calibration,
-    sink: Sink,
+    sink: ResultSink,
     weights: Weights,
     ctx: RunContext,
 ) -> list[str]:
-    """Put the quantized weight of every layer of the plan in place, and its tensors into the sink.
+    """Put the quantized weight of every layer of the plan in place, and its packed tensors into the sink.
 
     Args:
-        model: in evaluation mode; its weights are changed.
-        calibration: without batches, every layer is rounded to nearest on its own.
-        weights: where the weights come from.
-        ctx: every process of `ctx.comm` has the model and all batches, and ends with all layers quantized. On a CUDA
-            device the activations that it has no room for are kept in `ctx.offload_dir`, or else in host memory.
+        model: model in evaluation mode; its weights are changed.
+        plan: layers to quantize, with their settings.
+        calibration: calibration batches; without any, every layer is rounded to nearest.
+        sink: receives finished blocks.
+        weights: source of the model's weights.
+        ctx: every rank of `ctx.comm` has the model and all batches, and ends with all layers quantized. Activations
+            for which a CUDA device has no room are kept in `ctx.offload_dir`, or else in host memory.
 
     Returns:
-        Sentences about anything a user should know.
+        Notes for the user, as sentences.
 
     Raises:
         ModelError: a weight cannot be quantized.
-        CalibrationError: `tune`, and a single calibration sequence; or the activations fit neither on the device nor in
-            host memory.
+        CalibrationError: `tune` with a single calibration sequence; or the activations fit neither on the device nor
+            in host memory.
         SolverError: in strict mode, a layer needed a fallback.
-        OutputError: activations cannot be written to `offload_dir`.
+        OutputError: activations cannot be written to `ctx.offload_dir`.
     """
-    modules = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
     config, comm, profiler = ctx.config, ctx.comm, ctx.profiler
+    modules = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
     _untie(model, modules, weights)
     batches = [arguments_for(model, batch, weights.device) for batch in comm.share(calibration.batches)]
     blocks = _blocks_to_tune(model, plan) if config.tune and calibration.batches else {}
+    all_masks = _batch_masks(calibration.batches, config)
+    masks = comm.share(all_masks)
     encoder_outputs = _EncoderOutputs(model)
-    paired = needs_full_precision(config)
-    all_rows = _rows(calibration.batches, config)
-    rows = comm.share(all_rows)
-    streams = 2 if paired else 1
-    routing = Routing(model, rows, comm)
-    hessians = HessianPool(rows, encoder_outputs.has, comm, routing.rows)
-    quantizer = LayerQuantizer(
-        plan,
-        modules,
-        hessians,
-        sink,
-        ctx,
-        keep_open=blocks,
-    )
+    experts = ExpertCalibration(model, masks, comm)
+    hessians = HessianPool(masks, encoder_outputs.has, comm, experts.rows)
+    quantizer = LayerQuantizer(plan, modules, hessians, sink, ctx, keep_open=blocks)
     notes = _solver_notes(weights.device, len(plan.layers))
+    # Jobs 0 ... N−1 run the quantized path; with a full-precision path, jobs N ... 2N−1 run the same batches on it.
+    two_paths = needs_full_precision(config)
+    references = range(len(batches), 2 * len(batches) if two_paths else len(batches))
+    jobs = [_job(model, batch) for batch in batches] * (2 if two_paths else 1)
+
+    def on_layer(name: str, inputs: list[LayerInput]) -> None:
+        if name in experts.points:
+            experts.on_routing(name, inputs)
+            return
+        weights.load(name)  # not loaded yet if no batch of this process came here
+        quantizer.quantize_layer(name, inputs)
+
     with torch.no_grad(), profiler.time("walk"):
         if not calibration.batches:
-            _meet_without_inputs(modules, quantizer, weights)
+            _quantize_without_inputs(modules, quantizer, weights)
             return notes
-        room = activation_budget(model, plan, weights, rows, streams)
-        spill = make_offloader(ctx.offload_dir, profiler, room)
-        on_demand = weights.on_demand(quantizer.restore, spill.paused)
-        with encoder_outputs, on_demand, spill:
-            jobs = [_job(model, batch) for batch in batches]
-            references = range(len(batches), 2 * len(batches) if paired else len(batches))
-            jobs += [jobs[reference - len(batches)] for reference in references]
-            tuner = BlockTuner(rows, steps=config.tune_steps, seed=config.seed, comm=comm)
-            leave = _leaving(blocks, quantizer, tuner, profiler) if blocks else None
-            traffic = walk(
-                routing.meeting_points(modules),
-                jobs,
-                _meeting(routing, quantizer, weights),
-                references=references,
-                blocks=blocks,
-                leave=leave,
-                gathered=weights.release_except,
-                earliest=comm.all_reduce_min,
-                running=spill.running,
-            )
-        traffic.forget(routing.points)
-        traffic = _of_all(traffic, comm)
-        _meet_without_inputs(traffic.unreached, quantizer, weights)
-        for block in blocks:  # those that no batch went through as a whole
+        budget = activation_budget(model, plan, weights, masks, 2 if two_paths else 1)
+        offloader = make_offloader(ctx.offload_dir, profiler, budget)
+        tuner = BlockTuner(masks, steps=config.tune_steps, seed=config.seed, comm=comm)
+        hooks = Hooks(
+            on_layer,
+            on_block_end=_tune_at_block_end(blocks, quantizer, tuner, profiler) if blocks else None,
+            on_waiting=weights.release_except,
+            min_position=comm.all_reduce_min,
+            running=offloader.running,
+        )
+        with encoder_outputs, weights.on_demand(quantizer.restore, offloader.paused), offloader:
+            layers = experts.with_points(modules)
+            stats = Scheduler(layers, jobs, hooks, references=references, blocks=blocks).run()
+        stats = _over_all_ranks(stats.without(experts.points), comm)
+        _quantize_without_inputs(stats.unreached, quantizer, weights)
+        for block in blocks:  # blocks that no batch ran as a whole
             quantizer.close(block)
     unmaskable = sum(comm.all_gather_object(hessians.unmaskable), Counter[str]())
-    if paired:
-        notes += _held_out_notes(all_rows)
-    notes += [*_traffic_notes(traffic, unmaskable), *tuner.notes(sink.records), *spill.notes()]
-    return notes + (_pairing_notes(traffic, sink.records) if paired else [])
+    if two_paths:
+        notes += _holdout_notes(all_masks)
+    notes += [*_schedule_notes(stats, unmaskable), *tuner.notes(sink.records), *offloader.notes()]
+    return notes + (_pairing_notes(stats, sink.records) if two_paths else [])
 
 
-def _meeting(routing: Routing, quantizer: LayerQuantizer, weights: Weights) -> OnLayer:
-    """What happens where batches wait: tokens are given to experts, or a layer is quantized."""
-
-    def meet(name: str, arrivals: list[LayerInput]) -> None:
-        if name in routing.points:
-            routing.meet(name, arrivals)
-            return
-        weights.load(name)  # where no batch of this process came, nothing was read yet
-        quantizer.meet(name, arrivals)
-
-    return meet
+def _over_all_ranks(stats: ScheduleStats, comm: Communicator) -> ScheduleStats:
+    """Sum the statistics of all ranks, which visited the same layers, each with its own inputs."""
+    late = sum(comm.all_gather_object(stats.late_inputs), Counter[str]())
+    late_references = sum(comm.all_gather_object(stats.late_reference_inputs), Counter[str]())
+    return replace(stats, late_inputs=late, late_reference_inputs=late_references)
 
 
-def _of_all(traffic: ScheduleStats, comm: Communicator) -> ScheduleStats:
-    """The traffic of all processes: they met the same layers, each with its own inputs."""
-    late = sum(comm.all_gather_object(traffic.late), Counter[str]())
-    late_references = sum(comm.all_gather_object(traffic.late_references), Counter[str]())
-    return replace(traffic, late=late, late_references=late_references)
-
-
-def _meet_without_inputs(names: Iterable[str], quantizer: LayerQuantizer, weights: Weights) -> None:
+def _quantize_without_inputs(names: Iterable[str], quantizer: LayerQuantizer, weights: Weights) -> None:
     for name in names:
         weights.release_except([name])
         weights.load(name)
-        quantizer.meet(name, [])
+        quantizer.quantize_layer(name, [])
 
 
-def _rows(batches: Sequence[Mapping[str, Tensor]], config: QuantConfig) -> list[Rows]:
-    """What is known of the batches' rows; with a second stream some sequences are held out."""
-    rows = [Rows.of(batch) for batch in batches]
+def _batch_masks(batches: Sequence[Mapping[str, Tensor]], config: QuantConfig) -> list[BatchMasks]:
+    """Return the masks of all batches; with a full-precision path, some sequences are held out."""
+    masks = [BatchMasks.of(batch) for batch in batches]
     if not needs_full_precision(config):
-        return rows
-    rows = hold_out(rows)
-    if batches and config.tune and not any(batch.held_out for batch in rows):
+        return masks
+    masks = split_holdout(masks)
+    if batches and config.tune and not any(batch.held_out for batch in masks):
         raise CalibrationError(
             "tuning needs calibration sequences to learn from and others to judge by, but there is only one: give "
             "more text, or leave out tune"
         )
-    return rows
+    return masks
 
 
 def _blocks_to_tune(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
-    """The modules that hold the layers of the plan, by name; layers outside of blocks have none."""
+    """Return the modules that hold the layers of the plan, by name; layers outside of blocks have none."""
     names = [block for block, layers in plan.block_layers().items() if layers != [block]]
     return {name: model.get_submodule(name) for name in names}
 
 
-def _leaving(
+def _tune_at_block_end(
     blocks: Mapping[str, nn.Module], quantizer: LayerQuantizer, tuner: BlockTuner, profiler: Profiler
 ) -> OnBlockEnd:
-    """What happens at the end of a block: its solved layers are tuned, its outputs computed anew."""
+    """Return the hook that tunes the quantized layers of a block and recomputes the block's outputs."""
 
-    def again(block: nn.Module, passage: BlockCall) -> Any:
+    def recompute(block: nn.Module, call: BlockCall) -> Any:
         with profiler.time("tune"):
-            return block(*passage.args, **passage.kwargs)
+            return block(*call.args, **call.kwargs)
 
-    def leave(name: str, passages: list[BlockCall]) -> dict[int, Callable[[], Any]]:
+    def on_block_end(name: str, calls: list[BlockCall]) -> dict[int, Callable[[], Any]]:
         quantizer.hessians.prune()
         solved, block, start = quantizer.solved(name), blocks[name], len(name) + 1
         codes = {layer[start:]: one.codes for layer, one in solved.items()}
         weights = {layer[start:]: one.W for layer, one in solved.items() if one.W is not None}
         result = None
-        if solved:  # otherwise the block came from the journal, tuned already
+        if solved:  # otherwise the block came from the journal, already tuned
             with profiler.time("tune"), torch.enable_grad():
-                result = tuner.tune(name, block, codes, weights, passages)
+                result = tuner.tune(name, block, codes, weights, calls)
         if result is not None:
-            quantizer.tuned(name, {f"{name}.{layer}": new for layer, new in result.codes.items()}, result)
+            tuned = {f"{name}.{layer}": new for layer, new in result.codes.items()}
+            quantizer.replace_tuned(name, tuned, result)
         quantizer.close(name)
         if result is None or not result.kept:
             return {}
-        return {p.job: partial(again, block, p) for p in passages if p.job < len(tuner.batches)}
+        return {call.job: partial(recompute, block, call) for call in calls if call.job < len(tuner.batches)}
 
-    return leave
+    return on_block_end
 
 
 def needs_full_precision(config: QuantConfig) -> bool:
-    """Whether anything asks for the second stream."""
+    """Whether any option needs the full-precision path."""
     return config.effective_correction != 0 or config.tune
 
 
@@ -222,8 +207,8 @@ def _solver_notes(device: torch.device, layers: int) -> list[str]:
     ]
 
 
-def _held_out_notes(rows: Sequence[Rows]) -> list[str]:
-    if any(batch.held_out for batch in rows):
+def _holdout_notes(masks: Sequence[BatchMasks]) -> list[str]:
+    if any(batch.held_out for batch in masks):
         return []
     return [
         "a single calibration sequence leaves none to hold out: no automatic correction, and true errors "
@@ -231,16 +216,16 @@ def _held_out_notes(rows: Sequence[Rows]) -> list[str]:
     ]
 
 
-def _traffic_notes(traffic: ScheduleStats, unmaskable: Mapping[str, int]) -> list[str]:
+def _schedule_notes(stats: ScheduleStats, unmaskable: Mapping[str, int]) -> list[str]:
     notes = []
-    if traffic.late:
-        count = sum(traffic.late.values())
+    if stats.late_inputs:
+        count = sum(stats.late_inputs.values())
         notes.append(
-            f"{count} inputs reached {len(traffic.late)} layers after they were solved and did not count"
+            f"{count} inputs reached {len(stats.late_inputs)} layers after they were solved and did not count"
         )
-    if traffic.unreached:
+    if stats.unreached:
         notes.append(
-            f"no calibration token reached {len(traffic.unreached)} layers, for example {traffic.unreached[0]}: "
+            f"no calibration token reached {len(stats.unreached)} layers, for example {stats.unreached[0]}: "
             "round-to-nearest was used there"
         )
     if unmaskable:
@@ -251,13 +236,13 @@ def _traffic_notes(traffic: ScheduleStats, unmaskable: Mapping[str, int]) -> lis
     return notes
 
 
-def _pairing_notes(traffic: ScheduleStats, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Where the two streams could not be compared, or not exactly."""
+def _pairing_notes(stats: ScheduleStats, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return notes on layers where the two paths cannot be compared, or not exactly."""
     notes = []
-    if traffic.late_references:
+    if stats.late_reference_inputs:
         notes.append(
-            f"{sum(traffic.late_references.values())} inputs of the full-precision stream reached layers after they "
-            f"were solved, for example {next(iter(traffic.late_references))}: from there on it is not quite the "
+            f"{stats.late_reference_inputs.total()} inputs of the full-precision stream reached layers after they "
+            f"were solved, for example {next(iter(stats.late_reference_inputs))}: from there on it is not quite the "
             "original model's, nor are corrections and true errors"
         )
     uncorrected = [name for name, r in records.items() if r["tokens"] and r["correction"] is None]
@@ -270,7 +255,7 @@ def _pairing_notes(traffic: ScheduleStats, records: Mapping[str, Mapping[str, An
 
 
 class _EncoderOutputs:
-    """While entered, remembers the output of the model's encoder, to know cross-attention by its input."""
+    """Remembers the outputs of the model's encoder while entered, to recognize cross-attention by its input."""
 
     def __init__(self, model: nn.Module) -> None:
         config = getattr(model, "config", None)
@@ -288,7 +273,7 @@ class _EncoderOutputs:
             self._handle.remove()
 
     def has(self, x: Tensor) -> bool:
-        """Whether `x` is such an output."""
+        """Whether `x` is an output of the encoder."""
         return any(reference() is x for reference in self._seen)
 
     def _remember(self, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -296,10 +281,10 @@ class _EncoderOutputs:
 
 
 def arguments_for(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """A calibration batch as arguments of the model's forward: on the device, real numbers in the model's dtype.
+    """Move a calibration batch to the device, floating-point tensors in the model's dtype.
 
     Raises:
-        CalibrationError: the forward takes no such arguments.
+        CalibrationError: the model's forward does not take these arguments.
     """
     accepted = inspect.signature(model.forward).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
@@ -334,7 +319,7 @@ def _job(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], object]:
 
 
 def without_cache(model: nn.Module) -> dict[str, bool]:
-    """The arguments that keep a model's forward from filling a cache of keys and values."""
+    """Return the arguments that keep a model's forward from filling a cache of keys and values."""
     accepted = inspect.signature(model.forward).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     takes_it = "use_cache" in accepted or (takes_any and hasattr(model, "config"))
@@ -342,7 +327,7 @@ def without_cache(model: nn.Module) -> dict[str, bool]:
 
 
 def _untie(model: nn.Module, modules: Mapping[str, nn.Module], weights: Weights) -> None:
-    """Give a tied output embedding that will be quantized its own weight, so that the input one stays."""
+    """Untie an output embedding that will be quantized, so that the input embedding keeps its weight."""
     name = output_embedding_name(model)
     if name in modules:
         weights.untie(f"{name}.weight")

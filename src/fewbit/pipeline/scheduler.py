@@ -1,19 +1,20 @@
-"""The walk: many forward passes through one model, each paused at every place of interest.
+"""Many forward passes through one model in lockstep, each paused at every sync point.
 
-This file knows nothing of quantization. A job is a function that runs the model's own forward once.
-Each job runs in a greenlet. There are two kinds of meeting points:
+This file knows nothing about quantization. A *job* is a function that runs the model's own forward once, on one batch.
+Every job runs in a greenlet. There are two kinds of sync points:
 
-- the forward of a *layer*: the job hands over its input and pauses. When every live job is paused, the
-  earliest waiting layer has all the inputs it will get: `meet` is called with them and may change the
-  layer; then the layer's own forward gives each job its output and the job runs on;
-- the end of the forward of a *block* of layers: the job hands over what went in and what came out. When
-  all jobs that are in the block are there, `leave` may change the block and the outputs.
+- the forward of a *layer*: the job hands over its input and pauses. Once all jobs are paused, the earliest waiting
+  layer has received every input it will get: `Hooks.on_layer` is called with them and may change the layer. Then the
+  layer's own forward computes each job's output, and the job resumes until its next sync point;
+- the end of the forward of a *block* of layers: the job hands over the block's arguments and its output. Once all jobs
+  in the block are there, `Hooks.on_block_end` may change the block and the outputs.
 
-So every job goes through every layer once, and each layer's inputs come through all layers that were
-changed before it. Jobs called references see every layer as it was before `meet`: they are the same
-forward passes through the unchanged model, side by side with the others.
+So each job runs through each layer once, and the inputs of a layer went through all layers that were changed before it:
+true-sequential quantization for the price of one forward pass, without code for any architecture. Jobs called
+*references* see every layer as it was before `on_layer`: they are forward passes of the unchanged model, in step with
+the others.
 
-Greenlets share one OS thread, so grad mode, autocast and default dtype are the same for all of them.
+Greenlets share one OS thread, so grad mode, autocast and the default dtype are the same for all jobs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from greenlet import getcurrent, greenlet
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LayerInput:
-    """The input `x` that job number `job` brought to a layer."""
+    """The input `x` that job number `job` passed to a layer."""
 
     job: int
     x: Tensor
@@ -38,10 +40,14 @@ class LayerInput:
 
 @dataclass(frozen=True)
 class BlockCall:
-    """What job number `job` brought into a block, and what came out of it.
+    """One job's call of a block.
 
     Attributes:
-        intact: whether the tensors it brought are as they were: no operation in place has changed them.
+        job: number of the job.
+        args: positional arguments of the block's forward.
+        kwargs: keyword arguments of the block's forward.
+        output: return value of the block's forward.
+        intact: whether no in-place operation has changed the argument tensors.
     """
 
     job: int
@@ -52,204 +58,193 @@ class BlockCall:
 
 
 OnLayer = Callable[[str, list[LayerInput]], None]
-Earliest = Callable[[int | None], int | None]
 OnBlockEnd = Callable[[str, list[BlockCall]], Mapping[int, Callable[[], Any]]]
+OnWaiting = Callable[[Collection[str]], None]
+MinPosition = Callable[[int | None], int | None]
 Running = Callable[[int], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Callbacks of a `Scheduler`.
+
+    Attributes:
+        on_layer: called once per layer with its inputs in job order; may replace the layer's parameters.
+        on_block_end: called once per block with the calls of all jobs in job order; the block and its layers can be
+            called normally inside. Returns functions that compute new outputs, by job, for jobs that need one.
+        on_waiting: called before every sync point with the names of all layers and blocks at which jobs are paused,
+            the next one included.
+        min_position: for runs of several processes, each with its own jobs: maps this process's earliest sync point
+            to the earliest of all processes; None means that no job is paused. Every process then visits the same
+            layers, possibly with no inputs.
+        running: given a job's number, returns the context in which the job computes; exited when the job pauses.
+    """
+
+    on_layer: OnLayer
+    on_block_end: OnBlockEnd | None = None
+    on_waiting: OnWaiting | None = None
+    min_position: MinPosition = lambda position: position
+    running: Running = lambda job: nullcontext()
 
 
 @dataclass
 class ScheduleStats:
-    """What the walk saw: layers in the order met, inputs that came late, layers nobody reached.
+    """Irregularities of a calibration pass.
 
-    `late_references` are inputs of references, which therefore no longer are the unchanged model's.
+    Attributes:
+        late_inputs: layer → number of inputs that arrived after `on_layer`.
+        late_reference_inputs: layer → number of such inputs of references, which from there on are no longer forward
+            passes of the unchanged model.
+        unreached: layers that no job reached.
     """
 
-    met: list[str] = field(default_factory=list)
-    late: Counter[str] = field(default_factory=Counter)
-    late_references: Counter[str] = field(default_factory=Counter)
+    late_inputs: Counter[str] = field(default_factory=Counter)
+    late_reference_inputs: Counter[str] = field(default_factory=Counter)
     unreached: list[str] = field(default_factory=list)
 
-    def forget(self, points: Collection[str]) -> None:
-        """Leave out meeting points that are no layers of interest."""
-        for point in points:
-            self.late.pop(point, None)
-            self.late_references.pop(point, None)
-        self.met = [name for name in self.met if name not in points]
-        self.unreached = [name for name in self.unreached if name not in points]
+    def without(self, names: Collection[str]) -> ScheduleStats:
+        """Return the statistics without these sync points."""
+        late, late_references = (
+            Counter({name: count for name, count in counts.items() if name not in names})
+            for counts in (self.late_inputs, self.late_reference_inputs)
+        )
+        return ScheduleStats(late, late_references, [name for name in self.unreached if name not in names])
 
 
 @dataclass
-class _Call:
-    """A job paused in the forward of the layer `name`."""
+class _Pause:
+    """The state of a paused job: its call of a layer, or its finished call of a block."""
 
     name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-    def arrival(self, job: int) -> LayerInput:
-        first: Tensor = self.args[0] if self.args else next(iter(self.kwargs.values()))
-        return LayerInput(job, first)
+    output: Any = None
+    intact: bool = True
 
 
-@dataclass
-class _Exit:
-    """A job paused at the end of the block `name`."""
-
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any
-    intact: bool
-
-
-def walk(
-    layers: Mapping[str, nn.Module],
-    jobs: Sequence[Callable[[], object]],
-    meet: OnLayer,
-    *,
-    references: Collection[int] = (),
-    blocks: Mapping[str, nn.Module] | None = None,
-    leave: OnBlockEnd | None = None,
-    gathered: Callable[[Collection[str]], None] | None = None,
-    earliest: Earliest = lambda position: position,
-    running: Running = lambda job: nullcontext(),
-) -> ScheduleStats:
-    """Run all `jobs` in lockstep and call ``meet(name, arrivals)`` once for every layer reached.
-
-    The walk ends when the last layer has been met and its block left: what the model would compute after
-    that is not run. A job that arrives at a layer already met (a layer used twice, or an expert reached
-    out of order) runs through it and is counted in `ScheduleStats.late`; so does a reference, which then sees
-    the changed layer and is counted in `ScheduleStats.late_references`.
+class Scheduler:
+    """Runs jobs in lockstep.
 
     Args:
-        layers: name → module, in the order in which layers that wait at the same time are served.
-        jobs: each runs one forward pass of the model that holds the layers.
-        meet: may replace the layer's parameters. Arrivals are in job order.
-        references: numbers of the jobs that see each layer as it was before `meet`.
-        blocks: name → module; their layers have names that begin with the block's name and a dot.
-        leave: called with all passages through a block, in job order; the block and its layers then run
-            normally. Returns functions that compute new outputs, for the jobs that need one.
-        gathered: called before every meeting with the names of the layers and blocks at which jobs wait: they
-            are nowhere else. The one that is met next is among them.
-        earliest: where the same walk goes on in several processes, each with its own jobs: the first position of
-            all of them, given that of this one, or None where nobody waits. Each process then meets every layer
-            that any of them does, with its own arrivals, which may be none.
-        running: gives, for a job's number, what is entered before the job computes and left when it pauses.
-
-    Raises:
-        Exception: whatever a job, `meet` or `leave` raises; all jobs are then ended and the layers restored.
+        layers: name → module. Among waiting layers, the first in this order is served first.
+        jobs: functions that each run one forward pass of the model that holds the layers.
+        hooks: callbacks.
+        references: numbers of the jobs that see each layer as it was before `on_layer`.
+        blocks: name → module. The names of a block's layers begin with the block's name and a dot.
     """
-    changed = (meet, leave, gathered, earliest, running)
-    return _Walk(layers, jobs, frozenset(references), dict(blocks or {}), *changed).run()
-
-
-class _Walk:
-    """The state of one walk."""
 
     def __init__(
         self,
         layers: Mapping[str, nn.Module],
         jobs: Sequence[Callable[[], object]],
-        references: frozenset[int],
-        blocks: Mapping[str, nn.Module],
-        meet: OnLayer,
-        leave: OnBlockEnd | None,
-        gathered: Callable[[Collection[str]], None] | None,
-        earliest: Earliest,
-        running: Running,
+        hooks: Hooks,
+        *,
+        references: Collection[int] = (),
+        blocks: Mapping[str, nn.Module] | None = None,
     ) -> None:
-        self.layers, self.blocks, self.references = layers, blocks, references
-        self.meet, self.leave, self.gathered = meet, leave, gathered
-        self.earliest, self.running = earliest, running
-        self.stops = _in_order(list(layers), list(blocks))
-        self.order = {name: i for i, name in enumerate(self.stops)}
+        self.layers, self.blocks = layers, dict(blocks or {})
+        self.hooks, self.references = hooks, frozenset(references)
         self.forwards = {name: module.forward for name, module in layers.items()}
-        self.unmet, self.unleft = set(layers), set(blocks)
-        self.traffic = ScheduleStats()
-        self.waiting: dict[int, _Call | _Exit] = {}
-        self.tasks = [greenlet(job) for job in jobs]
+        self.order = _execution_order(list(layers), list(self.blocks))
+        self.positions = {name: i for i, name in enumerate(self.order)}
+        self.pending = {*self.layers, *self.blocks}  # sync points whose hook was not called yet
+        self.paused: dict[int, _Pause] = {}  # job number → where it waits
+        self.greenlets = [greenlet(job) for job in jobs]
+        self.stats = ScheduleStats()
 
     def run(self) -> ScheduleStats:
-        with _meeting_points(self.layers, self.blocks), _ended(self.tasks):
-            for job in range(len(self.tasks)):
-                with self.running(job):
-                    self.advance(job)
-            while (name := self.next()) is not None:
-                if self.gathered is not None:
-                    self.gathered({name, *(stop.name for stop in self.waiting.values())})
-                group = [job for job in sorted(self.waiting) if self.waiting[job].name == name]
+        """Run all jobs until every sync point was served, or no job is left.
+
+        What the model computes after the last sync point is not run. A job that arrives at a layer after `on_layer` (a
+        layer used twice, or an expert reached out of order) runs through it and is counted in the statistics.
+
+        Raises:
+            Exception: any exception of a job or a hook; all jobs are then ended and the forwards restored.
+        """
+        with _pausing_forwards(self.layers, self.blocks), _ended(self.greenlets):
+            # Run every job up to its first sync point.
+            for job in range(len(self.greenlets)):
+                with self.hooks.running(job):
+                    self._switch(job)
+            # Invariant: every live job is paused. So no more inputs can come to the earliest sync point: whatever
+            # a job still has to compute lies behind its pause.
+            while (name := self._earliest()) is not None:
+                if self.hooks.on_waiting is not None:
+                    self.hooks.on_waiting({name, *(pause.name for pause in self.paused.values())})
+                jobs = sorted(job for job, pause in self.paused.items() if pause.name == name)
                 if name in self.blocks:
-                    self.pass_block(name, group)
+                    self._end_block(name, jobs)
+                    continue
+                original = dict(self.layers[name]._parameters)  # for references
+                if name in self.pending:
+                    self.hooks.on_layer(name, [self._input(job) for job in jobs])
+                    self.pending.remove(name)
                 else:
-                    self.pass_layer(name, group)
-        self.traffic.unreached = [name for name in self.layers if name in self.unmet]
-        return self.traffic
+                    self._count_late(name, jobs)
+                self._resume(name, jobs, original)
+        self.stats.unreached = [name for name in self.layers if name in self.pending]
+        return self.stats
 
-    def next(self) -> str | None:
-        """Where the walk goes on; None at its end."""
-        if not (self.unmet or self.unleft):
+    def _earliest(self) -> str | None:
+        """Return the next sync point; None at the end of the pass."""
+        if not self.pending:
             return None
-        first = self.earliest(min((self.order[stop.name] for stop in self.waiting.values()), default=None))
-        return None if first is None else self.stops[first]
+        mine = min((self.positions[pause.name] for pause in self.paused.values()), default=None)
+        position = self.hooks.min_position(mine)
+        return None if position is None else self.order[position]
 
-    def advance(self, job: int, *output: object) -> None:
-        stop = self.tasks[job].switch(*output)
-        if not self.tasks[job].dead:
-            self.waiting[job] = stop
+    def _switch(self, job: int, *output: object) -> None:
+        """Let a job run until it pauses or ends. Its paused forward returns `output`."""
+        pause = self.greenlets[job].switch(*output)
+        if not self.greenlets[job].dead:
+            self.paused[job] = pause
 
-    def pass_layer(self, name: str, group: list[int]) -> None:
-        module = self.layers[name]
-        before = dict(module._parameters)
-        if name in self.unmet:
-            self.meet(name, [self.call(job).arrival(job) for job in group])
-            self.unmet.remove(name)
-            self.traffic.met.append(name)
-        else:
-            references = sum(job in self.references for job in group)
-            self.traffic.late.update({name: len(group) - references} if len(group) > references else {})
-            self.traffic.late_references.update({name: references} if references else {})
-        for job in group:
-            if not (self.unmet or self.unleft):
+    def _input(self, job: int) -> LayerInput:
+        pause = self.paused[job]
+        x: Tensor = pause.args[0] if pause.args else next(iter(pause.kwargs.values()))
+        return LayerInput(job, x)
+
+    def _count_late(self, name: str, jobs: Sequence[int]) -> None:
+        for job in jobs:
+            late = self.stats.late_reference_inputs if job in self.references else self.stats.late_inputs
+            late[name] += 1
+
+    def _resume(self, name: str, jobs: Sequence[int], original: dict[str, Any]) -> None:
+        """Run the layer's own forward for each job waiting there, and the job up to its next sync point."""
+        for job in jobs:
+            if not self.pending:  # nothing needs the output
                 return
-            call = self.call(job)
-            del self.waiting[job]
-            with self.running(job):
-                with _parameters(module, before if job in self.references else None):
+            call = self.paused.pop(job)
+            with self.hooks.running(job):
+                # The quantized path takes the layer as `on_layer` left it, the full-precision path as it was.
+                with _parameters(self.layers[name], original if job in self.references else None):
                     output = self.forwards[name](*call.args, **call.kwargs)
-                del call  # the input may be freed as soon as the job itself lets go of it
-                self.advance(job, output)
+                del call  # frees the input as soon as the job itself drops it
+                self._switch(job, output)
                 del output
 
-    def call(self, job: int) -> _Call:
-        call = self.waiting[job]
-        assert isinstance(call, _Call)
-        return call
-
-    def pass_block(self, name: str, group: list[int]) -> None:
-        passages = [self.passage(job) for job in group]
-        outputs = {passage.job: _given(passage.output) for passage in passages}
-        if name in self.unleft and self.leave is not None:
-            outputs |= self.leave(name, passages)
-        self.unleft.discard(name)
-        del passages
-        for job in group:
-            if not (self.unmet or self.unleft):
+    def _end_block(self, name: str, jobs: Sequence[int]) -> None:
+        """Call `on_block_end`, and resume each job with the block's output, old or new."""
+        pauses = [(job, self.paused.pop(job)) for job in jobs]
+        calls = [BlockCall(job, p.args, p.kwargs, p.output, p.intact) for job, p in pauses]
+        outputs: dict[int, Callable[[], Any]] = {call.job: partial(_same, call.output) for call in calls}
+        if name in self.pending and self.hooks.on_block_end is not None:
+            outputs |= self.hooks.on_block_end(name, calls)
+        self.pending.discard(name)
+        del calls, pauses  # from here on, only `outputs` and the jobs hold activations
+        for job in jobs:
+            if not self.pending:
                 return
-            with self.running(job):
-                self.advance(job, outputs.pop(job)())
-
-    def passage(self, job: int) -> BlockCall:
-        stop = self.waiting.pop(job)
-        assert isinstance(stop, _Exit)
-        return BlockCall(job, stop.args, stop.kwargs, stop.output, stop.intact)
+            with self.hooks.running(job):
+                self._switch(job, outputs.pop(job)())
 
 
-def _given(output: Any) -> Callable[[], Any]:
-    return lambda: output
+def _same(output: Any) -> Any:
+    return output
 
 
-def _in_order(layers: list[str], blocks: list[str]) -> list[str]:
-    """Names of layers and of blocks, which stand for their ends: a block ends after the last of its layers."""
+def _execution_order(layers: list[str], blocks: list[str]) -> list[str]:
+    """Sort the sync points: the end of a block comes right after the last of its layers."""
     last = {
         block: max(i for i, name in enumerate(layers) if name.startswith(f"{block}.")) for block in blocks
     }
@@ -259,7 +254,7 @@ def _in_order(layers: list[str], blocks: list[str]) -> list[str]:
 
 @contextmanager
 def _parameters(module: nn.Module, parameters: dict[str, Any] | None) -> Iterator[None]:
-    """While entered, `module` has these parameters, if any are given."""
+    """Give `module` these parameters while entered, if there are any."""
     if parameters is None:
         yield
         return
@@ -272,42 +267,43 @@ def _parameters(module: nn.Module, parameters: dict[str, Any] | None) -> Iterato
 
 
 @contextmanager
-def _meeting_points(layers: Mapping[str, nn.Module], blocks: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Replace the forward of each layer and block by one that pauses; put back exactly what was there.
+def _pausing_forwards(layers: Mapping[str, nn.Module], blocks: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Replace the forward of each layer and block by one that pauses; restore the previous forwards on exit.
 
-    Outside of the jobs, as in `leave`, they run without a pause.
+    Outside of the jobs, for example in `on_block_end`, the forwards run without a pause.
     """
-    hub = getcurrent()
+    scheduler = getcurrent()
 
-    def pause(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def pause_before(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def paused(*args: Any, **kwargs: Any) -> Any:
-            if getcurrent() is hub:
+            if getcurrent() is scheduler:
                 return forward(*args, **kwargs)
-            return hub.switch(_Call(name, args, kwargs))
+            # Suspends this job; returns when the scheduler switches back with the layer's output.
+            return scheduler.switch(_Pause(name, args, kwargs))
 
         return paused
 
     def pause_after(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def paused(*args: Any, **kwargs: Any) -> Any:
-            if getcurrent() is hub:
+            if getcurrent() is scheduler:
                 return forward(*args, **kwargs)
-            given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            versions = [tensor._version for tensor in given]
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            versions = [tensor._version for tensor in tensors]
             output = forward(*args, **kwargs)
-            intact = versions == [tensor._version for tensor in given]
-            return hub.switch(_Exit(name, args, kwargs, output, intact))
+            intact = versions == [tensor._version for tensor in tensors]
+            return scheduler.switch(_Pause(name, args, kwargs, output, intact))
 
         return paused
 
-    stops = [(module, pause(name, module.forward)) for name, module in layers.items()]
-    stops += [(module, pause_after(name, module.forward)) for name, module in blocks.items()]
-    previous = [module.__dict__.get("forward") for module, _ in stops]
+    replaced = [(module, pause_before(name, module.forward)) for name, module in layers.items()]
+    replaced += [(module, pause_after(name, module.forward)) for name, module in blocks.items()]
+    previous = [module.__dict__.get("forward") for module, _ in replaced]
     try:
-        for module, forward in stops:
+        for module, forward in replaced:
             module.__dict__["forward"] = forward
         yield
     finally:
-        for (module, _), own in zip(stops, previous, strict=True):
+        for (module, _), own in zip(replaced, previous, strict=True):
             if own is None:
                 del module.__dict__["forward"]
             else:
@@ -315,11 +311,11 @@ def _meeting_points(layers: Mapping[str, nn.Module], blocks: Mapping[str, nn.Mod
 
 
 @contextmanager
-def _ended(tasks: Sequence[greenlet]) -> Iterator[None]:
-    """End every job that is still paused, so that its stack and activations are released."""
+def _ended(greenlets: Sequence[greenlet]) -> Iterator[None]:
+    """End every job that is still paused on exit, so that its stack and activations are freed."""
     try:
         yield
     finally:
-        for task in tasks:
-            if task:
-                task.throw()
+        for job in greenlets:
+            if job:
+                job.throw()

@@ -1,16 +1,17 @@
-"""Hessians shared by layers that receive the same tensors (q/k/v, gate/up), in one stream or two.
+"""Hessians of layer inputs: padding left out, hold-out rows set aside, shared by layers with the same input.
 
-Jobs 0 … N−1 are the calibration batches in the quantized model, N … 2N−1 the same batches in the
-full-precision one, if there are any. Some sequences are held out: they enter no Hessian, but a probe.
+Jobs 0 ... N−1 are the calibration batches on the quantized path, N ... 2N−1 the same batches on the full-precision
+path, if there is one. Some sequences are held out: their rows enter no Hessian, but the `Holdout` that judges the
+correction.
 
-Two layers share when every job brought the very same tensor object to both. Tensors are remembered by
-weak reference and compared with `is`: addresses are reused by the allocator and would match falsely,
-and a strong reference would keep a whole layer's activations alive.
+Two layers share a Hessian if every job passed the very same tensor object to both (q/k/v, gate/up). Tensors are kept as
+weak references and compared with `is`: the allocator reuses addresses, so comparing those would give false matches, and
+a strong reference would keep a whole layer's activations alive.
 
-With several processes each has some of the batches. Sums over batches are exact and taken over all processes,
-held-out rows are gathered in the order of batches, and what is decided of a layer (does it share, do its rows
-belong together) is decided of all of its inputs: so every process gets the same Hessian, bit for bit the one that
-a single process would get, and those to which no input came get it too.
+With several processes, each has some of the batches. Sums over batches are exact and taken over all ranks, hold-out
+rows are gathered in batch order, and every decision about a layer (does it share a Hessian, do its rows belong to the
+same tokens) depends on the inputs of all ranks. So every rank, including one that received no input, gets the same
+Hessian, bit for bit that of a single process.
 """
 
 from __future__ import annotations
@@ -29,25 +30,27 @@ from ..gptq.hessian import usable_rows
 from ..modeling.layers import input_rows, matrix_shape, row_mask, weight_matrix
 from .scheduler import LayerInput
 
-# Parallel attention and feed-forward alternate between two inputs; encoder-decoder cross-attention
-# comes back to the encoder's output in every block.
-KEPT = 2
+# Hessians that wait for other layers with the same input. Parallel attention and feed-forward alternate between two
+# inputs; encoder-decoder cross-attention returns to the encoder's output in every block.
+CACHED_HESSIANS = 2
 
 _HELD_OUT_SHARE = 16
 _MOST_HELD_OUT = 8
-PROBE_TOKENS = 2048  # of one layer; evenly taken from the held-out sequences
+HOLDOUT_TOKENS = 2048  # of one layer; evenly spaced in the held-out sequences
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What is known of the rows of one calibration batch.
+class BatchMasks:
+    """Which rows of one calibration batch count.
 
     Attributes:
-        tokens: padding of the model's input, bool (batch, tokens), True counts; in an encoder-decoder, of the
-            encoder's. None where nothing is padded.
-        decoder: of the decoder's input. has_decoder: whether the batch has one.
-        counts: how many tokens each of the inputs has, and how many rows a flat list of image patches.
-        sequences: in the batch. held_out: how many of them, the last ones, enter no Hessian.
+        tokens: padding mask of the model's input (of the encoder's in an encoder-decoder), bool (batch, tokens), True
+            for real tokens; None where nothing is padded.
+        decoder: padding mask of the decoder's input.
+        has_decoder: whether the batch has a decoder input.
+        counts: token count of each input, and row count of a flat list of image patches.
+        sequences: number of sequences in the batch.
+        held_out: number of sequences, the last ones, that enter no Hessian.
     """
 
     tokens: Tensor | None = None
@@ -58,8 +61,8 @@ class Rows:
     held_out: int = 0
 
     @classmethod
-    def of(cls, batch: Mapping[str, Tensor]) -> Rows:
-        """Of a batch of the model's keyword arguments."""
+    def of(cls, batch: Mapping[str, Tensor]) -> BatchMasks:
+        """Build the masks of a batch of model keyword arguments."""
 
         def padding(key: str) -> Tensor | None:
             mask = batch.get(key)
@@ -77,12 +80,12 @@ class Rows:
         )
 
     def padding(self, name: str) -> Tensor | None:
-        """The mask of the tokens that the module `name` sees, unless it sees the encoder's output."""
+        """Return the padding mask for the module `name`, unless it receives the encoder's output."""
         in_decoder = self.has_decoder and "decoder" in name.split(".")
         return self.decoder if in_decoder else self.tokens
 
     def held_out_rows(self, count: int) -> Tensor | None:
-        """Which of a layer's rows are held out, bool (count,); None: none are, or it cannot be told."""
+        """Return which of `count` rows are held out, bool (count,); None if none are, or it is unknown."""
         if self.held_out == 0 or count % self.sequences:
             return None
         return (torch.arange(self.sequences) >= self.sequences - self.held_out).repeat_interleave(
@@ -92,51 +95,59 @@ class Rows:
 
 @dataclass(frozen=True)
 class ExpertRows:
-    """What the rows of an expert's input are, in one batch.
+    """The rows of an expert's input in one batch.
 
     Attributes:
-        tokens: int64 (rows,), their numbers among all `total` rows of the layer's input, on the CPU.
-        sent: how many of them, the first ones, the router sent; the others were added for want of tokens.
-        paired: whether the same rows come first in the full-precision stream.
+        tokens: row numbers among the rows of the whole layer's input, int64 (rows,), on the CPU.
+        total: number of rows of the whole layer's input.
+        routed: number of rows, the first ones, that the router sent; the rest are borrowed because the expert received
+            too few tokens.
+        paired: whether the same rows come first on the full-precision path.
     """
 
     tokens: Tensor
     total: int
-    sent: int
+    routed: int
     paired: bool
 
 
-def hold_out(batches: Sequence[Rows]) -> list[Rows]:
-    """The batches with about a sixteenth of all sequences held out: the last ones, at least one of two."""
-    sequences = sum(rows.sequences for rows in batches)
+def split_holdout(batches: Sequence[BatchMasks]) -> list[BatchMasks]:
+    """Hold out about a sixteenth of all sequences: the last ones, at least one of two."""
+    sequences = sum(masks.sequences for masks in batches)
     wanted = min(max(sequences // _HELD_OUT_SHARE, 1), _MOST_HELD_OUT) if sequences > 1 else 0
-    result: list[Rows] = []
-    for rows in reversed(batches):
-        taken = min(wanted, rows.sequences)
+    result: list[BatchMasks] = []
+    for masks in reversed(batches):
+        taken = min(wanted, masks.sequences)
         wanted -= taken
-        result.append(replace(rows, held_out=taken))
+        result.append(replace(masks, held_out=taken))
     return result[::-1]
 
 
 @dataclass
 class SharedHessian:
-    """One Hessian with its factorizations and its probe, and this process's tensors that it was made from.
+    """One Hessian with its factorizations and hold-out rows, shared by layers with the same input.
 
-    Of its rows `added` were not sent to the expert by the router; `masked` ones are padding and not in it.
+    Attributes:
+        inputs: this process's input tensors: job, weak reference and version of each.
+        hessian: H, and C where there is a full-precision path.
+        masked: number of padding rows, which are not in H.
+        borrowed: number of rows in H that the router did not send to the expert.
+        holdout: hold-out rows of both paths.
+        cache: factorizations of H.
     """
 
     inputs: list[tuple[int, weakref.ref[Tensor], int]]
     hessian: Hessian
     masked: int = 0
-    added: int = 0
-    probe: Holdout | None = None
+    borrowed: int = 0
+    holdout: Holdout | None = None
     cache: FactorCache = field(default_factory=FactorCache)
 
-    def made_from(self, arrivals: Sequence[LayerInput]) -> bool:
-        """Whether `arrivals` are exactly the tensors of this Hessian, unchanged since."""
-        return len(arrivals) == len(self.inputs) and all(
-            arrival.job == job and reference() is arrival.x and arrival.x._version == version
-            for arrival, (job, reference, version) in zip(arrivals, self.inputs, strict=True)
+    def made_from(self, inputs: Sequence[LayerInput]) -> bool:
+        """Whether `inputs` are exactly the tensors of this Hessian, unchanged since."""
+        return len(inputs) == len(self.inputs) and all(
+            given.job == job and reference() is given.x and given.x._version == version
+            for given, (job, reference, version) in zip(inputs, self.inputs, strict=True)
         )
 
     @property
@@ -146,197 +157,191 @@ class SharedHessian:
 
 
 class HessianPool:
-    """Accumulates Hessians at meeting points and hands the same one to layers with the same inputs.
+    """Accumulates a Hessian at each sync point, and returns the same one for layers with the same inputs.
 
     Args:
-        batches: what is known of the rows of every batch of this process.
-        is_encoder_output: whether a tensor is the output of the model's encoder, which cross-attention in the
-            decoder receives.
-        comm: the processes; all of them make a pool, and get the same layers' Hessians.
-        routed: what the rows are that came to a layer in a job; None where they are simply the tokens.
+        batches: masks of every batch of this process.
+        is_encoder_output: whether a tensor is the output of the model's encoder, which the decoder's cross-attention
+            receives.
+        comm: ranks of the run; each makes a pool and asks it for the same layers.
+        expert_rows: returns the rows of an expert layer's input in a job; None for layers whose rows are the tokens.
 
     Attributes:
-        unmaskable: layers whose rows are not the tokens → rows among which padding could not be told apart.
+        unmaskable: layer whose rows are not the tokens → number of rows among which padding is unknown.
     """
 
     def __init__(
         self,
-        batches: Sequence[Rows],
+        batches: Sequence[BatchMasks],
         is_encoder_output: Callable[[Tensor], bool] = lambda x: False,
         comm: Communicator | None = None,
-        routed: Callable[[str, int], ExpertRows | None] = lambda layer, job: None,
+        expert_rows: Callable[[str, int], ExpertRows | None] = lambda layer, job: None,
     ) -> None:
         self._batches = batches
-        self._routed = routed
+        self._expert_rows = expert_rows
         self._is_encoder_output = is_encoder_output
         self._comm = comm or Communicator()
-        [self._probed] = self._comm.all_reduce_sum(sum(batch.held_out > 0 for batch in batches))
+        [with_holdout] = self._comm.all_reduce_sum(sum(batch.held_out > 0 for batch in batches))
+        self._holdout_tokens = HOLDOUT_TOKENS // max(1, with_holdout)  # of each batch
         self._pool: list[SharedHessian] = []
         self.unmaskable: Counter[str] = Counter()
 
-    def get(self, name: str, module: nn.Module, arrivals: Sequence[LayerInput]) -> SharedHessian:
-        """The Hessian of everything that arrived at `module`; padding never enters it."""
+    def get(self, name: str, module: nn.Module, inputs: Sequence[LayerInput]) -> SharedHessian:
+        """Return the Hessian of everything that reached `module`, without padding."""
         if isinstance(module, nn.Conv2d):
-            return self._accumulate(name, module, arrivals)
-        same = self._prune(arrivals)
-        if same is not None:
-            return same
-        entry = self._accumulate(name, module, arrivals)
-        self._pool = [*self._pool[1 - KEPT :], entry]
-        return entry
+            return self._accumulate(name, module, inputs)
+        shared = self._find(inputs)
+        if shared is None:
+            shared = self._accumulate(name, module, inputs)
+            self._pool = [*self._pool[1 - CACHED_HESSIANS :], shared]
+        return shared
 
     def prune(self) -> None:
-        """Let go of Hessians that no other layer can share."""
-        self._prune(())
+        """Drop the Hessians that no other layer can share."""
+        self._find(())
 
-    def _prune(self, arrivals: Sequence[LayerInput]) -> SharedHessian | None:
-        """The same; returns the Hessian that was made from these very inputs, if there is one."""
+    def _find(self, inputs: Sequence[LayerInput]) -> SharedHessian | None:
+        """Prune the pool, and return the Hessian that was made from these inputs on every rank, if there is one."""
         pool, count = self._pool, len(self._pool)
         flags = self._comm.all_reduce_and(
-            *(one.alive for one in pool), *(one.made_from(arrivals) for one in pool)
+            *(shared.alive for shared in pool), *(shared.made_from(inputs) for shared in pool)
         )
-        self._pool = [one for one, alive in zip(pool, flags[:count], strict=True) if alive]
-        return next((one for one, same in zip(pool, flags[count:], strict=True) if same), None)
+        self._pool = [shared for shared, alive in zip(pool, flags[:count], strict=True) if alive]
+        return next((shared for shared, same in zip(pool, flags[count:], strict=True) if same), None)
 
-    def _accumulate(self, name: str, module: nn.Module, arrivals: Sequence[LayerInput]) -> SharedHessian:
+    def _accumulate(self, name: str, module: nn.Module, inputs: Sequence[LayerInput]) -> SharedHessian:
         N = len(self._batches)
-        quantized = [arrival for arrival in arrivals if arrival.job < N]
-        full = self._partners(name, module, quantized, {a.job - N: a.x for a in arrivals if a.job >= N})
+        quantized = [given for given in inputs if given.job < N]
+        full = self._full_inputs(
+            name, quantized, {given.job - N: given.x for given in inputs if given.job >= N}
+        )
         [paired] = self._comm.all_reduce_and(bool(full) or not quantized)
         full = full if paired else {}
-        entry = self._sums(name, module, arrivals, full, holding_out=paired)
-        if entry.probe is not None and _unrelated(entry.probe):
-            entry = self._sums(name, module, arrivals, {}, holding_out=False)
-        elif entry.hessian.tokens == 0 and entry.probe is not None:
-            # Only held-out sequences came here: better a Hessian than a judgement.
-            entry = self._sums(name, module, arrivals, full, holding_out=False)
-        return entry
+        shared = self._sums(name, module, inputs, full, holding_out=paired)
+        if shared.holdout is not None and _unrelated(shared.holdout):
+            shared = self._sums(name, module, inputs, {}, holding_out=False)
+        elif shared.hessian.tokens == 0 and shared.holdout is not None:
+            # Only held-out sequences reached this layer: a Hessian is worth more than a judgement.
+            shared = self._sums(name, module, inputs, full, holding_out=False)
+        return shared
 
     def _sums(
         self,
         name: str,
         module: nn.Module,
-        arrivals: Sequence[LayerInput],
+        inputs: Sequence[LayerInput],
         full: Mapping[int, Tensor],
         *,
         holding_out: bool,
     ) -> SharedHessian:
-        device = arrivals[0].x.device if arrivals else weight_matrix(module).device
-        entry = SharedHessian(
-            [(a.job, weakref.ref(a.x), a.x._version) for a in arrivals],
-            Hessian(matrix_shape(module)[1], device=device),
-        )
-        H, probe = entry.hessian, _ProbeRows(PROBE_TOKENS // max(1, self._probed))
-        quantized = [arrival for arrival in arrivals if arrival.job < len(self._batches)]
+        """Sum H = Σ x xᵀ and P = Σ x̃ xᵀ over all ranks, and collect the hold-out rows.
 
-        def streams(arrival: LayerInput) -> tuple[Tensor, Tensor | None]:
-            X = input_rows(module, arrival.x)
-            return X, input_rows(module, full[arrival.job])[: X.shape[0]] if full else None
+        Args:
+            full: batch → input on the full-precision path; empty without that path.
+        """
+        device = inputs[0].x.device if inputs else weight_matrix(module).device
+        H = Hessian(matrix_shape(module)[1], device=device)
+        shared = SharedHessian([(given.job, weakref.ref(given.x), given.x._version) for given in inputs], H)
+        quantized = [given for given in inputs if given.job < len(self._batches)]
+        masks: dict[int, tuple[Tensor | None, Tensor | None]] = {}
 
-        counted: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+        def paths(given: LayerInput) -> tuple[Tensor, Tensor | None]:
+            X = input_rows(module, given.x)
+            return X, input_rows(module, full[given.job])[: X.shape[0]] if full else None
 
-        def foresee(*, check_finite: bool) -> None:
-            for arrival in quantized:
-                X, X_full = streams(arrival)
-                if arrival.job not in counted:
-                    counted[arrival.job] = self._counted(name, entry, arrival, X, holding_out)
-                H.observe_range(X, counted[arrival.job][0], X_full, check_finite=check_finite)
+        def observe(*, check_finite: bool) -> None:
+            for given in quantized:
+                X, X_full = paths(given)
+                if given.job not in masks:
+                    masks[given.job] = self._masks(name, shared, given, X.shape[0], holding_out)
+                H.observe_range(X, masks[given.job][0], X_full, check_finite=check_finite)
 
-        foresee(check_finite=False)
-        if not H.in_range:
+        # First pass over the rows: their range fixes the units in which H is accumulated exactly.
+        observe(check_finite=False)
+        if not H.in_range:  # some row is not finite: find out which
             H.reset()
-            foresee(check_finite=True)
+            observe(check_finite=True)
         H.freeze_units(self._comm.all_gather_rows(H.range_stats))
-        for arrival in quantized:
-            X, X_full = streams(arrival)
-            mask, held = counted[arrival.job]
+        # Second pass: the products.
+        holdout = _HoldoutRows(self._holdout_tokens)
+        for given in quantized:
+            X, X_full = paths(given)
+            mask, held = masks[given.job]
             H.add(X, mask, X_full)
             if held is not None and X_full is not None:
-                probe.add(X, X_full, held)
-        H.dropped += probe.dropped
-        self._sum_up(entry)
-        entry.probe = self._gathered(probe, H.n, device) if holding_out else None
-        return entry
+                holdout.add(X, X_full, held)
+        H.dropped += holdout.dropped
+        # Sums of integers: the same on all ranks, however the batches are divided.
+        H.tokens, H.dropped, shared.masked, shared.borrowed, paired = self._comm.all_reduce_sum(
+            H.tokens, H.dropped, shared.masked, shared.borrowed, int(H.has_full)
+        )
+        if H.tokens:
+            self._comm.all_reduce_(*H.sums(full=paired > 0))
+        if holding_out:
+            both = self._comm.all_gather_rows(torch.cat(holdout.rows(H.n, device), dim=1))
+            if len(both):
+                shared.holdout = Holdout(both[:, : H.n].contiguous(), both[:, H.n :].contiguous())
+        return shared
 
-    def _counted(
-        self, name: str, entry: SharedHessian, arrival: LayerInput, X: Tensor, holding_out: bool
+    def _masks(
+        self, name: str, shared: SharedHessian, given: LayerInput, rows: int, holding_out: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Which rows of an input enter the Hessian, None: all of them; and which are held out, None: none.
+        """Return which rows enter the Hessian (None: all), and which are held out (None: none); count the others.
 
-        Both are on the CPU, so that no GPU has to be waited for. Padding, and tokens that the router did not send, are
-        counted.
+        Both masks are on the CPU, to avoid GPU synchronization.
         """
-        mask = self._mask(name, arrival, X)
-        entry.masked += 0 if mask is None else int(mask.numel() - torch.count_nonzero(mask))
-        routed = self._routed(name, arrival.job)
-        entry.added += 0 if routed is None else X.shape[0] - routed.sent
-        held = self._held_out(name, arrival, X) if holding_out else None
+        mask, expert = self._mask(name, given, rows), self._expert_rows(name, given.job)
+        shared.masked += 0 if mask is None else int(mask.numel() - torch.count_nonzero(mask))
+        shared.borrowed += 0 if expert is None else rows - expert.routed
+        held = self._held_out(name, given, rows) if holding_out else None
         if held is None:
             return mask, None
         return (~held, held) if mask is None else (mask & ~held, held & mask)
 
-    def _sum_up(self, entry: SharedHessian) -> None:
-        """Replace every sum by that over all processes."""
-        H = entry.hessian
-        H.tokens, H.dropped, entry.masked, entry.added, paired = self._comm.all_reduce_sum(
-            H.tokens, H.dropped, entry.masked, entry.added, int(H.has_full)
-        )
-        if H.tokens:
-            self._comm.all_reduce_(*H.sums(full=paired > 0))
-
-    def _gathered(self, probe: _ProbeRows, n: int, device: torch.device) -> Holdout | None:
-        """The rows of all processes; None where no row was collected."""
-        both = self._comm.all_gather_rows(torch.cat(probe.rows(n, device), dim=1))
-        return Holdout(both[:, :n].contiguous(), both[:, n:].contiguous()) if len(both) else None
-
-    def _partners(
-        self, name: str, module: nn.Module, quantized: Sequence[LayerInput], full: Mapping[int, Tensor]
+    def _full_inputs(
+        self, name: str, quantized: Sequence[LayerInput], full: Mapping[int, Tensor]
     ) -> Mapping[int, Tensor]:
-        """Batch → its input in the full-precision stream; empty where the rows of the two may differ."""
-        for arrival in quantized if full else ():
-            x, counts = arrival.x, self._batches[arrival.job].counts
-            routed = self._routed(name, arrival.job)
-            if routed is not None and routed.paired and arrival.job in full:
+        """Return `full` (batch → full-precision input) if its rows belong to the same tokens; otherwise nothing."""
+        for given in quantized if full else ():
+            x, counts = given.x, self._batches[given.job].counts
+            expert = self._expert_rows(name, given.job)
+            if expert is not None and expert.paired and given.job in full:
                 continue
-            # Tokens that were sent to an expert, in each stream others, come as a list without sequences.
-            strange = x.ndim == 2 and counts and len(x) not in counts
-            if strange or arrival.job not in full or full[arrival.job].shape != x.shape:
+            # Tokens routed to an expert, different ones on each path, come as a list without sequences.
+            unknown = x.ndim == 2 and counts and len(x) not in counts
+            if unknown or given.job not in full or full[given.job].shape != x.shape:
                 return {}
         return full
 
-    def _mask(self, name: str, arrival: LayerInput, rows: Tensor) -> Tensor | None:
-        """Which rows count; None: all of them."""
-        padding, routed = self._padding(name, arrival), self._routed(name, arrival.job)
+    def _mask(self, name: str, given: LayerInput, rows: int) -> Tensor | None:
+        """Return which rows are not padding; None: all of them."""
+        batch, expert = self._batches[given.job], self._expert_rows(name, given.job)
+        padding = batch.tokens if self._is_encoder_output(given.x) else batch.padding(name)
         if padding is None:
             return None
-        if routed is not None and padding.numel() == routed.total:
-            return padding.reshape(-1)[routed.tokens]
-        mask = row_mask(arrival.x, padding)
+        if expert is not None and padding.numel() == expert.total:
+            return padding.reshape(-1)[expert.tokens]
+        mask = row_mask(given.x, padding)
         if mask is None:
-            self.unmaskable[name] += rows.shape[0]
+            self.unmaskable[name] += rows
         return mask
 
-    def _held_out(self, name: str, arrival: LayerInput, rows: Tensor) -> Tensor | None:
-        """Which rows are held out; None: none are, or it cannot be told."""
-        batch, routed = self._batches[arrival.job], self._routed(name, arrival.job)
-        if routed is None:
-            return batch.held_out_rows(rows.shape[0])
-        held = batch.held_out_rows(routed.total)
-        return None if held is None else held[routed.tokens]
-
-    def _padding(self, name: str, arrival: LayerInput) -> Tensor | None:
-        """The mask of the tokens that this layer sees."""
-        batch = self._batches[arrival.job]
-        return batch.tokens if self._is_encoder_output(arrival.x) else batch.padding(name)
+    def _held_out(self, name: str, given: LayerInput, rows: int) -> Tensor | None:
+        """Return which rows are held out; None if none are, or it is unknown."""
+        batch, expert = self._batches[given.job], self._expert_rows(name, given.job)
+        if expert is None:
+            return batch.held_out_rows(rows)
+        held = batch.held_out_rows(expert.total)
+        return None if held is None else held[expert.tokens]
 
 
-def _unrelated(probe: Holdout) -> bool:
-    """Whether the rows of the two streams differ like rows of different tokens, however alike their shapes."""
-    return bool((probe.X_full - probe.X).square().sum() > probe.X_full.square().sum())
+def _unrelated(holdout: Holdout) -> bool:
+    """Whether the rows of the two paths differ as much as rows of different tokens: ‖X̃ − X‖ > ‖X̃‖."""
+    return bool((holdout.X_full - holdout.X).square().sum() > holdout.X_full.square().sum())
 
 
-class _ProbeRows:
-    """Collects evenly spaced held-out rows, at most `limit` of each batch; counts those it had to drop."""
+class _HoldoutRows:
+    """Collects evenly spaced hold-out rows, at most `limit` of each batch; counts the rows that are not finite."""
 
     def __init__(self, limit: int) -> None:
         self.dropped = 0
@@ -352,7 +357,7 @@ class _ProbeRows:
         self._parts.append((X[good], X_full[good]))
 
     def rows(self, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """What was collected of both streams, float32 (rows, n)."""
+        """Return the collected rows of both paths, float32 (rows, n)."""
         none = torch.empty(0, n, device=device)
         parts = [(none, none), *self._parts]
         return torch.cat([X for X, _ in parts]), torch.cat([X_full for _, X_full in parts])

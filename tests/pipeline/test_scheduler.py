@@ -1,4 +1,4 @@
-"""The walk against a slow, separate, obvious implementation that replays the whole model for every layer."""
+"""The scheduler against a slow, separate, obvious oracle that replays the whole model for every layer."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ from torch import nn
 from fewbit.config import QuantConfig
 from fewbit.gptq import quantize_weight
 from fewbit.modeling.layers import input_rows, set_weight_matrix, weight_matrix
-from fewbit.pipeline.scheduler import walk
+from fewbit.pipeline.scheduler import Hooks, Scheduler
 from fewbit.planning import make_plan
 from models import FAMILIES, random_sequences, tiny_model
 from summing import hessian_of
@@ -35,7 +35,7 @@ def execution_order(model, layers, batch):
 
 
 def replay(model, batches):
-    """True-sequential GPTQ: for each layer run everything again, collect its inputs, quantize it, go on."""
+    """True-sequential GPTQ: for each layer, run the whole model, collect the layer's inputs, and quantize it."""
     layers = {layer.name: model.get_submodule(layer.name) for layer in make_plan(model, CONFIG).layers}
     codes = {}
     for name in execution_order(model, layers, batches[0]):
@@ -53,20 +53,21 @@ def replay(model, batches):
 
 
 def lockstep(model, batches):
-    """The same with the walk; also counts how often each layer's own forward ran."""
+    """Quantize the same layers with the scheduler."""
     layers = {layer.name: model.get_submodule(layer.name) for layer in make_plan(model, CONFIG).layers}
     codes = {}
 
-    def meet(name, arrivals):
+    def on_layer(name, inputs):
         module = layers[name]
-        hessian = hessian_of([input_rows(module, arrival.x) for arrival in arrivals])
+        hessian = hessian_of([input_rows(module, given.x) for given in inputs])
         W = weight_matrix(module)
         codes[name] = quantize_weight(W, hessian, CONFIG.defaults).codes
         set_weight_matrix(module, codes[name].dequantize(W.dtype))
 
     with torch.no_grad():
-        traffic = walk(layers, [lambda b=b: model(**b, use_cache=False) for b in batches], meet)
-    return codes, traffic
+        jobs = [lambda b=b: model(**b, use_cache=False) for b in batches]
+        stats = Scheduler(layers, jobs, Hooks(on_layer)).run()
+    return codes, stats
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -74,10 +75,10 @@ def test_matches_full_replay(family):
     slow_model, fast_model = tiny_model(family), tiny_model(family)
     batches = batches_for(slow_model)
     expected = replay(slow_model, batches)
-    codes, traffic = lockstep(fast_model, batches)
+    codes, stats = lockstep(fast_model, batches)
     assert list(codes) == list(expected)
-    assert traffic.unreached == []
-    assert not traffic.late
+    assert stats.unreached == []
+    assert not stats.late_inputs
     for name, want in expected.items():
         assert torch.equal(codes[name].codes, want.codes), name
         assert torch.equal(codes[name].scales, want.scales), name
@@ -86,7 +87,7 @@ def test_matches_full_replay(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom", "t5"])
-def test_every_batch_goes_through_every_layer_once(family):
+def test_each_batch_runs_each_layer_once(family):
     model = tiny_model(family)
     batches = batches_for(model)
     layers = {layer.name: model.get_submodule(layer.name) for layer in make_plan(model, CONFIG).layers}
@@ -104,7 +105,7 @@ def test_every_batch_goes_through_every_layer_once(family):
     assert set(calls.values()) == {len(batches)}
 
 
-def test_walk_restores_forwards_and_ends_before_the_head():
+def test_forwards_are_restored_and_the_head_is_not_run():
     model = tiny_model("llama")
     ran = []
     model.lm_head.register_forward_pre_hook(lambda *_: ran.append(1))
@@ -116,7 +117,7 @@ def test_walk_restores_forwards_and_ends_before_the_head():
 
 
 class Choosy(nn.Module):
-    """Each input takes its own way: odd first tokens skip `a`; `last` is used twice."""
+    """Inputs with a negative first value skip `a`; `last` is used twice."""
 
     def __init__(self):
         super().__init__()
@@ -130,39 +131,36 @@ class Choosy(nn.Module):
         return last(x) if x.shape[0] < 100 else never(x)
 
 
-def choosy_walk(inputs):
+def choosy_pass(inputs):
     model = Choosy()
     met = {}
     layers = {f"blocks.{i}": m for i, m in enumerate(model.blocks)}
     with torch.no_grad():
-        traffic = walk(
-            layers,
-            [lambda x=x: model(x) for x in inputs],
-            lambda name, arrivals: met.setdefault(name, [a.job for a in arrivals]),
-        )
-    return met, traffic
+        hooks = Hooks(lambda name, given: met.setdefault(name, [one.job for one in given]))
+        stats = Scheduler(layers, [lambda x=x: model(x) for x in inputs], hooks).run()
+    return met, stats
 
 
-def test_batches_that_skip_a_layer_wait_for_the_others():
+def test_batches_that_skip_a_layer_wait():
     inputs = [torch.full((3, 8), v) for v in (1.0, -1.0, 1.0)]
-    met, traffic = choosy_walk(inputs)
+    met, stats = choosy_pass(inputs)
     assert met == {"blocks.0": [0, 2], "blocks.1": [0, 1, 2], "blocks.2": [0, 1, 2]}
-    assert traffic.met == ["blocks.0", "blocks.1", "blocks.2"]
-    assert traffic.late == {"blocks.2": 3}
-    assert traffic.unreached == ["blocks.3"]
+    assert list(met) == ["blocks.0", "blocks.1", "blocks.2"]
+    assert stats.late_inputs == {"blocks.2": 3}
+    assert stats.unreached == ["blocks.3"]
 
 
-def test_an_error_in_a_job_ends_the_walk_and_restores_the_model():
+def test_error_in_a_job_restores_the_model():
     model = Choosy()
     layers = {f"blocks.{i}": m for i, m in enumerate(model.blocks)}
     inputs = [torch.ones(3, 8), torch.ones(3, 9)]
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), torch.no_grad():
-        walk(layers, [lambda x=x: model(x) for x in inputs], lambda name, arrivals: None)
+        Scheduler(layers, [lambda x=x: model(x) for x in inputs], Hooks(lambda name, given: None)).run()
     assert all("forward" not in module.__dict__ for module in model.blocks)
     assert torch.is_grad_enabled()
 
 
-def test_an_error_in_meet_ends_the_walk_and_keeps_an_earlier_forward():
+def test_error_in_on_layer_restores_an_earlier_forward():
     model = Choosy()
 
     def own(x):
@@ -170,41 +168,42 @@ def test_an_error_in_meet_ends_the_walk_and_keeps_an_earlier_forward():
 
     model.blocks[0].forward = own
 
-    def meet(name, arrivals):
+    def on_layer(name, inputs):
         raise ValueError("stop here")
 
     layers = {f"blocks.{i}": m for i, m in enumerate(model.blocks)}
     with pytest.raises(ValueError, match="stop here"):
-        walk(layers, [lambda: model(torch.ones(3, 8))], meet)
+        Scheduler(layers, [lambda: model(torch.ones(3, 8))], Hooks(on_layer)).run()
     assert model.blocks[0].forward is own
 
 
-def two_streams(model, batches, **options):
-    """Quantize with a full-precision stream beside; returns what reached each layer in both streams."""
+def two_paths(model, batches, blocks=None, on_block_end=None):
+    """Quantize with a full-precision path; returns the inputs of each layer on both paths."""
     layers = {layer.name: model.get_submodule(layer.name) for layer in make_plan(model, CONFIG).layers}
     seen = {}
     n = len(batches)
 
-    def meet(name, arrivals):
-        seen[name] = {arrival.job: arrival.x.clone() for arrival in arrivals}
+    def on_layer(name, inputs):
+        seen[name] = {given.job: given.x.clone() for given in inputs}
         module = layers[name]
-        hessian = hessian_of([input_rows(module, arrival.x) for arrival in arrivals[:n]])
+        hessian = hessian_of([input_rows(module, given.x) for given in inputs[:n]])
         W = weight_matrix(module)
         set_weight_matrix(module, quantize_weight(W, hessian, CONFIG.defaults).codes.dequantize(W.dtype))
 
     jobs = [lambda b=b: model(**b, use_cache=False) for b in [*batches, *batches]]
     with torch.no_grad():
-        traffic = walk(layers, jobs, meet, references=range(n, 2 * n), **options)
-    return seen, traffic, layers
+        hooks = Hooks(on_layer, on_block_end)
+        stats = Scheduler(layers, jobs, hooks, references=range(n, 2 * n), blocks=blocks).run()
+    return seen, stats, layers
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "t5"])
-def test_references_see_the_unchanged_model_and_the_others_the_changed_one(family):
+def test_references_see_the_unchanged_model(family):
     model = tiny_model(family)
     batches = batches_for(model, 2)
-    seen, traffic, layers = two_streams(model, batches)
+    seen, stats, layers = two_paths(model, batches)
     original = tiny_model(family)
-    for stream, whole in ((0, model), (len(batches), original)):
+    for start, whole in ((0, model), (len(batches), original)):
         for name in layers:
             inputs = []
             module = whole.get_submodule(name)
@@ -214,27 +213,29 @@ def test_references_see_the_unchanged_model_and_the_others_the_changed_one(famil
                     whole(**batch, use_cache=False)
             hook.remove()
             for job, x in enumerate(inputs):
-                assert torch.equal(seen[name][stream + job], x), (name, stream)
-    assert traffic.unreached == []
+                assert torch.equal(seen[name][start + job], x), (name, start)
+    assert stats.unreached == []
 
 
-def test_the_end_of_a_block_hands_over_its_passages_and_takes_new_outputs():
+def test_block_end_gets_calls_and_replaces_outputs():
     model = tiny_model("llama")
     batches = batches_for(model, 2)
     blocks = {f"model.layers.{i}": block for i, block in enumerate(model.model.layers)}
-    left = []
+    ended = []
 
-    def leave(name, passages):
-        assert [p.job for p in passages] == [0, 1, 2, 3]
+    def on_block_end(name, calls):
+        assert [call.job for call in calls] == [0, 1, 2, 3]
         block = blocks[name]
-        again = {p.job: block(*p.args, **p.kwargs) for p in passages[:2]}  # without a pause, changed weights
-        for passage in passages[:2]:
-            assert torch.equal(again[passage.job], passage.output)
-        left.append(name)
+        again = {
+            call.job: block(*call.args, **call.kwargs) for call in calls[:2]
+        }  # without a pause, changed weights
+        for call in calls[:2]:
+            assert torch.equal(again[call.job], call.output)
+        ended.append(name)
         return {job: partial(torch.zeros_like, output) for job, output in again.items()}
 
-    seen, _, _ = two_streams(model, batches, blocks=blocks, leave=leave)
-    assert left == list(blocks)
+    seen, _, _ = two_paths(model, batches, blocks=blocks, on_block_end=on_block_end)
+    assert ended == list(blocks)
     second = seen["model.layers.1.self_attn.q_proj"]
     assert all(
         not second[job].any() for job in (0, 1)
@@ -243,13 +244,13 @@ def test_the_end_of_a_block_hands_over_its_passages_and_takes_new_outputs():
     assert all("forward" not in module.__dict__ for module in model.modules())
 
 
-def test_an_error_at_the_end_of_a_block_ends_the_walk_and_restores_the_model():
+def test_error_at_block_end_restores_the_model():
     model = tiny_model("llama")
     blocks = {"model.layers.0": model.model.layers[0]}
 
-    def leave(name, passages):
+    def on_block_end(name, calls):
         raise ValueError("stop here")
 
     with pytest.raises(ValueError, match="stop here"):
-        two_streams(model, batches_for(model, 2), blocks=blocks, leave=leave)
+        two_paths(model, batches_for(model, 2), blocks=blocks, on_block_end=on_block_end)
     assert all("forward" not in module.__dict__ for module in model.modules())

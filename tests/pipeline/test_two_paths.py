@@ -1,4 +1,4 @@
-"""The full-precision stream beside the quantized one: what is held out, what is corrected, what is measured."""
+"""The full-precision path beside the quantized one: hold-out, correction, and measured errors."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 import fewbit
 from fewbit.demo import calibration_text, evaluation_text, model_path
-from fewbit.pipeline.statistics import Rows, hold_out
+from fewbit.pipeline.statistics import BatchMasks, split_holdout
 from models import random_sequences, tiny_model, tiny_tokenizer
 
 SMALL = {"group_size": 16, "seq_len": 24}
@@ -22,12 +22,12 @@ def quantize(model, dataset, **options):
     [([1], [0]), ([1, 1], [0, 1]), ([4], [1]), ([1] * 32, [0] * 30 + [1, 1]), ([16, 16, 16], [0, 0, 3]),
      ([2] * 100, [0] * 96 + [2] * 4), ([40, 1], [1, 1]), ([100, 1], [5, 1])],
 )  # fmt: skip
-def test_a_sixteenth_of_the_sequences_is_held_out(batches, held_out):
-    rows = [Rows(sequences=count) for count in batches]
-    assert [batch.held_out for batch in hold_out(rows)] == held_out
+def test_a_sixteenth_is_held_out(batches, held_out):
+    masks = [BatchMasks(sequences=count) for count in batches]
+    assert [batch.held_out for batch in split_holdout(masks)] == held_out
 
 
-def test_held_out_sequences_enter_no_hessian_however_they_are_batched():
+def test_holdout_enters_no_hessian_at_any_batch_size():
     sequences = random_sequences(20)
     seen = {}
     for batch_size in (1, 4, 20):
@@ -39,14 +39,14 @@ def test_held_out_sequences_enter_no_hessian_however_they_are_batched():
     assert seen[20] == pytest.approx(seen[1], rel=1e-3)
 
 
-def test_without_a_full_precision_stream_every_token_counts_and_nothing_is_claimed():
+def test_one_path_holds_out_nothing_and_measures_no_true_error():
     for options in ({"fast": True}, {"correction": 0}):
         layers = quantize(tiny_model("llama"), random_sequences(20), **options).layers
         assert {layer["tokens"] for layer in layers} == {20 * 24}
         assert {(layer["true_error"], layer["correction"]) for layer in layers} == {(None, None)}
 
 
-def test_true_error_is_that_of_the_layers_outputs_on_held_out_tokens():
+def test_true_error_is_measured_on_holdout_outputs():
     model, original = tiny_model("llama"), tiny_model("llama")
     sequences = random_sequences(8)
     report = quantize(model, sequences, bits=2, correction=0.5)
@@ -62,7 +62,7 @@ def test_true_error_is_that_of_the_layers_outputs_on_held_out_tokens():
             whole(**held_out)
     for layer in report.layers:
         want, got = outputs[layer["name"], False], outputs[layer["name"], True]
-        # The model runs the kernel on the packed weights; the walk measured with float32 ones.
+        # The model runs the kernel on the packed weights; the pipeline measured with float32 weights.
         assert layer["true_error"] == pytest.approx(float((got - want).norm() / want.norm()), rel=0.02)
 
 
@@ -83,7 +83,7 @@ def demo_reports(tmp_path_factory):
     return reports
 
 
-def test_the_automatic_correction_lowers_the_true_error_of_a_trained_model(demo_reports):
+def test_auto_correction_lowers_true_error(demo_reports):
     def mean(report):
         return sum(layer["true_error"] for layer in report.layers) / len(report.layers)
 
@@ -94,12 +94,12 @@ def test_the_automatic_correction_lowers_the_true_error_of_a_trained_model(demo_
     assert max(alphas) > 0.3
 
 
-def test_the_automatic_correction_brings_the_whole_model_closer(demo_reports):
+def test_auto_correction_lowers_kl(demo_reports):
     kl = {name: report.evaluation["quantized"]["kl"] for name, report in demo_reports.items()}
     assert kl["auto"] < kl["none"]
 
 
-def test_a_single_sequence_is_said_to_be_too_few():
+def test_single_sequence_is_noted():
     report = quantize(tiny_model("llama"), random_sequences(1))
     assert any("a single calibration sequence" in note for note in report.notes)
     assert {(layer["true_error"], layer["correction"]) for layer in report.layers} == {(None, 0.0)}
@@ -117,7 +117,7 @@ class Routed(nn.Module):
         return self.expert(x[x[..., 0] > 0.05])
 
 
-def test_rows_that_do_not_belong_together_are_not_corrected_and_that_is_noted():
+def test_unpaired_rows_are_not_corrected():
     torch.manual_seed(0)
     model = Routed()
     fewbit.quantize(model, fewbit.QuantConfig(bits=2, group_size=32), dataset=random_sequences(6))
@@ -129,7 +129,7 @@ def test_rows_that_do_not_belong_together_are_not_corrected_and_that_is_noted():
 
 
 class Chosen(nn.Module):
-    """The second layer gets as many rows in both streams, but not the same ones."""
+    """The second layer gets as many rows on both paths, but not the same ones."""
 
     def __init__(self):
         super().__init__()
@@ -140,7 +140,7 @@ class Chosen(nn.Module):
         return self.second(torch.randn_like(y))
 
 
-def test_rows_of_one_shape_that_have_nothing_in_common_are_not_corrected():
+def test_unrelated_rows_of_equal_shape_are_not_corrected():
     torch.manual_seed(0)
     model = Chosen()
     batches = [{"x": torch.randn(8, 32)} for _ in range(8)]
@@ -161,7 +161,7 @@ class Again(nn.Module):
         return self.last(self.shared(self.shared(x)))
 
 
-def test_a_full_precision_stream_that_had_to_use_a_quantized_layer_is_noted():
+def test_reference_through_a_quantized_layer_is_noted():
     torch.manual_seed(0)
     model = Again()
     batches = [{"x": torch.randn(8, 32)} for _ in range(3)]
@@ -171,7 +171,7 @@ def test_a_full_precision_stream_that_had_to_use_a_quantized_layer_is_noted():
     assert any("3 inputs of the full-precision stream reached layers after" in note for note in notes)
 
 
-def test_held_out_tokens_that_are_not_finite_are_counted_as_dropped():
+def test_infinite_holdout_tokens_are_dropped():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 32))
     batches = [{"input": torch.randn(1, 8, 32)} for _ in range(4)]

@@ -1,4 +1,4 @@
-"""Which tokens an expert's Hessian is made of, against sums in float64."""
+"""Tokens in an expert's Hessian, against sums in float64."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from fewbit.modeling.experts import Route, unfuse, unfused_modules
-from fewbit.pipeline.expert_calibration import TOKENS_PER_FEATURE, Routing, _evenly, copied
-from fewbit.pipeline.scheduler import walk
-from fewbit.pipeline.statistics import HessianPool, Rows, hold_out
+from fewbit.pipeline.expert_calibration import TOKENS_PER_FEATURE, ExpertCalibration, _evenly_spaced, copied
+from fewbit.pipeline.scheduler import Hooks, Scheduler
+from fewbit.pipeline.statistics import BatchMasks, HessianPool, split_holdout
 from models import random_sequences
 from moe_models import EXPERTS, HIDDEN, STARVED, UNREACHED, tiny_moe
 
@@ -51,40 +51,40 @@ def what_experts_see(model, data):
 
 
 def tokens_of(expert, choices, counted):
-    """Tokens sent, and tokens to be added, for each batch: the definition, written out."""
-    sent, others = [], []
+    """Routed and borrowed tokens of each batch: the definition, written out."""
+    routed, others = [], []
     for b, (choice, counts) in enumerate(zip(choices, counted, strict=True)):
         mine = (choice == expert).any(1)
-        sent += [(b, t) for t in range(len(choice)) if mine[t] and counts[t]]
+        routed += [(b, t) for t in range(len(choice)) if mine[t] and counts[t]]
         others += [(b, t) for t in range(len(choice)) if not mine[t] and counts[t]]
-    missing = min(max(0, WANTED - len(sent)), len(others))
-    return sent, [others[i * len(others) // missing] for i in range(missing)]
+    missing = min(max(0, WANTED - len(routed)), len(others))
+    return routed, [others[i * len(others) // missing] for i in range(missing)]
 
 
-def collected(model, data, rows, references=0, meet=None):
+def collected(model, data, masks, references=0, before=None):
     """Layer → what the pool made of it."""
-    routing = Routing(model, rows)
-    pool = HessianPool(rows, routed=routing.rows)
+    routing = ExpertCalibration(model, masks)
+    pool = HessianPool(masks, expert_rows=routing.rows)
     layers = expert_layers(model)
     made = {}
     logits = {}
 
-    def meeting(name, arrivals):
+    def on_layer(name, inputs):
         if name in routing.points:
-            routing.meet(name, arrivals)
+            routing.on_routing(name, inputs)
             return
-        if meet is not None:
-            meet(name, arrivals, routing)
+        if before is not None:
+            before(name, inputs, routing)
         if name in layers:
-            entry = pool.get(name, layers[name], arrivals)
-            drift = entry.hessian.input_error()
+            shared = pool.get(name, layers[name], inputs)
+            input_error = shared.hessian.input_error()
             made[name] = SimpleNamespace(
-                H=entry.hessian.matrix().clone(),
-                C=None if drift is None else drift.clone(),
-                tokens=entry.hessian.tokens,
-                added=entry.added,
-                masked=entry.masked,
-                probe=entry.probe,
+                H=shared.hessian.matrix().clone(),
+                C=None if input_error is None else input_error.clone(),
+                tokens=shared.hessian.tokens,
+                borrowed=shared.borrowed,
+                masked=shared.masked,
+                holdout=shared.holdout,
             )
 
     def job(number):
@@ -97,102 +97,99 @@ def collected(model, data, rows, references=0, meet=None):
     count = len(data) + references
     last = {"lm_head": model.lm_head}
     with torch.no_grad():
-        walk(
-            routing.meeting_points({**first, **layers, **last}),
-            [job(i) for i in range(count)],
-            meeting,
-            references=range(len(data), count),
-        )
+        points = routing.with_points({**first, **layers, **last})
+        jobs = [job(i) for i in range(count)]
+        Scheduler(points, jobs, Hooks(on_layer), references=range(len(data), count)).run()
     return made, logits
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_starved_experts_get_tokens_of_the_whole_layer_in_the_ratio_of_the_formula(padded):
+def test_under_routed_experts_borrow_tokens(padded):
     model, data = tiny_moe("qwen3_moe"), batches(padded)
     unfuse(model)
     seen, _ = what_experts_see(model, data)
-    made, _ = collected(model, data, [Rows.of(batch) for batch in data])
+    made, _ = collected(model, data, [BatchMasks.of(batch) for batch in data])
     counted = [batch["attention_mask"].bool().reshape(-1) for batch in data]
-    added = {}
+    counts = {}
     for name, inputs in seen.items():
         for e in range(EXPERTS):
-            sent, others = tokens_of(e, [choice for _, choice in inputs], counted)
-            X = torch.stack([inputs[b][0][t] for b, t in sent + others])
+            routed, borrowed = tokens_of(e, [choice for _, choice in inputs], counted)
+            X = torch.stack([inputs[b][0][t] for b, t in routed + borrowed])
             expert = unfused_modules(model)[name].get_submodule(str(e))
             h = nn.functional.silu(X @ expert.gate_proj.weight.T) * (X @ expert.up_proj.weight.T)
             for layer, rows in (("gate_proj", X), ("up_proj", X), ("down_proj", h)):
                 one = made[f"{name}.{e}.{layer}"]
-                assert (one.tokens - one.added, one.added) == (len(sent), len(others))
+                assert (one.tokens - one.borrowed, one.borrowed) == (len(routed), len(borrowed))
                 H = rows.detach().double().T @ rows.detach().double()
                 torch.testing.assert_close(one.H.double(), H, rtol=1e-4, atol=1e-4)
-            added[e] = len(others)
+            counts[e] = len(borrowed)
             if padded and e == 0:
                 assert made[f"{name}.{e}.gate_proj"].masked > 0
-    assert added[0] == 0
-    assert 0 < added[STARVED] < added[UNREACHED] == WANTED
+    assert counts[0] == 0
+    assert 0 < counts[STARVED] < counts[UNREACHED] == WANTED
 
 
-def test_both_streams_run_the_same_rows_and_the_original_one_stays_the_original():
+def test_experts_run_the_same_rows_on_both_paths():
     model, data = tiny_moe("qwen3_moe"), batches(padded=True)
     unfuse(model)
     original, expected = what_experts_see(model, data)
     N, pairs = len(data), 0
 
-    def meet(name, arrivals, routing):
+    def before(name, inputs, routing):
         nonlocal pairs
         if name.endswith("o_proj"):
             module = model.get_submodule(name)
             module.weight = nn.Parameter(module.weight * 3)
         if name.endswith(".gate_proj"):
-            full = {arrival.job - N: arrival.x for arrival in arrivals if arrival.job >= N}
-            for arrival in (arrival for arrival in arrivals if arrival.job < N):
-                rows = routing.rows(name, arrival.job)
-                hidden = original[name.rsplit(".", 2)[0]][arrival.job][0]
+            full = {given.job - N: given.x for given in inputs if given.job >= N}
+            for given in (given for given in inputs if given.job < N):
+                rows = routing.rows(name, given.job)
+                hidden = original[name.rsplit(".", 2)[0]][given.job][0]
                 assert rows.paired
-                torch.testing.assert_close(full[arrival.job][: len(rows.tokens)], hidden[rows.tokens])
-                assert not torch.allclose(arrival.x, hidden[rows.tokens])
+                torch.testing.assert_close(full[given.job][: len(rows.tokens)], hidden[rows.tokens])
+                assert not torch.allclose(given.x, hidden[rows.tokens])
                 pairs += len(rows.tokens)
 
-    rows = hold_out([Rows.of(batch) for batch in data])
-    made, logits = collected(model, data, rows, references=N, meet=meet)
+    masks = split_holdout([BatchMasks.of(batch) for batch in data])
+    made, logits = collected(model, data, masks, references=N, before=before)
     assert pairs > 0
-    for i in range(N - 1):  # the walk ends at the last layer: not every job runs to its end
+    for i in range(N - 1):  # the pass ends at the last layer: not every job runs to its end
         if N + i in logits:
             torch.testing.assert_close(logits[N + i], expected[i])
     seen, _ = what_experts_see(model, data)  # through the changed layer
     name, inputs = next(iter(seen.items()))
     counted = [batch["attention_mask"].bool().reshape(-1) for batch in data]
-    for batch, mask in zip(rows, counted, strict=True):
+    for batch, mask in zip(masks, counted, strict=True):
         held = batch.held_out_rows(len(mask))
         mask &= ~held if held is not None else mask
     for e in range(EXPERTS):
-        sent, others = tokens_of(e, [choice for _, choice in inputs], counted)
-        X = torch.stack([inputs[b][0][t] for b, t in sent + others]).double()
-        full = torch.stack([original[name][b][0][t] for b, t in sent + others]).double()
+        routed, borrowed = tokens_of(e, [choice for _, choice in inputs], counted)
+        X = torch.stack([inputs[b][0][t] for b, t in routed + borrowed]).double()
+        full = torch.stack([original[name][b][0][t] for b, t in routed + borrowed]).double()
         one = made[f"{name}.{e}.up_proj"]
         torch.testing.assert_close(one.C.double(), (full - X).T @ X, rtol=1e-3, atol=1e-3)
-    assert made[f"{name}.0.up_proj"].probe.tokens > 0
+    assert made[f"{name}.0.up_proj"].holdout.tokens > 0
 
 
-def test_evenly_spaced_places_do_not_depend_on_how_they_are_shared():
+def test_evenly_spaced_tokens_do_not_depend_on_shares():
     for total, wanted in ((10, 3), (100, 99), (7, 7), (1000, 1)):
-        whole = _evenly(wanted, total, 0, total)
+        whole = _evenly_spaced(wanted, total, 0, total)
         assert whole.tolist() == [i * total // wanted for i in range(wanted)]
         cuts = [0, total // 3, total // 3, total // 2, total]
-        shares = [_evenly(wanted, total, a, b - a) + a for a, b in pairwise(cuts)]
+        shares = [_evenly_spaced(wanted, total, a, b - a) + a for a, b in pairwise(cuts)]
         assert torch.cat(shares).tolist() == whole.tolist()
-    assert len(_evenly(0, 10, 0, 10)) == 0
+    assert len(_evenly_spaced(0, 10, 0, 10)) == 0
 
 
-def test_without_experts_there_are_no_points():
+def test_no_routing_points_without_experts():
     layer = nn.Linear(2, 2)
-    routing = Routing(nn.Sequential(layer), [])
+    routing = ExpertCalibration(nn.Sequential(layer), [])
     assert routing.points == {}
-    assert routing.meeting_points({"0": layer}) == {"0": layer}
+    assert routing.with_points({"0": layer}) == {"0": layer}
     assert routing.rows("0", 0) is None
 
 
-def test_copies_of_routes_are_the_same_routes():
+def test_copied_routes_are_equal():
     made = []
 
     def copy(tensor):
@@ -209,20 +206,20 @@ def test_copies_of_routes_are_the_same_routes():
     for route, other in zip(routes, copies, strict=True):
         assert torch.equal(route.tokens, other.tokens)
         assert torch.equal(route.slots, other.slots)
-        assert (route.own is None) == (other.own is None)
+        assert (route.routed is None) == (other.routed is None)
         assert torch.equal(route.chosen, other.chosen)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_the_same_routes_are_decided():
+def test_gpu_decides_the_same_routes():
     def decided(device):
         model = tiny_moe("mixtral")
         unfuse(model)
         model.to(device)
-        routing = Routing(model, [Rows.of(batch) for batch in batches(padded=True)])
+        routing = ExpertCalibration(model, [BatchMasks.of(batch) for batch in batches(padded=True)])
         name, point = next(iter(routing.points.items()))
         choices = [torch.arange(3 * LENGTH * 2, device=device).reshape(-1, 2) % EXPERTS for _ in range(4)]
-        routing.meet(name, [SimpleNamespace(job=job, x=choice) for job, choice in enumerate(choices)])
+        routing.on_routing(name, [SimpleNamespace(job=job, x=choice) for job, choice in enumerate(choices)])
         return [route for choice in choices for route in point(choice)]
 
     for one, other in zip(decided("cpu"), decided("cuda"), strict=True):
