@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-GRIDS = 3  # sweeps of a layer
+GRIDS = 3  # grids that a layer is rounded with
 PROBE = 2048  # held-out rows of a layer
 GRID_BYTES = 147 * 6 * 8  # per weight, to fit a 4-bit grid: candidates × passes × (read and write)
 ROUNDING_BYTES = 28  # per product of two inputs and batch, to round it to integers and add it, in torch
@@ -93,7 +93,7 @@ class Machine:
 
     Attributes:
         forward: bfloat16 operations. product: float32 ones of matrix products. factor: of a factorization.
-        column: seconds for one column of a sweep, however many rows and grids. memory: bytes.
+        column: seconds for one column of the column loop, however many rows and grids. memory: bytes.
         near, far: bytes of an all-reduce inside a node and between nodes, per rank. hop: seconds for a few bytes to
             the next rank. read, write: bytes of a node's disk (hashing included).
     """
@@ -112,7 +112,7 @@ class Machine:
 
 
 # Half of the bfloat16 peak of 990 Tflop/s; float32 without tensor cores; 400 Gb/s for each GPU between nodes, 80% of
-# it used. A column of the sweep, of all grids at once, is 13 operations of torch, launched one after the other.
+# it used. A column, of all grids at once, is 13 operations of torch, launched one after the other.
 H100 = Machine(
     forward=500e12, product=50e12, factor=10e12, column=50e-6, memory=2.5e12, near=300e9, far=40e9, hop=30e-6,
     read=2.5e9, write=0.6e9,
@@ -121,14 +121,14 @@ FUSED = Machine(**{**H100.__dict__, "column": 2e-6})
 
 BATCHES, ROWS, ALONE, EXCHANGE = "batches", "rows", "every rank", "exchange"
 PARTS = {
-    "forward, both streams": BATCHES,
-    "Hessians and drifts": BATCHES,
-    "grid, correction, sweeps": ROWS,
-    "columns one by one": ALONE,
+    "forward, both paths": BATCHES,
+    "Hessians and covariances": BATCHES,
+    "grid, correction, rounding": ROWS,
+    "column loop": ALONE,
     "factorizations": ALONE,
     "reading and writing": ALONE,
     "sums": EXCHANGE,
-    "codes and probes": EXCHANGE,
+    "codes and holdout": EXCHANGE,
     "small messages": EXCHANGE,
 }
 
@@ -144,25 +144,25 @@ def seconds(model: Model, machine: Machine, ranks: int, sequences: int, seq_len:
         n, m = one.n, sum(one.rows)
         active = tokens * one.expert_share
         seen = active if one.expert_share == 1 else max(active, min(STARVED * n, tokens))
-        part["forward, both streams"] += count * 2 * 2 * m * n * active / machine.forward
-        part["Hessians and drifts"] += count * (1.2 + 2) * seen * n * n / machine.product
+        part["forward, both paths"] += count * 2 * 2 * m * n * active / machine.forward
+        part["Hessians and covariances"] += count * (1.2 + 2) * seen * n * n / machine.product
         # The upper triangle of H, in blocks, and all of C.
-        part["Hessians and drifts"] += count * 1.6 * n * n * sequences * ROUNDING_BYTES / machine.memory
+        part["Hessians and covariances"] += count * 1.6 * n * n * sequences * ROUNDING_BYTES / machine.memory
         part["factorizations"] += count * 2 / 3 * n**3 / machine.factor
-        sweep = (4 + GRIDS) * m * n * n + 8 * PROBE * m * n
-        part["grid, correction, sweeps"] += count * (
-            sweep / machine.product + GRID_BYTES * m * n / machine.memory
+        products = (4 + GRIDS) * m * n * n + 8 * PROBE * m * n
+        part["grid, correction, rounding"] += count * (
+            products / machine.product + GRID_BYTES * m * n / machine.memory
         )
-        part["columns one by one"] += count * n * len(one.rows) * machine.column
+        part["column loop"] += count * n * len(one.rows) * machine.column
         part["sums"] += count * 2 * passed_on * 8 * n * n / bandwidth
-        part["codes and probes"] += count * passed_on * (m * n + 8 * PROBE * n) / bandwidth
+        part["codes and holdout"] += count * passed_on * (m * n + 8 * PROBE * n) / bandwidth
         small = SMALL_PER_LAYER * len(one.rows) + SMALL_PER_INPUT
         part["small messages"] += count * small * 2 * (ranks - 1) * machine.hop
     layers = sum(count for count, _ in model.blocks)
-    part["forward, both streams"] += 2 * 2 * layers * tokens * seq_len * model.attention / machine.forward
-    part["forward, both streams"] *= batches
-    part["Hessians and drifts"] *= batches
-    part["grid, correction, sweeps"] /= ranks
+    part["forward, both paths"] += 2 * 2 * layers * tokens * seq_len * model.attention / machine.forward
+    part["forward, both paths"] *= batches
+    part["Hessians and covariances"] *= batches
+    part["grid, correction, rounding"] /= ranks
     total = model.weights + model.other_weights
     part["reading and writing"] = 2 * 2 * total / machine.read + 4.25 / 8 * total / machine.write
     return part
@@ -177,11 +177,11 @@ def two_processes(report: Mapping[str, Any], flops: float, bandwidth: float = 1.
         flops: of a Cholesky factorization, float32, per second. bandwidth: of an all-reduce, bytes per second.
     """
     phases = report["seconds_by_phase"]
-    of_walk = sum(phases.get(name, 0.0) for name in ("hessian", "solve", "pack", "journal", "load"))
+    inner = sum(phases.get(name, 0.0) for name in ("hessian", "solve", "pack", "journal", "load"))
     inputs = _inputs(report["layers"])
     factors = sum(2 / 3 * n**3 for n in inputs) / flops
     exchange = sum(8 * n * n for n in inputs) / bandwidth
-    halved = phases["walk"] - of_walk + phases["hessian"] + phases["solve"] - factors
+    halved = phases["walk"] - inner + phases["hessian"] + phases["solve"] - factors
     return report["seconds"] - halved / 2 + exchange
 
 
@@ -242,8 +242,8 @@ def main() -> None:
     _bytes()
     for title, machine, sequences in (
         ("As it is, 128 × 2048 tokens", H100, 128),
-        ("With the columns of a sweep in one kernel, 128 × 2048 tokens", FUSED, 128),
-        ("With the columns of a sweep in one kernel, 512 × 2048 tokens", FUSED, 512),
+        ("With the column loop in one kernel, 128 × 2048 tokens", FUSED, 128),
+        ("With the column loop in one kernel, 512 × 2048 tokens", FUSED, 512),
     ):
         print(f"\n{title}\n")
         _table(machine, sequences)
