@@ -14,7 +14,7 @@ import torch
 from models import tiny_model, tiny_tokenizer
 
 EXPERTS, TOP_K, HIDDEN, INNER = 6, 2, 32, 32
-STARVED, UNREACHED = 4, 5
+UNDER_ROUTED, UNREACHED = 4, 5
 
 _BASE = {
     "hidden_size": HIDDEN,

@@ -17,7 +17,7 @@ from fewbit.errors import CheckpointError, SolverError
 from fewbit.gptq import cholesky as fallback
 from fewbit.kernels.linear import QuantLinear
 from models import random_sequences
-from moe_models import EXPERTS, MOE_SHAPES, STARVED, UNREACHED, save_tiny_moe, tiny_moe
+from moe_models import EXPERTS, MOE_SHAPES, UNDER_ROUTED, UNREACHED, save_tiny_moe, tiny_moe
 from rank_processes import run_ranks
 
 SEQUENCES, LENGTH = 8, 40
@@ -53,7 +53,7 @@ def qwen(tmp_path_factory):
     return save_tiny_moe(tmp_path_factory.mktemp("qwen") / "model", "qwen3_moe")
 
 
-def test_the_names_are_those_of_the_original_files(run):
+def test_names_match_the_original_files(run):
     _, source, out, report = run
     names, original = set(tensors(out)), set(tensors(source))
     quantized = {name.removesuffix(f".{QWEIGHT}") for name in names if name.endswith(QWEIGHT)}
@@ -65,14 +65,14 @@ def test_the_names_are_those_of_the_original_files(run):
     assert sum(".experts." in layer for layer in quantized) % (3 * EXPERTS) == 0
 
 
-def test_it_is_closer_to_the_original_than_rounding(run):
+def test_gptq_beats_round_to_nearest(run):
     family, _, out, _ = run
     original, rounded = tiny_moe(family), tiny_moe(family)
     fewbit.quantize(rounded, fewbit.QuantConfig(bits=3, group_size=16, method="rtn"))
     assert error(fewbit.load(out), original) < 0.6 * error(rounded, original)
 
 
-def test_loaded_it_is_the_model_that_was_quantized_in_memory(run, tmp_path):
+def test_loaded_model_equals_the_one_in_memory(run, tmp_path):
     family, _, out, _ = run
     model = fewbit.quantize(tiny_moe(family), CONFIG, dataset=DATA)
     loaded = fewbit.load(out)
@@ -87,7 +87,7 @@ def test_loaded_it_is_the_model_that_was_quantized_in_memory(run, tmp_path):
         assert all(torch.equal(again[name], written[name]) for name in written)
 
 
-def test_verify_and_inspect_take_it(run):
+def test_verify_and_inspect(run):
     _, source, out, report = run
     result = verify(out, against=source)
     assert result.ok, result.problems
@@ -95,7 +95,7 @@ def test_verify_and_inspect_take_it(run):
     assert json.loads(shown.stdout)["kinds"] == {"linear": report.modules}
 
 
-def test_names_of_modules_are_read_as_well(run, tmp_path):
+def test_module_names_are_read_too(run, tmp_path):
     """Where a tool wrote experts.3.gate_proj although the original files say w1."""
     _, _, out, _ = run
     parts = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -114,7 +114,7 @@ def test_names_of_modules_are_read_as_well(run, tmp_path):
     torch.testing.assert_close(logits(fewbit.load(tmp_path / "out")), logits(fewbit.load(out)))
 
 
-def test_a_missing_expert_is_found(run, tmp_path):
+def test_missing_expert_is_found(run, tmp_path):
     _, _, out, _ = run
     found = tensors(out)
     lost = next(name for name in found if ".experts." in name and name.endswith(QWEIGHT))
@@ -126,7 +126,7 @@ def test_a_missing_expert_is_found(run, tmp_path):
     assert any("experts" in problem.where and "missing" in problem.what for problem in problems)
 
 
-def test_tokens_of_every_expert_are_told(run):
+def test_report_has_the_tokens_of_every_expert(run):
     _, _, _, report = run
     layers = {layer["name"]: layer for layer in report.layers}
     experts = {name.rsplit(".", 2)[0] for name in layers if ".experts." in name}
@@ -137,7 +137,7 @@ def test_tokens_of_every_expert_are_told(run):
             # One sequence is held out; of every other token two experts know.
             assert sum(layer["tokens"] for layer in of) == (SEQUENCES - 1) * LENGTH * 2
             assert of[UNREACHED]["tokens"] == 0 < of[UNREACHED]["added"]
-            assert 0 < of[STARVED]["tokens"] < of[STARVED]["tokens"] + of[STARVED]["added"]
+            assert 0 < of[UNDER_ROUTED]["tokens"] < of[UNDER_ROUTED]["tokens"] + of[UNDER_ROUTED]["added"]
             assert of[0]["added"] == 0
             assert of[0]["fallbacks"] == ()
             assert of[UNREACHED]["fallbacks"] == (fallback.UNDER_ROUTED,)
@@ -145,7 +145,7 @@ def test_tokens_of_every_expert_are_told(run):
     assert all(layers[f"{module}.0.up_proj"]["correction"] is not None for module in experts)
 
 
-def test_strict_refuses_starved_experts(qwen, tmp_path):
+def test_strict_refuses_under_routed_experts(qwen, tmp_path):
     config = fewbit.QuantConfig(bits=3, group_size=16, strict=True)
     with pytest.raises(
         SolverError, match=r"experts\.\d+\.gate_proj needed a fallback \(tokens of other experts"
@@ -154,7 +154,7 @@ def test_strict_refuses_starved_experts(qwen, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_some_experts_may_stay_as_they_are(tmp_path, family):
+def test_some_experts_can_stay_dense(tmp_path, family):
     source = save_tiny_moe(tmp_path / "model", family)
     config = fewbit.QuantConfig(bits=8, group_size=16, ignore=(r"experts\.[0-2]\.", r"layers\.1\..*up_proj"))
     report = fewbit.quantize(source, config, dataset=DATA, output=tmp_path / "out")
@@ -169,7 +169,7 @@ def test_some_experts_may_stay_as_they_are(tmp_path, family):
     assert report.modules == sum(isinstance(module, QuantLinear) for module in loaded.modules())
 
 
-def test_in_memory_other_experts_no_longer_share_the_fused_tensor(tmp_path):
+def test_dense_experts_release_the_fused_tensor(tmp_path):
     model, original = tiny_moe("mixtral"), tiny_moe("mixtral")
     config = fewbit.QuantConfig(bits=8, group_size=16, ignore=(r"experts\.[0-2]\.",))
     fewbit.quantize(model, config, dataset=DATA)
@@ -184,7 +184,7 @@ def quantize_as_a_rank(comm, source, output):
     return fewbit.quantize(source, CONFIG, dataset=DATA, output=output)
 
 
-def test_two_processes_give_an_expert_the_same_tokens_as_one(qwen, tmp_path):
+def test_two_processes_match_one(qwen, tmp_path):
     alone = quantize_as_a_rank(None, qwen, tmp_path / "one")
     together = run_ranks(2, quantize_as_a_rank, qwen, tmp_path / "two")[0]
     for one, other in zip(alone.layers, together.layers, strict=True):
@@ -193,7 +193,7 @@ def test_two_processes_give_an_expert_the_same_tokens_as_one(qwen, tmp_path):
             assert one["loss"] == pytest.approx(other["loss"], rel=0.02)
 
 
-def test_transformers_loads_it_itself(run):
+def test_transformers_loads_the_checkpoint(run):
     _, _, out, _ = run
     fewbit.register()
     try:
@@ -218,7 +218,7 @@ class StopError(Exception):
     pass
 
 
-def test_resumed_in_the_middle_it_is_the_same_to_the_byte(run, tmp_path):
+def test_resumed_run_writes_the_same_bytes(run, tmp_path):
     _, source, out, _ = run
 
     def stop(phase, done, total):
@@ -233,14 +233,14 @@ def test_resumed_in_the_middle_it_is_the_same_to_the_byte(run, tmp_path):
         assert (tmp_path / "out" / file).read_bytes() == (out / file).read_bytes()
 
 
-def test_experts_that_cannot_be_taken_apart_are_told_when_loading(run, monkeypatch):
+def test_loading_names_experts_that_cannot_be_unfused(run, monkeypatch):
     monkeypatch.setattr("fewbit.modeling.experts.unsupported_reason", lambda *_: "they are not known")
     message = r"layer .*experts\.0\.\w+ is stored by itself, but .* take apart: they are not known"
     with pytest.raises(CheckpointError, match=message):
         fewbit.load(run[2])
 
 
-def test_tuning_and_mixed_precision_take_experts(qwen, tmp_path):
+def test_tuning_and_mixed_precision(qwen, tmp_path):
     tuned = fewbit.QuantConfig(bits=2, group_size=16, sym=False, tune=True, tune_steps=2)
     report = fewbit.quantize(qwen, tuned, dataset=DATA, output=tmp_path / "tuned")
     assert all(layer["block_error"] is not None for layer in report.layers)

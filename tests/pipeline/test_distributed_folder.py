@@ -1,4 +1,4 @@
-"""From a model folder to a checkpoint over several processes: who writes, what survives a killed process."""
+"""Several processes from a model folder to a checkpoint, with killed and resumed runs."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ def whole(model, tmp_path_factory):
     return reports, folder / "out"
 
 
-def test_every_rank_gets_the_report_of_rank_0(whole):
+def test_every_rank_gets_the_report(whole):
     (first, second), folder = whole
     assert first == second
     assert first.ranks == 2
@@ -49,13 +49,13 @@ def test_every_rank_gets_the_report_of_rank_0(whole):
 
 
 @pytest.mark.parametrize("world", [1, 3])
-def test_any_number_of_processes_leaves_the_same_bytes(model, whole, tmp_path, world):
+def test_any_number_of_processes_writes_the_same_bytes(model, whole, tmp_path, world):
     run_ranks(world, quantize, model, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(whole[1])
 
 
 @pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "mixtral"])
-def test_processes_without_batches_read_the_weights_that_they_need(tmp_path, family):
+def test_ranks_without_batches_load_weights(tmp_path, family):
     save = save_tiny_moe if family == "mixtral" else save_tiny
     model = save(tmp_path / "model", family)
     quantize(None, model, tmp_path / "alone", dataset=TEXTS[:2])
@@ -64,7 +64,7 @@ def test_processes_without_batches_read_the_weights_that_they_need(tmp_path, fam
 
 
 def killed(comm, model, output, blocks):
-    """Rank 1 is killed while a layer is solved, when so many blocks are finished."""
+    """Kill rank 1 while a layer is quantized, after this many blocks are finished."""
     quantize_layer = LayerQuantizer.quantize_layer
 
     def quantize_or_die(self, name, inputs):
@@ -77,7 +77,7 @@ def killed(comm, model, output, blocks):
 
 
 @pytest.mark.parametrize("blocks", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(model, whole, tmp_path, blocks):
+def test_run_resumes_after_a_killed_rank(model, whole, tmp_path, blocks):
     output = tmp_path / "out"
     left, dead = run_ranks(2, killed, model, output, blocks)
     assert dead is None
@@ -90,7 +90,7 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(model, whole, t
     assert contents(output) == contents(whole[1])
 
 
-def test_a_run_of_two_processes_may_go_on_in_one(model, whole, tmp_path):
+def test_run_of_two_processes_resumes_in_one(model, whole, tmp_path):
     output = tmp_path / "out"
     run_ranks(2, killed, model, output, 2)
     report = quantize(None, model, output)
@@ -109,13 +109,13 @@ def refused(comm, model, output, options):
         ({"strict": True, "damp": 1e-9, "num_samples": 2}, SolverError, "needed a fallback"),
     ],
 )
-def test_what_is_refused_is_refused_by_all(model, tmp_path, options, kind, message):
+def test_errors_are_raised_on_all_ranks(model, tmp_path, options, kind, message):
     for result in run_ranks(2, refused, model, tmp_path / "out", options):
         assert isinstance(result, kind)
         assert message in str(result)
 
 
-def test_a_folder_with_something_else_is_refused_by_all_though_one_looks(model, tmp_path):
+def test_wrong_output_folder_is_refused_on_all_ranks(model, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for result in run_ranks(2, quantize, model, tmp_path):
         assert isinstance(result, OutputError)
@@ -147,7 +147,7 @@ def test_different_models_in_memory_are_refused():
         assert "another model" in str(result)
 
 
-def test_a_budget_gives_the_same_choice(model, tmp_path):
+def test_target_bits_match_one_process(model, tmp_path):
     quantize(None, model, tmp_path / "alone", target_bits=4.5)
     divided, _ = run_ranks(2, lambda comm: quantize(comm, model, tmp_path / "out", target_bits=4.5))
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")

@@ -12,7 +12,7 @@ from fewbit.pipeline.expert_calibration import TOKENS_PER_FEATURE, ExpertCalibra
 from fewbit.pipeline.scheduler import Hooks, Scheduler
 from fewbit.pipeline.statistics import BatchMasks, HessianPool, split_holdout
 from models import random_sequences
-from moe_models import EXPERTS, HIDDEN, STARVED, UNREACHED, tiny_moe
+from moe_models import EXPERTS, HIDDEN, UNDER_ROUTED, UNREACHED, tiny_moe
 
 WANTED = TOKENS_PER_FEATURE * HIDDEN
 LENGTH = 30
@@ -126,7 +126,7 @@ def test_under_routed_experts_borrow_tokens(padded):
             if padded and e == 0:
                 assert made[f"{name}.{e}.gate_proj"].masked > 0
     assert counts[0] == 0
-    assert 0 < counts[STARVED] < counts[UNREACHED] == WANTED
+    assert 0 < counts[UNDER_ROUTED] < counts[UNREACHED] == WANTED
 
 
 def test_experts_run_the_same_rows_on_both_paths():

@@ -1,4 +1,4 @@
-"""Experts taken apart compute the same, and know what the files call them."""
+"""Unfused experts compute the same as fused ones, and are saved under the original names."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ def saved(model, folder: Path):
 
 
 def expert_names(model):
-    """Layer of an expert → what the files call it."""
+    """Layer of an expert → its name in the files."""
     layers = [
         f"{name}.{layer}"
         for name, experts in unfused_modules(model).items()
@@ -52,7 +52,7 @@ def expert_inputs(k=2):
 
 
 @pytest.mark.parametrize("family", [*MOE_SHAPES, "qwen2_moe"])
-def test_the_same_logits_the_same_files_and_no_second_copy(family, tmp_path):
+def test_unfused_model_computes_and_saves_the_same(family, tmp_path):
     model = tiny_moe(family)
     addresses = [p.untyped_storage().data_ptr() for p in model.parameters() if p.ndim == 3]
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_the_same_logits_the_same_files_and_no_second_copy(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", MOE_SHAPES)
-def test_without_weights_the_names_are_the_same(family):
+def test_names_without_weights(family):
     model = tiny_moe(family)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(model.config)
@@ -85,7 +85,7 @@ def test_without_weights_the_names_are_the_same(family):
     assert all(parameter.is_meta for parameter in empty.parameters())
 
 
-def test_mixtral_is_called_as_in_its_files():
+def test_mixtral_file_names():
     model = tiny_moe("mixtral")
     unfuse(model)
     names = expert_names(model)
@@ -96,7 +96,7 @@ def test_mixtral_is_called_as_in_its_files():
     }
 
 
-def test_routers_and_shared_gates_are_not_quantized_but_gate_projections_are():
+def test_routers_are_not_quantized():
     model = tiny_moe("qwen2_moe")
     unfuse(model)
     plan = make_plan(model, QuantConfig(group_size=16))
@@ -109,7 +109,7 @@ def test_routers_and_shared_gates_are_not_quantized_but_gate_projections_are():
     assert any("shared_expert.gate_proj" in layer.name for layer in plan.layers)
 
 
-def test_gpt_oss_stays_fused_and_the_plan_says_why():
+def test_gpt_oss_stays_fused():
     model = tiny_moe("gpt_oss")
     assert unfuse(model) == {}
     plan = make_plan(model, QuantConfig(group_size=16))
@@ -119,14 +119,14 @@ def test_gpt_oss_stays_fused_and_the_plan_says_why():
     }
 
 
-def test_experts_that_are_fused_in_the_files_stay_fused(tmp_path):
+def test_experts_fused_in_the_files_stay_fused(tmp_path):
     model = tiny_moe("qwen3_moe")
     model._weight_conversions = []  # as after loading a file to which no conversion applied
     assert unfuse(model) == {}
     assert all("original files hold these experts fused" in reason for reason in why_fused(model).values())
 
 
-def test_a_model_without_experts_is_not_touched():
+def test_model_without_experts_is_unchanged():
     model = tiny_model("llama")
     before = dict(model.named_modules())
     assert unfuse(model) == {}
@@ -134,7 +134,7 @@ def test_a_model_without_experts_is_not_touched():
     assert unfuse(nn.Linear(2, 2)) == {}
 
 
-def test_a_choice_beyond_the_last_expert_is_nobodys():
+def test_choice_beyond_the_last_expert_is_ignored():
     experts = unfuse(tiny_moe("qwen3_moe"))["model.layers.0.mlp.experts"]
     x, index, weights = expert_inputs()
     index[:, 1] = EXPERTS
@@ -142,7 +142,7 @@ def test_a_choice_beyond_the_last_expert_is_nobodys():
     torch.testing.assert_close(experts(x, index, weights), alone)
 
 
-def test_routes_are_what_the_router_chose():
+def test_routes_follow_the_router():
     _, index, _ = expert_inputs(k=3)
     for expert, route in enumerate(routes_of(index, EXPERTS)):
         tokens, slots = (index == expert).nonzero(as_tuple=True)
@@ -182,7 +182,7 @@ class ClampedExperts(nn.Module):
         raise AssertionError("not run")
 
 
-def test_an_activation_of_their_own_is_kept():
+def test_custom_activation_is_kept():
     fused = ClampedExperts(SimpleNamespace())
     gate_up, down = fused.gate_up_proj.detach(), fused.down_proj.detach()
     x, index, weights = expert_inputs(k=1)
@@ -195,7 +195,7 @@ def test_an_activation_of_their_own_is_kept():
     torch.testing.assert_close(UnfusedExperts(fused)(x, index, weights), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_other_structures_are_refused_with_the_reason():
+def test_unsupported_structures_have_a_reason():
     fused = ClampedExperts(SimpleNamespace())
     assert "original files" in unsupported_reason("x", fused, [])
     fused.extra = nn.Parameter(torch.zeros(1))
@@ -205,7 +205,7 @@ def test_other_structures_are_refused_with_the_reason():
     assert "not one of transformers' fused experts" in unsupported_reason("x", unknown, [])
 
 
-def test_gradients_reach_every_expert_that_was_chosen():
+def test_gradients_reach_every_chosen_expert():
     model = tiny_moe("qwen3_moe")
     unfuse(model)
     model(torch.stack([s["input_ids"] for s in random_sequences(2, 20)])).logits.sum().backward()
