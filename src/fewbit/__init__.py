@@ -15,15 +15,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .hf.load import load
-    from .hf.quantizer import register, unregister
+    from .integration import register, unregister
     from .quantization import quantize
 
 # Loaded when first used, so that `import fewbit` does not import transformers.
 _LAZY = {
     "quantize": "quantization",
     "load": "hf.load",
-    "register": "hf.quantizer",
-    "unregister": "hf.quantizer",
+    "register": "integration",
+    "unregister": "integration",
 }
 
 __all__ = ["FewbitError", "QuantConfig", "__version__", "load", "quantize", "register", "unregister"]

@@ -21,6 +21,10 @@ class ModelError(FewbitError):
     """The model to be quantized cannot be read or cannot be quantized."""
 
 
+class StateError(ModelError, OSError):
+    """The model is quantized already, or not yet, or a class is used that cannot be instantiated."""
+
+
 class SolverError(FewbitError):
     """A layer could not be solved (only raised in strict mode, where fallbacks are errors)."""
 

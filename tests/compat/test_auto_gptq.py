@@ -212,7 +212,7 @@ def test_what_cannot_be_quantized():
 
 
 def test_a_model_on_the_cpu_beside_a_gpu(monkeypatch, caplog):
-    monkeypatch.setattr("fewbit.compat.settings.resolve_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("fewbit.gptq_arguments.resolve_device", lambda name: torch.device("cuda"))
     of(tiny_model("llama")).quantize(random_sequences(2))
     assert (
         "device: the model is on the CPU and is quantized there. Move it first (model.to('cuda'))"

@@ -1,4 +1,4 @@
-"""Loading with the arguments that older tools have for it: devices, memory, file names, repositories."""
+"""Translate the older tools' loading arguments: devices, memory, file names, Hub repositories."""
 
 from __future__ import annotations
 
@@ -6,38 +6,37 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from ..checkpoint.reader import find_weights
 from ..errors import CheckpointError, ConfigError
-from ..hf.layers import quantized_layers
+from ..hf.layers import prepare_layers
 from ..hf.load import load
 from ..modeling.source import download
 from ..preparation import resolve_device
 
-# Arguments that say where on the Hub a repository is and how to get it.
+# Arguments for downloading from the Hub.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 _AUTOMATIC_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def local_folder(name: str | Path, subfolder: str = "", **hub: Any) -> Path:
-    """The folder `name`, or the local copy of the Hub repository of that name.
+    """Return the folder `name`, or the local copy of the Hub repository with that name.
 
     Raises:
-        CheckpointError: it is neither, or cannot be downloaded.
+        CheckpointError: there is neither, or the download fails.
     """
     path = Path(name).expanduser()
     return (path if path.exists() else download(str(name), CheckpointError, **hub)) / subfolder
 
 
-def placement(
+def device_arguments(
     device: Any = None, device_map: Any = None, max_memory: Mapping[Any, Any] | None = None
 ) -> dict[str, Any]:
-    """Arguments of `fewbit.load` that put a model where these do; a map to one device needs no accelerate.
+    """Translate device arguments for `fewbit.load`; a map to one device needs no accelerate.
 
     Raises:
-        ConfigError: a device is not there, a map is unknown, or it has disk entries.
+        ConfigError: a device does not exist, a map is unknown, or it has disk entries.
     """
     if isinstance(device_map, Mapping) and len(device_map) == 1 and "disk" not in device_map.values():
         device, device_map = next(iter(device_map.values())), None
@@ -52,7 +51,7 @@ def placement(
 
 
 def refuse_disk(device_map: Any, max_memory: Mapping[Any, Any] | None) -> None:
-    """Raises ConfigError for disk entries in a device map or in what devices may hold."""
+    """Raise ConfigError for disk entries in a device map or a memory limit."""
     in_map = device_map.values() if isinstance(device_map, Mapping) else ()
     if "disk" in in_map or "disk" in (max_memory or ()):
         raise ConfigError(
@@ -63,14 +62,15 @@ def refuse_disk(device_map: Any, max_memory: Mapping[Any, Any] | None) -> None:
 
 
 def check_weights_name(folder: Path, asked: str, aliases: tuple[str, ...]) -> None:
-    """Make sure that the weights called `asked` (with or without an ending) are those that are loaded.
+    """Check that the weight file that will be loaded is called `asked`, with or without an ending.
 
     Args:
-        folder: of the checkpoint.
-        aliases: names that mean the folder's weights whatever their file is called.
+        folder: folder of the checkpoint.
+        asked: name that the user gave.
+        aliases: names that stand for the folder's weights under any file name.
 
     Raises:
-        CheckpointError: they are others.
+        CheckpointError: the file has another name.
     """
     index, files = find_weights(folder, asked)
     name = (index or files[0]).name
@@ -84,30 +84,19 @@ def check_weights_name(folder: Path, asked: str, aliases: tuple[str, ...]) -> No
 def load_quantized(
     folder: Path, where: Mapping[str, Any], *, kernel: str, trainable: bool = False, **options: Any
 ) -> PreTrainedModel:
-    """`fewbit.load`, with kernels that give gradients where these are wanted.
+    """Load a checkpoint with `fewbit.load`, and choose kernels with gradients if `trainable`.
 
     Args:
-        folder: of the checkpoint.
-        where: from `placement`.
-        kernel: name, as `fewbit.load` takes it.
+        folder: folder of the checkpoint.
+        where: device arguments from `device_arguments`.
+        kernel: kernel name, as `fewbit.load` takes it.
         trainable: whether gradients to the layers' inputs are needed.
-        **options: of `fewbit.load`.
+        **options: further arguments of `fewbit.load`.
 
     Raises:
         FewbitError: as `fewbit.load`.
     """
     model = load(folder, kernel=kernel, **where, **options)
     if trainable:
-        prepare(model, kernel, trainable=True)
+        prepare_layers(model, kernel, trainable=True)
     return model
-
-
-def prepare(model: torch.nn.Module, kernel: str, *, trainable: bool = False) -> None:
-    """Choose the kernel of every quantized layer again.
-
-    Raises:
-        KernelError: the kernel asked for cannot run a layer.
-    """
-    for _, layer in quantized_layers(model):
-        layer.fill_in_g_idx()
-        layer.prepare(kernel, trainable=trainable)

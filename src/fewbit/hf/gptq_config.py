@@ -1,16 +1,9 @@
-"""The configuration classes: fewbit's `GPTQConfig`, which forgets nothing, and what makes transformers' own as good.
-
-A `GPTQConfig` is one of two things: a checkpoint's ``quantization_config``, or a request to quantize, which also has a
-data set. Both keep what they were given, known or not.
-"""
+"""fewbit's `GPTQConfig`: the ``quantization_config`` of a checkpoint, or a request to quantize."""
 
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import GPTQConfig as TransformersGPTQConfig
@@ -25,18 +18,18 @@ _FORMAT_KEYS = ("checkpoint_format", "format")
 
 
 class GPTQConfig(TransformersGPTQConfig):  # type: ignore[misc]
-    """A ``quantization_config``, kept as it was written: what is loaded is what is saved, but for `format`.
+    """A ``quantization_config`` that keeps every key it was given, known or not, and saves it again.
 
-    It has the name of the class it replaces, which transformers compares.
+    It has the name of the class that it replaces, because transformers compares names.
 
     Attributes:
-        written: every key as it was given.
-        backend: the kernel, under any of its names.
-        format: in which `save_pretrained` writes, "gptq" or "gptq_v2".
+        written: all keys and values as given.
+        backend: kernel name, as `fewbit.load` takes it.
+        format: checkpoint format that `save_pretrained` writes, "gptq" or "gptq_v2".
     """
 
     def __init__(self, **values: Any) -> None:
-        # What transformers adds by itself, or `fewbit.load`, is not the checkpoint's.
+        # transformers and `fewbit.load` add the backend; it is not part of the checkpoint.
         self.written = {key: value for key, value in values.items() if key != "backend"}
         if self.written.get("quant_method") == OWN_METHOD:
             self.written["quant_method"] = METHOD
@@ -51,12 +44,12 @@ class GPTQConfig(TransformersGPTQConfig):  # type: ignore[misc]
             meta=values.get("meta"),
             backend=values.get("backend"),
         )
-        # "fewbit" until transformers has found the quantizer with it; `FewbitQuantizer` then says "gptq".
+        # "fewbit" until transformers has looked up the quantizer; `FewbitQuantizer` then sets "gptq".
         self.quant_method = values.get("quant_method", METHOD)
 
     @property
     def checkpoint_format(self) -> str:
-        """`format` under its older name."""
+        """Older name of `format`."""
         return self.format
 
     @checkpoint_format.setter
@@ -64,14 +57,14 @@ class GPTQConfig(TransformersGPTQConfig):  # type: ignore[misc]
         self.format = value
 
     def post_init(self) -> None:
-        """Nothing: `fewbit.checkpoint.quantization_config.parse` has checked the values."""
+        """Set the default backend; `quantization_config.parse` has checked the other values."""
         self.backend: Any = self.backend or "auto"
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as it was written, unknown keys included, in the format that is saved.
+        """Return all keys as they were given, with the format that is saved.
 
         Raises:
-            ConfigError: `format` was set to a name that is none.
+            ConfigError: `format` was set to an unknown name.
         """
         if self.format not in FORMATS:
             raise ConfigError(f"format must be one of {', '.join(FORMATS)}; got {self.format!r}")
@@ -84,10 +77,10 @@ class GPTQConfig(TransformersGPTQConfig):  # type: ignore[misc]
         return result
 
     def fix_rule_order(self, names: Iterable[str]) -> None:
-        """Make the rules in ``dynamic`` mean the same for the layers `names` in any order.
+        """Make the rules in ``dynamic`` independent of their order for the layers `names`.
 
-        The first rule that matches decides, and transformers sorts the keys of the JSON that it writes. Rules stay as
-        they are where that changes nothing.
+        The first rule that matches decides, but transformers sorts the keys of the JSON that it writes. The rules are
+        rewritten only if sorting would change a layer's settings.
         """
         dynamic = self.written.get("dynamic") or {}
         in_file = {**self.written, "group_size": self.group_size, "dynamic": dict(sorted(dynamic.items()))}
@@ -98,7 +91,7 @@ class GPTQConfig(TransformersGPTQConfig):  # type: ignore[misc]
 
 
 def _exclusive(dynamic: Mapping[str, Any]) -> dict[str, Any]:
-    """The same rules, each not matching what an earlier one matches."""
+    """Return the rules with patterns that exclude what an earlier rule matches."""
     result, earlier = {}, ""
     for key, rule in dynamic.items():
         sign = key[:2] if key[:2] in ("-:", "+:") else ""
@@ -108,40 +101,20 @@ def _exclusive(dynamic: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def request(config: Any) -> dict[str, Any]:
-    """What a configuration of either class asks for, by argument, as it was given."""
-    if isinstance(config, GPTQConfig):
-        return {**config.written, "backend": config.backend}
-    return {key: value for key, value in vars(config).items() if not key.startswith("_")}
+def kernel_name(backend: Any) -> str:
+    """Return the kernel that a `backend` (a name, or a member of an enumeration) asks for; "auto" for None.
+
+    Raises:
+        ConfigError: it is no name.
+    """
+    name = getattr(backend, "value", backend)
+    if name is None:
+        return "auto"
+    if not isinstance(name, str):
+        raise ConfigError(f"backend must be the name of a kernel, such as 'auto', not {backend!r}")
+    return name.lower()
 
 
-def keeping(original: Callable[..., None]) -> Callable[..., None]:
-    """An `__init__` for transformers' `GPTQConfig` that keeps as attributes what `original` drops."""
-    known = inspect.signature(original).parameters
-
-    @functools.wraps(original)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        if type(self) is TransformersGPTQConfig:
-            for key, value in kwargs.items():
-                if key not in known and not hasattr(self, key):
-                    setattr(self, key, value)
-
-    return init
-
-
-def checking(original: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A `post_init` for it: `original`, without asking for optimum, and with any data set that fewbit takes."""
-
-    @functools.wraps(original)
-    def post_init(self: Any) -> None:
-        hidden = {"modules_in_block_to_quantize": self.modules_in_block_to_quantize}
-        if not isinstance(self.dataset, str) or Path(self.dataset).expanduser().is_file():
-            hidden["dataset"] = self.dataset
-        for key in hidden:
-            setattr(self, key, None)
-        original(self)
-        for key, value in hidden.items():
-            setattr(self, key, value)
-
-    return post_init
+def needs_gradients(backend: Any) -> bool:
+    """Return whether a `backend` asks for kernels with gradients to a layer's inputs."""
+    return str(getattr(backend, "value", backend)).lower() == "auto_trainable"

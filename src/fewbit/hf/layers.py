@@ -1,41 +1,97 @@
-"""The quantized layers of a model: found, put in the place of dense ones while a checkpoint loads, and turned back."""
+"""Quantized layers in a transformers model: find them, insert them while a checkpoint loads, turn them back."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .. import internals
 from ..checkpoint import quantization_config as quantization
 from ..checkpoint.reader import layer_spec
 from ..checkpoint.safetensors_file import TensorInfo
 from ..errors import CheckpointError
 from ..kernels.conv import QuantConv2d
-from ..kernels.linear import QuantizedLayer
+from ..kernels.linear import QuantizedLayer, QuantLinear
 from ..kernels.spec import KernelSpec
+from ..modeling.experts import unfuse, unfused_conversions, why_fused
 from ..modeling.layers import LAYER_TYPES, matrix_shape
-from .replace import quantized_like, set_module
+from ..planning import LayerPlan
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
-    """Every quantized layer of a model with its name."""
+    """Yield every quantized layer of a model with its name."""
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer):
             yield name, module
 
 
-def make_room(
+def prepare_layers(model: nn.Module, kernel: str, *, trainable: bool = False) -> None:
+    """Choose the kernel of every quantized layer again.
+
+    Args:
+        model: with quantized layers.
+        kernel: kernel name, as `fewbit.load` takes it.
+        trainable: whether gradients to the layers' inputs are needed.
+
+    Raises:
+        KernelError: the kernel asked for cannot run a layer.
+    """
+    for _, layer in quantized_layers(model):
+        layer.fill_in_g_idx()
+        layer.prepare(kernel, trainable=trainable)
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Replace the module at `name`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def kernel_spec(layer: LayerPlan, fmt: str, kind: str = "linear") -> KernelSpec:
+    """Return what a kernel must know about a planned layer; `fmt` is the checkpoint format."""
+    shape = (layer.out_features, layer.in_features)
+    return KernelSpec.of(LayerFormat.of(layer.settings), shape, fmt, kind)
+
+
+def kind_of(module: nn.Module) -> str:
+    """Return the kernel kind of a dense layer: "linear" or "conv2d"."""
+    return "conv2d" if isinstance(module, nn.Conv2d) else "linear"
+
+
+def quantized_like(
+    old: nn.Module, spec: KernelSpec, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype
+) -> QuantizedLayer:
+    """Build the quantized counterpart of a Linear, Conv1D or Conv2d.
+
+    Raises:
+        CheckpointError: the tensors do not fit the spec.
+    """
+    if isinstance(old, nn.Conv2d):
+        return QuantConv2d(spec, tensors, old, bias, dtype)
+    layer = QuantLinear(spec, tensors, bias, dtype)
+    layer.transposed_weight = isinstance(old, Conv1D)
+    return layer
+
+
+def insert_empty_layer(
     model: nn.Module,
     module_name: str,
     layer_name: str,
     settings: quantization.CheckpointSettings,
     infos: Mapping[str, TensorInfo],
 ) -> None:
-    """Put an empty quantized layer, on the meta device, in the place of a dense one.
+    """Replace a dense layer by an empty quantized one on the meta device.
+
+    Args:
+        model: on the meta device.
+        module_name: name of the layer in the model.
+        layer_name: name of the layer in the files.
+        settings: of the checkpoint.
+        infos: shapes and dtypes of the checkpoint's tensors.
 
     Raises:
         CheckpointError: the module is not linear, or the tensors do not fit its shape.
@@ -55,39 +111,25 @@ def make_room(
             f"layer {layer_name} of the checkpoint is {found.out_features} x {found.in_features} (out x in), "
             f"but the model has {out_features} x {in_features} there; config.json belongs to another model"
         )
-    kind = "conv2d" if isinstance(old, nn.Conv2d) else "linear"
-    spec = KernelSpec.of(found.layer_format, (out_features, in_features), found.format, kind)
+    spec = KernelSpec.of(found.layer_format, (out_features, in_features), found.format, kind_of(old))
     tensors = {
         part: torch.empty(info.shape, dtype=info.dtype, device="meta")
         for part in found.parts
         if part != "bias" and (info := infos[f"{layer_name}.{part}"])
     }
     has_bias = "bias" in found.parts or old.bias is not None
-    dtype = _weight_of(old).dtype
+    dtype = old.get_parameter("weight").dtype
     bias = torch.empty(out_features, dtype=dtype, device="meta") if has_bias else None
     set_module(model, module_name, quantized_like(old, spec, tensors, bias, dtype))
 
 
 def untie_quantized(model: PreTrainedModel) -> None:
-    """A quantized output embedding has its own tensors: do not tie it to the input embedding."""
-    own = {f"{name}.weight" for name, _ in quantized_layers(model)}
-    tied = set(model.all_tied_weights_keys) & own
-    for name in tied:
-        del model.all_tied_weights_keys[name]
-    if tied and isinstance(model._tied_weights_keys, Mapping):
-        model._tied_weights_keys = {
-            target: source
-            for target, source in model._tied_weights_keys.items()
-            if not any(re.search(target, name) for name in tied)
-        }
-
-
-def _weight_of(module: nn.Module) -> Tensor:
-    return module.get_parameter("weight")
+    """Untie a quantized output embedding, which has its own tensors, from the input embedding."""
+    internals.untie(model, {f"{name}.weight" for name, _ in quantized_layers(model)})
 
 
 def dense(layer: QuantizedLayer, dtype: torch.dtype) -> nn.Module:
-    """The ordinary layer with the weight that `layer` has, in `dtype`."""
+    """Build the dense layer with the dequantized weight of `layer` in `dtype`."""
     weight, bias = layer.dequantize(dtype), layer.bias
     result: nn.Module
     if isinstance(layer, QuantConv2d):
@@ -114,3 +156,32 @@ def dense(layer: QuantizedLayer, dtype: torch.dtype) -> nn.Module:
     if bias is not None:
         result.bias = nn.Parameter(bias.detach().to(dtype))
     return result
+
+
+class FileNames:
+    """Names of a checkpoint's tensors → names in a model, through transformers' own conversion.
+
+    Args:
+        model: on the meta device. If the files hold quantized layers of single experts, its experts are unfused.
+        layers: names of the quantized layers in the files.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Iterable[str]) -> None:
+        self._names = _weight_names(model)
+        fused = {name.rpartition(".")[0] for name in why_fused(model)}
+        if fused and any(self._is_single_expert(layer, fused) for layer in layers) and unfuse(model):
+            self._names = _weight_names(model)
+
+    def rename(self, name: str) -> tuple[str, list[str]]:
+        """Map one tensor name; see `internals.WeightNames.rename`."""
+        return self._names.rename(name)
+
+    def _is_single_expert(self, layer: str, fused: Collection[str]) -> bool:
+        name, merged = self.rename(f"{layer}.weight")
+        # Some tools write transformers' module names: experts.3.gate_proj also for Mixtral.
+        return bool(merged) or name.rsplit(".", 3)[0] in fused
+
+
+def _weight_names(model: PreTrainedModel) -> internals.WeightNames:
+    default = internals.get_model_conversion_mapping(model)
+    return internals.WeightNames(model, unfused_conversions(model, default))

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .. import internals
 from ..checkpoint import layout
 from ..checkpoint.safetensors_file import TensorInfo
 from ..errors import CheckpointError
-from .file_names import FileNames
+from .layers import FileNames
 
 # What transformers raises for configurations that describe no model.
 UNBUILDABLE = (
@@ -145,7 +145,7 @@ def _meta_model(folder: Path, config: Mapping[str, Any], tensors: int) -> PreTra
         if hasattr(parsed, "quantization_config"):
             del parsed.quantization_config
         with torch.device("meta"), _limited(4 * tensors + 2_000):
-            model: PreTrainedModel = model_class._from_config(parsed)
+            model: PreTrainedModel = internals.build(model_class, parsed)
     except ImportError:
         return None  # a package that this architecture needs is not here
     except UNBUILDABLE as error:
@@ -170,7 +170,7 @@ def _limited(most: int) -> Iterator[None]:
                 f"config.json describes a model of more than {most:,} parameters, far more than the files hold"
             )
 
-    handle = register_module_parameter_registration_hook(count)
+    handle = internals.register_module_parameter_registration_hook(count)
     try:
         yield
     finally:
@@ -183,11 +183,11 @@ def _places(model: PreTrainedModel, names: list[str]) -> tuple[dict[str, list[st
     Also the names of all that transformers stores in another shape.
     """
     suffix = f".{layout.QWEIGHT}"
-    in_model = FileNames(model, [name.removesuffix(suffix) for name in names if name.endswith(suffix)])
+    file_names = FileNames(model, [name.removesuffix(suffix) for name in names if name.endswith(suffix)])
     places, converted = {}, set()
     for name in names:
         layer, _, part = name.rpartition(".")
-        renamed, split = in_model.place(f"{layer}.weight" if part == layout.QWEIGHT else name)
+        renamed, split = file_names.rename(f"{layer}.weight" if part == layout.QWEIGHT else name)
         places[name] = [renamed, *(renamed.replace(split[0], other) for other in split[1:])]
         if split:
             converted.add(name)
@@ -196,7 +196,7 @@ def _places(model: PreTrainedModel, names: list[str]) -> tuple[dict[str, list[st
 
 def _required(model: PreTrainedModel, state: Mapping[str, Tensor], provided: set[str]) -> list[str]:
     """Parameters and persistent buffers, less what is tied to a provided one and what transformers ignores."""
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    ignored = [re.compile(pattern) for pattern in internals.optional_parameters(model)]
     tied: dict[str, str] = model.all_tied_weights_keys
     tied_to_provided = {source for target, source in tied.items() if target in provided}
     return [

@@ -1,58 +1,46 @@
-"""GPTQ in transformers, through its own interfaces: a quantizer that loads checkpoints and quantizes models.
+"""Loading and saving GPTQ checkpoints through transformers' own quantizer interface.
 
-`register` puts it and its configuration in the place of transformers' GPTQ ones, which need optimum and gptqmodel,
-makes transformers' `GPTQConfig` as lenient, and has `save_pretrained` write quantize_config.json too; `unregister`
-brings back what was there. `fewbit.load` needs neither:
-its configurations name the method "fewbit", under which `offer` adds both without touching what is there.
+`fewbit.load` names the method "fewbit" in the configuration; `offer` adds that method to transformers and replaces
+nothing. `fewbit.register` (`fewbit.integration`) replaces transformers' own GPTQ quantizer.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GPTQConfig as TransformersGPTQConfig
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightTransform
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
+from .. import internals
 from ..checkpoint import layout
 from ..checkpoint import quantization_config as quantization
 from ..checkpoint.reader import layer_names
 from ..checkpoint.safetensors_file import TensorInfo, read_header
 from ..checkpoint.writer import CONFIG
-from ..compat.settings import kernel_name, needs_gradients
 from ..config import FORMATS
 from ..errors import CheckpointError, ConfigError
+from ..kernels.linear import QuantizedLayer
 from ..modeling.experts import unfused_conversions, unfused_modules, why_fused
 from ..modeling.layers import LAYER_TYPES
-from .file_names import FileNames
-from .gptq_config import METHOD, OWN_METHOD, GPTQConfig, checking, keeping, request
-from .layers import dense, make_room, quantized_layers, untie_quantized
-from .replace import set_module
-from .saving import all_at_hand, state_dict_in, with_quantize_config
+from .gptq_config import METHOD, OWN_METHOD, GPTQConfig, kernel_name, needs_gradients
+from .layers import FileNames, dense, insert_empty_layer, quantized_layers, set_module, untie_quantized
 
 _LOG = logging.getLogger("fewbit")
 
 
 class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts `QuantLinear` where a checkpoint has packed tensors, or quantizes a model that was just read."""
+    """Puts quantized layers where a checkpoint has packed tensors, and writes them back."""
 
     requires_calibration = False
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._job = None
-        if not self.pre_quantized:
-            from .on_the_fly import Job  # it needs the tools' surfaces, which need this module
-
-            self._job = Job(request(quantization_config))
         if quantization_config.quant_method == OWN_METHOD:
             quantization_config.quant_method = QuantizationMethod.GPTQ
 
@@ -68,8 +56,6 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        if self._job is not None:
-            return
         infos = _read_headers(checkpoint_files)
         settings = quantization.parse(self.quantization_config.to_dict(), default_method=METHOD)
         names = layer_names(infos)
@@ -79,31 +65,25 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"but has no tensor named *.{layout.QWEIGHT}"
             )
         for name, module_name in _modules_of(model, names):
-            make_room(model, module_name, name, settings, infos)
+            insert_empty_layer(model, module_name, name, settings, infos)
         _refuse_merged_experts(model, infos)
         untie_quantized(model)
 
     def update_weight_conversions(
-        self, weight_conversions: list[WeightTransform], model: PreTrainedModel
-    ) -> list[WeightTransform]:
-        """Experts that are taken apart have nothing to be merged from."""
+        self, weight_conversions: list[internals.WeightTransform], model: PreTrainedModel
+    ) -> list[internals.WeightTransform]:
+        """Drop the conversions that would merge experts which are unfused in `model`."""
         return unfused_conversions(model, weight_conversions)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        if self._job is not None:
-            del model.config.quantization_config  # what was asked; quantizing leaves what was done
-            self._job.run(model)
-            model.config.quantization_config.backend = self.quantization_config.backend
-            model.hf_quantizer = FewbitQuantizer(model.config.quantization_config, pre_quantized=True)
-            return model
         backend = self.quantization_config.backend
         kernel, trainable = kernel_name(backend), needs_gradients(backend)
         for name, layer in quantized_layers(model):
             missing = [
                 part
                 for part in layout.PARTS
-                if part not in layer._non_persistent_buffers_set
-                and not getattr(layer.get_buffer(part), "_is_hf_initialized", False)
+                if part not in internals.non_persistent_buffers(layer)
+                and not internals.is_loaded(layer.get_buffer(part))
             ]
             if missing:
                 raise CheckpointError(
@@ -114,11 +94,11 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
                 layer.prepare(kernel, trainable=trainable)
             except CheckpointError as error:
                 raise CheckpointError(f"layer {name}: {error}") from error
-        self.quantization_config.format = FORMATS[0]  # what is saved, unless somebody sets another
+        self.quantization_config.format = FORMATS[0]  # the format that is saved, unless the user sets another
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Never cast a quantized tensor."""
+        """Keep the dtype of packed tensors."""
         target = converter.target_patterns[0].rpartition(".")[2]
         return None if target in layout.PARTS else super().get_new_dtype(converter, param, dtype)
 
@@ -130,11 +110,12 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-        """The tensors in the format that the model's configuration says; None where they are as they are."""
+        """Return the tensors in the format that the model's configuration says; None if they are in it already."""
         config = getattr(model.config, "quantization_config", None)
-        if not isinstance(config, GPTQConfig) or getattr(model, "_hf_peft_config_loaded", False):
+        if not isinstance(config, GPTQConfig) or internals.has_adapter(model):
             return None, {}
-        if not all_at_hand(model):
+        # accelerate may have offloaded some layers, whose zero points cannot be converted here.
+        if any(buffer.is_meta for _, layer in quantized_layers(model) for buffer in layer.buffers()):
             _, layer = next(quantized_layers(model))
             if config.format != layer.spec.format:
                 _LOG.warning(
@@ -150,12 +131,12 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
         return state_dict_in(model, config.format), {}
 
     def is_serializable(self) -> bool:
-        """Always: what is saved has the weights that were loaded."""
+        """Return True: the saved weights equal the loaded ones."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Gradients flow to the inputs: adapters can be trained beside the quantized weights."""
+        """Gradients reach the inputs, so adapters can be trained on frozen quantized weights."""
         return True
 
     @property
@@ -187,7 +168,7 @@ def _folder(files: list[str] | None) -> str:
 
 
 def _refuse_merged_experts(model: PreTrainedModel, infos: Mapping[str, TensorInfo]) -> None:
-    """Experts are taken apart because some are quantized by themselves: then all have to lie by themselves."""
+    """Refuse files that hold some experts of a module one by one and the others in one tensor."""
     for name, module in unfused_modules(model).items():
         merged = [f"{name}.{key}" for key in module.fused_parameters if f"{name}.{key}" in infos]
         if merged:
@@ -198,19 +179,19 @@ def _refuse_merged_experts(model: PreTrainedModel, infos: Mapping[str, TensorInf
 
 
 def _modules_of(model: PreTrainedModel, names: list[str]) -> list[tuple[str, str]]:
-    """(name in the file, name in the model) of every layer that this class has.
+    """Return (name in the file, name in the model) of every layer that the model class has.
 
-    Names go through transformers' own renaming; experts that are stored one by one are taken apart. Layers that
-    the class does not have (a head, for a bare model) are left to transformers, which reports them as unexpected.
+    Fused experts are unfused if the files hold single experts. Layers that the class lacks (a head, for a bare model)
+    are left to transformers, which reports them as unexpected.
 
     Raises:
         CheckpointError: transformers would merge the layers into one tensor.
     """
-    in_model = FileNames(model, names)
+    file_names = FileNames(model, names)
     modules = {name for name, _ in model.named_modules()}
     result = []
     for name in names:
-        renamed, merged = in_model.place(f"{name}.weight")
+        renamed, merged = file_names.rename(f"{name}.weight")
         if merged:
             reason = next(iter(why_fused(model).values()), "not experts")
             raise CheckpointError(
@@ -223,61 +204,32 @@ def _modules_of(model: PreTrainedModel, names: list[str]) -> list[tuple[str, str
     return result
 
 
+def state_dict_in(model: PreTrainedModel, fmt: str) -> dict[str, Any] | None:
+    """Return the state of `model` in checkpoint format `fmt`; None if it is in that format already.
+
+    The dequantized weights stay bit-identical: only zero points are stored in another way, and where format "gptq"
+    cannot store zero point 0, the grid is mirrored (`layout.without_zero_point_0`).
+    """
+    others = {name: layer for name, layer in quantized_layers(model) if layer.spec.format != fmt}
+    if not others:
+        return None
+    state: dict[str, Any] = model.state_dict()
+    for name, layer in others.items():
+        parts = {part: state[f"{name}.{part}"] for part in layout.PARTS if f"{name}.{part}" in state}
+        state |= {f"{name}.{part}": tensor for part, tensor in _in_format(layer, parts, fmt).items()}
+    return state
+
+
+def _in_format(layer: QuantizedLayer, parts: dict[str, Tensor], fmt: str) -> dict[str, Tensor]:
+    spec = layer.spec
+    zeros = layout.unpack_zeros(parts[layout.QZEROS], spec.bits, spec.format, spec.out_features)
+    if fmt == "gptq" and bool(torch.any(zeros == 0)):
+        mirrored = layout.pack(layout.without_zero_point_0(layer.codes()), fmt)
+        return {part: mirrored[part] for part in parts}
+    return {layout.QZEROS: layout.pack_zeros(zeros.t().contiguous(), spec.bits, fmt)}
+
+
 def offer() -> None:
-    """Make the method "fewbit" known to transformers. Changes nothing that is there."""
-    AUTO_QUANTIZER_MAPPING.setdefault(OWN_METHOD, FewbitQuantizer)
-    AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(OWN_METHOD, GPTQConfig)
-
-
-@dataclass(frozen=True)
-class _Replaced:
-    """One thing of transformers that `register` replaced: an entry of a dict or an attribute of a class."""
-
-    place: dict[str, Any] | type
-    name: str
-    theirs: Any
-    ours: Any
-
-    @classmethod
-    def by(cls, place: dict[str, Any] | type, name: str, make: Callable[[Any], Any]) -> _Replaced:
-        """Put what `make` gives for what is there in its place."""
-        theirs = place[name] if isinstance(place, dict) else getattr(place, name)
-        replaced = cls(place, name, theirs, make(theirs))
-        replaced._put(replaced.ours)
-        return replaced
-
-    def undo(self) -> None:
-        """Put back what was there, unless somebody else has put a third thing in its place."""
-        now = self.place[self.name] if isinstance(self.place, dict) else getattr(self.place, self.name)
-        if now is self.ours:
-            self._put(self.theirs)
-
-    def _put(self, value: Any) -> None:
-        if isinstance(self.place, dict):
-            self.place[self.name] = value
-        else:
-            setattr(self.place, self.name, value)
-
-
-# What `unregister` has to bring back.
-_replaced: list[_Replaced] = []
-
-
-def register() -> None:
-    """From here on transformers quantizes and loads GPTQ with fewbit. May be called again without harm."""
-    unregister()
-    _replaced.extend(
-        [
-            _Replaced.by(AUTO_QUANTIZER_MAPPING, METHOD, lambda _: FewbitQuantizer),
-            _Replaced.by(AUTO_QUANTIZATION_CONFIG_MAPPING, METHOD, lambda _: GPTQConfig),
-            _Replaced.by(TransformersGPTQConfig, "__init__", keeping),
-            _Replaced.by(TransformersGPTQConfig, "post_init", checking),
-            _Replaced.by(PreTrainedModel, "save_pretrained", with_quantize_config),
-        ]
-    )
-
-
-def unregister() -> None:
-    """Undo `register`: transformers is as it was. Models that are loaded keep working."""
-    while _replaced:
-        _replaced.pop().undo()
+    """Add the method "fewbit" to transformers; nothing that exists is replaced."""
+    internals.AUTO_QUANTIZER_MAPPING.setdefault(OWN_METHOD, FewbitQuantizer)
+    internals.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(OWN_METHOD, GPTQConfig)

@@ -1,11 +1,10 @@
 """AutoGPTQ's public names, done by fewbit: change ``from auto_gptq`` to ``from fewbit.compat.auto_gptq``.
 
-docs/migrating.md says what each argument means now.
+docs/migrating.md explains each argument.
 """
 
-from .auto import AutoGPTQForCausalLM, exllama_set_max_input_length
 from .config import BaseQuantizeConfig
-from .peft import get_gptq_peft_model
+from .modeling import AutoGPTQForCausalLM, exllama_set_max_input_length, get_gptq_peft_model
 
 __all__ = [
     "AutoGPTQForCausalLM",

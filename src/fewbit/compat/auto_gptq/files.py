@@ -1,4 +1,4 @@
-"""A saved folder as AutoGPTQ's users ask for it: file names, metadata, uploads."""
+"""Adapt a saved folder to AutoGPTQ's arguments: file names, metadata, uploads."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from ...atomic_io import replacing
 from ...checkpoint.safe_io import read_json
 from ...checkpoint.writer import INDEX, SINGLE
 from ...errors import ConfigError, OutputError
+from ...gptq_arguments import write_json
 
 
 def text_metadata(metadata: Mapping[Any, Any] | None) -> dict[str, str]:
-    """Metadata of a safetensors file: keys and values as text.
+    """Convert the metadata of a safetensors file to text.
 
     Raises:
-        ConfigError: it is no dict, or two keys are the same as text.
+        ConfigError: it is not a dict, or two keys become the same text.
     """
     if metadata is None:
         return {}
@@ -44,13 +45,12 @@ def add_metadata(folder: Path, metadata: Mapping[str, str]) -> None:
 
 
 def complete_config(file: Path, quantization: Mapping[str, Any]) -> None:
-    """Put the checkpoint's own configuration beside AutoGPTQ's keys, and no path of this machine."""
-    values = {**read_json(file), **quantization, "model_name_or_path": None}
-    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Add the checkpoint's own configuration to AutoGPTQ's keys, and remove the local path."""
+    write_json(file, {**read_json(file), **quantization, "model_name_or_path": None})
 
 
 def rename_weights(folder: Path, base_name: str) -> None:
-    """Call the weight file `base_name`.safetensors.
+    """Rename the weight file to `base_name`.safetensors.
 
     Raises:
         OutputError: the weights are in several files.
@@ -71,13 +71,13 @@ def upload(
     message: str | None,
     create_pr: bool | None,
 ) -> Any:
-    """Upload a folder to the Hub; the repository is made if missing.
+    """Upload a folder to the Hub; the repository is created if missing.
 
     Returns:
-        What `huggingface_hub` says of the commit.
+        The `CommitInfo` of huggingface_hub.
 
     Raises:
-        OutputError: it cannot be uploaded; the folder is complete all the same.
+        OutputError: the upload failed; the folder is complete.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

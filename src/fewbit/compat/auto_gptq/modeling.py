@@ -1,7 +1,7 @@
-"""`BaseGPTQForCausalLM`: a model with AutoGPTQ's methods around a transformers model.
+"""AutoGPTQ's model classes: a transformers model with AutoGPTQ's methods.
 
-Any architecture will do: fewbit needs no definition of it. A subclass of `BaseGPTQForCausalLM` may still name
-blocks and layers, and then only these are quantized.
+Any architecture works without a definition. A subclass of `BaseGPTQForCausalLM` may still name blocks and layers; then
+only these are quantized.
 """
 
 from __future__ import annotations
@@ -15,35 +15,38 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ...checkpoint.reader import find_weights
-from ...errors import ConfigError, ModelError
+from ...checkpoint.writer import QUANTIZE_CONFIG
+from ...errors import ConfigError, DependencyError, StateError
+from ...gptq_arguments import check_in_memory, get_seqlen, note_device, note_order, restrict, warn
+from ...hf.layers import prepare_layers, quantized_layers
 from ...quantization import quantize
 from ..loading import (
     HUB_ARGUMENTS,
     check_weights_name,
+    device_arguments,
     load_quantized,
     local_folder,
-    placement,
-    prepare,
     refuse_disk,
 )
-from ..optimum.utils import get_seqlen
-from ..settings import check_in_memory, note_device, note_order, restrict, say
-from .arguments import dataset_of, pad_token_of, rename_token, say_not_needed, settings_of
-from .config import QUANTIZE_CONFIG, BaseQuantizeConfig
+from .config import (
+    BaseQuantizeConfig,
+    dataset_of,
+    pad_token_of,
+    rename_token,
+    settings_of,
+    warn_not_needed,
+)
 from .files import add_metadata, complete_config, rename_weights, text_metadata, upload
-
-
-class StateError(ModelError, EnvironmentError):
-    """A model is quantized already, or is not yet; or a class is used that is only a name."""
 
 
 class BaseGPTQForCausalLM(nn.Module):
     """A causal language model, quantized or to be quantized.
 
     Attributes:
-        model: the transformers model. quantize_config: its settings.
-        layers_block_name: list of blocks, for a subclass; by default all numbered blocks.
-        inside_layer_modules: layers in a block, for a subclass; by default all.
+        model: the transformers model.
+        quantize_config: its settings.
+        layers_block_name: name of the list of blocks, set by a subclass; None for all numbered blocks.
+        inside_layer_modules: layer names inside a block, set by a subclass; None for all.
     """
 
     layer_type: ClassVar[Any] = None
@@ -85,15 +88,15 @@ class BaseGPTQForCausalLM(nn.Module):
         torch_dtype: torch.dtype = torch.float16,
         **model_init_kwargs: Any,
     ) -> BaseGPTQForCausalLM:
-        """Load a model to be quantized, on the CPU unless told otherwise.
+        """Load a model to be quantized, by default on the CPU.
 
         Args:
             pretrained_model_name_or_path: folder or Hub id.
             quantize_config: how to quantize it.
-            max_memory: device → bytes; the model is then spread over these devices.
+            max_memory: device → bytes; the model is then distributed over these devices.
             trust_remote_code: run Python code that comes with the model.
-            torch_dtype: of the weights that stay, and of the forward pass. On CPUs, bfloat16 is faster.
-            **model_init_kwargs: of `AutoModelForCausalLM.from_pretrained`.
+            torch_dtype: dtype of the forward pass and of weights that are not quantized. On CPUs, bfloat16 is faster.
+            **model_init_kwargs: arguments of `AutoModelForCausalLM.from_pretrained`.
 
         Raises:
             StateError: it is quantized already.
@@ -134,26 +137,27 @@ class BaseGPTQForCausalLM(nn.Module):
         disable_exllamav2: bool = False,
         **kwargs: Any,
     ) -> BaseGPTQForCausalLM:
-        """Load a quantized checkpoint, from any tool.
+        """Load a quantized checkpoint, written by any tool.
 
         Args:
             model_name_or_path: folder or Hub id.
-            device_map: as in transformers. device: one device. Neither: the accelerator, or else the CPU.
-            max_memory: device → bytes, for a `device_map` by name.
-            use_marlin: ask for that kernel.
-            torch_dtype: of the activations; by default float16, and on the CPU bfloat16, which is the fast one.
-            quantize_config: of a checkpoint that has none of its own.
-            model_basename: weight file, if it is to be checked.
-            use_safetensors: False is noted: pickles are refused.
+            device_map: as in transformers.
+            max_memory: device → bytes, for a `device_map` given by name.
+            device: one device; without `device` and `device_map`, the accelerator, or the CPU if there is none.
+            use_marlin: require the Marlin kernel.
+            torch_dtype: dtype of the activations; the default is float16, on the CPU the faster bfloat16.
+            quantize_config: settings of a checkpoint that has none.
+            model_basename: expected name of the weight file; None for any.
+            use_safetensors: pickles are refused; False is logged.
             trust_remote_code: run Python code that comes with the model.
-            trainable: gradients go through the layers, for adapters.
+            trainable: pass gradients through the layers, for adapters.
             low_cpu_mem_usage, use_triton, use_qigen, inject_fused_attention, inject_fused_mlp, use_cuda_fp16,
                 warmup_triton, disable_exllama, disable_exllamav2: not needed.
-            **kwargs: ``subfolder``, ``revision``, ``cache_dir``, ``token`` … of a Hub repository.
+            **kwargs: ``subfolder``, and ``revision``, ``cache_dir``, ``token`` … for the Hub.
 
         Raises:
-            CheckpointError: no GPTQ checkpoint, or damaged.
-            ConfigError: a device is not there, or `quantize_config` contradicts the checkpoint.
+            CheckpointError: the checkpoint is not GPTQ, or is damaged.
+            ConfigError: a device does not exist, or `quantize_config` contradicts the checkpoint.
             KernelError: Marlin was asked for and cannot run; the message says why.
         """
         given = {
@@ -167,14 +171,14 @@ class BaseGPTQForCausalLM(nn.Module):
             "disable_exllama": disable_exllama is not None,
             "disable_exllamav2": disable_exllamav2,
         }
-        say_not_needed(name for name, is_given in given.items() if is_given)
+        warn_not_needed(name for name, is_given in given.items() if is_given)
         if not use_safetensors:
-            say({"use_safetensors=False": "safetensors files are read; opening pickles can run code"})
+            warn({"use_safetensors=False": "safetensors files are read; opening pickles can run code"})
         rename_token(kwargs)
         hub = {name: kwargs.pop(name) for name in (*HUB_ARGUMENTS, "subfolder") if name in kwargs}
         if kwargs:
-            say({", ".join(kwargs): "unknown to from_quantized and without effect"})
-        where = placement(device, device_map, max_memory)
+            warn({", ".join(kwargs): "unknown to from_quantized and without effect"})
+        where = device_arguments(device, device_map, max_memory)
         folder = local_folder(model_name_or_path, **hub)
         settings = settings_of(folder, quantize_config)
         if model_basename is not None:
@@ -208,11 +212,11 @@ class BaseGPTQForCausalLM(nn.Module):
         autotune_warmup_after_quantized: bool = False,
         cache_examples_on_gpu: bool = True,
     ) -> None:
-        """Quantize the model in place, on the device where it is.
+        """Quantize the model in place, on its device.
 
         Args:
-            examples: dicts of ``input_ids`` and ``attention_mask``, lists or tensors; all are used.
-            batch_size: examples per forward, padded to the longest with the model's pad or end token.
+            examples: dicts of ``input_ids`` and ``attention_mask``, as lists or tensors; all are used.
+            batch_size: examples per forward pass, padded to the longest with the model's pad or end token.
             use_triton, use_cuda_fp16, autotune_warmup_after_quantized, cache_examples_on_gpu: not needed.
 
         Raises:
@@ -233,7 +237,7 @@ class BaseGPTQForCausalLM(nn.Module):
             "autotune_warmup_after_quantized": autotune_warmup_after_quantized,
             "cache_examples_on_gpu": not cache_examples_on_gpu,
         }
-        say_not_needed(name for name, is_given in given.items() if is_given)
+        warn_not_needed(name for name, is_given in given.items() if is_given)
         note_order(settings.desc_act, settings.static_groups, settings.true_sequential)
         check_in_memory(self.model)
         note_device(self.model)
@@ -256,9 +260,9 @@ class BaseGPTQForCausalLM(nn.Module):
         `quantize_config.model_file_base_name` says otherwise.
 
         Args:
-            save_dir: made if missing.
-            use_safetensors: False is noted: safetensors files are written in any case.
-            safetensors_metadata: added to the files' own.
+            save_dir: folder, created if missing.
+            use_safetensors: safetensors files are always written; False is logged.
+            safetensors_metadata: entries to add to the files' metadata.
 
         Raises:
             StateError: the model is not quantized yet.
@@ -266,7 +270,7 @@ class BaseGPTQForCausalLM(nn.Module):
         if not self.quantized:
             raise StateError("this model is not quantized yet: call quantize first, then save it")
         if not use_safetensors:
-            say({"use_safetensors=False": "safetensors files are written; opening pickles can run code"})
+            warn({"use_safetensors=False": "safetensors files are written; opening pickles can run code"})
         metadata = text_metadata(safetensors_metadata)
         folder, settings = Path(save_dir), self.quantize_config
         self.model.save_pretrained(folder)
@@ -286,7 +290,7 @@ class BaseGPTQForCausalLM(nn.Module):
         safetensors_metadata: Mapping[Any, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """The same as `save_quantized`."""
+        """Alias of `save_quantized`."""
         self.save_quantized(save_dir, use_safetensors, safetensors_metadata)
 
     def push_to_hub(
@@ -304,15 +308,17 @@ class BaseGPTQForCausalLM(nn.Module):
         """Upload the saved folder to the Hub.
 
         Args:
-            repo_id: its name there; made if missing.
-            save_dir: save the model there first; needed if it was not saved before.
-            use_safetensors, safetensors_metadata: of `save_quantized`.
-            commit_message: of the upload.
-            use_auth_token: older name of `token`. private, create_pr: of the repository and the upload.
+            repo_id: name of the repository, created if missing.
+            save_dir: folder to save the model in first; required if it was not saved before.
+            use_safetensors, safetensors_metadata: arguments of `save_quantized`.
+            commit_message, create_pr: options of the upload.
+            use_auth_token: older name of `token`.
+            private: whether a new repository is private.
+            token: Hub token.
 
         Raises:
             StateError: the model was not saved, and there is no `save_dir`.
-            OutputError: it cannot be uploaded.
+            OutputError: the upload failed.
         """
         if save_dir is not None:
             self.save_quantized(save_dir, bool(use_safetensors), safetensors_metadata)
@@ -336,18 +342,18 @@ class BaseGPTQForCausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model's inputs go."""
+        """Device of the model's inputs."""
         device: torch.device = self.model.device
         return device
 
     @property
     def hf_device_map(self) -> Any:
-        """The model's device map; None if it is on one device."""
+        """The model's device map; None for a model on one device."""
         return getattr(self.model, "hf_device_map", None)
 
     @property
     def seqlen(self) -> int:
-        """The longest sequence that the model takes."""
+        """Maximum sequence length of the model."""
         return get_seqlen(self.model)
 
     def to(self, device: Any) -> BaseGPTQForCausalLM:  # type: ignore[override]
@@ -356,21 +362,20 @@ class BaseGPTQForCausalLM(nn.Module):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own forward."""
+        """Call the model."""
         return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own `generate`, without gradients."""
+        """Call the model's `generate` without gradients."""
         with torch.inference_mode():
             return self.model.generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own."""
         return self.model.prepare_inputs_for_generation(*args, **kwargs)
 
     def enable_trainable_mode(self, enabled: bool = True) -> None:
-        """Let gradients go through the quantized layers, for adapters."""
-        prepare(self.model, self._kernel, trainable=enabled)
+        """Pass gradients through the quantized layers, for adapters."""
+        prepare_layers(self.model, self._kernel, trainable=enabled)
         self.trainable = enabled
 
     def disable_trainable_mode(self) -> None:
@@ -378,9 +383,9 @@ class BaseGPTQForCausalLM(nn.Module):
         self.enable_trainable_mode(enabled=False)
 
     def warmup_triton(self, enabled: bool = True) -> None:
-        """Nothing: kernels need no warm-up."""
+        """Do nothing: kernels need no warm-up."""
         if enabled:
-            say_not_needed(["warmup_triton"])
+            warn_not_needed(["warmup_triton"])
 
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})
@@ -394,3 +399,65 @@ def _refuse_quantized(name: str | Path, options: Mapping[str, Any]) -> None:
     values, _ = PreTrainedConfig.get_config_dict(str(name), **hub)
     if values.get("quantization_config"):
         raise StateError(f"{name} is quantized already: load it with AutoGPTQForCausalLM.from_quantized")
+
+
+class AutoGPTQForCausalLM:
+    """Loads any causal language model, dense or quantized."""
+
+    def __init__(self) -> None:
+        raise StateError(
+            "AutoGPTQForCausalLM is not made directly: AutoGPTQForCausalLM.from_pretrained loads a model to be "
+            "quantized, AutoGPTQForCausalLM.from_quantized a quantized one"
+        )
+
+    from_pretrained = BaseGPTQForCausalLM.from_pretrained
+    from_quantized = BaseGPTQForCausalLM.from_quantized
+
+
+def exllama_set_max_input_length(model: Any, max_input_length: int) -> Any:
+    """Return the model unchanged: no kernel here has a buffer for the longest input."""
+    warn(
+        {
+            "exllama_set_max_input_length": "not needed: no kernel here has a buffer that depends on the input's length"
+        }
+    )
+    return model
+
+
+def get_gptq_peft_model(
+    model: BaseGPTQForCausalLM,
+    peft_config: Any = None,
+    model_id: str | None = None,
+    adapter_name: str = "default",
+    auto_find_all_linears: bool = True,
+    train_mode: bool = False,
+) -> Any:
+    """Return the model with a new adapter, or with a saved one.
+
+    Args:
+        model: a quantized model.
+        peft_config: configuration of the new adapter.
+        model_id: folder or Hub id of a saved adapter.
+        adapter_name: name of the adapter.
+        auto_find_all_linears: whether the new adapter covers every quantized layer.
+        train_mode: whether to make a new adapter.
+
+    Raises:
+        ConfigError: the argument that the mode requires is missing.
+        DependencyError: peft is not installed.
+    """
+    if train_mode and peft_config is None:
+        raise ConfigError("train_mode makes a new adapter: pass its peft_config")
+    if not train_mode and model_id is None:
+        raise ConfigError("pass model_id, the adapter to load, or train_mode=True to make a new one")
+    try:
+        import peft
+    except ImportError as error:
+        raise DependencyError("adapters need the package peft: pip install peft") from error
+    if not train_mode:
+        return peft.PeftModel.from_pretrained(model.model, model_id, adapter_name)
+    model.enable_trainable_mode()
+    if auto_find_all_linears and hasattr(peft_config, "target_modules"):
+        names = {name.rpartition(".")[2] for name, _ in quantized_layers(model.model)}
+        peft_config.target_modules = sorted(names)
+    return peft.get_peft_model(model.model, peft_config, adapter_name=adapter_name)

@@ -1,10 +1,9 @@
-"""`optimum.gptq` under the names that scripts use, done by fewbit.
+"""`optimum.gptq` under the names that scripts import, done by fewbit.
 
-Change ``from optimum.gptq`` to ``from fewbit.compat.optimum``; its modules ``data``, ``utils``, ``eval`` and
-``constants`` are here too. docs/migrating.md says what each argument means now.
+Change ``from optimum.gptq`` to ``from fewbit.compat.optimum``; the modules ``data``, ``utils``, ``eval`` and
+``constants`` exist here too. docs/migrating.md explains each argument.
 """
 
-from .loader import load_quantized_model
-from .quantizer import GPTQQuantizer
+from .quantizer import GPTQQuantizer, load_quantized_model
 
 __all__ = ["GPTQQuantizer", "load_quantized_model"]

@@ -1,18 +1,7 @@
-"""Names that optimum's scripts import."""
+"""Constants that optimum's scripts import."""
 
-GPTQ_CONFIG = "quantize_config.json"
+from ...checkpoint.writer import QUANTIZE_CONFIG as GPTQ_CONFIG
+from ...gptq_arguments import BLOCK_PATTERNS
+from ...gptq_arguments import SEQLEN_KEYS as SEQLEN_KEYS_TRANSFORMERS
 
-# Where transformers' models keep their list of blocks, the most specific first.
-BLOCK_PATTERNS = (
-    "transformer.h",
-    "model.decoder.layers",
-    "gpt_neox.layers",
-    "model.layers",
-    "model.language_model.layers",
-    "h",
-    "decoder.layers",
-    "layers",
-)
-
-# What a model's configuration calls its longest sequence.
-SEQLEN_KEYS_TRANSFORMERS = ("max_position_embeddings", "seq_length", "n_positions")
+__all__ = ["BLOCK_PATTERNS", "GPTQ_CONFIG", "SEQLEN_KEYS_TRANSFORMERS"]

@@ -12,7 +12,7 @@ from ...calibration.sampling import sample_windows
 from ...calibration.sequences import collate, read_item
 from ...calibration.sources import NAMED, RETIRED, Corpus, open_source
 from ...errors import CalibrationError
-from ..settings import LOG
+from ...gptq_arguments import LOG, require_pad_token
 
 _SPLITS = {"train": "train", "validation": "test"}
 
@@ -25,20 +25,21 @@ def get_dataset(
     seed: int = 0,
     split: str = "train",
 ) -> list[dict[str, Tensor]]:
-    """Token windows of a known data set, as `fewbit.quantize` draws them from it.
+    """Draw token windows from a known data set, as `fewbit.quantize` does.
 
     Args:
         dataset_name: wikitext2, c4 or c4-new.
         tokenizer: a transformers tokenizer.
-        nsamples: windows. seqlen: tokens in each.
-        seed: of the choice.
+        nsamples: number of windows.
+        seqlen: tokens per window.
+        seed: seed of the choice.
         split: "train" or "validation".
 
     Returns:
         Dicts of ``input_ids`` and ``attention_mask``, int64 (1, seqlen).
 
     Raises:
-        CalibrationError: another name or split; for ptb and ptb-new also a RuntimeError.
+        CalibrationError: the name or split is unknown; for ptb and ptb-new it is also a RuntimeError.
         DependencyError: the package datasets is missing.
     """
     if split not in _SPLITS:
@@ -56,12 +57,12 @@ def get_dataset(
 def prepare_dataset(
     examples: Sequence[Mapping[str, Any]], batch_size: int = 1, pad_token_id: int | None = None
 ) -> list[dict[str, Tensor]]:
-    """Batches of token dicts, padded on the right.
+    """Make batches of token dicts, padded on the right.
 
     Args:
-        examples: with ``input_ids`` and ``attention_mask``, lists or tensors of one or two dimensions.
+        examples: dicts of ``input_ids`` and ``attention_mask``, lists or tensors of one or two dimensions.
         batch_size: sequences per batch.
-        pad_token_id: needed where `batch_size` is more than 1.
+        pad_token_id: needed for a `batch_size` above 1.
 
     Raises:
         CalibrationError: there is no pad token, or an example cannot be read.
@@ -70,14 +71,6 @@ def prepare_dataset(
     sequences = [s for position, example in enumerate(examples) for s in read_item(example, position, None)]
     batches = [sequences[i : i + batch_size] for i in range(0, len(sequences), batch_size)]
     return [_masked(collate(batch, pad_token_id)) for batch in batches]
-
-
-def require_pad_token(batch_size: int, pad_token_id: int | None) -> None:
-    """Raises CalibrationError for batches of several sequences without a pad token."""
-    if batch_size > 1 and pad_token_id is None:
-        raise CalibrationError(
-            f"batch_size {batch_size} needs a pad token: pass pad_token_id, for example tokenizer.eos_token_id"
-        )
 
 
 def _masked(batch: dict[str, Tensor]) -> dict[str, Tensor]:

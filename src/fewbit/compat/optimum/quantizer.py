@@ -1,163 +1,63 @@
-"""`GPTQQuantizer`: optimum's arguments and methods, over `fewbit.quantize`.
-
-What an argument meant there, it means here; where nothing is left for it to do, the log says so once.
-"""
+"""`GPTQQuantizer` and `load_quantized_model`: optimum's arguments and methods, done by fewbit."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ... import __version__
 from ...calibration.sources import NAMED
-from ...config import QuantConfig
+from ...checkpoint import layout
+from ...checkpoint.safe_io import read_json
+from ...checkpoint.writer import QUANTIZE_CONFIG as GPTQ_CONFIG
+from ...config import LayerSettings
 from ...delivery import quantization_config
-from ...errors import CalibrationError, ConfigError, ModelError
+from ...errors import CheckpointError, ConfigError, ModelError
+from ...gptq_arguments import (
+    NOT_NEEDED,
+    GPTQArguments,
+    check_exllama,
+    get_block_name_with_pattern,
+    warn,
+    write_json,
+)
+from ...hf.gptq_config import kernel_name
 from ...hf.replace import replace_layers
 from ...kernels.linear import QuantizedLayer, QuantLinear
 from ...modeling.experts import unfuse
-from ...modeling.source import load_tokenizer, open_source
-from ...planning import Plan, make_plan
-from ...preparation import resolve_device
-from ...quantization import quantize
-from ..loading import prepare
-from ..settings import (
-    PadToken,
-    check_in_memory,
-    kernel_name,
-    note_device,
-    note_order,
-    quant_config,
-    require_saveable,
-    restrict,
-    say,
-)
-from .arguments import NOT_NEEDED, check_exllama, one_format
-from .constants import BLOCK_PATTERNS, GPTQ_CONFIG
-from .data import require_pad_token
-from .packing import check_kernel, empty_tensors, only, packed_tensors
-from .utils import get_block_name_with_pattern, get_preceding_modules, get_seqlen
-
-# optimum calibrates on no longer sequences, whatever the model can take.
-_MAX_SEQLEN = 4028
+from ...modeling.layers import weight_matrix
+from ...planning import LayerPlan, Plan, Skipped, make_plan
+from ...quantized_matrix import QuantizedMatrix, group_count, sequential_groups
+from ..loading import check_weights_name, device_arguments, load_quantized
 
 
-class GPTQQuantizer:
-    """Quantizes a model with optimum's settings.
+class GPTQQuantizer(GPTQArguments):
+    """Quantizes a model with optimum's settings; see `GPTQArguments` for the arguments."""
 
-    Args:
-        bits: 2, 3, 4 or 8.
-        dataset: list of texts or of token dicts, all of which are used; or wikitext2, c4, c4-new, or a text file,
-            of which 128 windows are.
-        group_size: inputs that share a scale, or −1 for whole rows.
-        damp_percent: between 0 and 1, of the mean diagonal of the Hessian.
-        desc_act: columns by falling activation, with a g_idx.
-        act_group_aware: the same inside and between groups, without one; off with `desc_act`.
-        sym: symmetric grids.
-        true_sequential: always so; False is noted.
-        model_seqlen: tokens per sequence, by default what the model can take and at most 4028.
-        block_name_to_quantize: list of blocks; by default the one at the usual place, else all numbered blocks.
-        module_name_preceding_first_block: checked, not needed.
-        batch_size: sequences per forward. pad_token_id: needed for more than one.
-        max_input_length: not needed.
-        cache_block_outputs: not needed.
-        modules_in_block_to_quantize: names in the blocks; by default all layers.
-        format: "gptq" or "gptq_v2". meta: kept in the checkpoint.
-        backend: kernel of the result: "auto", "auto_trainable", or a name that `fewbit env` lists.
-        use_cuda_fp16, disable_exllama, exllama_config, checkpoint_format: of optimum 1.
-        **kwargs: kept, so that `to_dict` gives back what `from_dict` got.
-
-    Raises:
-        ConfigError: a value is out of range.
-    """
-
-    def __init__(
-        self,
-        bits: int,
-        dataset: list[Any] | str | None = None,
-        group_size: int = 128,
-        damp_percent: float = 0.1,
-        desc_act: bool = False,
-        act_group_aware: bool = True,
-        sym: bool = True,
-        true_sequential: bool = True,
-        model_seqlen: int | None = None,
-        block_name_to_quantize: str | None = None,
-        module_name_preceding_first_block: list[str] | None = None,
-        batch_size: int = 1,
-        pad_token_id: int | None = None,
-        max_input_length: int | None = None,
-        cache_block_outputs: bool | None = True,
-        modules_in_block_to_quantize: list[list[str]] | None = None,
-        format: str | None = None,
-        meta: dict[str, Any] | None = None,
-        backend: Any = None,
-        *,
-        use_cuda_fp16: bool = False,
-        disable_exllama: bool = False,
-        exllama_config: dict[str, Any] | None = None,
-        checkpoint_format: str | None = None,
-        quant_method: str = "gptq",
-        **kwargs: Any,
-    ) -> None:
-        self.bits = bits
-        self.dataset = dataset
-        self.group_size = group_size
-        self.damp_percent = damp_percent
-        self.desc_act = desc_act
-        self.act_group_aware = act_group_aware and not desc_act
-        self.sym = sym
-        self.true_sequential = true_sequential
-        self.model_seqlen = model_seqlen
-        self.block_name_to_quantize = block_name_to_quantize
-        self.module_name_preceding_first_block = module_name_preceding_first_block
-        self.batch_size = batch_size
-        self.pad_token_id = pad_token_id
-        self.max_input_length = max_input_length
-        self.cache_block_outputs = cache_block_outputs
-        self.modules_in_block_to_quantize = modules_in_block_to_quantize
-        self.format = one_format(format, checkpoint_format)
-        self.meta = meta
-        self.backend = backend
-        self.use_cuda_fp16 = use_cuda_fp16
-        self.disable_exllama = disable_exllama
-        self.exllama_config = exllama_config
-        self.quant_method = quant_method
-        self.extra = kwargs
-        self.quant_linear: type[QuantizedLayer] = QuantLinear
-        self.serialization_keys = [
-            "bits",
-            "dataset",
-            "group_size",
-            "damp_percent",
-            "desc_act",
-            "act_group_aware",
-            "sym",
-            "true_sequential",
-            "quant_method",
-            "modules_in_block_to_quantize",
-            "format",
-            "meta",
-        ]
-        check_exllama(exllama_config)
-        if str(getattr(quant_method, "value", quant_method)) != "gptq":
-            raise ConfigError(f"quant_method must be 'gptq'; got {quant_method!r}")
-        kernel_name(backend)
-        self._config()
-        if desc_act and act_group_aware:
-            say(
-                {
-                    "act_group_aware": "switched off, because desc_act orders the columns of all groups together"
-                }
-            )
-        note_order(desc_act, static_groups=False, true_sequential=true_sequential)
+    quant_linear: type[QuantizedLayer] = QuantLinear
+    serialization_keys: ClassVar[list[str]] = [
+        "bits",
+        "dataset",
+        "group_size",
+        "damp_percent",
+        "desc_act",
+        "act_group_aware",
+        "sym",
+        "true_sequential",
+        "quant_method",
+        "modules_in_block_to_quantize",
+        "format",
+        "meta",
+    ]
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings under `serialization_keys`, with what else `from_dict` was given."""
+        """Return the settings under `serialization_keys`, and the unknown keys that `from_dict` was given."""
         meta = dict(self.meta or {})
         meta.setdefault("quantizer", [f"fewbit:{__version__}"])
         known = {key: getattr(self, key) for key in self.serialization_keys}
@@ -165,62 +65,30 @@ class GPTQQuantizer:
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any]) -> GPTQQuantizer:
-        """Inverse of `to_dict`; unknown keys are kept."""
+        """Return the quantizer with these settings; unknown keys are kept."""
         return cls(**config_dict)
 
-    def quantize_model(self, model: nn.Module | str | Path, tokenizer: Any = None) -> nn.Module:
-        """Quantize a model in place.
-
-        Args:
-            model: in memory, on the device where it is to be quantized; or a folder or Hub id, which is loaded.
-            tokenizer: for text: a tokenizer, its folder or its Hub id.
-
-        Returns:
-            The model, in evaluation mode, its layers quantized.
-
-        Raises:
-            FewbitError: as `fewbit.quantize`; a subclass says what is wrong and what to do next.
-        """
-        if isinstance(model, (str, Path)):
-            source = open_source(model)
-            tokenizer = tokenizer or source.load_tokenizer()
-            model = source.load_model("auto", resolve_device("auto"))
-        check_in_memory(model)
-        note_device(model)
-        self._check_preceding(model)
-        self._say_not_needed()
-        dataset, tokenizer = self._calibration(tokenizer)
-        config = self._for_model(model)
-        self._check_backend(make_plan(model, config), next(model.parameters()))
-        quantize(model.eval(), config, dataset=dataset, tokenizer=tokenizer)
-        self._tell_config(model)
-        return self.post_init_model(model)
-
     def convert_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        """Put empty quantized layers in the place of those that `quantize_model` would quantize.
+        """Replace the layers that `quantize_model` would quantize by empty quantized layers.
 
         Args:
-            model: its device decides where the tensors lie; on the meta device they take no memory.
+            model: the new tensors are on its device; on the meta device they take no memory.
             **kwargs: ``device_map`` is accepted and not needed.
 
         Returns:
             The model, ready for `load_state_dict`; call `post_init_model` afterwards.
         """
         plan, quantization = self._planned(model)
-
-        def empty(name: str) -> dict[str, Tensor]:
-            return empty_tensors(layers[name])
-
         layers = {layer.name: layer for layer in plan.layers}
-        replace_layers(model, plan, empty, quantization)
-        self._tell_config(model)
+        replace_layers(model, plan, lambda name: _empty_tensors(layers[name]), quantization)
+        self._complete_config(model)
         return model
 
     def pack_model(self, model: nn.Module, quantizers: Mapping[str, Sequence[Any]]) -> None:
-        """Put quantized layers in the place of layers whose weights have been rounded to a grid.
+        """Replace layers whose weights have been rounded to a grid by quantized layers.
 
         Args:
-            model: with the rounded weights.
+            model: has the rounded weights.
             quantizers: layer name → (anything, scales (out, groups), zero points (out, groups), g_idx (in,)).
 
         Raises:
@@ -233,32 +101,23 @@ class GPTQQuantizer:
                 raise ConfigError(
                     f"pack_model: {name!r} is no layer of {type(model).__name__} to be quantized"
                 )
-        plan = only(plan, quantizers)
+        plan = _only(plan, quantizers)
         quantization = quantization_config(self._config(), model, plan, self._meta())
         packed = {
-            layer.name: packed_tensors(
+            layer.name: _packed_tensors(
                 model.get_submodule(layer.name), quantizers[layer.name], layer.settings, self.format
             )
             for layer in plan.layers
         }
         replace_layers(model, plan, packed.__getitem__, quantization)
-        self._tell_config(model)
-
-    def post_init_model(self, model: nn.Module) -> nn.Module:
-        """Choose the kernels for the tensors as they are now.
-
-        Raises:
-            KernelError: the `backend` asked for cannot run a layer; the message says why.
-        """
-        prepare(model, kernel_name(self.backend), trainable=self.backend == "auto_trainable")
-        return model
+        self._complete_config(model)
 
     def select_quant_linear(self, device_map: Any = None, pack: bool = False) -> None:
-        """Set `quant_linear`, the class of the quantized layers: there is one for all kernels."""
+        """Set `quant_linear`, the class of the quantized layers; it is the same for all kernels."""
         self.quant_linear = QuantLinear
 
     def get_no_split_module_classes(self, model: nn.Module) -> list[str]:
-        """The class of the blocks: each should stay on one device."""
+        """Return the class name of the blocks, each of which should stay on one device."""
         blocks = model.get_submodule(self.block_name_to_quantize or get_block_name_with_pattern(model))
         return [type(next(blocks.children())).__name__]
 
@@ -269,55 +128,33 @@ class GPTQQuantizer:
         max_shard_size: int | str = "10GB",
         safe_serialization: bool = True,
     ) -> None:
-        """Write a checkpoint: `save_pretrained`, and quantize_config.json beside it. No calibration text is written.
+        """Write a checkpoint with `save_pretrained`, and quantize_config.json without the calibration text.
 
         Args:
-            model: quantized.
-            save_dir: made if missing.
-            max_shard_size: of each weight file.
-            safe_serialization: False is noted: safetensors files are written in any case.
+            model: a quantized model.
+            save_dir: folder, created if missing.
+            max_shard_size: maximum size of each weight file.
+            safe_serialization: safetensors files are always written; False is logged.
 
         Raises:
             ModelError: the model is not quantized, or cannot save itself.
         """
-        saveable = require_saveable(model)
+        if not hasattr(model, "save_pretrained"):
+            raise ModelError(
+                f"{type(model).__name__} has no save_pretrained; only transformers models can be saved as a "
+                "checkpoint. Save its state_dict() yourself"
+            )
+        saveable: Any = model
         quantization = getattr(saveable.config, "quantization_config", None)
         if quantization is None:
             raise ModelError(f"this {type(model).__name__} is not quantized: call quantize_model first")
         if not safe_serialization:
-            say({"safe_serialization=False": "safetensors files are written; opening pickles can run code"})
+            warn({"safe_serialization=False": "safetensors files are written; opening pickles can run code"})
         saveable.save_pretrained(save_dir, max_shard_size=max_shard_size)
         settings = {**self.to_dict(), **quantization.to_dict()}
         if settings["dataset"] not in NAMED:
-            del settings["dataset"]  # texts and paths are nobody else's business
-        text = json.dumps(settings, indent=2, ensure_ascii=False)
-        (Path(save_dir) / GPTQ_CONFIG).write_text(text + "\n", encoding="utf-8")
-
-    # How the arguments become settings.
-    def _config(self, **settings: Any) -> QuantConfig:
-        return quant_config(
-            bits=self.bits,
-            group_size=self.group_size,
-            sym=self.sym,
-            damp_percent=self.damp_percent,
-            desc_act=self.desc_act,
-            act_group_aware=self.act_group_aware,
-            format=self.format,
-            batch_size=self.batch_size,
-            **settings,
-        )
-
-    def _for_model(self, model: nn.Module) -> QuantConfig:
-        """The settings for this model; fills in what was to be inferred from it."""
-        if self.model_seqlen is None:
-            self.model_seqlen = min(_MAX_SEQLEN, get_seqlen(model))
-        names = {name for name, _ in model.named_modules()}
-        if self.block_name_to_quantize is None and names & set(BLOCK_PATTERNS):
-            self.block_name_to_quantize = get_block_name_with_pattern(model)
-        given = isinstance(self.dataset, (list, tuple)) and len(self.dataset) > 0
-        samples = {"num_samples": len(self.dataset or ())} if given else {}
-        config = self._config(seq_len=self.model_seqlen, **samples)
-        return restrict(config, model, self.block_name_to_quantize, self.modules_in_block_to_quantize)
+            del settings["dataset"]  # texts and paths are private
+        write_json(Path(save_dir) / GPTQ_CONFIG, settings)
 
     def _planned(self, model: nn.Module) -> tuple[Plan, dict[str, Any]]:
         config = self._for_model(model)
@@ -325,68 +162,127 @@ class GPTQQuantizer:
         plan = make_plan(model, config)
         return plan, quantization_config(config, model, plan, self._meta())
 
-    def _calibration(self, tokenizer: Any) -> tuple[Any, Any]:
-        """The data set, and what it needs of a tokenizer."""
-        require_pad_token(self.batch_size, self.pad_token_id)
-        if isinstance(tokenizer, (str, Path)):
-            try:
-                tokenizer = load_tokenizer(tokenizer)
-            except ModelError as error:
-                raise CalibrationError(f"{error}; pass the tokenizer itself, or its folder") from error
-        if self.batch_size == 1 or not isinstance(self.dataset, list):
-            return self.dataset, tokenizer
-        tokens = [_tokens(item, tokenizer) for item in self.dataset]
-        return tokens, PadToken(self.pad_token_id)
 
-    def _check_preceding(self, model: nn.Module) -> None:
-        names = {name for name, _ in model.named_modules()}
-        for name in self.module_name_preceding_first_block or ():
-            if name not in names:
-                block = self.block_name_to_quantize or get_block_name_with_pattern(model)
-                found = ", ".join(get_preceding_modules(model, block))
-                raise ConfigError(
-                    f"Module {name} was not found in {type(model).__name__}; before its blocks come {found}"
-                )
+def _packed_tensors(
+    layer: nn.Module, parts: Sequence[Any], settings: LayerSettings, fmt: str
+) -> dict[str, Tensor]:
+    """Pack a layer whose weight is already on a grid.
 
-    def _check_backend(self, plan: Plan, like: Tensor) -> None:
-        """Refuse before the work a kernel that could not run its result."""
-        kernel = kernel_name(self.backend)
-        if kernel != "auto":
-            for layer in plan.layers:
-                check_kernel(layer, self.format, like, kernel)
+    Args:
+        layer: has the rounded weight.
+        parts: (anything, scales (out, groups), zero points (out, groups), g_idx (in,)).
+        settings: bits and group size of the layer.
+        fmt: checkpoint format, "gptq" or "gptq_v2".
 
-    def _say_not_needed(self) -> None:
-        given = {
-            "module_name_preceding_first_block": self.module_name_preceding_first_block is not None,
-            "cache_block_outputs": not self.cache_block_outputs,
-            "max_input_length": self.max_input_length is not None,
-            "use_cuda_fp16": self.use_cuda_fp16,
-            "disable_exllama": self.disable_exllama,
-            "exllama_config": self.exllama_config is not None,
-        }
-        say({name: f"not needed: {NOT_NEEDED[name]}" for name, is_given in given.items() if is_given})
-        if self.extra:
-            say({", ".join(self.extra): "kept for to_dict, but unknown to GPTQQuantizer and without effect"})
-
-    def _meta(self) -> dict[str, Any]:
-        return {key: value for key, value in (self.meta or {}).items() if key != "quantizer"}
-
-    def _tell_config(self, model: nn.Module) -> None:
-        """Write what readers through optimum look for into the model's configuration."""
-        config: Any = getattr(model, "config", None)
-        quantization = getattr(config, "quantization_config", None)
-        if quantization is None:
-            return
-        values = quantization.to_dict()
-        values["meta"] = {**self._meta(), **values["meta"]}
-        if self.modules_in_block_to_quantize:
-            values["modules_in_block_to_quantize"] = self.modules_in_block_to_quantize
-        config.quantization_config = type(quantization)(**values)
+    Raises:
+        CheckpointError: the grid does not fit the settings.
+    """
+    scales, zeros, g_idx = (torch.as_tensor(part).cpu() for part in parts[1:4])
+    groups = g_idx.long()
+    weight = weight_matrix(layer).cpu().float()
+    codes = weight / scales.float()[:, groups] + zeros.float()[:, groups]
+    result = QuantizedMatrix(
+        codes.round_().clamp_(0, 2**settings.bits - 1).to(torch.uint8),
+        scales.to(torch.float16),
+        zeros.round().to(torch.int16),
+        g_idx.to(torch.int32),
+        settings.bits,
+        settings.group_size,
+    )
+    return layout.pack(layout.without_zero_point_0(result) if fmt == "gptq" else result, fmt)
 
 
-def _tokens(item: Any, tokenizer: Any) -> Any:
-    if not isinstance(item, str):
-        return item
-    if tokenizer is None:
-        raise CalibrationError("the dataset is text, so a tokenizer is needed: pass it to quantize_model")
-    return {"input_ids": tokenizer(item)["input_ids"]}
+def _empty_tensors(layer: LayerPlan) -> dict[str, Tensor]:
+    """Allocate the packed tensors of a layer."""
+    out_features, in_features, settings = layer.out_features, layer.in_features, layer.settings
+    groups = group_count(in_features, settings.group_size)
+    return {
+        layout.QWEIGHT: torch.zeros(
+            layout.word_count(in_features, settings.bits), out_features, dtype=torch.int32
+        ),
+        layout.QZEROS: torch.zeros(groups, layout.word_count(out_features, settings.bits), dtype=torch.int32),
+        layout.SCALES: torch.zeros(groups, out_features, dtype=torch.float16),
+        layout.G_IDX: sequential_groups(in_features, settings.group_size),
+    }
+
+
+def _only(plan: Plan, names: Mapping[str, Any]) -> Plan:
+    """Return the plan restricted to the layers called `names`."""
+    others = [layer for layer in plan.layers if layer.name not in names]
+    skipped = [Skipped(o.name, (o.out_features, o.in_features), "was not packed") for o in others]
+    layers = tuple(layer for layer in plan.layers if layer.name in names)
+    return dataclasses.replace(plan, layers=layers, skipped=(*plan.skipped, *skipped))
+
+
+def load_quantized_model(
+    model: nn.Module,
+    save_folder: str | Path,
+    backend: Any = "auto",
+    quant_config_name: str = GPTQ_CONFIG,
+    state_dict_name: str | None = None,
+    device_map: Any = None,
+    max_memory: Mapping[Any, Any] | None = None,
+    no_split_module_classes: Sequence[str] | None = None,
+    offload_folder: str | None = None,
+    offload_buffers: bool | None = None,
+    offload_state_dict: bool = False,
+    max_input_length: int | None = None,
+    *,
+    disable_exllama: bool = False,
+    exllama_config: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Load the quantized model in a folder, given an empty model of the same class.
+
+    Args:
+        model: gives class and dtype; it may be on the meta device and is not changed.
+        save_folder: folder of a GPTQ checkpoint, written by any tool.
+        backend: kernel name.
+        quant_config_name: file with the quantization configuration, for a folder whose config.json has none.
+        state_dict_name: expected name of the weight file; None for any.
+        device_map: as in transformers; None for the accelerator, or the CPU if there is none.
+        max_memory: device → bytes, for a `device_map` given by name.
+        no_split_module_classes, offload_folder, offload_buffers, offload_state_dict, max_input_length,
+            disable_exllama, exllama_config: not needed.
+
+    Returns:
+        The quantized model, in evaluation mode.
+
+    Raises:
+        CheckpointError: the folder has no GPTQ checkpoint, or one of another model.
+        ConfigError: a map has disk entries, or `model` is not a transformers model.
+        KernelError: the kernel asked for cannot run a layer.
+    """
+    check_exllama(exllama_config)
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(
+            f"load_quantized_model builds transformers models, not a {type(model).__name__}: convert_model, "
+            "load_state_dict and post_init_model of GPTQQuantizer load any other"
+        )
+    once = "weights are read from mapped files straight to their device"
+    given = {
+        "no_split_module_classes": (no_split_module_classes, "transformers knows them for its models"),
+        "offload_folder": (offload_folder, once),
+        "offload_buffers": (offload_buffers, once),
+        "offload_state_dict": (offload_state_dict, once),
+        "max_input_length": (max_input_length, NOT_NEEDED["max_input_length"]),
+        "disable_exllama": (disable_exllama, NOT_NEEDED["disable_exllama"]),
+        "exllama_config": (exllama_config, NOT_NEEDED["exllama_config"]),
+    }
+    warn({name: f"not needed: {reason}" for name, (value, reason) in given.items() if value})
+    folder = Path(save_folder)
+    if state_dict_name is not None:
+        check_weights_name(folder, state_dict_name, ())
+    own = folder / quant_config_name
+    loaded = load_quantized(
+        folder,
+        device_arguments(None, device_map, max_memory),
+        kernel=kernel_name(backend),
+        trainable=backend == "auto_trainable",
+        dtype=model.dtype,
+        quantization_config=read_json(own) if own.exists() else None,
+    )
+    if type(loaded) is not type(model):
+        raise CheckpointError(
+            f"{folder} holds a {type(loaded).__name__}, but the empty model is a {type(model).__name__}"
+        )
+    return loaded

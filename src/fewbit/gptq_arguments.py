@@ -1,0 +1,494 @@
+"""GPTQ settings under the names of optimum, AutoGPTQ and transformers: checks, warnings, and their translation.
+
+`GPTQArguments` takes the arguments that optimum's `GPTQQuantizer` and transformers' `GPTQConfig` share, and quantizes a
+model in memory with `fewbit.quantize`. An argument without effect here is logged once, with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import FORMATS, QuantConfig
+from .errors import CalibrationError, ConfigError, ModelError
+from .hf.gptq_config import kernel_name
+from .hf.layers import kernel_spec, prepare_layers
+from .kernels import registry
+from .modeling.experts import unfuse
+from .modeling.layers import is_layer
+from .modeling.source import load_tokenizer, open_source
+from .planning import Plan, make_plan, output_embedding_name
+from .preparation import resolve_device
+from .quantization import quantize
+
+LOG = logging.getLogger("fewbit")
+
+_KERNEL_ON_REQUEST = "a kernel of another package runs only where backend asks for it"
+NOT_NEEDED = {
+    "module_name_preceding_first_block": "the model's own forward runs, so nothing before its blocks has to be named",
+    "cache_block_outputs": "every batch runs through the model once, whether block outputs could be cached or not",
+    "max_input_length": "no kernel here has a buffer that depends on it",
+    "use_cuda_fp16": "kernels follow the dtype of the activations",
+    "disable_exllama": _KERNEL_ON_REQUEST,
+    "exllama_config": _KERNEL_ON_REQUEST,
+}
+# Names of transformers' lists of blocks, the most specific first.
+BLOCK_PATTERNS = (
+    "transformer.h",
+    "model.decoder.layers",
+    "gpt_neox.layers",
+    "model.layers",
+    "model.language_model.layers",
+    "h",
+    "decoder.layers",
+    "layers",
+)
+# What a model's configuration calls its maximum sequence length.
+SEQLEN_KEYS = ("max_position_embeddings", "seq_length", "n_positions")
+_DEFAULT_SEQLEN = 2048
+_MAX_SEQLEN = 4028  # optimum's limit for calibration sequences, whatever the model can take
+
+
+def warn(reasons: Mapping[str, str]) -> None:
+    """Log why each of these arguments has no effect, or another one."""
+    for argument, reason in reasons.items():
+        LOG.warning("%s: %s", argument, reason)
+
+
+@dataclass(frozen=True)
+class PadToken:
+    """A tokenizer reduced to what batches of token ids need."""
+
+    pad_token_id: int | None
+
+
+def quant_config(
+    *,
+    bits: int,
+    group_size: int,
+    damp_percent: float,
+    desc_act: bool,
+    act_group_aware: bool = True,
+    static_groups: bool = False,
+    **settings: Any,
+) -> QuantConfig:
+    """Translate the older tools' names; `settings` have the same name here.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    order = "full" if desc_act and not static_groups else "group" if desc_act or act_group_aware else "none"
+    return QuantConfig(bits=bits, group_size=group_size, damp=damp_percent, act_order=order, **settings)
+
+
+def note_order(desc_act: bool, static_groups: bool, true_sequential: bool) -> None:
+    """Log where columns or layers are quantized in another order than requested."""
+    if desc_act and static_groups:
+        warn(
+            {
+                "static_groups": "groups are always static here; with desc_act, columns are ordered inside their "
+                "groups, which needs no g_idx, so the checkpoint says desc_act: false"
+            }
+        )
+    if not true_sequential:
+        warn(
+            {
+                "true_sequential=False": "every layer sees its inputs through the quantized layers before it, "
+                "which costs nothing extra here"
+            }
+        )
+
+
+def check_in_memory(model: nn.Module) -> None:
+    """Refuse a model with parts that accelerate has offloaded.
+
+    Raises:
+        ConfigError: the message names the first part.
+    """
+    device_map = getattr(model, "hf_device_map", None) or {}
+    away = [name for name, device in device_map.items() if device == "disk"]
+    away += [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if away:
+        raise ConfigError(
+            f"device_map keeps {away[0] or 'the model'} offloaded, and a model in memory is quantized where it is. "
+            "Nothing needs to be offloaded: fewbit.quantize(FOLDER, output=OUT) streams the weights block by block"
+        )
+
+
+def note_device(model: nn.Module) -> None:
+    """Log how a model on the CPU could be quantized faster."""
+    parameter = next(model.parameters(), None)
+    if parameter is None or parameter.device.type != "cpu":
+        return
+    best = resolve_device("auto").type
+    if best != "cpu":
+        warn(
+            {
+                "device": f"the model is on the CPU and is quantized there. Move it first (model.to({best!r})), or let "
+                f"fewbit.quantize(FOLDER, output=OUT) stream it through the {best} device"
+            }
+        )
+    elif parameter.dtype == torch.float16:
+        warn(
+            {
+                "torch_dtype": "float16 is slow on CPUs: load the model in bfloat16, which is several times faster"
+            }
+        )
+
+
+def restrict(
+    config: QuantConfig, model: nn.Module, block_name: str | None, modules: Sequence[Sequence[str]] | None
+) -> QuantConfig:
+    """Return settings that ignore every layer outside the selected blocks and modules.
+
+    Args:
+        config: the settings.
+        model: its fused experts are unfused, as quantizing it would.
+        block_name: name of the list of blocks, such as "model.layers"; None for all blocks.
+        modules: layer names inside a block, in any grouping; None or empty for all.
+
+    Raises:
+        ConfigError: a name is not in the model.
+    """
+    listed = [name for names in modules or () for name in ([names] if isinstance(names, str) else names)]
+    if block_name is None and not listed:
+        return config
+    unfuse(model)
+    layers = [name for name, module in model.named_modules() if is_layer(module)]
+    blocks = r"(?:.*\.)?\d+" if block_name is None else rf"{re.escape(block_name)}\.\d+"
+    inside = [name for name in layers if re.match(rf"{blocks}\.", name)]
+    if not inside:
+        raise ConfigError(
+            f"block_name_to_quantize {block_name!r} is no list of blocks with linear layers in {type(model).__name__}; "
+            f"its layers are called {_some(layers)}"
+        )
+    for name in listed:
+        if not any(re.match(rf"{blocks}\.{re.escape(name)}$", layer) for layer in inside):
+            short = dict.fromkeys(re.sub(rf"^{blocks}\.", "", layer) for layer in inside)
+            raise ConfigError(
+                f"modules_in_block_to_quantize: no block of {type(model).__name__} has a linear layer {name!r}; "
+                f"they have {_some(short)}"
+            )
+    ending = rf"(?:{'|'.join(map(re.escape, listed))})$" if listed else ""
+    wanted = rf"{blocks}\.{ending}"
+    if config.lm_head and (head := output_embedding_name(model)):
+        wanted = rf"(?:{wanted}|{re.escape(head)}$)"
+    if not all(re.match(wanted, layer.name) for layer in make_plan(model, config).layers):
+        config = replace(config, ignore=(*config.ignore, f"^(?!{wanted})"))
+    if listed:
+        for item in make_plan(model, config).skipped:
+            if re.match(wanted, item.name):
+                warn({f"modules_in_block_to_quantize {item.name}": f"stays as it is: {item.reason}"})
+    return config
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:7]) + (", …" if len(names) > 7 else "") if names else "(it has none)"
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a configuration file."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def require_pad_token(batch_size: int, pad_token_id: int | None) -> None:
+    """Raise CalibrationError for batches of several sequences without a pad token."""
+    if batch_size > 1 and pad_token_id is None:
+        raise CalibrationError(
+            f"batch_size {batch_size} needs a pad token: pass pad_token_id, for example tokenizer.eos_token_id"
+        )
+
+
+def get_block_name_with_pattern(model: nn.Module) -> str:
+    """Return the name of the list of transformer blocks, such as "model.layers".
+
+    Raises:
+        ConfigError: it has none of the usual names.
+    """
+    names = {name for name, _ in model.named_modules()}
+    for name in BLOCK_PATTERNS:
+        if name in names:
+            return name
+    raise ConfigError(
+        f"{type(model).__name__} has its blocks at none of {', '.join(BLOCK_PATTERNS)}: pass block_name_to_quantize"
+    )
+
+
+def get_preceding_modules(model: nn.Module, module_name: str) -> list[str]:
+    """Return the names of the modules before `module_name`, without those that contain it.
+
+    Raises:
+        ConfigError: there is no such module.
+    """
+    names = [name for name, _ in model.named_modules()]
+    if module_name not in names:
+        raise ConfigError(f"Module {module_name} was not found in {type(model).__name__}")
+    before = names[: names.index(module_name)]
+    return [name for name in before if name and not module_name.startswith(f"{name}.")]
+
+
+def get_seqlen(model: nn.Module) -> int:
+    """Return the maximum sequence length in the model's configuration; 2048 if there is none."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    for key in SEQLEN_KEYS:
+        value = getattr(config, key, None)
+        if isinstance(value, int):
+            return value
+    LOG.warning(
+        "%s names no longest sequence: %d is used; model_seqlen sets it",
+        type(model).__name__,
+        _DEFAULT_SEQLEN,
+    )
+    return _DEFAULT_SEQLEN
+
+
+class GPTQArguments:
+    """The arguments of optimum's `GPTQQuantizer`, which transformers' `GPTQConfig` shares.
+
+    Args:
+        bits: 2, 3, 4 or 8.
+        dataset: list of texts or of token dicts, all of which are used; or wikitext2, c4, c4-new, or a text file,
+            from which 128 windows are drawn.
+        group_size: number of inputs that share a scale, or −1 for whole rows.
+        damp_percent: damping as a fraction of the mean diagonal of the Hessian, between 0 and 1.
+        desc_act: quantize columns by decreasing activation, with a g_idx.
+        act_group_aware: the same inside and between groups, without a g_idx; off with `desc_act`.
+        sym: use symmetric grids.
+        true_sequential: always true; False is logged.
+        model_seqlen: tokens per sequence; the default is the model's maximum, but not more than 4028.
+        block_name_to_quantize: name of the list of blocks; the default is the first of `BLOCK_PATTERNS` that exists,
+            otherwise all numbered blocks.
+        module_name_preceding_first_block: checked, but not needed.
+        batch_size: sequences per forward pass.
+        pad_token_id: needed for a `batch_size` above 1.
+        max_input_length: not needed.
+        cache_block_outputs: not needed.
+        modules_in_block_to_quantize: layer names inside the blocks; the default is all layers.
+        format: "gptq" or "gptq_v2".
+        meta: entries that are kept in the checkpoint.
+        backend: kernel of the result: "auto", "auto_trainable", or a name that `fewbit env` lists.
+        use_cuda_fp16, disable_exllama, exllama_config, checkpoint_format: arguments of optimum 1.
+        **kwargs: unknown arguments, kept as `extra`.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    def __init__(
+        self,
+        bits: int,
+        dataset: list[Any] | str | None = None,
+        group_size: int = 128,
+        damp_percent: float = 0.1,
+        desc_act: bool = False,
+        act_group_aware: bool = True,
+        sym: bool = True,
+        true_sequential: bool = True,
+        model_seqlen: int | None = None,
+        block_name_to_quantize: str | None = None,
+        module_name_preceding_first_block: list[str] | None = None,
+        batch_size: int = 1,
+        pad_token_id: int | None = None,
+        max_input_length: int | None = None,
+        cache_block_outputs: bool | None = True,
+        modules_in_block_to_quantize: list[list[str]] | None = None,
+        format: str | None = None,
+        meta: dict[str, Any] | None = None,
+        backend: Any = None,
+        *,
+        use_cuda_fp16: bool = False,
+        disable_exllama: bool = False,
+        exllama_config: dict[str, Any] | None = None,
+        checkpoint_format: str | None = None,
+        quant_method: str = "gptq",
+        **kwargs: Any,
+    ) -> None:
+        self.bits = bits
+        self.dataset = dataset
+        self.group_size = group_size
+        self.damp_percent = damp_percent
+        self.desc_act = desc_act
+        self.act_group_aware = act_group_aware and not desc_act
+        self.sym = sym
+        self.true_sequential = true_sequential
+        self.model_seqlen = model_seqlen
+        self.block_name_to_quantize = block_name_to_quantize
+        self.module_name_preceding_first_block = module_name_preceding_first_block
+        self.batch_size = batch_size
+        self.pad_token_id = pad_token_id
+        self.max_input_length = max_input_length
+        self.cache_block_outputs = cache_block_outputs
+        self.modules_in_block_to_quantize = modules_in_block_to_quantize
+        self.format = _single_format(format, checkpoint_format)
+        self.meta = meta
+        self.backend = backend
+        self.use_cuda_fp16 = use_cuda_fp16
+        self.disable_exllama = disable_exllama
+        self.exllama_config = exllama_config
+        self.quant_method = quant_method
+        self.extra = kwargs
+        check_exllama(exllama_config)
+        if str(getattr(quant_method, "value", quant_method)) != "gptq":
+            raise ConfigError(f"quant_method must be 'gptq'; got {quant_method!r}")
+        kernel_name(backend)
+        self._config()
+        if desc_act and act_group_aware:
+            reason = "switched off, because desc_act orders the columns of all groups together"
+            warn({"act_group_aware": reason})
+        note_order(desc_act, static_groups=False, true_sequential=true_sequential)
+
+    def quantize_model(self, model: nn.Module | str | Path, tokenizer: Any = None) -> nn.Module:
+        """Quantize a model in place.
+
+        Args:
+            model: a model in memory, quantized on its device; or a folder or Hub id, which is loaded.
+            tokenizer: for text: a tokenizer, its folder or its Hub id.
+
+        Returns:
+            The model, in evaluation mode, with quantized layers.
+
+        Raises:
+            FewbitError: as `fewbit.quantize`.
+        """
+        if isinstance(model, (str, Path)):
+            source = open_source(model)
+            tokenizer = tokenizer or source.load_tokenizer()
+            model = source.load_model("auto", resolve_device("auto"))
+        check_in_memory(model)
+        note_device(model)
+        self._check_preceding(model)
+        self._note_not_needed()
+        dataset, tokenizer = self._calibration(tokenizer)
+        config = self._for_model(model)
+        self._check_backend(make_plan(model, config), next(model.parameters()))
+        quantize(model.eval(), config, dataset=dataset, tokenizer=tokenizer)
+        self._complete_config(model)
+        return self.post_init_model(model)
+
+    def post_init_model(self, model: nn.Module) -> nn.Module:
+        """Choose the kernels of all quantized layers.
+
+        Raises:
+            KernelError: the `backend` asked for cannot run a layer; the message says why.
+        """
+        prepare_layers(model, kernel_name(self.backend), trainable=self.backend == "auto_trainable")
+        return model
+
+    def _config(self, **settings: Any) -> QuantConfig:
+        return quant_config(
+            bits=self.bits,
+            group_size=self.group_size,
+            sym=self.sym,
+            damp_percent=self.damp_percent,
+            desc_act=self.desc_act,
+            act_group_aware=self.act_group_aware,
+            format=self.format,
+            batch_size=self.batch_size,
+            **settings,
+        )
+
+    def _for_model(self, model: nn.Module) -> QuantConfig:
+        """Return the settings for this model, and set the arguments that are inferred from it."""
+        if self.model_seqlen is None:
+            self.model_seqlen = min(_MAX_SEQLEN, get_seqlen(model))
+        names = {name for name, _ in model.named_modules()}
+        if self.block_name_to_quantize is None and names & set(BLOCK_PATTERNS):
+            self.block_name_to_quantize = get_block_name_with_pattern(model)
+        given = isinstance(self.dataset, (list, tuple)) and len(self.dataset) > 0
+        samples = {"num_samples": len(self.dataset or ())} if given else {}
+        config = self._config(seq_len=self.model_seqlen, **samples)
+        return restrict(config, model, self.block_name_to_quantize, self.modules_in_block_to_quantize)
+
+    def _calibration(self, tokenizer: Any) -> tuple[Any, Any]:
+        """Return the data set and the tokenizer for `fewbit.quantize`."""
+        require_pad_token(self.batch_size, self.pad_token_id)
+        if isinstance(tokenizer, (str, Path)):
+            try:
+                tokenizer = load_tokenizer(tokenizer)
+            except ModelError as error:
+                raise CalibrationError(f"{error}; pass the tokenizer itself, or its folder") from error
+        if self.batch_size == 1 or not isinstance(self.dataset, list):
+            return self.dataset, tokenizer
+        tokens = [_tokens(item, tokenizer) for item in self.dataset]
+        return tokens, PadToken(self.pad_token_id)
+
+    def _check_preceding(self, model: nn.Module) -> None:
+        names = {name for name, _ in model.named_modules()}
+        for name in self.module_name_preceding_first_block or ():
+            if name not in names:
+                block = self.block_name_to_quantize or get_block_name_with_pattern(model)
+                found = ", ".join(get_preceding_modules(model, block))
+                raise ConfigError(
+                    f"Module {name} was not found in {type(model).__name__}; before its blocks come {found}"
+                )
+
+    def _check_backend(self, plan: Plan, like: Tensor) -> None:
+        """Refuse a kernel that could not run the result, before the work begins."""
+        kernel = kernel_name(self.backend)
+        if kernel != "auto":
+            for layer in plan.layers:
+                registry.choose(kernel_spec(layer, self.format), like.device, like.dtype, kernel)
+
+    def _note_not_needed(self) -> None:
+        given = {
+            "module_name_preceding_first_block": self.module_name_preceding_first_block is not None,
+            "cache_block_outputs": not self.cache_block_outputs,
+            "max_input_length": self.max_input_length is not None,
+            "use_cuda_fp16": self.use_cuda_fp16,
+            "disable_exllama": self.disable_exllama,
+            "exllama_config": self.exllama_config is not None,
+        }
+        warn({name: f"not needed: {NOT_NEEDED[name]}" for name, is_given in given.items() if is_given})
+        if self.extra:
+            warn({", ".join(self.extra): "kept for to_dict, but unknown to GPTQQuantizer and without effect"})
+
+    def _meta(self) -> dict[str, Any]:
+        return {key: value for key, value in (self.meta or {}).items() if key != "quantizer"}
+
+    def _complete_config(self, model: nn.Module) -> None:
+        """Add what optimum's readers look for to the model's quantization configuration."""
+        config: Any = getattr(model, "config", None)
+        quantization = getattr(config, "quantization_config", None)
+        if quantization is None:
+            return
+        values = quantization.to_dict()
+        values["meta"] = {**self._meta(), **values["meta"]}
+        if self.modules_in_block_to_quantize:
+            values["modules_in_block_to_quantize"] = self.modules_in_block_to_quantize
+        config.quantization_config = type(quantization)(**values)
+
+
+def check_exllama(exllama_config: Mapping[str, Any] | None) -> None:
+    """Raise ConfigError unless the configuration names version 1 or 2."""
+    if exllama_config is not None and exllama_config.get("version") not in (1, 2):
+        raise ConfigError(f"exllama_config needs a version key that is 1 or 2; got {exllama_config!r}")
+
+
+def _single_format(format: str | None, checkpoint_format: str | None) -> str:
+    """Return the format that either argument names; "gptq" if neither does."""
+    given = {str(name).lower() for name in (format, checkpoint_format) if name is not None}
+    if len(given) > 1 or not given <= set(FORMATS):
+        raise ConfigError(
+            f"format must be one of {', '.join(FORMATS)} (checkpoint_format is its older name); got {format!r} and "
+            f"{checkpoint_format!r}"
+        )
+    return given.pop() if given else "gptq"
+
+
+def _tokens(item: Any, tokenizer: Any) -> Any:
+    if not isinstance(item, str):
+        return item
+    if tokenizer is None:
+        raise CalibrationError("the dataset is text, so a tokenizer is needed: pass it to quantize_model")
+    return {"input_ids": tokenizer(item)["input_ids"]}

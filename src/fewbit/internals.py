@@ -1,0 +1,186 @@
+"""Everything that fewbit uses of torch's and transformers' private interfaces.
+
+No other module imports a private module or reads a private attribute of a model, so a new release of either library can
+break only this file. ``tests/test_internals.py`` checks each entry against the installed versions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+__all__ = [
+    "ALL_MASK_ATTENTION_FUNCTIONS",
+    "AUTO_QUANTIZATION_CONFIG_MAPPING",
+    "AUTO_QUANTIZER_MAPPING",
+    "Concatenate",
+    "DynamicLayer",
+    "MergeModulelist",
+    "NonDynamicallyQuantizableLinear",
+    "PrefixChange",
+    "TorchDispatchMode",
+    "WeightConverter",
+    "WeightNames",
+    "WeightRenaming",
+    "WeightTransform",
+    "get_model_conversion_mapping",
+    "register_module_parameter_registration_hook",
+    "revert_weight_conversion",
+    "sdpa_attention_forward",
+    "tree_leaves",
+    "tree_map",
+    "without_dispatch_modes",
+]
+
+# Context manager: run without the active TorchDispatchModes.
+without_dispatch_modes = _disable_current_modes
+
+
+# torch
+def is_tracing() -> bool:
+    """Return whether torch.jit.trace is recording."""
+    return torch._C._get_tracing_state() is not None
+
+
+def is_in_place(operator: Any) -> bool:
+    """Return whether an aten operator writes to one of its arguments."""
+    mutable: bool = operator._schema.is_mutable
+    return mutable
+
+
+def default_store() -> Any:
+    """Return the key-value store of the default process group."""
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
+def non_persistent_buffers(module: nn.Module) -> set[str]:
+    """Return the names of the buffers that ``state_dict`` leaves out."""
+    return module._non_persistent_buffers_set
+
+
+# transformers: names and layouts of weights
+class WeightNames:
+    """Names of tensors in checkpoint files → names of parameters, as transformers maps them while loading.
+
+    Args:
+        model: may be on the meta device.
+        conversions: renamings and converters, from `conversions` or ``get_model_conversion_mapping``.
+    """
+
+    def __init__(self, model: PreTrainedModel, conversions: Sequence[WeightTransform]) -> None:
+        self._renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        self._targets = {
+            source: entry.target_patterns for entry in self._converters for source in entry.source_patterns
+        }
+        self._prefix = model.base_model_prefix
+        self._state = model.state_dict()
+
+    def rename(self, name: str) -> tuple[str, list[str]]:
+        """Map one tensor name.
+
+        Returns:
+            The name in the model, and the target patterns of the converter that merges or splits the tensor; an empty
+            list if the tensor is only renamed.
+        """
+        renamed, pattern = rename_source_key(
+            name, self._renamings, self._converters, self._prefix, self._state
+        )
+        return renamed, self._targets[pattern] if pattern is not None else []
+
+
+def conversions(model: nn.Module) -> list[WeightTransform] | None:
+    """Return the conversions that `model` was loaded with; None if it was not loaded from files."""
+    found: list[WeightTransform] | None = getattr(model, "_weight_conversions", None)
+    return found
+
+
+def set_conversions(model: nn.Module, value: list[WeightTransform] | None) -> None:
+    """Set the conversions that ``save_pretrained`` reverts."""
+    model._weight_conversions = value
+
+
+def load_converted(model: nn.Module, tensors: Mapping[str, Any], device: torch.device) -> None:
+    """Load tensors under their names in the files into `model`, merged and split by its conversions."""
+    kept = conversions(model)
+    options = LoadStateDictConfig(device_map={"": device}, weight_mapping=kept)
+    convert_and_load_state_dict_in_model(model, tensors, options)
+    set_conversions(model, kept)  # transformers keeps only those that this call used
+
+
+def is_loaded(tensor: Tensor) -> bool:
+    """Return whether transformers has marked `tensor` as read from a file or initialized."""
+    return bool(getattr(tensor, "_is_hf_initialized", False))
+
+
+def mark_loaded(target: Tensor | nn.Module) -> None:
+    """Keep transformers from initializing `target` after loading."""
+    target._is_hf_initialized = True  # type: ignore[union-attr, assignment]
+
+
+def untie(model: PreTrainedModel, names: Collection[str]) -> None:
+    """Remove the parameters `names` from those that are tied to another one."""
+    tied = model.all_tied_weights_keys.keys() & set(names)
+    for name in tied:
+        del model.all_tied_weights_keys[name]
+    if tied and isinstance(model._tied_weights_keys, Mapping):
+        # Not by assignment to one key: the class attribute is shared by all models of the class.
+        model._tied_weights_keys = {
+            target: source
+            for target, source in model._tied_weights_keys.items()
+            if not any(re.search(target, name) for name in tied)
+        }
+
+
+def optional_parameters(model: PreTrainedModel) -> list[str]:
+    """Return the patterns of parameters that a checkpoint may lack."""
+    return list(model._keys_to_ignore_on_load_missing or ())
+
+
+# transformers: models
+def build(model_class: Any, config: Any) -> PreTrainedModel:
+    """Build a model from its configuration, on the current default device, without reading weights."""
+    model: PreTrainedModel = model_class._from_config(config)
+    return model
+
+
+def attention_name(model: PreTrainedModel) -> str:
+    """Return the name of the attention implementation that `model` runs."""
+    name: str = model.config._attn_implementation
+    return name
+
+
+def has_attention_interface(model: PreTrainedModel) -> bool:
+    """Return whether the attention of `model` can be replaced through `AttentionInterface`."""
+    return bool(model._supports_attention_backend)
+
+
+def has_adapter(model: PreTrainedModel) -> bool:
+    """Return whether an adapter was loaded with transformers' own ``load_adapter``."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
