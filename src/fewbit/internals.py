@@ -123,7 +123,7 @@ def conversions(model: nn.Module) -> list[WeightTransform] | None:
 
 def set_conversions(model: nn.Module, value: list[WeightTransform] | None) -> None:
     """Set the conversions that ``save_pretrained`` reverts."""
-    model._weight_conversions = value
+    model._weight_conversions = value  # type: ignore[assignment]
 
 
 def load_converted(model: nn.Module, tensors: Mapping[str, Any], device: torch.device) -> None:
