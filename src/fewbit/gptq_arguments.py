@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .atomic_io import write_whole
 from .config import FORMATS, QuantConfig
 from .errors import CalibrationError, ConfigError, ModelError
 from .hf.gptq_config import kernel_name
@@ -197,7 +198,7 @@ def _some(names: Iterable[str]) -> str:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a configuration file."""
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def require_pad_token(batch_size: int, pad_token_id: int | None) -> None:

@@ -19,8 +19,7 @@ from transformers import GPTQConfig as TransformersGPTQConfig
 from transformers import PreTrainedModel
 
 from . import internals
-from .checkpoint.model_config import for_older_readers
-from .checkpoint.writer import CONFIG, QUANTIZE_CONFIG
+from .checkpoint.writer import CONFIG, QUANTIZE_CONFIG, for_older_readers
 from .config import SKIP, QuantConfig
 from .errors import CalibrationError
 from .gptq_arguments import GPTQArguments, warn, write_json

@@ -141,7 +141,7 @@ def is_loaded(tensor: Tensor) -> bool:
 
 def mark_loaded(target: Tensor | nn.Module) -> None:
     """Keep transformers from initializing `target` after loading."""
-    target._is_hf_initialized = True  # type: ignore[union-attr, assignment]
+    target._is_hf_initialized = True  # type: ignore[union-attr]
 
 
 def untie(model: PreTrainedModel, names: Collection[str]) -> None:
