@@ -54,7 +54,7 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def kernel_spec(layer: LayerPlan, fmt: str, kind: str = "linear") -> KernelSpec:
     """Return what a kernel must know about a planned layer; `fmt` is the checkpoint format."""
     shape = (layer.out_features, layer.in_features)
-    return KernelSpec.of(LayerFormat.of(layer.settings), shape, fmt, kind)
+    return KernelSpec.of(quantization.LayerFormat.of(layer.settings), shape, fmt, kind)
 
 
 def kind_of(module: nn.Module) -> str:
