@@ -1,4 +1,4 @@
-"""Numbers as people read them. None, where a figure is not known, becomes a dash."""
+"""Numbers as text for people. None, an unknown value, becomes a dash."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def percent(value: float | None) -> str:
 
 
 def number(value: float | None) -> str:
-    """At least three digits, and thousands apart: ``0.0127``, ``24.90``, ``3,215,000``."""
-    return DASH if value is None else _fixed(value, _places(value))
+    """At least three digits, with commas for thousands: ``0.0127``, ``24.90``, ``3,215,000``."""
+    return DASH if value is None else _fixed(value, _decimals(value))
 
 
 def spread(value: float | None, error: float | None) -> str:
-    """`error` with the places of `number` (value): `` ± 0.53``; nothing where either is not known."""
-    return "" if value is None or error is None else f" ± {_fixed(error, _places(value))}"
+    """`error` with the decimals of `number` (value), such as `` ± 0.53``; empty if either is unknown."""
+    return "" if value is None or error is None else f" ± {_fixed(error, _decimals(value))}"
 
 
 def alpha(value: float | None) -> str:
@@ -40,7 +40,7 @@ def size(count: float | None) -> str:
 
 
 def count(value: float | None) -> str:
-    """A whole number, thousands apart."""
+    """A whole number, with commas for thousands."""
     return DASH if value is None else f"{round(value):,}"
 
 
@@ -72,17 +72,17 @@ def plural(amount: int, one: str, many: str | None = None) -> str:
 def _digits(value: float) -> str:
     """Three significant digits."""
     rounded = float(f"{value:.3g}")
-    places = 2 - math.floor(math.log10(abs(rounded))) if rounded else 2
-    return _fixed(value, min(max(places, 0), 9))
+    decimals = 2 - math.floor(math.log10(abs(rounded))) if rounded else 2
+    return _fixed(value, min(max(decimals, 0), 9))
 
 
-def _places(value: float) -> int:
-    """Decimal places of a figure that is written on its own."""
+def _decimals(value: float) -> int:
+    """Number of decimals that `number` writes."""
     magnitude = abs(value)
     if magnitude >= 1000:
         return 0
     return 2 if magnitude >= 1 or not value else min(2 - math.floor(math.log10(magnitude)), 9)
 
 
-def _fixed(value: float, places: int) -> str:
-    return f"{value:,.{places}f}"
+def _fixed(value: float, decimals: int) -> str:
+    return f"{value:,.{decimals}f}"

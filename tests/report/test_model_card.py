@@ -12,7 +12,7 @@ def header(card):
     return yaml.safe_load(card.split("---")[1])
 
 
-def test_the_header_names_the_base_model_only_if_it_is_on_the_hub():
+def test_base_model_only_from_the_hub():
     assert header(model_card(report())) == {
         "library_name": "transformers",
         "tags": ["gptq", "fewbit", "4-bit"],
@@ -56,7 +56,7 @@ def test_facts():
     assert re.search(r"correction α = 0\.\d+ on average \|", card)
 
 
-def test_evaluation_is_there_when_it_was_made():
+def test_evaluation():
     assert "Evaluation" not in model_card(report())
     card = model_card(report(evaluation=evaluation()))
     assert "| perplexity | 22.26 ± 0.51 | 24.90 ± 0.58 |" in card
@@ -64,7 +64,7 @@ def test_evaluation_is_there_when_it_was_made():
     assert "| same first choice as the original |  | 84.3 % |" in card
 
 
-def test_snippets_name_the_repository_where_it_is_known():
+def test_snippets_name_the_repository():
     assert 'fewbit.load("path/to/this/folder")' in model_card(report())
     card = model_card(report(), "ann/model-4bit")
     for snippet in (
@@ -94,6 +94,6 @@ def test_round_to_nearest_and_mixed_bits():
     assert header(card)["tags"] == ["gptq", "fewbit", "2-bit", "3-bit", "4-bit", "8-bit"]
 
 
-def test_the_error_of_runs_without_a_full_precision_stream_is_named_as_such():
+def test_error_without_a_full_precision_path():
     card = model_card(report([{**item, "true_error": None} for item in dense_layers(2)]))
     assert "on average, added by the layer itself |" in card

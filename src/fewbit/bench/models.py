@@ -1,6 +1,6 @@
 """Whole models side by side: prefill, decode, memory and load time, in interleaved rounds.
 
-Every model runs in a process of its own (`worker`), all of them at the same time: the machine must hold them all.
+Every model runs in a separate process (`worker`), all of them at the same time: the machine must hold them all.
 """
 
 from __future__ import annotations

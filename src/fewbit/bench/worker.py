@@ -1,4 +1,4 @@
-"""One model in a process of its own, timed on request: ``python -m fewbit.bench.worker``.
+"""One model in a separate process, timed on request: ``python -m fewbit.bench.worker``.
 
 A request is a line of JSON on stdin, its answer a line of JSON on stdout; all other output goes to stderr. Memory and
 load time then belong to this model alone, and several such processes can take turns.

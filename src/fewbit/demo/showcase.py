@@ -1,4 +1,4 @@
-"""The whole job on the model that ships with the package: quantize, load, measure, write a sentence."""
+"""The demo on the model inside the package: quantize, load, evaluate, generate a sentence."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import quantization as api
 from ..config import QuantConfig
 from ..evaluation import evaluate, windows
 from ..hf.load import load
 from ..modeling.source import open_source
+from ..quantization import quantize
 from . import calibration_text, evaluation_text, model_path
 
 BITS = (4, 3, 2)
@@ -30,12 +30,15 @@ _QUANTIZED, _STEP = 40, 100
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: how large the model is, and what the quantization cost.
+    """One row of the table.
 
     Attributes:
-        bits_per_weight: of the quantized layers, scales and zero points counted.
-        size_bytes: of the weight file. kl: nats per token to the original; None for the original itself.
-        text: how the model goes on from `PROMPT`.
+        name: bits and method.
+        bits_per_weight: stored bits per weight of the quantized layers, with scales and zero points.
+        size_bytes: size of the weight file.
+        perplexity: perplexity on the evaluation text.
+        kl: KL divergence from the original in nats per token; None for the original.
+        text: text that the model generates after `PROMPT`.
     """
 
     name: str
@@ -47,10 +50,10 @@ class Row:
 
 
 class Showcase:
-    """The demo: `run` gives the original, then round-to-nearest and GPTQ at 4, 3 and 2 bits.
+    """The demo: the original, then round-to-nearest and GPTQ at 4, 3 and 2 bits.
 
     Args:
-        progress: called as ``progress(what, done, total)``.
+        progress: callback ``progress(what, done, total)``.
     """
 
     def __init__(self, progress: Callable[[str, int, int], None]) -> None:
@@ -65,7 +68,6 @@ class Showcase:
         self.total = _STEP * (1 + len(BITS) * len(METHODS))
 
     def run(self) -> list[Row]:
-        """Every row of the table."""
         rows = [self._original()]
         with tempfile.TemporaryDirectory() as folder:
             for bits in BITS:
@@ -81,7 +83,7 @@ class Showcase:
 
     def _quantized(self, bits: int, method: str, output: Path) -> Row:
         name = f"{bits} bits, {METHODS[method]}"
-        report = api.quantize(
+        report = quantize(
             model_path(),
             QuantConfig(bits=bits, method=method, **SETTINGS),
             dataset=str(calibration_text()),

@@ -1,6 +1,6 @@
-"""The model card: README.md of the output folder, with the facts in brief and how to load it.
+"""The model card: README.md of the output folder, with the main facts and how to load the model.
 
-A pure function of the report. It holds no times and no paths, so that the same inputs give the same bytes.
+It is a pure function of the report and contains no times and no paths: the same inputs give the same bytes.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .. import formatting as words
+from .. import formatting
 from .layer_stats import error_measure, mean, setting
 
 CARD_NAME = "README.md"
@@ -19,8 +19,8 @@ def model_card(report: Mapping[str, Any], repository: str | None = None) -> str:
     """The card in Markdown.
 
     Args:
-        report: in plain JSON types, see `collect.Report`.
-        repository: Hub id under which the result will be found; without it the snippets name a folder.
+        report: a `Report` in plain JSON types.
+        repository: Hub id of the result; without it the snippets name a folder.
     """
     target = repository or _PLACEHOLDER
     sections = [
@@ -54,14 +54,16 @@ def _facts(report: Mapping[str, Any]) -> Iterator[str]:
     config, model, layers = report["config"], report["model"], report["layers"]
     grid = "symmetric" if config["sym"] else "asymmetric"
     whole = 8 * report["result_bytes"] / model["parameters"]
-    left = words.plural(len(report["skipped"]), "weight matrix", "weight matrices")
+    left = formatting.plural(len(report["skipped"]), "weight matrix", "weight matrices")
     facts = {
-        "model": f"{model['architecture']}, {words.parameters(model['parameters'])} parameters",
+        "model": f"{model['architecture']}, {formatting.parameters(model['parameters'])} parameters",
         "bits": f"{_settings(layers)}; {grid}",
         "bits per weight": f"{report['bits_per_weight']:.3f} in the quantized layers, {whole:.3f} over the whole model",
-        "size": f"{words.size(report['result_bytes'])}, from {words.size(model['bytes'])} in {model['dtype']}",
+        "size": (
+            f"{formatting.size(report['result_bytes'])}, from {formatting.size(model['bytes'])} in {model['dtype']}"
+        ),
         "method": _method(config, layers),
-        "quantized": f"{words.plural(len(layers), 'layer')}; {left} left as they are",
+        "quantized": f"{formatting.plural(len(layers), 'layer')}; {left} left as they are",
         "calibration": _calibration(report["calibration"]),
         "output error of a layer": _error(layers),
         "layers that needed a fallback": str(sum(bool(layer["fallbacks"]) for layer in layers)),
@@ -78,7 +80,7 @@ def _method(config: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> s
     if config["method"] == "rtn":
         return "round-to-nearest"
     correction = mean(layer["correction"] for layer in layers)
-    corrected = "" if correction is None else f", correction α = {words.alpha(correction)} on average"
+    corrected = "" if correction is None else f", correction α = {formatting.alpha(correction)} on average"
     tuned = f", tuned for {config['tune_steps']} steps per block" if config["tune"] else ""
     return f"GPTQ, act-order {config['act_order']}, damp {config['damp']:g}{corrected}{tuned}"
 
@@ -86,7 +88,9 @@ def _method(config: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> s
 def _calibration(calibration: Mapping[str, Any]) -> str:
     tokens, sequences = calibration["tokens"], calibration["sequences"]
     return (
-        f"{words.plural(tokens, 'token')} in {words.plural(sequences, 'sequence')}" if sequences else "none"
+        f"{formatting.plural(tokens, 'token')} in {formatting.plural(sequences, 'sequence')}"
+        if sequences
+        else "none"
     )
 
 
@@ -95,24 +99,24 @@ def _error(layers: Sequence[Mapping[str, Any]]) -> str:
     average = mean(layer[measure] for layer in layers)
     against = "against full precision" if measure == "true_error" else "added by the layer itself"
     against += ", before tuning" if any(layer.get("tuned") for layer in layers) else ""
-    return f"{words.percent(average)} on average, {against}" if average is not None else "not measured"
+    return f"{formatting.percent(average)} on average, {against}" if average is not None else "not measured"
 
 
 def _evaluation(evaluation: Mapping[str, Any]) -> Iterator[str]:
     base, after = evaluation["base"], evaluation["quantized"]
     yield from ("## Evaluation", "")
-    yield f"On {words.plural(after['tokens'], 'token')} in windows of {after['seq_len']}, with standard errors:"
+    yield f"On {formatting.plural(after['tokens'], 'token')} in windows of {after['seq_len']}, with standard errors:"
     yield ""
     rows = {
         "perplexity": (_spread(base, "perplexity", "stderr"), _spread(after, "perplexity", "stderr")),
         "KL divergence from the original, nats per token": ("0", _spread(after, "kl", "kl_stderr")),
-        "same first choice as the original": ("", words.percent(after["top1_agreement"])),
+        "same first choice as the original": ("", formatting.percent(after["top1_agreement"])),
     }
     yield from _table(("", "original", "this model"), ((name, *values) for name, values in rows.items()))
 
 
 def _spread(values: Mapping[str, Any], name: str, error: str) -> str:
-    return words.number(values[name]) + words.spread(values[name], values[error])
+    return formatting.number(values[name]) + formatting.spread(values[name], values[error])
 
 
 def _loading(target: str) -> Iterator[str]:

@@ -1,6 +1,6 @@
-"""How to get the same result again: a command for the shell or, where it cannot say it, a few lines of Python.
+"""The command that repeats a run: for the shell or, where the shell cannot express it, a few lines of Python.
 
-Only what differs from the defaults is written. Paths stay as the user typed them.
+It contains only arguments that differ from the defaults. Paths stay as the user typed them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from ..config import QuantConfig
 
-# Arguments of `fewbit.quantize` that decide the result → (option of the command line, default).
+# Arguments of `fewbit.quantize` that change the result → (option of the command line, default).
 _OPTIONS: dict[str, tuple[str, Any]] = {
     "output": ("--output", None),
     "dataset": ("--dataset", None),
@@ -28,25 +28,26 @@ _OPTIONS: dict[str, tuple[str, Any]] = {
 
 
 def reproduce(model: Any, config: QuantConfig, arguments: Mapping[str, Any]) -> str:
-    """What to type to run this again.
+    """The command that repeats a run.
 
     Args:
-        model: as it was given to `fewbit.quantize`.
-        arguments: its keyword arguments, at least those that differ from the defaults; ``tokenizer`` among them.
+        model: first argument of `fewbit.quantize`.
+        config: settings of the run.
+        arguments: keyword arguments of `fewbit.quantize`, at least the ones that differ from the defaults.
     """
     values = {
         name: arguments[name]
         for name, (_, default) in _OPTIONS.items()
         if name in arguments and not _same(arguments[name], default)
     }
-    in_words = [model, *values.values()]
-    if arguments.get("tokenizer") is None and all(isinstance(v, (str, Path, bool, int)) for v in in_words):
+    given = [model, *values.values()]
+    if arguments.get("tokenizer") is None and all(isinstance(v, (str, Path, bool, int)) for v in given):
         return _shell(model, config, values)
     return _python(model, config, {**values, "tokenizer": arguments.get("tokenizer")})
 
 
 def _same(value: Any, default: Any) -> bool:
-    """Whether nothing was asked for. Data sets may define a comparison of their own, which is not wanted here."""
+    """True for the default value. Compares texts and numbers only, because data sets may define other comparisons."""
     return value is default or (isinstance(value, (str, int)) and value == default)
 
 
