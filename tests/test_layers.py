@@ -26,7 +26,7 @@ LAYERS = [
     "modeling calibration gptq checkpoint",
     "kernels planning mixed_precision pipeline",
     "hf engines evaluation",
-    "report estimate quantization",
+    "preparation report output estimate quantization",
     "compat cli bench demo __main__",
 ]
 RANK = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer.split()}

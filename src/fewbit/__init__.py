@@ -14,6 +14,7 @@ from .errors import FewbitError
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .evaluation import evaluate
     from .hf.load import load
     from .integration import register, unregister
     from .quantization import quantize
@@ -21,12 +22,22 @@ if TYPE_CHECKING:
 # Loaded when first used, so that `import fewbit` does not import transformers.
 _LAZY = {
     "quantize": "quantization",
+    "evaluate": "evaluation",
     "load": "hf.load",
     "register": "integration",
     "unregister": "integration",
 }
 
-__all__ = ["FewbitError", "QuantConfig", "__version__", "load", "quantize", "register", "unregister"]
+__all__ = [
+    "FewbitError",
+    "QuantConfig",
+    "__version__",
+    "evaluate",
+    "load",
+    "quantize",
+    "register",
+    "unregister",
+]
 
 
 def __getattr__(name: str) -> Any:

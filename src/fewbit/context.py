@@ -10,6 +10,7 @@ import torch
 
 from .config import QuantConfig
 from .distributed import Communicator
+from .errors import ConfigError
 from .profiling import Profiler
 
 # Called as progress(phase, done, total).
@@ -39,3 +40,19 @@ class RunContext:
     profiler: Profiler = field(default_factory=Profiler)
     progress: Progress = no_progress
     offload_dir: Path | None = None
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called `name`; "auto" takes cuda, then xpu, then the CPU (mps lacks float64: by name only).
+
+    Raises:
+        ConfigError: the name is unknown or the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .atomic_io import write_whole
 from .config import FORMATS, QuantConfig
+from .context import resolve_device
 from .errors import CalibrationError, ConfigError, ModelError
 from .hf.gptq_config import kernel_name
 from .hf.layers import kernel_spec, prepare_layers
@@ -27,7 +28,6 @@ from .modeling.experts import unfuse
 from .modeling.layers import is_layer
 from .modeling.source import load_tokenizer, open_source
 from .planning import Plan, make_plan, output_embedding_name
-from .preparation import resolve_device
 from .quantization import quantize
 
 LOG = logging.getLogger("fewbit")

@@ -1,7 +1,4 @@
-"""What a run needs before it begins: the device, the model, the calibration batches, the evaluation text.
-
-`fewbit.quantize` and `fewbit plan` prepare with the same functions, so that they refuse the same things.
-"""
+"""What a run needs before it begins: the device, the model, its plan, the calibration batches, the evaluation text."""
 
 from __future__ import annotations
 
@@ -9,24 +6,26 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import __version__
 from .calibration import Calibration, prepare
 from .config import QuantConfig
+from .context import RunContext
 from .errors import CalibrationError, ConfigError, ModelError
 from .evaluation import windows
+from .mixed_precision import check_budget
 from .modeling.experts import unfuse
-from .modeling.source import Source
+from .modeling.source import LoadedModel, Source, load_tokenizer
 from .pipeline.quantize_layers import check_weights
 from .pipeline.streaming import StreamedWeights, Weights
-from .profiling import Profiler
+from .planning import Plan, make_plan
 
-# What `evaluate_on` measures.
+# Tokens per window and number of windows on which the result is measured.
 EVALUATION_SEQ_LEN = 512
 EVALUATION_WINDOWS = 64
 
@@ -34,7 +33,7 @@ _PLACEHOLDER = re.compile(r"(image|video|audio|speech)\w*_token_(id|index)$")
 
 
 def check_processes(dataset: Any, processes: int) -> None:
-    """Raises ConfigError for what so many processes cannot do together."""
+    """Raises ConfigError for what this many processes cannot share."""
     if processes < 1:
         raise ConfigError(f"there cannot be {processes} processes: give 1 or more")
     if processes > 1 and dataset == "-":
@@ -43,61 +42,167 @@ def check_processes(dataset: Any, processes: int) -> None:
         )
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device called `name`; "auto" takes cuda, then xpu, then the CPU (mps lacks float64: by name only).
-
-    Raises:
-        ConfigError: the name is unknown or the device is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def open_model(
-    source: Source, dtype: str, device: torch.device, profiler: Profiler
-) -> tuple[nn.Module, Weights]:
-    """The model, and its weights: read block by block where the source allows it, otherwise all of them."""
-    with profiler.time("load"):
-        if source.streams:
-            model, files = source.build_model(dtype)
-            unfuse(model)
-            return model, StreamedWeights(model, files, device, profiler)
-        model = source.load_model(dtype, device)
-        check_weights(model)
-        unfuse(model)
-        return model, Weights(model)
-
-
 @dataclass(frozen=True)
-class Evaluation:
-    """What the result will be measured on: token ids (count, seq_len), and where they are from."""
+class EvaluationText:
+    """What the result will be measured on.
+
+    Attributes:
+        dataset: name of the text, for people.
+        windows: token ids, int64 (count, seq_len).
+    """
 
     dataset: str
     windows: Tensor
 
 
-def evaluation_windows(source: Source, dataset: Any, tokenizer: Any = None) -> Evaluation:
-    """The windows on which the result will be measured.
+@dataclass(frozen=True)
+class Origin:
+    """The model before the run.
 
-    Raises:
-        ConfigError: the model is no causal language model.
-        CalibrationError: the text cannot be used.
+    Attributes:
+        name: Hub id, name of the folder or file, or class of a model in memory.
+        hub_id: Hub id, if the model was downloaded.
+        architecture: class of the model.
+        dtype: dtype in which the model was read.
+        parameters: number of parameters.
+        bytes: size of all parameters in that dtype.
+        file_bytes: size of the weight files; None for a model in memory.
     """
-    config = source.load_config()
-    if getattr(config, "is_encoder_decoder", False):
-        raise ConfigError(
-            "evaluation (--eval) measures causal language models; this one is an encoder-decoder: leave it out"
+
+    name: str
+    hub_id: str | None
+    architecture: str
+    dtype: str
+    parameters: int
+    bytes: int
+    file_bytes: int | None
+
+
+@dataclass
+class Preparation:
+    """The inputs of one run, each made when it is first asked for.
+
+    `fewbit.quantize` asks for all of them with `check`, which raises at the first that cannot be had. `fewbit plan`
+    asks for one after the other, and collects what is wrong.
+
+    Attributes:
+        ctx: the run.
+        source: the model as it was given.
+        dataset: calibration text.
+        tokenizer: tokenizer, or where it is; None for the one beside the model.
+        evaluate_on: text on which the result will be measured; None for no evaluation.
+    """
+
+    ctx: RunContext
+    source: Source | LoadedModel
+    dataset: Any = None
+    tokenizer: Any = None
+    evaluate_on: Any = None
+
+    def check(self) -> None:
+        """Make everything, the cheapest first.
+
+        Raises:
+            FewbitError: the run cannot work.
+        """
+        check_processes(self.dataset, self.ctx.comm.world_size)
+        self.evaluation  # noqa: B018 - made here, so that what is wrong is found now
+        self.origin  # noqa: B018
+        check_budget(self.plan, self.ctx.config)
+        if self.ctx.comm.world_size > 1:
+            self.ctx.comm.assert_same(**self.fingerprint)
+
+    @cached_property
+    def text_tokenizer(self) -> Any:
+        if isinstance(self.tokenizer, (str, Path)):
+            return load_tokenizer(self.tokenizer)
+        return self.tokenizer or self.source.load_tokenizer()
+
+    @cached_property
+    def evaluation(self) -> EvaluationText | None:
+        """Windows of the evaluation text.
+
+        Raises:
+            ConfigError: the model is no causal language model.
+            CalibrationError: the text cannot be used.
+        """
+        if self.evaluate_on is None:
+            return None
+        if self.evaluate_on == "-" == self.dataset:
+            raise ConfigError(
+                "standard input cannot be both the calibration and the evaluation text: use a file for one"
+            )
+        config = self.source.load_config()
+        if getattr(config, "is_encoder_decoder", False):
+            raise ConfigError(
+                "evaluation (--eval) measures causal language models; this one is an encoder-decoder: leave it out"
+            )
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None) or EVALUATION_SEQ_LEN
+        seq_len = min(EVALUATION_SEQ_LEN, positions)
+        text = windows(self.evaluate_on, self.text_tokenizer, seq_len, EVALUATION_WINDOWS)
+        return EvaluationText(_text_name(self.evaluate_on), text)
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        with self.ctx.profiler.time("calibration"):
+            model_config = self.source.load_config()
+            return calibrate(self.ctx.config, self.dataset, self.text_tokenizer, model_config)
+
+    @cached_property
+    def opened(self) -> tuple[nn.Module, Weights]:
+        """The model and its weights: read block by block where the source allows it, otherwise all in memory."""
+        ctx, source = self.ctx, self.source
+        with ctx.profiler.time("load"):
+            if isinstance(source, Source) and source.streams:
+                model, files = source.build_model(ctx.config.dtype)
+                unfuse(model)
+                return model, StreamedWeights(model, files, ctx.device, ctx.profiler)
+            model = source.load_model(ctx.config.dtype, ctx.device)
+            check_weights(model)
+            unfuse(model)
+            return model, Weights(model)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.opened[0]
+
+    @property
+    def weights(self) -> Weights:
+        return self.opened[1]
+
+    def release(self) -> None:
+        """Let go of the model and its weights."""
+        self.__dict__.pop("opened", None)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What will happen to every weight matrix; with a bit budget, before bits are chosen."""
+        return make_plan(self.model, self.ctx.config)
+
+    @cached_property
+    def origin(self) -> Origin:
+        """The model before the run; asked for before the model is changed."""
+        files, parameters = self.source.weight_files(), list(self.model.parameters())
+        return Origin(
+            name=self.source.name,
+            hub_id=self.source.hub_id,
+            architecture=type(self.model).__name__,
+            dtype=str(parameters[0].dtype).removeprefix("torch."),
+            parameters=sum(parameter.numel() for parameter in parameters),
+            bytes=sum(parameter.nbytes for parameter in parameters),
+            file_bytes=None if files is None else sum(path.stat().st_size for path in files),
         )
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or EVALUATION_SEQ_LEN
-    seq_len = min(EVALUATION_SEQ_LEN, positions)
-    text = windows(dataset, tokenizer or source.load_tokenizer(), seq_len, EVALUATION_WINDOWS)
-    return Evaluation(_text_name(dataset), text)
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of everything that decides the bytes of the result."""
+        with self.ctx.profiler.time("check"):
+            return fingerprint_of(self.ctx.config, self.calibration, self.source.fingerprint())
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What the checkpoint notes about the calibration."""
+        return {"calibration": self.calibration.fingerprint}
 
 
 def calibrate(config: QuantConfig, dataset: Any, tokenizer: Any, model_config: Any) -> Calibration:
@@ -159,11 +264,6 @@ def fingerprint_of(config: QuantConfig, calibration: Calibration, weights: str) 
         "calibration data": calibration.fingerprint,
         "model": weights,
     }
-
-
-def ranges_of(model: nn.Module) -> str:
-    """The smallest and largest value of every weight: enough to tell models apart that should be the same."""
-    return str([[float(value) for value in p.detach().aminmax()] for p in model.parameters() if p.numel()])
 
 
 def _text_name(dataset: Any) -> str:

@@ -86,6 +86,7 @@ class Profiler:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.phases: dict[str, Phase] = {}
+        self._start = time.perf_counter()
         self._open: list[_Entry] = []
         self._device = device
         self._gpu: Any = getattr(torch, device.type) if device and device.type in ("cuda", "xpu") else None
@@ -103,6 +104,11 @@ class Profiler:
         finally:
             self._wait()
             self._close(self._open.pop())
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since this profiler was made."""
+        return time.perf_counter() - self._start
 
     @property
     def seconds(self) -> dict[str, float]:

@@ -149,7 +149,9 @@ def test_a_lost_choice_is_made_again(monkeypatch, folder, result, tmp_path, dama
     elif damage == "missing":
         path.unlink()
     else:
-        record.Store(path.parent, {"model": "another"}, {}).write(record.Allocation({"x": Choice(2, 32)}, ()))
+        record.BudgetStore(path.parent, {"model": "another"}, {}).write(
+            record.Allocation({"x": Choice(2, 32)}, ())
+        )
     report = fewbit.quantize(folder, config(), dataset=DATA, output=out)
     assert report.resumed_layers == 21
     assert contents(out) == contents(result[0])
@@ -233,13 +235,13 @@ def plan_of(*choices):
     ],
 )
 def test_the_configuration_states_what_lets_engines_choose_a_kernel_for_all(choices, expected):
-    assert budget.stated(plan_of(*choices)) == expected
+    assert budget.base_settings(plan_of(*choices)) == expected
 
 
 @pytest.mark.parametrize(
     "text", ["[]", "7", "{}", '{"fingerprint": {}}', '{"fingerprint": {}, "layers": [1]}', "[" * 10**5]
 )
 def test_a_choice_of_another_shape_under_a_right_checksum_counts_as_absent(tmp_path, text):
-    store = record.Store(tmp_path, {}, {})
+    store = record.BudgetStore(tmp_path, {}, {})
     store.path.write_text(f"{record._checksum(text)}\n{text}")
     assert store.read() is None

@@ -55,8 +55,8 @@ def bench(
     import torch
 
     from ..bench.models import Candidate, measure_models
+    from ..context import resolve_device
     from ..errors import KernelError
-    from ..preparation import resolve_device
 
     quiet_libraries()
     where = resolve_device(device)

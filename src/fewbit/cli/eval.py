@@ -68,10 +68,10 @@ def eval_(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Measure perplexity on a text, with --against also KL divergence and top-1 agreement; or run benchmarks."""
+    from ..context import resolve_device
     from ..evaluation import windows
     from ..hf.lm_eval import require_harness, run_tasks
     from ..modeling.source import open_source
-    from ..preparation import resolve_device
 
     if dataset is None and tasks is None:
         raise ConfigError(

@@ -57,10 +57,10 @@ def generate(
     import torch
     from transformers import TextStreamer
 
+    from ..context import resolve_device
     from ..hf.generate import generate as write
     from ..hf.load import kernels, load
     from ..kernels.cpu.kernel import NAMES
-    from ..preparation import resolve_device
 
     quiet_libraries()
     if not all(prompt):

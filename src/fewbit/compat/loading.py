@@ -9,11 +9,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..checkpoint.reader import find_weights
+from ..context import resolve_device
 from ..errors import CheckpointError, ConfigError
 from ..hf.layers import prepare_layers
 from ..hf.load import load
 from ..modeling.source import download
-from ..preparation import resolve_device
 
 # Arguments for downloading from the Hub.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")

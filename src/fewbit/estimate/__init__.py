@@ -8,7 +8,6 @@ problem of the forecast, and what does not depend on it goes on.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,21 +16,23 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from .. import mixed_precision as budget
 from .. import preparation
 from ..calibration import Calibration
 from ..checkpoint.writer import parse_size
 from ..config import QuantConfig
+from ..context import RunContext, resolve_device
 from ..distributed import threads_per_process
 from ..errors import FewbitError
 from ..gptq import Accuracy
-from ..modeling.source import Source, load_tokenizer, open_source
+from ..mixed_precision import check_budget
+from ..modeling.source import Source, open_source
 from ..pipeline.journal import Journal, check_output
 from ..pipeline.memory import DEVICE_FRAGMENTATION
 from ..pipeline.offload import check_offload_dir
 from ..pipeline.quantize_layers import arguments_for
 from ..pipeline.streaming import StreamedWeights, Weights
-from ..planning import Plan, make_plan
+from ..planning import Plan
+from ..preparation import Preparation
 from ..profiling import Profiler, memory_in_use_bytes
 from . import limits, problems
 from .extras import Extra, of_budget, of_evaluation, of_tuning
@@ -77,40 +78,23 @@ def forecast(
     job = _Job(config or QuantConfig(), None if output is None else Path(output), resume, processes)
     attempt = job.attempt
     attempt(preparation.check_processes, dataset, processes)
-    if job.problems:
-        dataset = None  # planned without it
+    text = None if job.problems else dataset
     if job.output is not None:
         attempt(check_output, job.output)
     if offload_dir is not None:
         attempt(check_offload_dir, offload_dir)
         job.offload = Path(offload_dir)
     job.shard_bytes = attempt(parse_size, max_shard_size) or 0
-    where = attempt(preparation.resolve_device, device)
+    where = attempt(resolve_device, device)
     source = attempt(open_source, model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     if source is None or where is None:
         return job.forecast()
-    if isinstance(tokenizer, (str, Path)):
-        tokenizer = attempt(load_tokenizer, tokenizer)
-    if evaluate_on is not None:
-        job.evaluation = attempt(preparation.evaluation_windows, source, evaluate_on, tokenizer)
-    start = time.perf_counter()
-    calibration = attempt(job.calibrate, source, dataset, tokenizer)
-    calibrated = time.perf_counter() - start
-    profiler = Profiler(where)
-    opened = attempt(preparation.open_model, source, job.config.dtype, where, profiler)
-    if opened is None:
-        return job.forecast()
-    job.notes += source.notes
-    plan = attempt(make_plan, opened[0], job.config)
-    if plan is None:
-        return job.forecast()
-    job.plan = plan
-    job.notes += plan.notes
-    attempt(budget.check, plan, job.config)
-    if calibration is not None:
-        attempt(job.check_resume, source, calibration, dataset is not None)
-        with _threads(processes if where.type == "cpu" else 1):
-            job.predict(source, calibration, opened, profiler, calibrated if dataset is not None else 0.0)
+    if text is None:
+        text = job.nominal_text()
+    run = Preparation(
+        RunContext(job.config, where, profiler=Profiler(where)), source, text, tokenizer, evaluate_on
+    )
+    job.predict_all(run, dataset is not None)
     return job.forecast()
 
 
@@ -121,7 +105,7 @@ class _Job:
         self.config, self.output, self.resume, self.processes = config, output, resume, processes
         self.shard_bytes = 0
         self.offload: Path | None = None
-        self.evaluation: preparation.Evaluation | None = None
+        self.evaluation: preparation.EvaluationText | None = None
         self.plan: Plan | None = None
         self.memory: Memory | None = None
         self.sizes: Sizes | None = None
@@ -144,29 +128,45 @@ class _Job:
         problems = tuple(self.problems)
         return Forecast(self.plan, self.memory, self.sizes, self.seconds, notes, problems, self.processes)
 
-    def calibrate(self, source: Source, dataset: Any, tokenizer: Any) -> Calibration:
-        """The batches of a run; without a dataset as many tokens as it would use at most."""
-        model_config = source.load_config()
-        tokenizer = tokenizer or source.load_tokenizer()
-        if dataset is not None or self.config.method == "rtn":
-            calibration = preparation.calibrate(self.config, dataset, tokenizer, model_config)
-            self.notes += calibration.notes
-            return calibration
-        if tokenizer is None:
-            self.notes.append("no tokenizer lies beside the model: text needs one, token ids do not")
+    def nominal_text(self) -> Any:
+        """Token ids in place of a dataset: as many as the configuration asks for. None where none is needed."""
+        if self.config.method == "rtn":
+            return None
         self.notes.append(
             f"no dataset was given: planned with {self.config.num_samples} sequences of {self.config.seq_len} tokens"
         )
-        ids = torch.arange(self.config.seq_len) % 16
-        nominal = [{"input_ids": ids}] * self.config.num_samples
-        return preparation.calibrate(self.config, nominal, None, model_config)
+        return [{"input_ids": torch.arange(self.config.seq_len) % 16}] * self.config.num_samples
 
-    def check_resume(self, source: Source, calibration: Calibration, is_known: bool) -> None:
-        """Whether an interrupted run in the output folder can be gone on with."""
+    def predict_all(self, run: Preparation, is_known: bool) -> None:
+        """Ask for everything that a run needs, and predict what it takes; `is_known`: a dataset was given."""
+        self.evaluation = self.attempt(lambda: run.evaluation)
+        calibration = self.attempt(lambda: run.calibration)
+        if calibration is not None and not is_known and calibration.batches and run.text_tokenizer is None:
+            self.notes.append("no tokenizer lies beside the model: text needs one, token ids do not")
+        opened = self.attempt(lambda: run.opened)
+        if opened is None:
+            return
+        if calibration is not None:
+            self.notes += calibration.notes
+        self.notes += run.source.notes
+        self.plan = self.attempt(lambda: run.plan)
+        if self.plan is None:
+            return
+        self.notes += self.plan.notes
+        self.attempt(check_budget, self.plan, self.config)
+        if calibration is None:
+            return
+        assert isinstance(run.source, Source)
+        self.attempt(self.check_resume, run, is_known)
+        with _threads(self.processes if run.ctx.device.type == "cpu" else 1):
+            seconds = run.ctx.profiler.seconds["calibration"] if is_known else 0.0
+            self.predict(run.source, calibration, opened, run.ctx.profiler, seconds)
+
+    def check_resume(self, run: Preparation, is_known: bool) -> None:
+        """Check that an interrupted run in the output folder can be resumed."""
         if self.output is None or not is_known or not self.output.exists() or not check_output(self.output):
             return
-        fingerprint = preparation.fingerprint_of(self.config, calibration, source.fingerprint())
-        journal = Journal(self.output, fingerprint, self.resume)
+        journal = Journal(self.output, run.fingerprint, self.resume)
         journal.close()
         self.notes.append(
             f"goes on with an interrupted run, in which {len(journal.records)} layers are done; the times are those of "

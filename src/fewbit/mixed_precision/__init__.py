@@ -2,7 +2,7 @@
 
     units (what must be alike) ─ sensitivity (cost of each choice) ─ allocate (least cost that fits) ─ plan
 
-`check` refuses an impossible budget before any work; `meet` returns the plan with its new settings.
+`check_budget` refuses an impossible budget before any work; `choose_bits` returns the plan with its new settings.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from torch import nn
 
 from ..calibration import Calibration
 from ..config import QuantConfig
-from ..context import Progress, RunContext
+from ..context import RunContext
 from ..errors import ConfigError
 from ..pipeline.streaming import Weights
 from ..planning import Plan, with_settings
 from .allocate import Option, allocate
-from .record import Allocation, Store
+from .record import Allocation, BudgetStore
 from .sensitivity import Costs, measure
 from .units import Choice, make_units, stored_bytes
 
-__all__ = ["Store", "check", "meet", "stated"]
+__all__ = ["BudgetStore", "base_settings", "check_budget", "choose_bits"]
 
 # Marlin, which vLLM and SGLang take for a whole model by the bits that its configuration states.
 _MARLIN_BITS = (4, 8)
 
 
-def check(plan: Plan, config: QuantConfig) -> None:
+def check_budget(plan: Plan, config: QuantConfig) -> None:
     """Raises ConfigError if no choice meets `config.target_bits`; the message names the smallest possible."""
     if config.target_bits is None:
         return
@@ -44,22 +44,24 @@ def check(plan: Plan, config: QuantConfig) -> None:
         )
 
 
-def meet(
+def choose_bits(
     model: nn.Module,
     plan: Plan,
     calibration: Calibration,
+    weights: Weights,
     ctx: RunContext,
-    store: Store | None = None,
-    weights: Weights | None = None,
+    store: BudgetStore | None = None,
 ) -> tuple[Plan, list[str]]:
-    """Choose bits and group sizes that meet `config.target_bits` at the least predicted KL divergence.
+    """Choose bits and group sizes that meet `target_bits` at the least predicted KL divergence.
 
-    What an override says of a layer's bits or group size stays. Without `target_bits` the plan stays as it is.
+    Bits or a group size that an override gives a layer stay. Without `target_bits` the plan stays as it is. Rank 0
+    chooses for all ranks.
 
     Args:
-        model: in evaluation mode, with its original weights; it is not changed.
+        model: model in evaluation mode, with its original weights; it is not changed.
+        weights: weights of the model; gradients need them all at once.
+        ctx: run; progress is called with the phase "measure".
         store: where a run that can be resumed keeps the choice.
-        weights: of the model, if they are not all in memory: gradients need them all at once.
 
     Returns:
         The plan with the chosen settings, and sentences about the choice.
@@ -69,21 +71,20 @@ def meet(
         ModelError: no gradients can be computed through the model.
         ResumeError: the stored choice is lost, and a new one differs from that of the layers already solved.
     """
-    config = ctx.config
-    if config.target_bits is None:
-        return plan, []
-    allocation = store.read() if store else None
-    if allocation is None:
-        if weights is not None:
+    chosen: tuple[Plan, list[str]] = plan, []
+    if ctx.config.target_bits is not None and ctx.comm.is_leader:
+        allocation = store.read() if store else None
+        if allocation is None:
             weights.load_all()
-        with ctx.profiler.time("measure"):
-            allocation = _choose(model, plan, config, config.target_bits, calibration, ctx.progress)
-        if store:
-            store.write(allocation)
-    return with_settings(plan, allocation.layers), list(allocation.notes)
+            with ctx.profiler.time("measure"):
+                allocation = _choose(model, plan, calibration, ctx, ctx.config.target_bits)
+            if store:
+                store.write(allocation)
+        chosen = with_settings(plan, allocation.layers), list(allocation.notes)
+    return ctx.comm.broadcast_object(chosen)
 
 
-def stated(plan: Plan) -> Choice:
+def base_settings(plan: Plan) -> Choice:
     """The bits and group size that a configuration states for the layers that no rule names.
 
     The most frequent ones by weights. vLLM and SGLang choose their kernels by them, once for the whole model: if
@@ -101,14 +102,10 @@ def stated(plan: Plan) -> Choice:
 
 
 def _choose(
-    model: nn.Module,
-    plan: Plan,
-    config: QuantConfig,
-    target_bits: float,
-    calibration: Calibration,
-    progress: Progress,
+    model: nn.Module, plan: Plan, calibration: Calibration, ctx: RunContext, target_bits: float
 ) -> Allocation:
-    check(plan, config)
+    config, progress = ctx.config, ctx.progress
+    check_budget(plan, config)
     units = make_units(plan, config)
     costs = measure(
         model, plan, units, calibration, config.seed, lambda done, total: progress("measure", done, total)

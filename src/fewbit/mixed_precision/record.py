@@ -29,7 +29,7 @@ class Allocation:
 
 
 @dataclass(frozen=True)
-class Store:
+class BudgetStore:
     """Where the choice of one run is kept.
 
     Attributes:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -44,15 +44,24 @@ class Source:
     """A model on disk.
 
     Attributes:
-        gguf: the file's name inside `folder`, or None for a transformers folder.
-        notes: what `load_model` found that a user should know.
+        folder: folder of the files.
+        gguf: name of the file inside `folder`; None for a transformers folder.
+        trust_remote_code: whether Python code that comes with the model may run.
+        allow_pickle: whether weights may be read from pickle files.
+        name: Hub id, or name of the folder or file, for people.
+        hub_id: Hub id, if the model was downloaded.
+        notes: sentences for the user about what `load_model` found.
     """
 
     folder: Path
     gguf: str | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
+    name: str = ""
+    hub_id: str | None = None
     notes: list[str] = field(default_factory=list, compare=False)
+
+    device: ClassVar[torch.device | None] = None  # the run's own
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -250,6 +259,46 @@ class Source:
 
 
 @dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory, with the methods of `Source` that a run calls."""
+
+    model: nn.Module
+
+    hub_id: ClassVar[None] = None
+    notes: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        if getattr(getattr(self.model, "config", None), "quantization_config", None):
+            raise ModelError(f"this {self.name} is already quantized: quantize the original model")
+
+    @property
+    def name(self) -> str:
+        return type(self.model).__name__
+
+    @property
+    def device(self) -> torch.device:
+        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+
+    def weight_files(self) -> None:
+        """There are none."""
+
+    def fingerprint(self) -> str:
+        """Smallest and largest value of every weight: enough to tell apart models that should be the same."""
+        return str(
+            [[float(value) for value in p.detach().aminmax()] for p in self.model.parameters() if p.numel()]
+        )
+
+    def load_config(self) -> Any:
+        return getattr(self.model, "config", None)
+
+    def load_model(self, dtype: str, device: torch.device) -> nn.Module:
+        return self.model
+
+    def load_tokenizer(self) -> None:
+        """There is none."""
+
+
+@dataclass(frozen=True)
 class _Placeholder:
     """Stands for a tensor of the source while transformers lays the model out: it becomes an empty one."""
 
@@ -303,10 +352,12 @@ def open_source(model: str | Path, *, trust_remote_code: bool = False, allow_pic
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{path} is a file but not a .gguf file; give the folder that holds config.json")
-        return Source(path.parent, path.name, trust_remote_code, allow_pickle)
+        return Source(path.parent, path.name, trust_remote_code, allow_pickle, path.resolve().name)
+    name, hub_id = path.resolve().name, None
     if not path.is_dir():
         path = download(str(model), ModelError, allow_pickle=allow_pickle)
-    source = Source(path, None, trust_remote_code, allow_pickle)
+        name = hub_id = str(model)
+    source = Source(path, None, trust_remote_code, allow_pickle, name, hub_id)
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} has no config.json: it is not a transformers model folder")
     if not source.weight_files():
@@ -363,6 +414,20 @@ def download(
         ) from error
 
 
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Switch transformers' progress bars off while entered."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _gguf_dequantize() -> Any:
     try:
         import gguf  # noqa: F401
@@ -378,17 +443,3 @@ def _gguf_dequantize() -> Any:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-@contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Switch transformers' progress bars off while entered."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -10,61 +10,22 @@ from __future__ import annotations
 import json
 import platform
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from .. import __version__
 from ..atomic_io import write_whole
-from ..calibration import Calibration
-from ..config import QuantConfig
 from ..errors import OutputError
 from ..planning import Plan
-from ..profiling import Profiler, peak_memory_bytes
+from ..preparation import Origin, Preparation
 from .page import page
 
 REPORT_NAME = "fewbit_report.json"
 PAGE_NAME = "fewbit_report.html"
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The model before the run.
-
-    Attributes:
-        name: for people: the Hub id, the folder's or file's name, or the class.
-        hub_id: where it came from the Hub.
-        architecture: its class. dtype: in which it was read. parameters, bytes: of all its parameters, in that dtype.
-        file_bytes: of the weight files it was read from; None for a model that was in memory.
-    """
-
-    name: str
-    hub_id: str | None
-    architecture: str
-    dtype: str
-    parameters: int
-    bytes: int
-    file_bytes: int | None
-
-    @classmethod
-    def of(
-        cls, model: nn.Module, name: str, *, hub_id: str | None = None, files: Iterable[Path] | None = None
-    ) -> Origin:
-        """Measure `model`; to be called before it is changed."""
-        parameters = list(model.parameters())
-        return cls(
-            name=name,
-            hub_id=hub_id,
-            architecture=type(model).__name__,
-            dtype=str(parameters[0].dtype).removeprefix("torch."),
-            parameters=sum(parameter.numel() for parameter in parameters),
-            bytes=sum(parameter.nbytes for parameter in parameters),
-            file_bytes=None if files is None else sum(path.stat().st_size for path in files),
-        )
 
 
 @dataclass(frozen=True)
@@ -147,36 +108,40 @@ class Report:
         return write_text(folder / REPORT_NAME, json.dumps(values, indent=1) + "\n")
 
 
-def collect(
-    *,
-    output: Path | None,
-    origin: Origin,
-    config: QuantConfig,
-    plan: Plan,
-    records: Mapping[str, Mapping[str, Any]],
-    fingerprint: Mapping[str, str],
-    calibration: Calibration,
-    notes: list[str],
-    seconds: float,
-    profiler: Profiler,
-    resumed_layers: int,
-    command: str,
-    ranks: int = 1,
-    peak: int | None = None,
-) -> Report:
-    """Put a report together from the plan and the records of its layers.
+@dataclass(frozen=True)
+class RunResult:
+    """What a run did.
 
-    Args:
-        peak: memory of the largest process, in bytes; by default of this one.
+    Attributes:
+        plan: the plan with the settings that were used.
+        records: layer name → its record, see `pipeline.layer_quantizer.LayerRecord`.
+        notes: everything a user should know, in sentences.
+        command: what to type to run this again.
+        output: folder of the checkpoint; None for a model quantized in memory.
+        resumed_layers: number of layers taken from an interrupted run.
+        peak_memory_bytes: memory of the process that had the most; None where unknown.
     """
-    layers = tuple(dict(records[layer.name]) for layer in plan.layers)
+
+    plan: Plan
+    records: Mapping[str, Mapping[str, Any]]
+    notes: list[str]
+    command: str
+    output: Path | None
+    resumed_layers: int
+    peak_memory_bytes: int | None
+
+
+def collect(run: Preparation, result: RunResult) -> Report:
+    """Put a report together from the inputs of a run and what it did."""
+    plan, calibration, profiler = result.plan, run.calibration, run.ctx.profiler
+    layers = tuple(dict(result.records[layer.name]) for layer in plan.layers)
     stored_bytes = sum(layer["stored_bytes"] for layer in layers)
     fallbacks = Counter(name for layer in layers for name in layer["fallbacks"])
     return Report(
-        output=str(output) if output else None,
-        model=asdict(origin),
-        config=config.to_dict(),
-        fingerprint=dict(fingerprint),
+        output=str(result.output) if result.output else None,
+        model=asdict(run.origin),
+        config=run.ctx.config.to_dict(),
+        fingerprint=run.fingerprint if result.output else {},
         calibration={
             "source": calibration.source,
             "sequences": calibration.sequences,
@@ -186,18 +151,18 @@ def collect(
         skipped=tuple(asdict(item) for item in plan.skipped),
         bits_per_weight=8 * stored_bytes / plan.weights,
         quantized_bytes=stored_bytes,
-        result_bytes=_result_bytes(output, origin, plan, stored_bytes),
+        result_bytes=_result_bytes(result.output, run.origin, plan, stored_bytes),
         fallbacks=dict(fallbacks),
-        notes=tuple(notes),
+        notes=tuple(result.notes),
         plan_notes=plan.notes,
-        seconds=seconds,
+        seconds=profiler.elapsed,
         seconds_by_phase={phase: round(value, 3) for phase, value in profiler.seconds.items()},
         phases=tuple(profiler.to_list()),
-        peak_memory_bytes=peak_memory_bytes() if peak is None else peak,
-        resumed_layers=resumed_layers,
+        peak_memory_bytes=result.peak_memory_bytes,
+        resumed_layers=result.resumed_layers,
         versions=versions(),
-        command=command,
-        ranks=ranks,
+        command=result.command,
+        ranks=run.ctx.comm.world_size,
     )
 
 

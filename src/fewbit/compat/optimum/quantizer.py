@@ -17,7 +17,6 @@ from ...checkpoint import layout
 from ...checkpoint.safe_io import read_json
 from ...checkpoint.writer import QUANTIZE_CONFIG as GPTQ_CONFIG
 from ...config import LayerSettings
-from ...delivery import quantization_config
 from ...errors import CheckpointError, ConfigError, ModelError
 from ...gptq_arguments import (
     NOT_NEEDED,
@@ -32,6 +31,7 @@ from ...hf.replace import replace_layers
 from ...kernels.linear import QuantizedLayer, QuantLinear
 from ...modeling.experts import unfuse
 from ...modeling.layers import weight_matrix
+from ...output import quantization_config
 from ...planning import LayerPlan, Plan, Skipped, make_plan
 from ...quantized_matrix import QuantizedMatrix, group_count, sequential_groups
 from ..loading import check_weights_name, device_arguments, load_quantized

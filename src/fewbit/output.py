@@ -1,0 +1,215 @@
+"""Where the result of a run goes: a checkpoint folder, or the model itself.
+
+Both destinations have the same methods, in the order of a run: `check`, `open`, `write`, `publish`, `complete`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import __version__
+from .checkpoint import manifest
+from .checkpoint.assemble import checkpoint_tensors, names_on_disk
+from .checkpoint.layout import empty_layer
+from .checkpoint.quantization_config import build
+from .checkpoint.writer import CONFIG, MARKER, CheckpointWriter, parse_size
+from .config import QuantConfig
+from .distributed import Communicator
+from .errors import ConfigError, OutputError
+from .mixed_precision import BudgetStore, base_settings
+from .modeling.source import Source
+from .pipeline.journal import Journal, check_output
+from .pipeline.layer_quantizer import MemorySink, NonLeaderSink, ResultSink
+from .planning import LayerPlan, Plan, output_embedding_name
+from .preparation import Preparation
+from .report.collect import PAGE_NAME, REPORT_NAME, Report, write_text
+from .report.model_card import CARD_NAME, model_card
+
+
+class InPlace:
+    """The model in memory, whose layers are replaced. An error midway leaves it partly changed."""
+
+    folder: Path | None = None
+    budget: BudgetStore | None = None
+    notes: tuple[str, ...] = ()
+
+    def check(self, comm: Communicator) -> None:
+        """Nothing can be wrong with it."""
+
+    @contextmanager
+    def open(self, run: Preparation) -> Iterator[ResultSink]:
+        """Collect the packed tensors in memory, with the model in evaluation mode."""
+        was_training = run.model.training
+        run.model.eval()
+        yield MemorySink()
+        run.model.train(was_training)
+
+    def write(self, run: Preparation, plan: Plan, sink: ResultSink) -> None:
+        from .hf.replace import replace_layers
+
+        settings = quantization_config(run.ctx.config, run.model, plan, run.meta)
+        replace_layers(run.model, plan, sink.tensors, settings)
+
+    def publish(self, report: Report) -> None:
+        """The report becomes an attribute of the model."""
+
+    def complete(self) -> None:
+        """Nothing is left to do."""
+
+
+class CheckpointFolder:
+    """A folder on disk: the journal while the run lasts, then the checkpoint, its report and its model card.
+
+    Rank 0 writes; the other ranks follow its journal.
+
+    Attributes:
+        folder: path of the folder.
+        budget: store of the chosen bits, beside the journal; None before `open` and on the other ranks.
+        notes: sentences about damaged parts of an interrupted run.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None,
+        max_shard_size: int | str,
+        resume: bool,
+        repository: str | None = None,
+    ) -> None:
+        if folder is None:
+            raise ConfigError("no output folder was given: pass output=…")
+        self.folder = Path(folder)
+        self.budget: BudgetStore | None = None
+        self.notes: tuple[str, ...] = ()
+        self._shard_bytes = parse_size(max_shard_size)
+        self._resume = resume
+        self._repository = repository
+        self._journal: Journal | None = None
+
+    def check(self, comm: Communicator) -> None:
+        """Raises OutputError if the folder holds anything but an interrupted run."""
+        if comm.is_leader:
+            check_output(self.folder)
+
+    @contextmanager
+    def open(self, run: Preparation) -> Iterator[ResultSink]:
+        """Open the journal, or start it. It stays on disk until `complete`."""
+        comm = run.ctx.comm
+        if not comm.is_leader:
+            yield NonLeaderSink(comm.broadcast_object({}))
+            return
+        self._journal = journal = Journal(self.folder, run.fingerprint, self._resume)
+        try:
+            comm.broadcast_object(journal.records)
+            self.budget = BudgetStore(journal.folder, run.fingerprint, journal.records)
+            self.notes = tuple(journal.notes)
+            yield journal
+        finally:
+            journal.close()
+
+    def write(self, run: Preparation, plan: Plan, sink: ResultSink) -> None:
+        """Write the checkpoint; all layers of the plan are in the journal.
+
+        Raises:
+            OutputError: the disk is full or fails, or files of a checkpoint that was complete are damaged.
+        """
+        if run.ctx.comm.is_leader:
+            with run.ctx.profiler.time("write"):
+                self._write(run, plan, sink)
+
+    def _write(self, run: Preparation, plan: Plan, sink: ResultSink) -> None:
+        source, model = run.source, run.model
+        assert isinstance(source, Source)
+        if (self.folder / CONFIG).exists():  # killed between the last file and the end of the journal
+            manifest.require(self.folder)
+            (self.folder / MARKER).unlink(missing_ok=True)
+            return
+        names = [layer.name for layer in plan.layers]
+        values = source.config_dict(model)
+        if output_embedding_name(model) in names:
+            values["tie_word_embeddings"] = False
+        extra: dict[str, Path | bytes] = dict(source.files_to_copy())
+        if source.gguf is not None:
+            extra.update(_saved_files(run.text_tokenizer, getattr(model, "generation_config", None)))
+        packed = {layer.name: _packed(layer) for layer in plan.layers}
+        states = run.weights.state_by_shard()
+        planned = checkpoint_tensors(model, names, packed.__getitem__, states, values=False)
+        shards = run.weights.shards(without=[f"{name}.weight" for name in names])
+        with CheckpointWriter(self.folder, dict(planned), self._shard_bytes) as writer:
+            for name, tensor in checkpoint_tensors(model, names, sink.tensors, shards):
+                writer.add(name, tensor)
+            writer.finish(values, quantization_config(run.ctx.config, model, plan, run.meta), extra)
+
+    def publish(self, report: Report) -> None:
+        """Write the report and the model card."""
+        report.write(self.folder)
+        write_text(self.folder / CARD_NAME, model_card(report.to_dict(), self._repository))
+
+    def complete(self) -> None:
+        """Remove the journal."""
+        assert self._journal is not None
+        self._journal.remove()
+
+
+def _packed(layer: LayerPlan) -> dict[str, Tensor]:
+    """The layer's tensors without values, in the order in which the journal returns them."""
+    settings = layer.settings
+    packed = empty_layer(settings.bits, settings.group_size, layer.in_features, layer.out_features)
+    return dict(sorted(packed.items()))
+
+
+def quantization_config(
+    config: QuantConfig, model: nn.Module, plan: Plan, meta: dict[str, Any]
+) -> dict[str, Any]:
+    """What config.json says about a model before its layers are replaced, in the names of the original files."""
+    names = [layer.name for layer in plan.layers] + [item.name for item in plan.skipped]
+    on_disk = names_on_disk(model, names)
+    if config.target_bits is not None:
+        bits, group_size = base_settings(plan)
+        config = replace(config, bits=bits, group_size=group_size)
+    return build(
+        config,
+        {name: layer.settings for layer in plan.layers for name in on_disk[layer.name]},
+        [name for item in plan.skipped for name in on_disk[item.name]],
+        meta,
+    )
+
+
+def upload(folder: Path, repository: str) -> None:
+    """Copy a finished folder to a Hub repository.
+
+    Raises:
+        OutputError: the Hub refuses, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    hub = HfApi()
+    try:
+        hub.create_repo(repository, exist_ok=True)
+        hub.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message=f"Quantized with fewbit {__version__}",
+            ignore_patterns=[REPORT_NAME, PAGE_NAME],  # they contain paths of this machine
+        )
+    except (HfHubHTTPError, OSError) as error:
+        raise OutputError(
+            f"{folder} is complete, but could not be uploaded to {repository}: {error}. "
+            "Log in with `hf auth login` and upload the folder, or try again."
+        ) from error
+
+
+def _saved_files(*parts: Any) -> dict[str, bytes]:
+    """What `save_pretrained` of each part writes, for models that came without such files."""
+    with tempfile.TemporaryDirectory() as folder:
+        for part in parts:
+            if part is not None:
+                part.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
