@@ -22,11 +22,12 @@ TREES = {path: ast.parse(source) for path, source in SOURCES.items()}
 # A unit (a folder or a file of src/fewbit) imports units of its own layer and of the layers above it in this list.
 LAYERS = [
     "__init__ errors config",
-    "native atomic_io formatting profiling distributed quantized_matrix context",
+    "native atomic_io formatting profiling distributed quantized_matrix context internals",
     "modeling calibration gptq checkpoint",
     "kernels planning mixed_precision pipeline",
     "hf engines evaluation",
     "preparation report output estimate quantization",
+    "gptq_arguments integration",
     "compat cli bench demo __main__",
 ]
 RANK = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer.split()}
@@ -36,11 +37,13 @@ NAMED_BY_OTHERS = {"cli", "compat"}
 SAME_NAME = {"__init__.py", "kernel.py", "layout.py"}  # one concept, told apart by the folder
 # Arguments of kernels are tensors and strides; options of commands and arguments of older tools are given.
 EXEMPT = ("kernels/", "cli/", "compat/", "native.py", "gptq/triton_backend.py", "gptq/backends/")
-# The public interface takes more than 7 parameters, keywords with defaults.
+# The public interface, and signatures that other packages define, take more than 7 parameters.
 PUBLIC = {
     "quantization.py:quantize",
     "hf/load.py:load",
     "estimate/__init__.py:forecast",
+    "gptq_arguments.py:__init__",
+    "hf/fuse.py:attention_forward",
     "calibration/__init__.py:prepare",
 }
 LIMITS = {"files": 125, "lines": 21_000, "lines of a file": 500}
