@@ -338,24 +338,13 @@ def open_communicator() -> Iterator[Communicator]:
         yield Communicator()
         return
     group = _Group()
-    with _Closing(group):
+    try:
         yield group
-
-
-class _Closing:
-    """Closes the group at the end, and posts the error if there is one."""
-
-    def __init__(self, group: _Group) -> None:
-        self._group = group
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None:
-            self._group.close()
-        else:
-            self._group.failed(error)
+    except BaseException as error:
+        group.failed(error)
+        raise
+    else:
+        group.close()
 
 
 def launched_rank() -> int | None:
