@@ -22,10 +22,10 @@ TREES = {path: ast.parse(source) for path, source in SOURCES.items()}
 # A unit (a folder or a file of src/fewbit) imports units of its own layer and of the layers above it in this list.
 LAYERS = [
     "__init__ errors config",
-    "native atomic_io formatting profiling distributed quantized_matrix context internals",
+    "native atomic_io formatting profiling distributed quantized_matrix input_groups context internals",
     "modeling calibration gptq checkpoint",
     "kernels planning mixed_precision pipeline",
-    "hf engines evaluation",
+    "hf engines evaluation verification",
     "preparation report output estimate quantization",
     "gptq_arguments integration",
     "compat cli bench demo __main__",

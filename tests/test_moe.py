@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 import fewbit
 from fewbit.checkpoint.layout import PARTS, QWEIGHT
-from fewbit.checkpoint.verify import verify
 from fewbit.cli.main import app
 from fewbit.errors import CheckpointError, SolverError
 from fewbit.gptq import cholesky as fallback
 from fewbit.kernels.linear import QuantLinear
+from fewbit.verification import verify
 from models import random_sequences
 from moe_models import EXPERTS, MOE_SHAPES, UNDER_ROUTED, UNREACHED, save_tiny_moe, tiny_moe
 from rank_processes import run_ranks

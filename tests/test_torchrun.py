@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from fewbit.checkpoint.verify import verify
+from fewbit.verification import verify
 from models import TEXT, save_tiny
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -43,6 +43,10 @@ class Feedforward(nn.Module):
         return x + self.down(torch.relu(self.up(self.norm(x))))
 
 
+def paired(codes, weights):
+    return {name: (codes[name], weights[name]) for name in codes}
+
+
 def settings(**changes: Any) -> LayerSettings:
     base = LayerSettings(bits=2, group_size=8, sym=False, act_order="group", damp=0.01, method="gptq")
     return replace(base, **changes)
@@ -150,7 +154,7 @@ def test_error_falls_on_tokens_that_were_not_used(
     how = settings(bits=bits, group_size=64, sym=bits == 3)
     codes, weights, calls = solve_block(block, inputs[:26], how, **kwargs)
     fresh = record(block, inputs[26:], kwargs)
-    result = tune_block(block, codes, weights, calls, fresh[:3], steps=40)
+    result = tune_block(block, paired(codes, weights), calls, fresh[:3], steps=40)
     assert result.kept
     assert result.after < at_most * result.before
     assert result.train_after < at_most * result.train_before
@@ -164,7 +168,7 @@ def test_error_falls_on_tokens_that_were_not_used(
 def test_codes_and_scales_both_learn(trained: Any) -> None:
     block, inputs, kwargs = trained
     codes, weights, calls = solve_block(block, inputs[:26], settings(group_size=64), **kwargs)
-    result = tune_block(block, codes, weights, calls, record(block, inputs[26:], kwargs), steps=40)
+    result = tune_block(block, paired(codes, weights), calls, record(block, inputs[26:], kwargs), steps=40)
     assert result.kept
     for name in codes:
         assert 0.01 < float((result.codes[name].codes != codes[name].codes).float().mean()) < 0.5
@@ -192,7 +196,7 @@ def test_the_block_is_left_as_it_was(trained: Any) -> None:
     block, inputs, kwargs = trained
     before = {name: p.clone() for name, p in block.named_parameters()}
     codes, weights, calls = solve_block(block, inputs[:4], settings(group_size=64), **kwargs)
-    tune_block(block, codes, weights, calls[:3], calls[3:], steps=2)
+    tune_block(block, paired(codes, weights), calls[:3], calls[3:], steps=2)
     for name, p in block.named_parameters():
         assert torch.equal(p, before[name])
         assert p.grad is None
@@ -208,7 +212,7 @@ def test_grids_stay_valid(bits: int, sym: bool, group_size: int, act_order: str)
     block = feedforward()
     how = settings(bits=bits, sym=sym, group_size=group_size, act_order=act_order)
     codes, weights, calls = solve_block(block, structured(4), how)
-    result = tune_block(block, codes, weights, calls[:3], calls[3:], steps=4)
+    result = tune_block(block, paired(codes, weights), calls[:3], calls[3:], steps=4)
     assert_valid(result.codes, codes)
     assert result.after <= result.before
     assert error(block, result.codes, calls[3:]) == pytest.approx(result.after, rel=1e-3)
@@ -237,7 +241,7 @@ def test_codes_given_are_returned_where_tuning_does_not_help() -> None:
     codes, weights, calls = solve_block(block, structured(4), settings(bits=3))
     # Held-out tokens that ask for the opposite of what the training tokens ask for.
     opposite = [replace(call, target=_output(block, codes, call)) for call in calls[3:]]
-    result = tune_block(block, codes, weights, calls[:3], opposite, steps=8)
+    result = tune_block(block, paired(codes, weights), calls[:3], opposite, steps=8)
     assert not result.kept
     assert result.after == result.before
     assert result.train_after == result.train_before
@@ -266,9 +270,9 @@ def test_padding_does_not_count() -> None:
             target = call.target.clone()
             target[:, 20:] += noise
             padded.append(replace(call, target=target, mask=mask))
-        results.append(tune_block(block, codes, weights, padded[:4], padded[4:], steps=8))
+        results.append(tune_block(block, paired(codes, weights), padded[:4], padded[4:], steps=8))
     short = [TrainingCall((c.args[0][:, :20],), {}, c.target[:, :20]) for c in calls]
-    results.append(tune_block(block, codes, weights, short[:4], short[4:], steps=8))
+    results.append(tune_block(block, paired(codes, weights), short[:4], short[4:], steps=8))
     for other in results[1:]:
         assert other.after == pytest.approx(results[0].after, rel=1e-5)
     assert torch.equal(results[0].codes["up"].codes, results[1].codes["up"].codes)
@@ -280,7 +284,7 @@ def test_groups_of_zeros_and_idle_inputs_stay() -> None:
         block.up.weight[3] = 0
     inputs = structured(6)
     codes, weights, calls = solve_block(block, inputs, settings())
-    result = tune_block(block, codes, weights, calls[:4], calls[4:], steps=20)
+    result = tune_block(block, paired(codes, weights), calls[:4], calls[4:], steps=20)
     assert bool((result.codes["up"].dequantize()[3] == 0).all())
 
 
@@ -303,7 +307,7 @@ def test_other_architectures(family: str) -> None:
     layers = {name: module for name, module in block.named_modules() if is_layer(module)}
     weights = {name: weight_matrix(module).clone() for name, module in layers.items()}
     codes = {name: quantize_weight(W, None, settings(group_size=16)).codes for name, W in weights.items()}
-    result = tune_block(block, codes, weights, recorded[:6], recorded[6:], steps=24)
+    result = tune_block(block, paired(codes, weights), recorded[:6], recorded[6:], steps=24)
     assert result.kept
     assert result.after < 0.9 * result.before
     assert_valid(result.codes, codes)
@@ -314,7 +318,7 @@ def test_half_precision_convolution() -> None:
     block = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1)).bfloat16().eval()
     inputs = [x.reshape(1, 3, 16, 16).bfloat16() for x in structured(8, tokens=32)]
     codes, weights, calls = solve_block(block, inputs, settings(group_size=9))
-    result = tune_block(block, codes, weights, calls[:6], calls[6:], steps=16)
+    result = tune_block(block, paired(codes, weights), calls[:6], calls[6:], steps=16)
     assert result.after < result.before
     assert_valid(result.codes, codes)
 
@@ -323,7 +327,7 @@ def test_too_few_calls_is_an_error() -> None:
     block = feedforward()
     codes, weights, calls = solve_block(block, structured(1), settings())
     with pytest.raises(CalibrationError, match=r"there are 1 and 0: give more text or a smaller batch_size"):
-        tune_block(block, codes, weights, calls, [], steps=1)
+        tune_block(block, paired(codes, weights), calls, [], steps=1)
 
 
 def test_an_output_of_another_shape_is_an_error() -> None:
@@ -333,6 +337,6 @@ def test_an_output_of_another_shape_is_an_error() -> None:
     with pytest.raises(
         ModelError, match=r"Feedforward cannot be tuned.*\(1, 32, 24\).*\(1, 5, 24\).*without tune"
     ):
-        tune_block(block, codes, weights, [wrong], calls[1:], steps=1)
+        tune_block(block, paired(codes, weights), [wrong], calls[1:], steps=1)
     assert "forward" not in block.__dict__
     assert all(p.grad is None for p in block.parameters())

@@ -19,7 +19,7 @@ from transformers import GPTQConfig as TransformersGPTQConfig
 from transformers import PreTrainedModel
 
 from . import internals
-from .checkpoint.writer import CONFIG, QUANTIZE_CONFIG, for_older_readers
+from .checkpoint.writer import CONFIG, QUANTIZE_CONFIG, with_legacy_keys
 from .config import SKIP, QuantConfig
 from .errors import CalibrationError
 from .gptq_arguments import GPTQArguments, warn, write_json
@@ -205,6 +205,6 @@ def _with_quantize_config(original: Callable[..., None]) -> Callable[..., None]:
         if isinstance(config, GPTQConfig) and saved:
             write_json(Path(save_directory) / QUANTIZE_CONFIG, config.to_dict())
             saved_config = json.loads((Path(save_directory) / CONFIG).read_text(encoding="utf-8"))
-            write_json(Path(save_directory) / CONFIG, for_older_readers(saved_config))
+            write_json(Path(save_directory) / CONFIG, with_legacy_keys(saved_config))
 
     return save_pretrained

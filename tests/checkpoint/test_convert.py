@@ -19,10 +19,10 @@ from checkpoint_samples import (
 )
 from fewbit.checkpoint.convert import convert
 from fewbit.checkpoint.reader import open_checkpoint
-from fewbit.checkpoint.verify import verify
 from fewbit.config import QuantConfig
 from fewbit.errors import CheckpointError, ConfigError, OutputError
 from fewbit.quantized_matrix import QuantizedMatrix
+from fewbit.verification import verify
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

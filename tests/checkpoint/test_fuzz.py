@@ -25,11 +25,11 @@ from typer.testing import CliRunner
 import fewbit
 from fewbit.checkpoint.convert import convert
 from fewbit.checkpoint.reader import open_checkpoint
-from fewbit.checkpoint.verify import verify
 from fewbit.cli.display import quiet_libraries
 from fewbit.cli.main import app
 from fewbit.errors import FewbitError
 from fewbit.hf.layers import quantized_layers
+from fewbit.verification import verify
 from tiny_gptq import llama, write_checkpoint
 
 STYLES: dict[str, dict[str, Any]] = {

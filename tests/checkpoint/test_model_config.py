@@ -3,37 +3,37 @@ import json
 import pytest
 from transformers import AutoConfig, LlamaConfig, PhiConfig
 
-from fewbit.checkpoint.writer import for_older_readers
+from fewbit.checkpoint.writer import with_legacy_keys
 
 YARN = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 512}
 
 
 def test_older_keys_are_added() -> None:
     config = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 0.5}}
-    assert for_older_readers(config) == config | {"rope_theta": 1e5, "partial_rotary_factor": 0.5}
+    assert with_legacy_keys(config) == config | {"rope_theta": 1e5, "partial_rotary_factor": 0.5}
 
 
 def test_scaling_is_told_without_what_has_a_key_of_its_own() -> None:
-    found = for_older_readers({"rope_parameters": YARN})
+    found = with_legacy_keys({"rope_parameters": YARN})
     assert found["rope_theta"] == 5e5
     assert found["rope_scaling"] == {key: value for key, value in YARN.items() if key != "rope_theta"}
 
 
 def test_sections_for_images_are_told_although_the_type_is_the_default() -> None:
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
-    found = for_older_readers({"model_type": "some_vl", "text_config": {"rope_parameters": rope}})
+    found = with_legacy_keys({"model_type": "some_vl", "text_config": {"rope_parameters": rope}})
     assert found["text_config"]["rope_scaling"] == {"rope_type": "default", "mrope_section": [2, 2, 2]}
     assert "rope_theta" not in found
 
 
 def test_older_files_stay_as_they_are() -> None:
     config = {"rope_theta": 1e4, "rope_scaling": None, "vocab_size": 3}
-    assert for_older_readers(config) == config
+    assert with_legacy_keys(config) == config
 
 
 def test_keys_that_are_there_are_not_overwritten() -> None:
     config = {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}
-    assert for_older_readers(config) == config
+    assert with_legacy_keys(config) == config
 
 
 def test_settings_for_each_type_of_layer_have_no_older_keys() -> None:
@@ -41,7 +41,7 @@ def test_settings_for_each_type_of_layer_have_no_older_keys() -> None:
         "full_attention": {"rope_theta": 1e6, "rope_type": "default"},
         "sliding_attention": {"rope_theta": 1e4},
     }
-    assert for_older_readers({"rope_parameters": nested}) == {"rope_parameters": nested}
+    assert with_legacy_keys({"rope_parameters": nested}) == {"rope_parameters": nested}
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_transformers_reads_the_same(config: LlamaConfig, tmp_path) -> None:
     config.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     values = json.loads(path.read_text())
-    with_older_keys = for_older_readers(values)
+    with_older_keys = with_legacy_keys(values)
     assert with_older_keys.keys() > values.keys()
     path.write_text(json.dumps(with_older_keys))
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters

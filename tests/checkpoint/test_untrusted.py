@@ -25,8 +25,8 @@ from fewbit.checkpoint.convert import convert
 from fewbit.checkpoint.reader import open_checkpoint, open_weights
 from fewbit.checkpoint.safe_io import is_plain_name, read_json, stays_inside
 from fewbit.checkpoint.safetensors_file import read_header
-from fewbit.checkpoint.verify import verify
 from fewbit.errors import CheckpointError
+from fewbit.verification import verify
 
 Q = "model.layers.0.self_attn.q_proj"
 

@@ -19,9 +19,9 @@ from checkpoint_samples import (
     write_fewbit,
 )
 from fewbit.checkpoint.layout import pack, unpack
-from fewbit.checkpoint.verify import verify
 from fewbit.config import QuantConfig
 from fewbit.errors import CheckpointError
+from fewbit.verification import verify
 
 Q = "model.layers.0.self_attn.q_proj"
 D = "model.layers.1.mlp.down_proj"

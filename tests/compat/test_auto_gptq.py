@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextGenerationPipe
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import fewbit
-from fewbit.checkpoint.verify import verify
 from fewbit.compat.auto_gptq import (
     AutoGPTQForCausalLM,
     BaseQuantizeConfig,
@@ -23,6 +22,7 @@ from fewbit.compat.auto_gptq import (
 from fewbit.compat.auto_gptq.modeling import BaseGPTQForCausalLM
 from fewbit.errors import CalibrationError, CheckpointError, ConfigError, KernelError, ModelError, OutputError
 from fewbit.kernels.linear import QuantizedLayer
+from fewbit.verification import verify
 from models import TEXT, random_sequences, save_tiny, tiny_model, tiny_tokenizer
 
 IDS = torch.arange(5, 25)[None]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import fewbit
-from fewbit.checkpoint.verify import verify
+from fewbit.verification import verify
 from models import TEXT, save_tiny, tiny_tokenizer
 
 PAGE = (Path(__file__).parents[2] / "docs" / "migrating.md").read_text()

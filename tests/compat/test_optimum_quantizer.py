@@ -11,12 +11,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fewbit
-from fewbit.checkpoint.verify import verify
 from fewbit.compat.optimum import GPTQQuantizer, load_quantized_model
 from fewbit.compat.optimum.utils import get_layers
 from fewbit.errors import CalibrationError, CheckpointError, ConfigError, KernelError, ModelError
 from fewbit.kernels import registry
 from fewbit.kernels.linear import QuantizedLayer, QuantLinear
+from fewbit.verification import verify
 from models import TEXT, random_sequences, save_tiny, tiny_model, tiny_tokenizer
 from moe_models import tiny_moe
 

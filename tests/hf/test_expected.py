@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 import fewbit
 from checkpoint_samples import edit_json, rewrite
 from fewbit.checkpoint.safetensors_file import TensorInfo
-from fewbit.checkpoint.verify import uneven_blocks, verify
 from fewbit.hf.model_check import expected
+from fewbit.verification import uneven_blocks, verify
 from models import FAMILIES, random_sequences, save_tiny, tiny_model
 from tiny_gptq import FAMILIES as PEER_FAMILIES
 from tiny_gptq import llama, write_checkpoint

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import fewbit
-from fewbit.checkpoint.verify import verify
 from fewbit.errors import KernelError
 from fewbit.hf.layers import quantized_layers
+from fewbit.verification import verify
 
 DOCS = Path(__file__).parents[2] / "docs"
 BLOCKS = re.findall(r"```python\n(.*?)```", (DOCS / "fine-tuning.md").read_text(), re.DOTALL)

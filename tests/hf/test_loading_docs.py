@@ -7,8 +7,8 @@ from transformers import GPTQConfig
 
 import fewbit
 from docs_runner import DOCS, prepare, run
-from fewbit.checkpoint.verify import verify
 from fewbit.kernels import registry
+from fewbit.verification import verify
 
 PAGE = (DOCS / "loading.md").read_text()
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPTQConfig, PreTrainedModel, pipeline
 
 import fewbit
-from fewbit.checkpoint.verify import verify
 from fewbit.errors import CalibrationError, CheckpointError, ConfigError, KernelError
 from fewbit.hf.layers import quantized_layers
+from fewbit.verification import verify
 from models import TEXT, save_tiny, tiny_tokenizer
 from moe_models import save_tiny_moe
 

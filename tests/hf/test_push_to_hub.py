@@ -11,7 +11,7 @@ from hub_stand_in import hub
 from safetensors.torch import load
 
 import fewbit
-from fewbit.checkpoint.verify import verify
+from fewbit.verification import verify
 from models import TEXT, save_tiny
 
 # What a user would type; the endpoint is read when huggingface_hub is imported.

@@ -9,9 +9,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 import fewbit
 from fewbit.checkpoint.quantization_config import parse
-from fewbit.checkpoint.verify import verify
 from fewbit.errors import CheckpointError, ConfigError, KernelError
 from fewbit.kernels.linear import QuantizedLayer, QuantLinear
+from fewbit.verification import verify
 from tiny_gptq import alike, llama, logits, write_checkpoint
 
 

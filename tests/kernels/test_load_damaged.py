@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import fewbit
-from fewbit.checkpoint.verify import verify
 from fewbit.cli.main import app
 from fewbit.errors import CheckpointError
+from fewbit.verification import verify
 from tiny_gptq import llama, write_checkpoint
 
 Q = "model.layers.0.self_attn.q_proj"

@@ -6,9 +6,9 @@ import signal
 import pytest
 
 import fewbit
-from fewbit.checkpoint.verify import verify
 from fewbit.errors import ConfigError, OutputError, RankError, SolverError
 from fewbit.pipeline.layer_quantizer import LayerQuantizer
+from fewbit.verification import verify
 from models import TEXT, random_sequences, save_tiny, tiny_model, tiny_tokenizer
 from moe_models import save_tiny_moe
 from rank_processes import run_ranks

@@ -103,9 +103,9 @@ def test_padding_does_not_count(monkeypatch):
     sequences = [{"input_ids": s["input_ids"][: 9 + 5 * i]} for i, s in enumerate(random_sequences(4))]
     seen = []
 
-    def spy(block, codes, weights, train, held_out, **options):
+    def spy(block, layers, train, held_out, **options):
         seen.append((train, held_out))
-        return tune_block(block, codes, weights, train, held_out, **options)
+        return tune_block(block, layers, train, held_out, **options)
 
     monkeypatch.setattr("fewbit.pipeline.block_tuning.tune_block", spy)
     config = fewbit.QuantConfig(bits=2, group_size=16, seq_len=24, tune=True, tune_steps=1, batch_size=2)

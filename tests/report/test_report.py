@@ -10,10 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 import fewbit
-from fewbit.checkpoint.verify import verify
 from fewbit.cli.main import app
 from fewbit.errors import ModelError, OutputError
 from fewbit.report.page import page
+from fewbit.verification import verify
 from models import TEXT, random_sequences, save_tiny, tiny_model
 
 SMALL = {"group_size": 16, "seq_len": 32, "num_samples": 6}

@@ -72,7 +72,7 @@ def _saved_names(model: nn.Module) -> list[str]:
 
 
 def _disk_layout(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Turn names and layouts back into those of the original files, where transformers changed them at load."""
+    """Restore the names and layouts of the original files, where transformers changed them at load."""
     from transformers import PreTrainedModel
     from transformers.core_model_loading import revert_weight_conversion
 

@@ -1,7 +1,7 @@
 """Rewriting a checkpoint without changing a weight: v1 ↔ v2, AutoGPTQ folders, pickles, other shard sizes.
 
-One tensor or layer is in memory at a time. Only ``qzeros`` differ between the formats. Format "gptq" cannot
-say zero point 0; such groups are turned round (see `layout.without_zero_point_0`), which is exact.
+One tensor or layer is in memory at a time. Only ``qzeros`` differ between the formats. Format "gptq" cannot store zero
+point 0; the grid of such groups is reversed (see `layout.without_zero_point_0`), which is exact.
 """
 
 from __future__ import annotations
@@ -22,20 +22,34 @@ from . import layout, manifest
 from . import quantization_config as quantization
 from .layout import PARTS, QWEIGHT, QZEROS, SCALES, Shaped
 from .quantization_config import CheckpointSettings
-from .reader import LayerSpec, find_config, layer_names, layer_spec, open_weights, read_weight_map
+from .reader import (
+    LayerSpec,
+    find_config,
+    layer_names,
+    layer_spec,
+    open_weights,
+    overwritten_words,
+    read_weight_map,
+)
 from .safetensors_file import TensorInfo
-from .verify import overwritten_words
 from .writer import CONFIG, MARKER, QUANTIZE_CONFIG, CheckpointWriter
 
 _PICKLE_INDEX = "pytorch_model.bin.index.json"
 _WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
-# Where the writer's machine kept things: of no use elsewhere, and nobody's business.
+# Paths on the machine of the writer, which are private and useless elsewhere.
 _PRIVATE_KEYS = ("model_name_or_path", "model_file_base_name", "is_marlin_format")
 
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """What `convert` did: layers rewritten, and groups whose grid was turned round (zero point 0)."""
+    """What `convert` did.
+
+    Attributes:
+        output: Folder of the result.
+        format: "gptq" or "gptq_v2".
+        layers: Number of layers rewritten.
+        turned_groups: Number of groups whose grid was reversed because of a zero point of 0.
+    """
 
     output: Path
     format: str
@@ -45,7 +59,7 @@ class ConvertResult:
 
 @dataclass(frozen=True)
 class _Source:
-    """Tensors by name from whatever files there are."""
+    """Tensors of the source by name."""
 
     tensors: Mapping[str, TensorInfo]
     tensor: Callable[[str], Tensor]
@@ -53,7 +67,7 @@ class _Source:
 
 @dataclass
 class _Seen:
-    """What the layers turned out to be, counted on the way."""
+    """Counts over the layers that were read."""
 
     turned_groups: int = 0
     all_sym: bool = True
@@ -149,7 +163,7 @@ def _converted(
 def _restated(
     found: Mapping[str, Any], settings: CheckpointSettings, fmt: str, seen: _Seen
 ) -> dict[str, Any]:
-    """The source's quantization configuration in today's words; what it did not say, the tensors say."""
+    """Restate the source's quantization configuration; the tensors supply what it leaves out."""
     kept = {key: value for key, value in found.items() if key not in _PRIVATE_KEYS}
     meta: Any = found.get("meta")
     quantizers = [name for name in settings.quantizers if not name.startswith("fewbit:")]

@@ -44,7 +44,7 @@ def pack(codes: QuantizedMatrix, fmt: str) -> dict[str, Tensor]:
 
     Raises:
         CheckpointError: a code or a zero point has no representation in this format. In "gptq" (v1)
-            that includes zero point 0: what is stored is zero − 1, and readers disagree about −1.
+            that includes zero point 0: what is stored is zero − 1, and tools disagree about −1.
     """
     _check_format(fmt)
     _check_range("code", codes.codes, 0, codes.bits, fmt)
@@ -127,12 +127,10 @@ class Shaped(Protocol):
     """A tensor, or a description of one in a file."""
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of each value."""
+    def dtype(self) -> torch.dtype: ...
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes."""
+    def shape(self) -> tuple[int, ...]: ...
 
 
 def shape_problems(

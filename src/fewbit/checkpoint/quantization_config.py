@@ -1,4 +1,4 @@
-"""The words of a checkpoint: `build` writes a ``quantization_config``, `parse` reads anybody's.
+"""The ``quantization_config`` of a checkpoint: `build` writes it, `parse` reads it from any tool.
 
 Per-layer differences are stored under ``dynamic`` the way GPTQModel, vLLM and SGLang read it: regular
 expression → settings, tried in order with `re.match` on the full module name, the first match decides.
@@ -18,7 +18,7 @@ import regex
 from .. import __version__
 from ..config import BITS, FORMATS, LayerSettings, QuantConfig
 from ..errors import CheckpointError
-from ..modeling.input_groups import INPUT_GROUPS
+from ..input_groups import INPUT_GROUPS
 from .safe_io import shown
 
 # The key `lm_head` speaks for these; they get a rule only where their settings differ.
@@ -43,14 +43,21 @@ _KNOWN_KEYS = {
 }
 
 
-# What a stranger's regular expression may cost.
+# Limits for regular expressions from untrusted files.
 _PATTERN_SECONDS = 1.0
 _MOST_REPETITIONS = 1000
 _LONGEST_PATTERN = 1_000_000
 
 
 class LayerFormat(NamedTuple):
-    """What one layer's tensors mean."""
+    """How the tensors of one layer are to be read.
+
+    Attributes:
+        bits: Bits of a code.
+        group_size: Inputs that share a scale; -1 for one group per row.
+        sym: True if every zero point is 2^(bits-1).
+        desc_act: True if groups are not consecutive inputs.
+    """
 
     bits: int
     group_size: int
@@ -59,24 +66,26 @@ class LayerFormat(NamedTuple):
 
     @classmethod
     def of(cls, settings: LayerSettings) -> LayerFormat:
-        """The format of a layer that is quantized with these settings."""
         return cls(settings.bits, settings.group_size, settings.sym, settings.act_order == "full")
 
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """A ``quantization_config``, from any writer, in one vocabulary.
+    """A parsed ``quantization_config`` from any writer.
 
     Attributes:
-        bits, group_size, sym, desc_act: of a layer that no rule touches. An absent `sym` reads as False:
-            a reader that honours the stored zero points is right for both.
+        bits: Bits of layers without a rule.
+        group_size: Group size of layers without a rule.
+        sym: Symmetry of layers without a rule. An absent key reads as False: honoring the stored zero points is right
+            for both.
+        desc_act: Order of inputs in layers without a rule.
         format: "gptq" (v1) or "gptq_v2".
-        lm_head: whether the output embedding is quantized.
-        dynamic: rules in order, as in the module docstring.
-        modules_in_block: endings of the quantized layers' names, where the writer lists them.
-        quantizers: what made it, as ``name:version``; empty if it does not say.
-        assumed: keys that were absent and read as their default.
-        extra: every other key, untouched.
+        lm_head: True if the output embedding is quantized.
+        dynamic: Rules in order, as in the module docstring.
+        modules_in_block: Endings of the quantized layers' names, if the writer lists them.
+        quantizers: The tools that made the checkpoint, as ``name:version``; empty if it does not say.
+        assumed: Keys that were absent and read as their default.
+        extra: Every other key, unchanged.
     """
 
     bits: int
@@ -93,11 +102,10 @@ class CheckpointSettings:
 
     @property
     def base(self) -> LayerFormat:
-        """The format of a layer that no rule touches."""
         return LayerFormat(self.bits, self.group_size, self.sym, self.desc_act)
 
     def layer(self, name: str) -> LayerFormat | None:
-        """The format of the layer called `name`; None where the configuration leaves it unquantized.
+        """Find the format of the layer `name`; None if the configuration leaves it unquantized.
 
         Raises:
             CheckpointError: an expression in `dynamic` takes forever.
@@ -121,7 +129,7 @@ class CheckpointSettings:
 def build(
     config: QuantConfig, layers: Mapping[str, LayerSettings], skipped: Iterable[str], meta: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The ``quantization_config`` of a finished checkpoint: plain JSON types, in a fixed order.
+    """Build the ``quantization_config`` of a finished checkpoint: plain JSON types, in a fixed order.
 
     Args:
         config: gives the defaults that `layers` are compared with.
@@ -201,30 +209,33 @@ _Indices = tuple[int, ...]
 
 
 def _dynamic(rules: Mapping[str, _Rule]) -> dict[str, dict[str, Any]]:
-    """As few patterns as block indices and sibling names allow, each matching exactly its layers."""
-    families: dict[tuple[str | None, ...], dict[_Indices, _Rule]] = {}
+    """Build as few patterns as possible, each matching exactly its layers.
+
+    Names that differ only in their indices have one shape; names that differ only in their last part have one stem.
+    """
+    shapes: dict[tuple[str | None, ...], dict[_Indices, _Rule]] = {}
     for name, rule in rules.items():
         parts = name.split(".")
-        family = tuple(None if part.isdigit() else part for part in parts)
+        shape = tuple(None if part.isdigit() else part for part in parts)
         indices = tuple(int(part) for part in parts if part.isdigit())
-        families.setdefault(family, {})[indices] = rule
+        shapes.setdefault(shape, {})[indices] = rule
 
     endings: dict[tuple[str, _Rule], list[str]] = {}
-    siblings: dict[str, set[str]] = {}
-    for family, members in families.items():
+    all_endings: dict[str, set[str]] = {}
+    for shape, members in shapes.items():
         for rule in dict.fromkeys(members.values()):
             matched = {indices for indices, its_rule in members.items() if its_rule == rule}
             for numbers in _cover(matched, set(members)):
-                parts = _fill(family, numbers)
+                parts = _fill(shape, numbers)
                 stem = r"\.".join(parts[:-1])
                 endings.setdefault((stem, rule), []).append(parts[-1])
-                siblings.setdefault(stem, set()).add(parts[-1])
+                all_endings.setdefault(stem, set()).add(parts[-1])
 
     dynamic: dict[str, dict[str, Any]] = {}
     for (stem, rule), names in endings.items():
         if rule == ():
             continue
-        pattern = _pattern(stem, names, whole=siblings[stem] == set(names))
+        pattern = _pattern(stem, names, whole=all_endings[stem] == set(names))
         dynamic[pattern if rule is not None else f"-:{pattern}"] = dict(rule or ())
     return dynamic
 
@@ -249,15 +260,15 @@ def _cover(matched: set[_Indices], known: set[_Indices]) -> list[tuple[str, ...]
     return result
 
 
-def _fill(family: tuple[str | None, ...], numbers: tuple[str, ...]) -> list[str]:
+def _fill(shape: tuple[str | None, ...], numbers: tuple[str, ...]) -> list[str]:
     remaining = iter(numbers)
-    return [next(remaining) if part is None else re.escape(part) for part in family]
+    return [next(remaining) if part is None else re.escape(part) for part in shape]
 
 
 def _pattern(stem: str, names: list[str], whole: bool) -> str:
-    """Join a stem and its endings; add the names under which serving engines merge them.
+    """Join a stem and its endings, with the names under which serving engines merge them.
 
-    It matches names of modules, and of their tensors: ONNX Runtime GenAI asks with those.
+    The pattern matches names of modules, and of their tensors, which ONNX Runtime GenAI looks up.
     """
     merged = [
         group.merged_name for group in INPUT_GROUPS if group.merged_name and set(group.names) <= set(names)

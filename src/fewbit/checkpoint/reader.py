@@ -1,8 +1,8 @@
-"""Opening a GPTQ checkpoint, whoever wrote it: headers and configuration only; data on request.
+"""Opening a GPTQ checkpoint from any tool: headers and configuration first, data on request.
 
 `open_checkpoint` finds the configuration (config.json, or AutoGPTQ's quantize_config.json) and the weights
 (one file, an index with shards, or AutoGPTQ's names) and deduces every quantized layer from the tensors
-that exist. What contradicts itself is refused here with a `CheckpointError`; `verify` lists it all.
+that exist. A contradiction is refused here with a `CheckpointError`; `fewbit.verification` lists them all.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -25,6 +26,8 @@ from .safe_io import is_plain_name, read_json, shown
 from .safetensors_file import TensorInfo, read_header
 from .writer import CONFIG, INDEX, MARKER, QUANTIZE_CONFIG, SINGLE
 
+# Writers that take 1 off whole words in format "gptq": what looks overwritten is exact in their files.
+_WHOLE_WORD_WRITERS = ("gptqmodel", "gptq-model", "gpt-qmodel")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
@@ -33,12 +36,20 @@ class LayerSpec:
     """One quantized layer, from the headers alone.
 
     Attributes:
-        name: full module name. parts: the short names of the tensors it has, ``bias`` included.
-        bits, group_size, sym, desc_act: as configured for this layer. format: "gptq" or "gptq_v2".
-        in_features, out_features, groups: as the tensors say.
-        has_g_idx: whether the groups are stored. padded: whether a packed axis is longer than its values.
-        configured: False where the tensors exist although the configuration leaves this layer out.
-        nbytes: of all its tensors but the bias.
+        name: Full module name.
+        bits: Configured bits of a code.
+        group_size: Configured group size.
+        sym: True if the layer is configured as symmetric.
+        desc_act: True if the layer is configured with groups that are not consecutive inputs.
+        format: "gptq" or "gptq_v2".
+        in_features: Columns of the weight matrix, from the tensors' shapes.
+        out_features: Rows of the weight matrix, from the tensors' shapes.
+        groups: Groups of each row, from the tensors' shapes.
+        has_g_idx: True if the group of each input is stored.
+        padded: True if a packed axis is longer than its values.
+        configured: False if the tensors exist although the configuration leaves this layer out.
+        parts: Short names of its tensors, ``bias`` included.
+        nbytes: Bytes of its tensors without the bias.
     """
 
     name: str
@@ -58,25 +69,26 @@ class LayerSpec:
 
     @property
     def layer_format(self) -> LayerFormat:
-        """Bits, group size, symmetry and order."""
         return LayerFormat(self.bits, self.group_size, self.sym, self.desc_act)
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightFiles:
     """The safetensors files of a folder.
 
     Attributes:
-        folder: where they lie. index: the index file, where there is one.
-        files: every file that belongs to the checkpoint.
-        tensors: dtype, shape and place of every tensor. place: the file of every tensor.
+        folder: The folder.
+        index: The index file; None for a single file.
+        files: Every file that belongs to the checkpoint.
+        tensors: Dtype, shape and offsets of every tensor by name.
+        file_of: File of every tensor by name.
     """
 
     folder: Path
     index: Path | None
     files: tuple[Path, ...]
     tensors: dict[str, TensorInfo]
-    place: dict[str, Path]
+    file_of: dict[str, Path]
     _open: dict[Path, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def tensor(self, name: str) -> Tensor:
@@ -85,9 +97,9 @@ class Weights:
         Raises:
             CheckpointError: there is none, or its file cannot be read any more.
         """
-        if name not in self.place:
+        if name not in self.file_of:
             raise CheckpointError(f"{self.folder} has no tensor {name}")
-        path = self.place[name]
+        path = self.file_of[name]
         try:
             if path not in self._open:
                 self._open[path] = safe_open(path, framework="pt")
@@ -102,21 +114,23 @@ class Checkpoint:
     """An opened checkpoint.
 
     Attributes:
-        path: its folder. config: config.json, empty for an AutoGPTQ folder without one.
-        quantization: the quantization configuration as written; settings: the same, parsed.
-        weights: the files. layers: every quantized layer by its full module name.
+        path: Its folder.
+        config: Content of config.json; empty for an AutoGPTQ folder without one.
+        quantization: The quantization configuration as written.
+        settings: The parsed quantization configuration.
+        weights: The weight files.
+        layers: Every quantized layer by its full module name.
     """
 
     path: Path
     config: dict[str, Any]
     quantization: dict[str, Any]
     settings: CheckpointSettings
-    weights: Weights
+    weights: WeightFiles
     layers: dict[str, LayerSpec]
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
-        """Every tensor's dtype and shape by its full name."""
         return self.weights.tensors
 
     def tensor(self, name: str) -> Tensor:
@@ -195,7 +209,7 @@ def find_config(
     return config, found, config_path
 
 
-def open_weights(folder: Path, base_name: str | None = None) -> Weights:
+def open_weights(folder: Path, base_name: str | None = None) -> WeightFiles:
     """Read the headers of the safetensors files in `folder`.
 
     Args:
@@ -207,20 +221,20 @@ def open_weights(folder: Path, base_name: str | None = None) -> Weights:
     """
     index, files = find_weights(folder, base_name)
     tensors: dict[str, TensorInfo] = {}
-    place: dict[str, Path] = {}
+    file_of: dict[str, Path] = {}
     for path in files:
         infos, _ = read_header(path)
         for name, info in infos.items():
-            if name in place:
+            if name in file_of:
                 raise CheckpointError(
-                    f"tensor {name} is both in {place[name].name} and in {path.name} of {folder}"
+                    f"tensor {name} is both in {file_of[name].name} and in {path.name} of {folder}"
                 )
-            tensors[name], place[name] = info, path
+            tensors[name], file_of[name] = info, path
     if index is not None:
         for name, file in read_weight_map(index).items():
-            if place.get(name) != folder / file:
+            if file_of.get(name) != folder / file:
                 raise CheckpointError(f"{index} says that {name} is in {file}, but it is not")
-    return Weights(folder, index, files, tensors, place)
+    return WeightFiles(folder, index, files, tensors, file_of)
 
 
 def find_weights(folder: Path, base_name: str | None = None) -> tuple[Path | None, tuple[Path, ...]]:
@@ -286,7 +300,7 @@ def layer_names(tensors: Mapping[str, Any]) -> list[str]:
 def layer_spec(name: str, settings: CheckpointSettings, tensors: Mapping[str, TensorInfo]) -> LayerSpec:
     """Deduce one layer from its tensors' shapes.
 
-    The inputs are counted by g_idx; without one by the packed rows, as far as the groups reach.
+    g_idx gives the number of inputs; without one it is the packed rows, limited by the groups.
 
     Raises:
         CheckpointError: a tensor is missing, or the shapes contradict each other or the configuration.
@@ -335,3 +349,19 @@ def _in_features(parts: Mapping[str, TensorInfo], bits: int, group_size: int, gr
         return parts[G_IDX].shape[0]
     packed = parts[QWEIGHT].shape[0] * 32 // bits
     return packed if group_size == -1 else min(packed, groups * group_size)
+
+
+def overwritten_words(qzeros: Tensor, spec: LayerSpec, settings: CheckpointSettings) -> int:
+    """Count the full words of a v1 ``qzeros`` (G, words) whose bits from the second-highest value up are all set.
+
+    A writer that stores zero point 0 as -1 in 32 bits leaves such words: it sets every field above. At 3 bits the
+    highest value of the first two words of three continues in the next word. Files of writers that subtract from whole
+    words can hold the same bits and are read exactly: the count for them is 0.
+    """
+    whole_words = any(name.lower().startswith(_WHOLE_WORD_WRITERS) for name in settings.quantizers)
+    if spec.format != "gptq" or whole_words:
+        return 0
+    full = spec.out_features * spec.bits // 32
+    lowest = torch.tensor([27, 28, 26] if spec.bits == 3 else [32 - 2 * spec.bits]).repeat(full)[:full]
+    words = qzeros[:, :full].to(torch.int64) & 0xFFFFFFFF
+    return int((words >> lowest == 2 ** (32 - lowest) - 1).sum())

@@ -1,7 +1,7 @@
 """Writing a checkpoint so that a half-written one cannot be taken for a whole one.
 
 Names, dtypes and shapes of all tensors are known before the first one is written. So the tensors are divided into
-shards at the start, and each shard file begins with its header; `add` writes a tensor at its place in the file. Memory
+shards at the start, and each shard file begins with its header; `add` writes a tensor at its offset. Memory
 holds one tensor, whatever the shard size. Shards have temporary names until `finish`, which then writes the other
 files, the manifest and, last, config.json: a folder that has one is complete. Every file is synced before it is
 renamed. The same tensors and settings give the same bytes.
@@ -151,8 +151,8 @@ class CheckpointWriter:
         """Complete the checkpoint, once all tensors are added.
 
         Args:
-            config: The model's configuration. ``quantization_config`` in it is replaced, and keys that older readers
-                look for are added (`for_older_readers`).
+            config: The model's configuration. ``quantization_config`` in it is replaced, and keys of older versions of
+                transformers are added (`with_legacy_keys`).
             quantization: From `quantization_config.build`; also written as quantize_config.json.
             extra_files: Tokenizer and so on: name in the folder → content, or the file to copy.
 
@@ -168,7 +168,7 @@ class CheckpointWriter:
         for name, content in (extra_files or {}).items():
             hashes[name] = self._write_extra(name, content)
         quantization_json = _json(dict(quantization))
-        config_json = _json({**for_older_readers(config), "quantization_config": dict(quantization)})
+        config_json = _json({**with_legacy_keys(config), "quantization_config": dict(quantization)})
         hashes[QUANTIZE_CONFIG] = manifest.hash_bytes(quantization_json)
         hashes[CONFIG] = manifest.hash_bytes(config_json)
         self._write(manifest.NAME, manifest.encode(hashes))
@@ -283,7 +283,7 @@ def _shard(name: str, tensors: Mapping[str, Shaped]) -> _Shard:
     return _Shard(name, position, header, starts, set(order))
 
 
-def for_older_readers(config: Mapping[str, Any]) -> dict[str, Any]:
+def with_legacy_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """Add the keys of transformers 4 beside ``rope_parameters``, in the parts of a multimodal model too.
 
     transformers 5 moved ``rope_theta``, ``partial_rotary_factor`` and ``rope_scaling`` from the top of config.json into
@@ -294,7 +294,7 @@ def for_older_readers(config: Mapping[str, Any]) -> dict[str, Any]:
     can express that, and nothing is added.
     """
     result = {
-        key: for_older_readers(value) if key.endswith("_config") and isinstance(value, Mapping) else value
+        key: with_legacy_keys(value) if key.endswith("_config") and isinstance(value, Mapping) else value
         for key, value in config.items()
     }
     rope = config.get("rope_parameters")

@@ -13,7 +13,7 @@ from .display import NO, examples, plain, quiet_libraries
 from .options import AsJson
 
 if TYPE_CHECKING:
-    from ..checkpoint.verify import VerifyResult
+    from ..verification import VerifyResult
 
 
 @examples(
@@ -33,10 +33,10 @@ def verify(
 
     Lists every problem. Exit code 0 if there is none, else 1.
     """
-    from ..checkpoint import verify as checkpoint_verify
+    from ..verification import verify as verify_checkpoint
 
     quiet_libraries()
-    result = checkpoint_verify.verify(checkpoint, against)
+    result = verify_checkpoint(checkpoint, against)
     if as_json:
         problems = [problem._asdict() for problem in result.problems]
         answer = {"ok": result.ok, "problems": problems, "layers": result.layers, "errors": result.errors}

@@ -143,7 +143,7 @@ def _step_seconds(plan: Plan) -> float:
     x = torch.randn(TOKENS_PER_STEP, _WIDTH)
     call = TrainingCall((x,), {}, torch.randn_like(x))
     few, many = (
-        _seconds(partial(tune_block, block, {"0": codes}, {"0": W.detach()}, [call], [call], steps=steps))
+        _seconds(partial(tune_block, block, {"0": (codes, W.detach())}, [call], [call], steps=steps))
         for steps in (8, 16)
     )
     with torch.enable_grad():

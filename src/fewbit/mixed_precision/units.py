@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ..checkpoint.layout import word_count
 from ..config import BITS, QuantConfig
-from ..modeling.input_groups import merged_layers
+from ..input_groups import merged_layers
 from ..planning import LayerPlan, Plan
 from ..quantized_matrix import group_count
 

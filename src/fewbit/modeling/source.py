@@ -149,7 +149,7 @@ class Source:
             files = open_weights(self.folder)
         except CheckpointError as error:
             raise ModelError(f"cannot load the weights in {self.folder}: {error}") from error
-        tensors = {name: FileTensor(files.place[name], info) for name, info in files.tensors.items()}
+        tensors = {name: FileTensor(files.file_of[name], info) for name, info in files.tensors.items()}
         if dtype == "auto":
             own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
             dtype = str(own or _first_float(tensors)).removeprefix("torch.")

@@ -1,7 +1,7 @@
-"""What happens at the end of a block: its layers, solved one by one, are tuned together.
+"""The end of a block with --tune: its layers, solved one by one, are tuned jointly.
 
-Turns what the walk brings to the end of a block (the quantized and the full-precision passages of every
-batch) into the calls that `tune.tune_block` learns from and is judged by.
+The scheduler delivers the calls of a block on the quantized and on the full-precision path of every batch. They become
+the training and holdout calls of `tune_block.tune_block`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from .tune_block import TrainingCall, TuneResult, tune_block
 
 @dataclass
 class BlockTuner:
-    """Tunes blocks, and remembers what it gained.
+    """Tunes blocks and collects what was gained.
 
-    The sequences that judge are those that were held out from the Hessians.
+    The holdout sequences are the same as for the solver: they do not enter the Hessians.
 
     Attributes:
-        batches: what is known of the rows of every batch; jobs N … 2N−1 are their full-precision runs.
-        steps: per block.
-        seed: of the order in which batches are used.
-        comm: the processes; each has its batches, and all tune the same blocks.
-        skipped: block → why it was not tuned. dropped: batches that had values that are not finite.
+        batches: Row masks of every batch; jobs N … 2N−1 are the full-precision passes of jobs 0 … N−1.
+        steps: Optimizer steps per block.
+        seed: Seed for the order in which batches are used.
+        comm: Processes that share the work; each has its batches, and all tune the same blocks.
+        skipped: Block → reason why it was not tuned.
+        dropped: Batches with values that are not finite.
     """
 
     batches: Sequence[BatchMasks]
@@ -48,29 +49,32 @@ class BlockTuner:
         block: nn.Module,
         codes: Mapping[str, QuantizedMatrix],
         weights: Mapping[str, Tensor],
-        passages: Sequence[BlockCall],
+        calls: Sequence[BlockCall],
     ) -> TuneResult | None:
-        """Tune one block; None where that is not possible: `skipped` has the reason.
+        """Tune one block. Return None if that is not possible; `skipped` then has the reason.
 
         Args:
-            codes, weights: name of a layer inside the block → its codes, its original weight matrix.
+            name: Name of the block.
+            block: The block.
+            codes: Name of a layer inside the block → its quantized matrix.
+            weights: Name of a layer inside the block → its original weight matrix (out, in).
+            calls: Calls of the block on both paths.
         """
-        reason = next(filter(None, self.comm.all_gather_object(_why_not(block, passages))), None)
-        train, held_out = ([], []) if reason else self._calls(name, passages)
+        reason = next(filter(None, self.comm.all_gather_object(_unsupported_reason(block, calls))), None)
+        train, held_out = ([], []) if reason else self._training_calls(name, calls)
         if not reason and not all(self.comm.all_reduce_sum(len(train), len(held_out))):
             reason = "too few sequences went through it in both streams, or their outputs are not finite"
         if reason:
             self.skipped[name] = reason
             return None
-        return tune_block(
-            block, codes, weights, train, held_out, steps=self.steps, seed=self.seed, comm=self.comm
-        )
+        layers = {layer: (matrix, weights[layer]) for layer, matrix in codes.items()}
+        return tune_block(block, layers, train, held_out, steps=self.steps, seed=self.seed, comm=self.comm)
 
     def notes(self, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
-        """Sentences about what was gained, in this run and in one that it resumed, and what was left out.
+        """Summarize what was gained, in this run and in the run that it resumed, and what was left out.
 
         Args:
-            records: of all layers, by name.
+            records: Records of all layers by name.
         """
         blocks = {r["block"]: r for r in records.values() if r["block_error"] is not None}
         kept = [record["block_error"] for record in blocks.values() if record["tuned"]]
@@ -90,32 +94,32 @@ class BlockTuner:
             notes.append(f"{len(names)} blocks were not tuned, for example {names[0]}: {reason}")
         return notes
 
-    def _calls(
-        self, name: str, passages: Sequence[BlockCall]
+    def _training_calls(
+        self, name: str, block_calls: Sequence[BlockCall]
     ) -> tuple[list[TrainingCall], list[TrainingCall]]:
-        """Calls to learn from and to judge by; a batch with sequences of both kinds is in both lists."""
+        """Divide calls into training and holdout calls; a batch with sequences of both kinds is in both lists."""
         N = len(self.batches)
-        targets = {passage.job - N: _states(passage.output) for passage in passages if passage.job >= N}
+        targets = {call.job - N: _states(call.output) for call in block_calls if call.job >= N}
         train: list[TrainingCall] = []
         held_out: list[TrainingCall] = []
-        for passage in passages:
-            if passage.job not in targets or targets[passage.job].shape != _states(passage.output).shape:
+        for call in block_calls:
+            if call.job not in targets or targets[call.job].shape != _states(call.output).shape:
                 continue
-            target, batch = targets[passage.job], self.batches[passage.job]
-            if not (_finite(target) and _finite(_states(passage.output))):
-                self.dropped.add(passage.job)  # one such token makes every gradient useless
+            target, batch = targets[call.job], self.batches[call.job]
+            if not (_finite(target) and _finite(_states(call.output))):
+                self.dropped.add(call.job)  # one such token makes every gradient non-finite
                 continue
             counts = _counts(name, batch, target)
             held = batch.held_out_rows(counts.numel())
-            judges = torch.zeros_like(counts) if held is None else counts & held.to(counts.device)
-            for calls, mask in ((train, counts & ~judges), (held_out, judges)):
+            holdout = torch.zeros_like(counts) if held is None else counts & held.to(counts.device)
+            for calls, mask in ((train, counts & ~holdout), (held_out, holdout)):
                 if bool(mask.any()):
-                    calls.append(TrainingCall(passage.args, passage.kwargs, target, mask))
+                    calls.append(TrainingCall(call.args, call.kwargs, target, mask))
         return train, held_out
 
 
 def _counts(name: str, batch: BatchMasks, target: Tensor) -> Tensor:
-    """Which tokens of a block's output count, flattened: all but padding."""
+    """Return the mask of the tokens that are not padding, flattened: bool (tokens,)."""
     padding = batch.decoder if batch.has_decoder and "decoder" in name.split(".") else batch.tokens
     mask = None if padding is None else row_mask(target, padding)
     if mask is None:
@@ -127,20 +131,20 @@ def _finite(states: Tensor) -> bool:
     return bool(torch.isfinite(states).all())
 
 
-def _why_not(block: nn.Module, passages: Sequence[BlockCall]) -> str | None:
-    """Why a block cannot be tuned; None if it can."""
+def _unsupported_reason(block: nn.Module, calls: Sequence[BlockCall]) -> str | None:
+    """Say why a block cannot be tuned; None if it can."""
     if any(isinstance(module, nn.Conv2d) for module in block.modules()):
         return "it has convolutions, whose outputs are not states of tokens"
-    if not all(isinstance(passage.output, (Tensor, tuple)) for passage in passages):
+    if not all(isinstance(call.output, (Tensor, tuple)) for call in calls):
         return "its output is neither a tensor nor a tuple that begins with one"
-    if not all(isinstance(_states(passage.output), Tensor) for passage in passages):
+    if not all(isinstance(_states(call.output), Tensor) for call in calls):
         return "its output does not begin with a tensor"
-    if not all(passage.intact for passage in passages):
+    if not all(call.intact for call in calls):
         return "it changes its inputs in place, so that it cannot be run again"
     return None
 
 
 def _states(output: Any) -> Tensor:
-    """The hidden states in a block's output: the output itself, or the first of a tuple."""
+    """Return the hidden states in a block's output: the output itself, or the first of a tuple."""
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states

@@ -1,22 +1,22 @@
-"""Tuning: the codes and scales of one block of layers, optimised together by gradient.
+"""Block tuning: the codes and scales of one block of layers, optimized jointly by gradient descent.
 
-Contract: a block (any module with a `forward`), the codes of its layers, and calls recorded on the way
-through the quantized model, each with the full-precision model's output, in; codes on the same grids
-out: zero points and g_idx unchanged, codes 0 … 2^bits − 1, scales normal float16. The block is left as
-it was found. Nothing here knows calibration, files or the walk.
+Input: a block (any module with a `forward`), the quantized matrices of its layers, and calls recorded on the quantized
+path, each with the full-precision model's output. Output: codes on the same grids. Zero points and g_idx are unchanged,
+codes are 0 … 2^bits − 1, scales are normal float16 numbers. The block is not changed. This file knows nothing of
+calibration, files or the scheduler.
 
-Several processes, each with some of the calls, take the steps that one would take: each runs its own of the calls
-that are drawn, and gradients are summed. With one or two calls to a step that is the same to the last bit.
+Several processes, each with a part of the calls, take the steps that one process would take: each runs its part of the
+calls that are drawn, and gradients are summed. With one or two calls in a step, the result is the same to the last bit.
 
-The solver makes each layer good on its own; this makes the block good as a whole. The idea is that of
-SignRound (arXiv:2309.05516) and Block-AP (arXiv:2407.11062). With v the code before rounding and r a
-factor on the solver's scale s₀, one v per weight and one r per row and group,
+The solver minimizes the error of each layer alone; tuning minimizes the error of the block's output, as SignRound
+(arXiv:2309.05516) and Block-AP (arXiv:2407.11062) do. With v the code before rounding and r a factor on the solver's
+scale s₀, one v per weight and one r per row and group,
 
     ŵ = s (q − z),   q = clamp(round(v), 0, 2^bits − 1),   s = float16(s₀ r)
     ∂L/∂v = s ∂L/∂ŵ  (rounding counts as the identity),    ∂L/∂r = s₀ Σ_group (q − z) ∂L/∂ŵ
 
-and L = mean over tokens of ‖y − ỹ‖² / ‖ỹ‖², y the block's output and ỹ the full-precision one: relative,
-because the next block normalises each token, and a few tokens are hundreds of times larger than the rest.
+and L = mean over tokens of ‖y − ỹ‖² / ‖ỹ‖², where y is the block's output and ỹ the full-precision output. L is
+relative because the next block normalizes each token, and a few tokens are hundreds of times larger than the rest.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ from ..gptq.grid import LARGEST_SCALE, SMALLEST_SCALE
 from ..modeling.layers import weight_matrix
 from ..quantized_matrix import QuantizedMatrix
 
-TOKENS_PER_STEP = 1024  # at least so many, in whole calls
-RATE_CODES = 0.01  # of Adam: about how far v moves in one of the first steps
-RATE_SCALES = 0.002  # of Adam: the same for r
+TOKENS_PER_STEP = 1024  # minimum, in whole calls
+RATE_CODES = 0.01  # Adam's learning rate for v: about the distance that v moves in one of the first steps
+RATE_SCALES = 0.002  # Adam's learning rate for r
 _BETAS = (0.9, 0.95)
-_CHECKS = 8  # so often is the held-out loss measured
-_TINY = 1e-12  # instead of zero, in a division
-_CELL = 0.49  # how far from its code v may start
+_CHECKS = 8  # measurements of the holdout loss
+_TINY = 1e-12  # replaces zero in a division
+_CELL = 0.49  # maximum distance of v from its code at the start
 
 
 @dataclass(frozen=True)
 class TrainingCall:
-    """One call of the block on the way through the quantized model.
+    """One call of the block on the quantized path.
 
     Attributes:
-        args, kwargs: what the block's forward was given.
-        target: the full-precision model's output of this block for the same tokens, (..., features).
-        mask: bool, one value per token of the target, False where it is padding and does not count; None
-            where all count.
+        args: Positional arguments of the block's forward.
+        kwargs: Keyword arguments of the block's forward.
+        target: Output of the block in the full-precision model for the same tokens, (..., features).
+        mask: Bool, one value per token of the target, False for padding; None if no token is padding.
     """
 
     args: tuple[Any, ...]
@@ -64,7 +64,6 @@ class TrainingCall:
 
     @property
     def tokens(self) -> int:
-        """How many count."""
         return int(self.mask.sum()) if self.mask is not None else self.target[..., 0].numel()
 
 
@@ -73,11 +72,13 @@ class TuneResult:
     """A tuned block.
 
     Attributes:
-        codes: layer → its codes; the very ones given where nothing was kept.
-        before, after: L on the held-out calls, with the codes given and with those returned.
-        train_before, train_after: L on as many of the other calls.
-        kept: whether tuning lowered L on the held-out calls.
-        changed: share of the codes that differ from the ones given.
+        codes: Layer → its quantized matrix; the given matrices if tuning did not lower the holdout loss.
+        before: L on the holdout calls with the given codes.
+        after: L on the holdout calls with the returned codes.
+        train_before: L on the same number of training calls with the given codes.
+        train_after: L on the same number of training calls with the returned codes.
+        kept: True if tuning lowered L on the holdout calls.
+        changed: Share of the codes that differ from the given ones.
     """
 
     codes: dict[str, QuantizedMatrix]
@@ -91,8 +92,7 @@ class TuneResult:
 
 def tune_block(
     block: nn.Module,
-    codes: Mapping[str, QuantizedMatrix],
-    weights: Mapping[str, Tensor],
+    layers: Mapping[str, tuple[QuantizedMatrix, Tensor]],
     train: Sequence[TrainingCall],
     held_out: Sequence[TrainingCall],
     *,
@@ -100,24 +100,24 @@ def tune_block(
     seed: int = 0,
     comm: Communicator | None = None,
 ) -> TuneResult:
-    """Optimise the codes and scales of the layers of one block.
+    """Optimize the codes and scales of the layers of one block.
 
-    Of the states seen, the one with the lowest L on the held-out calls is returned; the given codes are one
-    of them. The block runs in its own dtype; v, r, their gradients and L are float32.
+    The result is the state with the lowest L on the holdout calls among the measured states, which include the given
+    codes. The block runs in its dtype; v, r, their gradients and L are float32.
 
     Args:
-        block: in evaluation mode, on any device. Its parameters are not touched.
-        codes: name of a layer inside the block → its codes from the solver.
-        weights: the same names → original weight matrix (out, in), which says on which side of its code each
-            weight lies, and so which codes are next to change.
-        train, held_out: at least one call each, in any of the processes.
-        steps: of about `TOKENS_PER_STEP` tokens each, with a rate that falls linearly to 0.
-        seed: of the order in which calls are used.
-        comm: the processes, each with its calls; all get the same result.
+        block: Block in evaluation mode, on any device. Its parameters are not changed.
+        layers: Name of a layer inside the block → its quantized matrix from the solver, and its original weight matrix
+            (out, in). The latter tells on which side of its code each weight lies, and so which codes change first.
+        train: Training calls; at least one in any of the processes.
+        held_out: Holdout calls; at least one in any of the processes.
+        steps: Steps of about `TOKENS_PER_STEP` tokens, with a learning rate that falls linearly to 0.
+        seed: Seed for the order in which calls are used.
+        comm: Processes, each with its calls; all get the same result.
 
     Raises:
-        CalibrationError: no call to train on, or none to judge by.
-        ModelError: the block's output does not have the target's shape.
+        CalibrationError: There is no training call or no holdout call.
+        ModelError: The block's output does not have the target's shape.
     """
     comm = comm or Communicator()
     shared, judges = _Shared(train, comm), _Shared(held_out, comm)
@@ -126,16 +126,17 @@ def tune_block(
             f"tuning needs calibration batches to learn from and others to judge by, but there are {shared.count} and "
             f"{judges.count}: give more text or a smaller batch_size"
         )
-    trial = _Trial(block, {name: _Layer(codes[name], weights[name]) for name in codes}, comm)
+    trial = _Trial(block, {name: _Layer(*layer) for name, layer in layers.items()}, comm)
     first = best = trial.state(shared, judges)
     checks = {steps * i // _CHECKS for i in range(1, _CHECKS + 1)}
     for step in _descend(trial, shared, steps, seed):
         if step in checks:
             state = trial.state(shared, judges)
             best = state if state.held_out < best.held_out else best
+    codes = {name: given for name, (given, _) in layers.items()}
     changed = sum(int((best.codes[name].codes != codes[name].codes).sum()) for name in codes)
     return TuneResult(
-        codes=best.codes if best is not first else dict(codes),
+        codes=best.codes if best is not first else codes,
         before=first.held_out,
         after=best.held_out,
         train_before=first.train,
@@ -147,7 +148,7 @@ def tune_block(
 
 @dataclass(frozen=True)
 class _State:
-    """Codes, and L with them on as many of the training calls as are held out, and on those."""
+    """Codes, and L with them on the holdout calls and on the same number of training calls."""
 
     codes: dict[str, QuantizedMatrix]
     train: float
@@ -158,7 +159,8 @@ class _Shared:
     """The calls of all processes, in rank order.
 
     Attributes:
-        count: how many there are. tokens: of all of them.
+        count: Number of calls.
+        tokens: Number of tokens of all calls.
     """
 
     def __init__(self, calls: Sequence[TrainingCall], comm: Communicator) -> None:
@@ -167,7 +169,7 @@ class _Shared:
         self.count, self.tokens = sum(map(len, everyones)), sum(map(sum, everyones))
 
     def mine(self, numbers: Iterable[int]) -> list[TrainingCall]:
-        """Those of the calls with these numbers that this process has."""
+        """Return the calls of this process among the calls with these numbers."""
         own = range(len(self._calls))
         return [self._calls[number - self._first] for number in numbers if number - self._first in own]
 
@@ -183,28 +185,29 @@ class _Groups:
         within = (
             torch.arange(len(groups), device=groups.device) - (counts.cumsum(0) - counts)[groups[columns]]
         )
-        self.place = torch.empty_like(groups)
-        self.place[columns] = groups[columns] * self.width + within
+        self.position = torch.empty_like(groups)
+        self.position[columns] = groups[columns] * self.width + within
         # Consecutive columns in full groups, the usual case, need no copy.
-        self.plain = self.count * self.width == len(groups) and bool((self.place.diff() == 1).all())
+        self.plain = self.count * self.width == len(groups) and bool((self.position.diff() == 1).all())
 
     def split(self, X: Tensor) -> Tensor:
         if not self.plain:
             padded = X.new_zeros(X.shape[0], self.count * self.width)
-            padded[:, self.place] = X
+            padded[:, self.position] = X
             X = padded
         return X.reshape(X.shape[0], self.count, self.width)
 
     def join(self, X: Tensor) -> Tensor:
         X = X.flatten(1)
-        return X if self.plain else X.index_select(1, self.place)
+        return X if self.plain else X.index_select(1, self.position)
 
 
 class _Layer:
-    """One layer while it is tuned; all tensors but the matrices going in and out are (m, G, width) or (m, G, 1).
+    """One layer while it is tuned. Its tensors are (m, G, width) or (m, G, 1).
 
     Attributes:
-        v: codes before rounding, float32. r: factors on the solver's scales, float32.
+        v: Codes before rounding, float32 (m, G, width).
+        r: Factors on the solver's scales, float32 (m, G, 1).
     """
 
     def __init__(self, given: QuantizedMatrix, W: Tensor) -> None:
@@ -213,23 +216,23 @@ class _Layer:
         self.groups = _Groups(given.g_idx)
         self.s0, self.z = given.scales.float()[..., None], given.zeros.float()[..., None]
         q = self.groups.split(given.codes.float())
-        # Each weight starts on that side of its code where the original lies, not further than its cell.
+        # v starts at the original weight in units of the scale, but inside the rounding cell of its code.
         error = self.groups.split(W.float() - given.dequantize())
         self.v = nn.Parameter(q + (error / self.s0).clamp_(-_CELL, _CELL))
         self.r = nn.Parameter(torch.ones_like(self.s0))
-        # A group of zeros has the scale 1, which says nothing about how far its weights may go.
+        # A group of zeros has the scale 1, which has no relation to the size of its weights: it is not tuned.
         self.live = (q != self.z).any(2, keepdim=True)
 
     def q(self) -> Tensor:
         return self.v.detach().round().clamp_(0, self.levels)
 
     def s(self) -> Tensor:
-        """Scales as they are stored, with the solver's signs."""
+        """Return the scales as they are stored, with the solver's signs."""
         s = (self.s0 * self.r.detach()).abs().clamp_(SMALLEST_SCALE, LARGEST_SCALE)
         return s.copysign_(self.s0).half().float()
 
     def matrix(self) -> Tensor:
-        """Ŵ, float32 (m, n)."""
+        # Ŵ = s (q − z), float32 (m, n)
         return self.groups.join((self.q() - self.z) * self.s())
 
     def codes(self) -> QuantizedMatrix:
@@ -237,14 +240,16 @@ class _Layer:
         return replace(self.given, codes=q, scales=self.s()[..., 0].to(self.given.scales.dtype))
 
     def set_gradient(self, dW: Tensor) -> None:
-        """∂L/∂v and ∂L/∂r from ∂L/∂Ŵ, (m, n)."""
+        """Compute ∂L/∂v and ∂L/∂r from ∂L/∂Ŵ (m, n)."""
         dW = self.groups.split(dW) * self.live
-        self.r.grad = ((self.q() - self.z) * dW).sum(2, keepdim=True).mul_(self.s0)
-        self.v.grad = dW.mul_(self.s())
+        self.r.grad = (
+            ((self.q() - self.z) * dW).sum(2, keepdim=True).mul_(self.s0)
+        )  # ∂L/∂r = s₀ Σ (q − z) ∂L/∂ŵ
+        self.v.grad = dW.mul_(self.s())  # ∂L/∂v = s ∂L/∂ŵ
 
 
 class _Trial:
-    """The block with the matrices being tuned in place of its own."""
+    """The block, run with the matrices being tuned instead of its weights."""
 
     def __init__(self, block: nn.Module, layers: dict[str, _Layer], comm: Communicator) -> None:
         self.block, self.layers, self.comm = block, layers, comm
@@ -252,7 +257,7 @@ class _Trial:
         self.others = {name: parameter.detach() for name, parameter in block.named_parameters()}
 
     def matrices(self) -> dict[str, Tensor]:
-        """Ŵ of every layer in the block's dtype."""
+        """Return Ŵ of every layer in the block's dtype."""
         return {
             name: layer.matrix().to(weight_matrix(self.modules[name]).dtype)
             for name, layer in self.layers.items()
@@ -269,7 +274,7 @@ class _Trial:
         return _State({name: layer.codes() for name, layer in self.layers.items()}, *means)
 
     def set_gradients(self, calls: Sequence[TrainingCall]) -> None:
-        """Give every v and r the gradient of the errors summed over these calls and those of the other processes.
+        """Set the gradients of v and r: the sum over these calls and the calls of the other processes.
 
         One call is in memory at a time.
         """
@@ -290,7 +295,7 @@ class _Trial:
             layer.set_gradient(total[name])
 
     def errors(self, matrices: Mapping[str, Tensor], call: TrainingCall) -> Tensor:
-        """‖y − ỹ‖² / ‖ỹ‖² of every token that counts: float32 (tokens,)."""
+        """Return ‖y − ỹ‖² / ‖ỹ‖² of every token that is not padding: float32 (tokens,)."""
         weights = {f"{name}.weight": _as_weight(self.modules[name], W) for name, W in matrices.items()}
         output = functional_call(self.block, {**self.others, **weights}, call.args, call.kwargs)
         y = output[0] if isinstance(output, tuple) else output
@@ -308,12 +313,12 @@ class _Trial:
 
 
 def _as_weight(module: nn.Module, W: Tensor) -> Tensor:
-    """A matrix (out, in) in the shape in which `module` holds it; gradients pass."""
+    """Return a matrix (out, in) in the shape of the weight of `module`; gradients pass."""
     return W.T if isinstance(module, Conv1D) else W.reshape(module.get_parameter("weight").shape)
 
 
 def _descend(trial: _Trial, train: _Shared, steps: int, seed: int) -> Iterator[int]:
-    """Take all steps; yields the number of steps taken after each."""
+    """Take all steps; yield the number of steps after each."""
     layers = list(trial.layers.values())
     optimizer = torch.optim.Adam(
         [
@@ -334,7 +339,7 @@ def _descend(trial: _Trial, train: _Shared, steps: int, seed: int) -> Iterator[i
 
 
 def _draw(count: int, seed: int) -> Iterator[int]:
-    """The numbers of all calls in a random order, again and again."""
+    """Yield the numbers of all calls in a random order, repeatedly."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from torch.randperm(count, generator=generator).tolist()

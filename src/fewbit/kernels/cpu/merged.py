@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import native
-from ...modeling.input_groups import INPUT_GROUPS
+from ...input_groups import INPUT_GROUPS
 from ..linear import QuantLinear
 from ..spec import QuantizedBuffers
 from . import layout as packed

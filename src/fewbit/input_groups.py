@@ -1,6 +1,6 @@
 """Which layers of a module read the same input: one table for fused kernels, shared settings and merged names.
 
-Names are those of the layers inside their parent module, in the order in which models call them. That is also the
+Names are relative to the parent module, in the order in which models call the layers. That is also the
 order of their rows in a merged layer.
 """
 

@@ -1,4 +1,4 @@
-"""Does a GPTQ checkpoint, from any tool, hold together? `verify` collects every problem it can find.
+"""Checks of a GPTQ checkpoint from any tool: `verify` collects every problem that it finds.
 
 Checked: the configuration, the files against the manifest, headers, the index, tensors that are left over or
 that the model needs and the files lack, shapes and dtypes, then every layer's contents: scales finite and not
@@ -20,29 +20,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
-from ..quantized_matrix import sequential_groups
-from . import layout, manifest
-from . import quantization_config as quantization
-from .layout import G_IDX, PARTS, QZEROS, SCALES
-from .quantization_config import CheckpointSettings
-from .reader import (
+from .checkpoint import layout, manifest
+from .checkpoint import quantization_config as quantization
+from .checkpoint.layout import G_IDX, PARTS, QZEROS, SCALES
+from .checkpoint.quantization_config import CheckpointSettings
+from .checkpoint.reader import (
     Checkpoint,
     LayerSpec,
-    Weights,
+    WeightFiles,
     find_config,
     find_weights,
     layer_names,
     layer_spec,
     open_weights,
+    overwritten_words,
     read_weight_map,
 )
-from .safe_io import read_json
-from .safetensors_file import TensorInfo, read_header
-from .writer import QUANTIZE_CONFIG
-
-# Writers that take 1 off whole words in format "gptq": what looks overwritten is exact in their files.
-_WHOLE_WORD_WRITERS = ("gptqmodel", "gptq-model", "gpt-qmodel")
+from .checkpoint.safe_io import read_json
+from .checkpoint.safetensors_file import TensorInfo, read_header
+from .checkpoint.writer import QUANTIZE_CONFIG
+from .errors import CheckpointError
+from .hf.model_check import expected
+from .quantized_matrix import sequential_groups
 
 
 class Problem(NamedTuple):
@@ -54,12 +53,12 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """What `verify` found.
+    """The result of `verify`.
 
     Attributes:
-        problems: everything found, in the order of the checks.
-        layers: quantized layers looked into.
-        errors: with `against`: layer → ‖W − Ŵ‖ / ‖W‖ (Frobenius).
+        problems: All problems, in the order of the checks.
+        layers: Number of quantized layers that were checked.
+        errors: Layer → ‖W − Ŵ‖ / ‖W‖ (Frobenius); empty without `against`.
     """
 
     problems: list[Problem]
@@ -68,7 +67,6 @@ class VerifyResult:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found."""
         return not self.problems
 
 
@@ -132,7 +130,7 @@ def _check_config(folder: Path) -> tuple[CheckpointSettings | None, list[Problem
 
 
 def _compare_configs(settings: CheckpointSettings, beside: Path, main: str) -> Iterator[Problem]:
-    """Both files say the same, or old and new readers see different models."""
+    """Check that both files agree; otherwise old and new tools see different models."""
     try:
         other = quantization.parse(read_json(beside), beside.name, "gptq")
     except CheckpointError as error:
@@ -146,7 +144,9 @@ def _compare_configs(settings: CheckpointSettings, beside: Path, main: str) -> I
             yield Problem(beside.name, f"{key} is {its!r}, but {main} says {mine!r}")
 
 
-def _check_files(folder: Path, settings: CheckpointSettings | None) -> tuple[Weights | None, list[Problem]]:
+def _check_files(
+    folder: Path, settings: CheckpointSettings | None
+) -> tuple[WeightFiles | None, list[Problem]]:
     """The tensors of all files that can be read, and what is wrong with files and index."""
     try:
         index, files = find_weights(folder, settings.extra.get("model_file_base_name") if settings else None)
@@ -154,7 +154,7 @@ def _check_files(folder: Path, settings: CheckpointSettings | None) -> tuple[Wei
         return None, [Problem(str(folder), str(error))]
     problems: list[Problem] = []
     tensors: dict[str, TensorInfo] = {}
-    place: dict[str, Path] = {}
+    file_of: dict[str, Path] = {}
     for path in files:
         try:
             infos, metadata = read_header(path)
@@ -166,24 +166,24 @@ def _check_files(folder: Path, settings: CheckpointSettings | None) -> tuple[Wei
                 Problem(path.name, 'has no metadata {"format": "pt"}; transformers refuses such files')
             )
         for name, info in infos.items():
-            if name in place:
-                problems.append(Problem(name, f"is both in {place[name].name} and in {path.name}"))
-            tensors[name], place[name] = info, path
+            if name in file_of:
+                problems.append(Problem(name, f"is both in {file_of[name].name} and in {path.name}"))
+            tensors[name], file_of[name] = info, path
     if index is not None:
-        problems += _check_index(index, tensors, place)
+        problems += _check_index(index, tensors, file_of)
     for path in sorted(set(folder.glob("*.safetensors")) - set(files)):
         problems.append(Problem(path.name, "is left over: nothing refers to it"))
-    return Weights(folder, index, files, tensors, place), problems
+    return WeightFiles(folder, index, files, tensors, file_of), problems
 
 
-def _check_index(index: Path, tensors: dict[str, TensorInfo], place: dict[str, Path]) -> Iterator[Problem]:
+def _check_index(index: Path, tensors: dict[str, TensorInfo], file_of: dict[str, Path]) -> Iterator[Problem]:
     weight_map = read_weight_map(index)
-    readable = {path.name for path in place.values()}
+    readable = {path.name for path in file_of.values()}
     for name, file in weight_map.items():
-        if file in readable and (name not in place or place[name].name != file):
+        if file in readable and (name not in file_of or file_of[name].name != file):
             yield Problem(index.name, f"says that {name} is in {file}, but it is not")
-    for name in place.keys() - weight_map.keys():
-        yield Problem(index.name, f"does not list {name}, which is in {place[name].name}")
+    for name in file_of.keys() - weight_map.keys():
+        yield Problem(index.name, f"does not list {name}, which is in {file_of[name].name}")
     metadata = read_json(index).get("metadata")
     stated = metadata.get("total_size") if isinstance(metadata, dict) else None
     actual = sum(info.nbytes for info in tensors.values())
@@ -202,10 +202,8 @@ def _left_over(tensors: dict[str, TensorInfo]) -> Iterator[Problem]:
             yield Problem(name, f"is left over: {layer} is quantized")
 
 
-def _missing(folder: Path, weights: Weights) -> Iterator[Problem]:
+def _missing(folder: Path, weights: WeightFiles) -> Iterator[Problem]:
     """What the model needs and no file has; if transformers does not know it, what its blocks lack."""
-    from ..hf.model_check import expected
-
     config = find_config(folder)[0]
     try:
         model = expected(folder, config, weights.tensors)
@@ -226,21 +224,21 @@ def uneven_blocks(names: Iterable[str]) -> Iterator[Problem]:
     A layer counts the same whether it is quantized or not. Blocks that have something else instead (other
     attention, experts) are another kind of block, not an uneven one.
     """
-    families: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    stacks: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name in names:
         found = re.match(r"(.*?)\.(\d+)\.(.+)", name)
         if found is None:
             continue
-        family, number, rest = found.groups()
+        stack, number, rest = found.groups()
         module, _, part = rest.rpartition(".")
-        families[family][int(number)].add(f"{module}.weight" if part in PARTS else rest)
-    for family, blocks in families.items():
+        stacks[stack][int(number)].add(f"{module}.weight" if part in PARTS else rest)
+    for stack, blocks in stacks.items():
         # Gaps as wholes: a stranger may number one block 10^12.
         for before, after in itertools.pairwise([-1, *sorted(blocks)]):
             if after - before > 1:
                 others = f", as are {after - before - 2} after it" if after - before > 2 else ""
                 yield Problem(
-                    f"{family}.{before + 1}", f"is missing{others}, but there is a {family}.{max(blocks)}"
+                    f"{stack}.{before + 1}", f"is missing{others}, but there is a {stack}.{max(blocks)}"
                 )
         usual, count = Counter(map(frozenset, blocks.values())).most_common(1)[0]
         if 2 * count <= len(blocks):
@@ -249,7 +247,7 @@ def uneven_blocks(names: Iterable[str]) -> Iterator[Problem]:
             if have < usual:
                 lacks = ", ".join(sorted(usual - have))
                 yield Problem(
-                    f"{family}.{number}", f"lacks {lacks}, which {count} of {len(blocks)} blocks have"
+                    f"{stack}.{number}", f"lacks {lacks}, which {count} of {len(blocks)} blocks have"
                 )
 
 
@@ -292,22 +290,6 @@ def _check_zeros(qzeros: Tensor, spec: LayerSpec, settings: CheckpointSettings) 
         )
 
 
-def overwritten_words(qzeros: Tensor, spec: LayerSpec, settings: CheckpointSettings) -> int:
-    """Full words of a v1 ``qzeros`` (G, words) whose bits from the second-highest value up are all set.
-
-    That is the trace of a writer that stored zero point 0 as -1 in 32 bits: it sets every field above. At
-    3 bits the highest value of the first two words of three goes on in the next word. Files of writers
-    that work on whole words can hold the same bits and read exactly: 0 words for them.
-    """
-    whole_words = any(name.lower().startswith(_WHOLE_WORD_WRITERS) for name in settings.quantizers)
-    if spec.format != "gptq" or whole_words:
-        return 0
-    full = spec.out_features * spec.bits // 32
-    lowest = torch.tensor([27, 28, 26] if spec.bits == 3 else [32 - 2 * spec.bits]).repeat(full)[:full]
-    words = qzeros[:, :full].to(torch.int64) & 0xFFFFFFFF
-    return int((words >> lowest == 2 ** (32 - lowest) - 1).sum())
-
-
 def _check_g_idx(g_idx: Tensor, spec: LayerSpec) -> Iterator[Problem]:
     where = f"{spec.name}.{G_IDX}"
     if not g_idx.numel():
@@ -328,7 +310,7 @@ def _check_g_idx(g_idx: Tensor, spec: LayerSpec) -> Iterator[Problem]:
             yield Problem(where, f"gives one group {most} inputs; {spec.group_size} fit")
 
 
-def _not_finite(weights: Weights, specs: dict[str, LayerSpec]) -> Iterator[Problem]:
+def _not_finite(weights: WeightFiles, specs: dict[str, LayerSpec]) -> Iterator[Problem]:
     """Non-finite values in what is not quantized (the scales have their own check)."""
     own = {f"{name}.{part}" for name in specs for part in PARTS}
     for name, info in weights.tensors.items():
@@ -340,7 +322,7 @@ def _not_finite(weights: Weights, specs: dict[str, LayerSpec]) -> Iterator[Probl
 
 
 def _compare(
-    checkpoint: Checkpoint, spec: LayerSpec, base: Weights, errors: dict[str, float]
+    checkpoint: Checkpoint, spec: LayerSpec, base: WeightFiles, errors: dict[str, float]
 ) -> Iterator[Problem]:
     """Put ‖W − Ŵ‖ / ‖W‖ into `errors`. Conv1D weights (in, out) are recognised by their shape."""
     key = f"{spec.name}.weight"
