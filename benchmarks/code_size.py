@@ -85,11 +85,7 @@ def frames_to_the_column_loop() -> list[str]:
 
     def profile(frame: FrameType | None, event: str, _: object) -> None:
         nonlocal deepest
-        if (
-            event != "call"
-            or frame is None
-            or not frame.f_code.co_name.endswith(("round_block", "ldlq_block"))
-        ):
+        if event != "call" or frame is None or not frame.f_code.co_name.endswith("round_block"):
             return
         found = []
         while frame is not None:

@@ -7,7 +7,7 @@
 #include <new>
 
 #include "matmul.h"
-#include "numbers.h"
+#include "dtype.h"
 
 namespace fewbit {
 namespace FEWBIT_ISA {

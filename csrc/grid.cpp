@@ -1,8 +1,8 @@
 // The grid search for sixteen rows at a time, one row per lane.
 #include <limits>
 
-#include "kernels.h"
-#include "lanes.h"
+#include "solver.h"
+#include "simd.h"
 
 namespace fewbit {
 namespace FEWBIT_ISA {

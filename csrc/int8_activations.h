@@ -11,7 +11,7 @@ namespace fewbit {
 namespace FEWBIT_ISA {
 namespace {
 
-// Rows that are multiplied together.
+// Rows that are multiplied in one pass.
 struct RowTile {
     int64_t token, tokens;
     uint32_t* words;  // [positions / 4][tokens]

@@ -5,7 +5,7 @@
 // words, and then added to the 32-bit one.
 #pragma once
 
-#include "vectors.h"
+#include "simd.h"
 
 namespace fewbit {
 namespace FEWBIT_ISA {

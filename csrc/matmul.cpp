@@ -6,7 +6,7 @@
 
 #include "activations.h"
 #include "threads.h"
-#include "vectors.h"
+#include "simd.h"
 
 namespace fewbit {
 namespace FEWBIT_ISA {

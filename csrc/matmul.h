@@ -6,14 +6,14 @@
 // are two vectors and the high bits a third one, laid out so that one byte-wise operation joins them.
 // A row of tiles holds the inputs group by group; a group that does not fill its last tile is padded.
 // Tiles of one block of 16 outputs follow each other, then comes the next block. So do its scales and zero points, which
-// are read as a second stream beside the tiles; those of outputs that do not exist are 0.
+// are read sequentially beside the tiles. Scales and zero points of outputs that do not exist are 0.
 #pragma once
 
 #include <cstdint>
 
 namespace fewbit {
 
-enum class Number : int { float32 = 0, float16 = 1, bfloat16 = 2 };
+enum class DType : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 
 constexpr int64_t BLOCK = 16;  // outputs of a tile
 
@@ -24,7 +24,7 @@ constexpr int64_t tile_bytes(int bits) { return bits == 3 ? 192 : 64; }
 struct PackedWeight {
     const uint8_t* tiles;
     const void* scales;  // (blocks, groups, BLOCK)
-    Number scale_type;
+    DType scale_type;
     const uint8_t* zeros;  // (blocks, groups, BLOCK), or null where every zero point is `zero`
     int zero;
     const int32_t* order;   // (positions) the input at each position of a row of tiles, `inputs` for padding;
@@ -43,15 +43,15 @@ struct PackedWeight {
 
 // What becomes of x: 16 bits of every number are kept; for many tokens it is rounded to 8 bits per token and 16 inputs,
 // where that is fast and x is not float32; it is rounded to 8 bits per token and group.
-enum class Rounding : int { none = 0, fine_if_many = 1, int8 = 2 };
+enum class Rounding : int { none = 0, int8_for_prefill = 1, int8 = 2 };
 
 struct MatMul {
     const void* x;  // (tokens, inputs)
     void* y;        // (tokens, outputs)
-    Number type;    // of x and y
+    DType type;    // of x and y
     int64_t tokens;
     const void* bias;  // (outputs), or null
-    Number bias_type;
+    DType bias_type;
     Rounding rounding;
 };
 
@@ -62,7 +62,7 @@ struct MatMul {
     void pack_tiles(const PackedWeight& weight, const uint32_t* qweight, uint8_t* tiles, int threads); \
     void unpack_tiles(const PackedWeight& weight, uint32_t* qweight, int threads); \
     /* The weight (outputs, inputs), computed in float32 and rounded once. */ \
-    void dequantize_tiles(const PackedWeight& weight, void* out, Number type, int threads); \
+    void dequantize_tiles(const PackedWeight& weight, void* out, DType type, int threads); \
     }
 
 FEWBIT_MATMUL(generic)

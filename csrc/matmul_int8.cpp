@@ -3,19 +3,19 @@
 //   y_n = Σ_g s_gn a_g · (Σ_k u_k q_kn − z_gn Σ_k u_k)
 //
 // Compiled once per instruction set that has products of bytes. For few tokens, codes are unpacked on the way to the
-// product, so that every packed byte is read once. For many, those of a few blocks of outputs are unpacked into the
+// product, so that every packed byte is read once. For many, the bytes of a few blocks of outputs are unpacked into the
 // second-level cache and used for all tokens. Every output is summed in an order that depends on neither the threads
 // nor the other tokens.
 #include <algorithm>
 
-#include "each.h"
+#include "static_for.h"
 #include "int8_activations.h"
 
 namespace fewbit {
 namespace FEWBIT_ISA {
 namespace {
 
-// Rows and vectors of outputs whose sums, together with the words they are made of, fit into the registers.
+// Rows and vectors of outputs whose sums and operands fit into the registers.
 constexpr int MOST_ROWS = 4;
 #if defined(__AVX512F__)
 constexpr int vectors(int rows) { return rows == 1 ? 2 : rows < 4 ? 4 : 3; }
@@ -26,13 +26,13 @@ constexpr int vectors(int) { return 4; }
 #else
 constexpr int vectors(int rows) { return rows < 4 ? 4 : 2; }  // a sum is two vectors
 #endif
-constexpr int blocks_of(int count) { return count > PARTS ? count / PARTS : 1; }  // that hold so many vectors
+constexpr int blocks_of(int count) { return count > PARTS ? count / PARTS : 1; }  // that hold this many vectors
 
 // From here on unpacking once is faster than unpacking for every few rows.
 constexpr int64_t UNPACKED_FROM = 40;
 
 // Where the words of a few blocks are, and what of the next blocks to fetch meanwhile: with several tiles of rows, each of
-// these `passes` over the blocks brings its share of the next; a single one stays a little ahead of itself.
+// these `passes` over the blocks prefetches its share of the next; a single one prefetches a fixed distance.
 struct Words {
     const uint8_t* first;  // of the first block
     int64_t block_bytes;
@@ -113,7 +113,7 @@ void multiply(const PackedWeight& w, const MatMul& p, const RowTile& rows, const
                     fetch += words.passes;
                 }
                 const uint32_t* x = rows.words + i * TILE_WORDS * ROWS;
-                each<TILE_WORDS>([&](auto word) {
+                static_for<TILE_WORDS>([&](auto word) {
                     constexpr int k = decltype(word)::value;
                     Ints codes[VECTORS];
 #pragma GCC unroll 4
@@ -165,14 +165,14 @@ void unpack(const PackedWeight& w, int64_t block, int64_t blocks, uint8_t* words
         for (int64_t i = 0; i < w.tiles_per_block(); i++, words += Tile::WORDS * 64)
             for (int part = 0; part < PARTS; part++) {
                 const Tile tile(w.tiles + (block + n) * w.block_bytes() + i * Tile::BYTES + part * WIDTH * 4);
-                each<Tile::WORDS>([&](auto word) {
+                static_for<Tile::WORDS>([&](auto word) {
                     const Ints codes = tile.template word<decltype(word)::value>();
                     std::memcpy(words + decltype(word)::value * 64 + part * WIDTH * 4, &codes, sizeof codes);
                 });
             }
 }
 
-// All rows with `blocks` blocks (at most those of VECTORS vectors) from `block` on.
+// All rows with `blocks` blocks (at most the blocks of VECTORS vectors) from `block` on.
 template <int BITS, class Tile>
 void multiply_blocks(const PackedWeight& w, const MatMul& p, const Activations& x, Words words, int64_t block, int64_t blocks) {
     words.passes = static_cast<int64_t>(x.tiles.size());
@@ -202,17 +202,17 @@ void multiply_blocks(const PackedWeight& w, const MatMul& p, const Activations& 
 template <int BITS>
 void run(const PackedWeight& w, const MatMul& p, int threads) {
     const Activations x = Activations::make<BITS>(w, p, MOST_ROWS, threads);
-    const int64_t together = blocks_of(vectors(static_cast<int>(x.tiles.front().tokens)));
-    const int64_t units = (w.blocks() + together - 1) / together;
+    const int64_t group = blocks_of(vectors(static_cast<int>(x.tiles.front().tokens)));
+    const int64_t units = (w.blocks() + group - 1) / group;
     const bool unpacked = BITS != 8 && p.tokens >= UNPACKED_FROM;
     // A few long pieces per thread: neighbours are read by the same thread, and a late thread leaves work to the others.
     const int64_t pieces = threads == 1 ? 1 : std::min<int64_t>(units, 4 * threads);
     parallel_for(pieces, threads, [&](int64_t piece) {
         const int64_t bytes = w.positions() * BLOCK;  // of an unpacked block
-        const Buffer<uint8_t> panel(unpacked ? together * bytes : 0);
-        const int64_t first = units * piece / pieces * together, last = std::min(w.blocks(), units * (piece + 1) / pieces * together);
-        for (int64_t block = first; block < last; block += together) {
-            const int64_t blocks = std::min(together, last - block);
+        const Buffer<uint8_t> panel(unpacked ? group * bytes : 0);
+        const int64_t first = units * piece / pieces * group, last = std::min(w.blocks(), units * (piece + 1) / pieces * group);
+        for (int64_t block = first; block < last; block += group) {
+            const int64_t blocks = std::min(group, last - block);
             if (unpacked) {
                 unpack<BITS>(w, block, blocks, panel.data());
                 multiply_blocks<BITS, Unpacked>(w, p, x, {panel.data(), bytes, 0, 1}, block, blocks);

@@ -22,9 +22,9 @@ namespace {
 
 // ---- Few tokens: tiles unpacked on the way ----
 
-// Fetches the scales and zero points of a group; past the last one it is those of the next block.
+// Fetches the scales and zero points of a group; past the last one, of the next block.
 void expect_group(const PackedWeight& w, int64_t group, int64_t block) {
-    const int64_t at = w.grid(block, group), size = w.scale_type == Number::float32 ? 4 : 2;
+    const int64_t at = w.grid(block, group), size = w.scale_type == DType::float32 ? 4 : 2;
     _mm_prefetch(static_cast<const char*>(w.scales) + at * size, _MM_HINT_T0);
     if (w.zeros) _mm_prefetch(reinterpret_cast<const char*>(w.zeros + at), _MM_HINT_T0);
 }
@@ -34,7 +34,7 @@ void direct(const PackedWeight& w, const MatMul& p, const RowTile& tile, int64_t
     constexpr int TOKENS = ROWS / (SPLIT ? 2 : 1);
     constexpr int DIGITS = Math::digits(ROWS);
     constexpr int CHAINS = ROWS > 1 ? 1 : BLOCKS > 1 ? 2 : 4;  // enough independent sums to hide the latency of a dot product
-    constexpr int64_t BYTES = tile_bytes(BITS), WORDS = tile_inputs(BITS) / Math::PER_WORD, AHEAD = 384;
+    constexpr int64_t BYTES = tile_bytes(BITS), WORDS = tile_inputs(BITS) / Math::PER_WORD, PREFETCH_BYTES = 384;
     const Math math;
     const uint8_t* weights = w.tiles + block * w.block_bytes();
     const int64_t block_bytes = w.block_bytes();
@@ -44,10 +44,10 @@ void direct(const PackedWeight& w, const MatMul& p, const RowTile& tile, int64_t
     for (int t = 0; t < TOKENS; t++)
 #pragma GCC unroll 4
         for (int n = 0; n < BLOCKS; n++) total[t][n] = _mm512_setzero_ps();
-    const int64_t groups_ahead = 1 + AHEAD * w.groups / block_bytes;
+    const int64_t prefetch_groups = 1 + PREFETCH_BYTES * w.groups / block_bytes;
     for (int64_t g = 0; g < w.groups; g++) {
         if constexpr (ROWS <= 4)
-            for (int n = 0; n < BLOCKS; n++) expect_group(w, g + groups_ahead, block + n);
+            for (int n = 0; n < BLOCKS; n++) expect_group(w, g + prefetch_groups, block + n);
         typename Math::Sum sum[ROWS * CHAINS][BLOCKS];
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS * CHAINS; r++) {
@@ -62,12 +62,12 @@ void direct(const PackedWeight& w, const MatMul& p, const RowTile& tile, int64_t
             for (int n = 0; n < BLOCKS; n++) {
                 const uint8_t* from = weights + n * block_bytes + i * BYTES;
                 if constexpr (ROWS <= 4) {
-                    const uint8_t* ahead = from + AHEAD + (i * BYTES + AHEAD < block_bytes ? 0 : next);
-                    for (int64_t line = 0; line < BYTES; line += 64) _mm_prefetch((const char*)(ahead + line), _MM_HINT_T0);
+                    const uint8_t* prefetch = from + PREFETCH_BYTES + (i * BYTES + PREFETCH_BYTES < block_bytes ? 0 : next);
+                    for (int64_t line = 0; line < BYTES; line += 64) _mm_prefetch((const char*)(prefetch + line), _MM_HINT_T0);
                 }
                 codes[n] = Tile<BITS>(from);
             }
-            each<static_cast<int>(WORDS) * DIGITS>([&](auto dot) {
+            static_for<static_cast<int>(WORDS) * DIGITS>([&](auto dot) {
                 constexpr int k = decltype(dot)::value;
                 __m512i v[BLOCKS];
 #pragma GCC unroll 4
@@ -138,14 +138,14 @@ template <int BITS, class Math, bool SPLIT, bool CENTRED>
 void few_tokens(const PackedWeight& w, const MatMul& p, int threads) {
     const Activations x = Activations::make<BITS, Math, SPLIT>(w, p, threads);
     // Eight rows and three blocks fill the registers, and so do four rows with their totals; fewer leave room for four blocks.
-    // Rows of several blocks are read side by side: each is a stream of its own, and memory serves several at once.
+    // Rows of several blocks are read side by side: memory serves several sequential reads at once.
     const int64_t rows = x.tiles.front().tokens * (SPLIT ? 2 : 1);
-    const int64_t together = rows < 4 ? 4 : 3, units = (w.blocks() + together - 1) / together;
+    const int64_t group = rows < 4 ? 4 : 3, units = (w.blocks() + group - 1) / group;
     // A few long pieces per thread: neighbours are read by the same thread, and a late thread leaves work to the others.
     const int64_t pieces = threads == 1 ? 1 : std::min<int64_t>(units, 4 * threads);
     parallel_for(pieces, threads, [&](int64_t piece) {
-        const int64_t first = units * piece / pieces * together;
-        const int64_t last = std::min(w.blocks(), units * (piece + 1) / pieces * together);
+        const int64_t first = units * piece / pieces * group;
+        const int64_t last = std::min(w.blocks(), units * (piece + 1) / pieces * group);
         if (rows < 4) {
             direct_blocks<BITS, Math, SPLIT, CENTRED, 4>(w, p, x, first, last);
         } else {
@@ -169,7 +169,7 @@ struct Segment {
 template <class Math, bool SPLIT>
 constexpr bool FOLDED = !Math::INT8 && !SPLIT;
 
-// A step of `words` words: its sums, scaled, are added to those of the group.
+// A step of `words` words: its sums, scaled, are added to the group's sums.
 template <class Math, int ROWS>
 inline void add_step(const uint32_t* x, const uint32_t* weights, int64_t stride, const float* scales, int words, __m512 (&group)[ROWS][PANEL_BLOCKS]) {
     typename Math::Sum sum[ROWS][PANEL_BLOCKS];
@@ -278,7 +278,7 @@ public:
             for (int n = 0; n < PANEL_BLOCKS; n++) _mm512_storeu_ps(totals + (t * PANEL_BLOCKS + n) * 16, total[t][n]);
     }
 
-    // The same where every STEP inputs have a scale of their own: the sums of steps are added up in float32.
+    // The same where every STEP inputs share a scale: the sums of steps are added up in float32.
     template <int ROWS>
     __attribute__((noinline)) void multiply_steps(const RowTile& tile, const std::vector<Segment>& segments, float* totals) const {
         constexpr int STEP_WORDS = static_cast<int>(Math::STEP) / Math::PER_WORD;
@@ -315,13 +315,13 @@ private:
 
     void unpack_tile(const Tile<BITS>& tile, const Grid& grid, uint32_t* words) const {
         if constexpr (!FOLDED<Math, SPLIT>) {
-            each<static_cast<int>(WORDS)>([&](auto k) {
+            static_for<static_cast<int>(WORDS)>([&](auto k) {
                 _mm512_storeu_si512(words + decltype(k)::value * 16, math_.template word<decltype(k)::value, 1>(tile));
             });
         } else {
             const __m512 shift = _mm512_mul_ps(grid.scale, grid.zero);
             const __m512i mask = _mm512_set1_epi32((1 << BITS) - 1);
-            each<static_cast<int>(WORDS)>([&](auto k) {
+            static_for<static_cast<int>(WORDS)>([&](auto k) {
                 const __m512i v = tile.template pair<decltype(k)::value>();
                 const __m512 even = _mm512_cvtepi32_ps(_mm512_and_si512(v, mask));
                 const __m512 odd = _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(v, 16), mask));
@@ -414,13 +414,13 @@ void multiply_all(const PackedWeight& w, const MatMul& p, int64_t from, int thre
 template <int BITS>
 void run(const PackedWeight& w, const MatMul& p, int threads) {
     constexpr int64_t PANEL_FROM_INT8 = 40;
-    if (p.rounding == Rounding::fine_if_many && p.tokens >= PANEL_FROM_INT8 && p.type != Number::float32) {
+    if (p.rounding == Rounding::int8_for_prefill && p.tokens >= PANEL_FROM_INT8 && p.type != DType::float32) {
         many_tokens<BITS, FineInt8<BITS>, false, false>(w, p, threads);
     } else if (p.rounding == Rounding::int8 && w.zeros) {
         multiply_all<BITS, Int8<BITS>, false>(w, p, PANEL_FROM_INT8, threads);
     } else if (p.rounding == Rounding::int8) {
         multiply_all<BITS, Int8<BITS>, false, true>(w, p, PANEL_FROM_INT8, threads);
-    } else if (p.type == Number::bfloat16) {
+    } else if (p.type == DType::bfloat16) {
         multiply_all<BITS, Bfloat16<BITS>, false>(w, p, 64, threads);
     } else {
         multiply_all<BITS, Bfloat16<BITS>, true>(w, p, 32, threads);

@@ -1,12 +1,12 @@
 // Attention of all tokens of a prompt, in tiles: queries of one tile meet keys and values tile by tile, and no more
-// than a tile of scores exists at a time (arXiv:2205.14135). See steps.h; computed in float32.
+// than a tile of scores exists at a time (arXiv:2205.14135). See fused_ops.h; computed in float32.
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
-#include "steps.h"
-#include "steps_math.h"
+#include "fused_ops.h"
+#include "fused_ops_math.h"
 #include "threads.h"
 
 namespace fewbit {
@@ -17,7 +17,7 @@ constexpr int64_t QUERIES = 32;  // of each head, in a task
 constexpr int64_t KEYS = 64;     // in a tile
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
-// Sums that fit into the registers: so many rows of so many vectors.
+// Sums that fit into the registers: rows, and vectors per row.
 #if defined(__AVX512F__)
 constexpr int ROWS = 6, VECTORS = 4;
 #elif defined(__AVX2__)

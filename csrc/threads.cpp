@@ -1,4 +1,4 @@
-// torch keeps a pool of OpenMP threads that spin for some milliseconds after each of its own operations.
+// torch keeps a pool of OpenMP threads that spin for some milliseconds after each operation.
 // A second pool beside it would compete with the spinning threads for the same cores. So where torch's
 // OpenMP runtime has the GNU entry point (libgomp, and LLVM's libomp too), its pool is borrowed: the symbol
 // is looked up in the running process, and nothing is linked, whatever name torch gave to its copy.

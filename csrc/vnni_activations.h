@@ -1,4 +1,4 @@
-// x as operands of the dot products: rounded, in their order, rows that are multiplied together side by side.
+// x as operands of the dot products: rounded, in their order, rows that are multiplied in one pass side by side.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace {
 
 __mmask16 existing(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1); }
 
-// Rows that are multiplied together: `tokens` of them, each as one row of words or as two (SPLIT) that add up to it.
+// Rows that are multiplied in one pass: `tokens` of them, each as one row of words or as two (SPLIT) that add up to it.
 struct RowTile {
     int64_t token, tokens;
     uint32_t* words;   // [positions / PER_WORD][rows]
@@ -22,7 +22,7 @@ struct RowTile {
     float* scales;     // [steps][tokens], int8 only
 };
 
-// Inputs of a group that have a scale of their own: all, or STEP of them and at its end the rest.
+// Inputs of a group that share a scale: all, or STEP of them, and the rest at its end.
 template <class Math>
 int64_t steps_of(const PackedWeight& w, int64_t group) {
     const int64_t inputs = (w.starts[group + 1] - w.starts[group]) * tile_inputs(w.bits);
@@ -46,7 +46,7 @@ float largest16(const float* p, int64_t count) {
     return nan ? from_bits(0x7fc00000u) : _mm512_reduce_max_ps(most);
 }
 
-// bfloat16 words of one row; with `rest`, also those of what rounding took away. Returns through `sums` [groups].
+// bfloat16 words of one row; with `rest`, also words of the rounding error. Returns through `sums` [groups].
 void bfloat16_row(const PackedWeight& w, float* values, uint32_t* words, uint32_t* rest, int64_t stride, float* sums, int64_t sum_stride) {
     const int64_t positions = w.positions(), inputs = tile_inputs(w.bits);
     for (int64_t i = 0; i < positions; i += 16) {

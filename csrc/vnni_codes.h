@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "each.h"
+#include "static_for.h"
 
 namespace fewbit {
 namespace FEWBIT_ISA {
@@ -138,7 +138,7 @@ struct Int8 {
     static constexpr bool INT8 = true;
     static constexpr int PER_WORD = 4;
     static constexpr int64_t MOST_ROWS = 4;  // leaves registers for the totals: every group ends in scaling
-    static constexpr int64_t STEP = 0;       // inputs with a scale of their own; 0: all of a group
+    static constexpr int64_t STEP = 0;       // inputs that share a scale; 0: all of a group
     static constexpr int CENTRE = 0;
 
     static Sum zero() { return _mm512_setzero_si512(); }

@@ -9,17 +9,17 @@ namespace {
 
 // ---- Scales, zero points, results ----
 
-__m512 read16(const void* p, Number type, int64_t at, __mmask16 mask) {
-    if (type == Number::float32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(p) + at);
+__m512 read16(const void* p, DType type, int64_t at, __mmask16 mask) {
+    if (type == DType::float32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(p) + at);
     const __m256i h = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(p) + at);
-    return type == Number::float16 ? _mm512_cvtph_ps(h) : (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+    return type == DType::float16 ? _mm512_cvtph_ps(h) : (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
 }
 
-void write16(void* p, Number type, int64_t at, __mmask16 mask, __m512 v) {
-    if (type == Number::float32) {
+void write16(void* p, DType type, int64_t at, __mmask16 mask, __m512 v) {
+    if (type == DType::float32) {
         _mm512_mask_storeu_ps(static_cast<float*>(p) + at, mask, v);
     } else {
-        const __m256i h = type == Number::float16 ? _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)
+        const __m256i h = type == DType::float16 ? _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)
                                                   : (__m256i)_mm512_cvtneps_pbh(v);
         _mm256_mask_storeu_epi16(static_cast<uint16_t*>(p) + at, mask, h);
     }
@@ -73,7 +73,7 @@ inline void add_group(const Grid* grid, const RowTile& tile, int64_t group, bool
     }
 }
 
-// The same as a function of its own. Where the sums fill the registers, the compiler would otherwise write them
+// The same as a separate function. Where the sums fill the registers, the compiler would otherwise write them
 // to memory in every turn of the inner loop, for want of room after it.
 template <class Math, int ROWS, int BLOCKS, bool SPLIT, bool CENTRED, int TOKENS = ROWS / (SPLIT ? 2 : 1)>
 __attribute__((noinline)) void add_group_apart(const Grid* grid, const RowTile& tile, int64_t group, bool last,

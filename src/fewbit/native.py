@@ -112,7 +112,7 @@ def _unsupported_here(tensor: Tensor, needs: str | None) -> str:
     return ""
 
 
-def product_bf16(
+def gram_bf16(
     A: Tensor,
     B: Tensor,
     C: Tensor,
@@ -122,17 +122,19 @@ def product_bf16(
     *,
     upper: bool,
 ) -> None:
-    """C += Aᵀ B, or only its upper triangle, in integers: every batch's sum is scaled and rounded on its own.
+    """C += Aᵀ B, or only its upper triangle, in integers: the sum of every batch is scaled and rounded separately.
 
     Args:
-        A, B: bfloat16 (tokens, n). C: int32 (n, n). All contiguous.
-        ends: int64 (batches,), where each batch ends: rows ``ends[b − 1] … ends[b]`` are batch b.
-        row_factors, column_factors: float32 (n,), what the sums are multiplied by.
+        A: bfloat16 (tokens, n), contiguous.
+        B: bfloat16 (tokens, n), contiguous.
+        C: int32 (n, n), contiguous, added to.
+        ends: int64 (batches,), the end of each batch: batch b is rows ``ends[b − 1] … ends[b]``.
+        row_factors: float32 (n,), what the rows of the sums are multiplied by.
+        column_factors: float32 (n,), what the columns of the sums are multiplied by.
+        upper: whether only the upper triangle is computed.
     """
-    _module().product_bf16(
-        A.data_ptr(), B.data_ptr(), C.data_ptr(), ends.data_ptr(), ends.numel(), A.shape[1],
-        row_factors.data_ptr(), column_factors.data_ptr(), upper, torch.get_num_threads(),
-    )  # fmt: skip
+    arrays = (tensor.detach() for tensor in (A, B, C, ends, row_factors, column_factors))
+    _module().gram_bf16(*arrays, upper, torch.get_num_threads())
 
 
 def fit_grid(
@@ -145,29 +147,29 @@ def fit_grid(
     bits: int,
     sym: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The search of `gptq.grid`, groups being the columns ``starts[g] … starts[g+1]``.
+    """The search of `gptq.grid`; group g is the columns ``starts[g] … starts[g+1]``.
 
     Args:
-        W: float32 (m, n) contiguous. D: float32 (n,). starts: int32 (G + 1,).
-        coarse, fine: float32, multiples of the base scale, and of the best coarse scale.
-        offsets: int32, candidate zero points relative to the centred one; not used when `sym`.
+        W: float32 (m, n), contiguous.
+        D: float32 (n,), the weight of each column's squared error.
+        starts: int32 (G + 1,).
+        coarse: float32, multiples of the base scale.
+        fine: float32, multiples of the best coarse scale.
+        offsets: int32, candidate zero points relative to the centered one; not used when `sym`.
+        bits: bits per code.
+        sym: whether the zero point is fixed to the middle.
 
     Returns:
         scales float32 (m, G) and zeros float32 (m, G).
     """
-    m, n = W.shape
-    G = starts.numel() - 1
-    scales = torch.empty(m, G, dtype=torch.float32)
-    zeros = torch.empty(m, G, dtype=torch.float32)
-    _module().fit_grid(
-        W.data_ptr(), D.data_ptr(), starts.data_ptr(), m, n, G, coarse.data_ptr(), coarse.numel(),
-        fine.data_ptr(), fine.numel(), offsets.data_ptr(), offsets.numel(), bits, sym,
-        scales.data_ptr(), zeros.data_ptr(), torch.get_num_threads(), _isa,
-    )  # fmt: skip
+    size = W.shape[0], starts.numel() - 1
+    scales, zeros = torch.empty(size), torch.empty(size)
+    arrays = (tensor.detach() for tensor in (W, D, starts, coarse, fine, offsets))
+    _module().fit_grid(*arrays, bits, sym, scales, zeros, torch.get_num_threads(), _isa)
     return scales, zeros
 
 
-def ldlq_block(
+def round_block(
     W: Tensor,
     T: Tensor,
     F: Tensor,
@@ -179,23 +181,25 @@ def ldlq_block(
     codes: Tensor,
     E: Tensor,
 ) -> Tensor:
-    """One block of `gptq.gptq`: fills codes and E, returns the block's share of every row's loss, float32 (m,).
+    """One block of `gptq.gptq`: writes codes and E, returns the block's share of every row's loss, float32 (m,).
 
-    All matrices are contiguous, and those with m as the last dimension hold one column of W per row.
+    All matrices are contiguous. Matrices with m as the last dimension hold one column of the weight per row.
 
     Args:
-        W: float32 (k, m), the weights; k ≤ 128. T: float32 (k, m), the targets.
-        F: float32 (k, k), unit upper triangular. d: float32 (k,), the diagonal of D.
-        scales, zeros: float32 (G, m). groups: int32 (k,).
-        codes: uint8 (k, m), written. E: float32 (k, m), written: W − Ŵ.
+        W: float32 (k, m), the weights; k ≤ 128.
+        T: float32 (k, m), the targets.
+        F: float32 (k, k), unit upper triangular.
+        d: float32 (k,), the diagonal of D.
+        scales: float32 (G, m).
+        zeros: float32 (G, m).
+        groups: int32 (k,), the group of each column.
+        bits: bits per code.
+        codes: uint8 (k, m), written.
+        E: float32 (k, m), written: W − Ŵ.
     """
-    k, m = W.shape
-    loss = torch.empty(m, dtype=torch.float32)
-    _module().ldlq_block(
-        W.data_ptr(), T.data_ptr(), F.data_ptr(), d.data_ptr(), scales.data_ptr(), zeros.data_ptr(),
-        groups.data_ptr(), m, k, bits, codes.data_ptr(), E.data_ptr(), loss.data_ptr(),
-        torch.get_num_threads(), _isa,
-    )  # fmt: skip
+    loss = torch.empty(W.shape[1])
+    arrays = (tensor.detach() for tensor in (W, T, F, d, scales, zeros, groups))
+    _module().round_block(*arrays, bits, codes, E, loss, torch.get_num_threads(), _isa)
     return loss
 
 
@@ -218,7 +222,7 @@ def drop_page_cache(tensor: Tensor) -> bool:
     size = tensor.numel() * tensor.element_size()
     if not _in_mapped_file(tensor.data_ptr(), tensor.data_ptr() + size):
         return False
-    _module().forget_pages(tensor.data_ptr(), size)
+    _module().drop_pages(tensor.data_ptr(), size)
     return True
 
 
@@ -237,7 +241,7 @@ def _in_mapped_file(first: int, last: int) -> bool:
 
 def has_int8_products() -> bool:
     """Whether the best instruction set has its own products for 8-bit activations."""
-    return bool(_module().own_int8())
+    return bool(_module().has_int8_products())
 
 
 def packed_view(
@@ -250,7 +254,7 @@ def packed_view(
     in_features: int,
     out_features: int,
 ) -> Any:
-    """The compiled module's view of a `fewbit.kernels.cpu.layout.PackedWeight`. The caller keeps the tensors alive.
+    """The compiled module's view of a `fewbit.kernels.cpu.packed.PackedWeight`. The caller keeps the tensors alive.
 
     Raises:
         ValueError: `starts` does not fit the tiles.
@@ -270,17 +274,17 @@ def pack_tiles(view: Any, qweight: Tensor, tiles: Tensor) -> None:
         qweight: int32 (words, out_features), contiguous.
         tiles: the view's tiles, written.
     """
-    view.pack(qweight.data_ptr(), tiles.data_ptr(), torch.get_num_threads())
+    view.pack(qweight, tiles, torch.get_num_threads())
 
 
 def unpack_tiles(view: Any, qweight: Tensor) -> None:
     """Inverse of `pack_tiles`: set the bits of `qweight`, which is zero, for all inputs that exist."""
-    view.unpack(qweight.data_ptr(), torch.get_num_threads())
+    view.unpack(qweight, torch.get_num_threads())
 
 
 def dequantize_tiles(view: Any, out: Tensor) -> None:
     """Write the weight (out_features, in_features), computed in float32 and rounded once."""
-    view.dequantize(out.data_ptr(), DTYPES[out.dtype], torch.get_num_threads())
+    view.dequantize(out, torch.get_num_threads())
 
 
 # The four functions below take tens of microseconds for one token. They pass addresses, because converting tensors to
@@ -295,7 +299,7 @@ def matmul(view: Any, x: Tensor, y: Tensor, bias: Tensor | None, rounding: int) 
         x: (…, in_features), contiguous.
         y: (…, out_features), contiguous, in x's dtype, written.
         bias: (out_features,), or None.
-        rounding: a `fewbit.kernels.cpu.layout.Rounding`.
+        rounding: a `fewbit.kernels.cpu.packed.Rounding`.
     """
     view.matmul(
         x.data_ptr(), y.data_ptr(), DTYPES[x.dtype], x.numel() // x.shape[-1], 0 if bias is None else bias.data_ptr(),
@@ -326,7 +330,7 @@ def silu_mul(x: Tensor) -> Tensor:
     """
     n = x.shape[-1] // 2
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
-    _module().silu_gate(
+    _module().silu_mul(
         x.data_ptr(), y.data_ptr(), DTYPES[x.dtype], x.numel() // (2 * n), n, torch.get_num_threads(), _isa
     )
     return y

@@ -56,7 +56,7 @@ def test_block_gives_the_codes_of_the_torch_block(m, k, isa):
     scales = (torch.rand(G, m) * 0.2 + 0.2) * torch.where(torch.rand(G, m) < 0.5, -1.0, 1.0)
     zeros = torch.randint(1, 16, (G, m)).float()
     results = []
-    for block in (ldlq.torch_block, native.ldlq_block):
+    for block in (ldlq.torch_block, native.round_block):
         codes, E = torch.empty(k, m, dtype=torch.uint8), torch.empty(k, m)
         with native.instruction_set(isa):
             loss = block(W, W.clone(), F, d, scales, zeros, groups, 4, codes, E)

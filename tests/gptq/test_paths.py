@@ -29,7 +29,7 @@ def kernels(monkeypatch):
             ]
         )
 
-    monkeypatch.setattr(triton, "ldlq_block", block)
+    monkeypatch.setattr(triton, "round_block", block)
 
     def search(W, D, *rest):
         found = [grid.SEARCHES["torch"](w, d, *rest) for w, d in zip(W, D, strict=True)]
@@ -47,7 +47,7 @@ def test_the_kernels_pass_their_own_check():
 
 @needs_triton
 def test_codes_that_differ_by_one_are_found(kernels, monkeypatch):
-    right = kernels.ldlq_block
+    right = kernels.round_block
 
     def wrong(*inputs):
         losses = right(*inputs)
@@ -55,7 +55,7 @@ def test_codes_that_differ_by_one_are_found(kernels, monkeypatch):
         return losses
 
     assert disagreement(CPU) == ""
-    monkeypatch.setattr(kernels, "ldlq_block", wrong)
+    monkeypatch.setattr(kernels, "round_block", wrong)
     told = disagreement(CPU)
     assert (
         told
@@ -66,7 +66,7 @@ def test_codes_that_differ_by_one_are_found(kernels, monkeypatch):
 @needs_triton
 @pytest.mark.parametrize("which", ["E", "losses"])
 def test_errors_and_losses_are_checked_too(kernels, monkeypatch, which):
-    right = kernels.ldlq_block
+    right = kernels.round_block
 
     def wrong(*inputs):
         losses = right(*inputs)
@@ -74,7 +74,7 @@ def test_errors_and_losses_are_checked_too(kernels, monkeypatch, which):
             inputs[-1][0, 20, 3] += 2**-9
         return losses * (1.001 if which == "losses" else 1)
 
-    monkeypatch.setattr(kernels, "ldlq_block", wrong)
+    monkeypatch.setattr(kernels, "round_block", wrong)
     assert "columns of 4 bits" in disagreement(CPU)
 
 
@@ -105,7 +105,7 @@ def test_kernels_that_do_not_run_are_a_reason(kernels, monkeypatch, error):
     def broken(*inputs):
         raise TritonError("no such device") if isinstance(error, str) else error
 
-    monkeypatch.setattr(kernels, "ldlq_block", broken)
+    monkeypatch.setattr(kernels, "round_block", broken)
     assert disagreement(CPU) == "on cpu they do not run (no such device)"
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fewbit.kernels.cpu.layout import Rounding
+from fewbit.kernels.cpu.packed import Rounding
 from fewbit.kernels.linear import QuantLinear
 from tiny_gptq import random_codes
 

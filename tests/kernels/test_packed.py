@@ -8,9 +8,9 @@ import torch
 from fewbit import native
 from fewbit.checkpoint import layout
 from fewbit.errors import KernelError
-from fewbit.kernels.cpu import layout as packed
+from fewbit.kernels.cpu import packed
 from fewbit.kernels.cpu.kernel import packed_weight
-from fewbit.kernels.cpu.layout import Rounding
+from fewbit.kernels.cpu.packed import Rounding
 from fewbit.kernels.linear import QuantLinear
 from fewbit.quantized_matrix import QuantizedMatrix, group_count, sequential_groups
 from tiny_gptq import random_codes

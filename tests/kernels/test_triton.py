@@ -13,9 +13,9 @@ from fewbit.checkpoint import layout
 from fewbit.kernels.linear import QuantLinear
 from fewbit.kernels.reference import Reference
 from fewbit.kernels.spec import KernelSpec
-from fewbit.kernels.triton import layout as fragments
+from fewbit.kernels.triton import fragments
+from fewbit.kernels.triton.fragments import Fragments
 from fewbit.kernels.triton.kernel import TritonKernel
-from fewbit.kernels.triton.layout import Fragments
 from tiny_gptq import random_codes
 
 pytest.importorskip("triton", reason="pip install triton")

@@ -65,7 +65,7 @@ static double worst(const Case& c, int64_t tokens, bool int8) {
         while (order.size() % per_tile) order.push_back(static_cast<int32_t>(c.inputs));
         starts.push_back(static_cast<int32_t>(order.size() / per_tile));
     }
-    PackedWeight w{nullptr, nullptr, Number::float16, nullptr, 0, order.data(), starts.data(), c.outputs, c.inputs, groups, c.bits};
+    PackedWeight w{nullptr, nullptr, DType::float16, nullptr, 0, order.data(), starts.data(), c.outputs, c.inputs, groups, c.bits};
     std::vector<uint16_t> block_scales(w.blocks() * groups * BLOCK);
     std::vector<uint8_t> block_zeros(block_scales.size()), tiles(w.blocks() * w.block_bytes());
     for (int64_t g = 0; g < groups; g++)
@@ -84,10 +84,10 @@ static double worst(const Case& c, int64_t tokens, bool int8) {
     std::vector<float> x(tokens * c.inputs), y(tokens * c.outputs), bias(c.outputs), dense(c.outputs * c.inputs);
     for (float& v : x) v = static_cast<float>(draw(2001)) / 1000.0f - 1.0f;
     for (float& v : bias) v = static_cast<float>(draw(100)) / 100.0f;
-    const MatMul product{x.data(), y.data(), Number::float32, tokens, bias.data(), Number::float32, int8};
+    const MatMul product{x.data(), y.data(), DType::float32, tokens, bias.data(), DType::float32, int8 ? Rounding::int8 : Rounding::none};
     (int8 ? generic::matmul_int8 : generic::matmul)(w, product, 2);
     if (int8) round_to_int8(x, c, group_of, groups);
-    generic::dequantize_tiles(w, dense.data(), Number::float32, 2);
+    generic::dequantize_tiles(w, dense.data(), DType::float32, 2);
     double most = 0;
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t o = 0; o < c.outputs; o++) {

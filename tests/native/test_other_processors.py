@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = [
     "csrc/matmul.cpp",
     "csrc/matmul_int8.cpp",
-    "csrc/tiles.cpp",
+    "csrc/pack.cpp",
     "csrc/threads.cpp",
     "tests/native/products.cpp",
 ]

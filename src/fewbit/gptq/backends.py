@@ -122,7 +122,7 @@ def _wrong_blocks(device: torch.device) -> Iterator[str]:
         groups = torch.sort(integers(0, G, batch, k)).values.int()
         W, F, d, scales, zeros, groups = (part.to(device) for part in (W, F, d, scales, zeros, groups))
         codes, E = (torch.zeros(batch, k, m, dtype=t, device=device) for t in (torch.uint8, torch.float32))
-        losses = triton.ldlq_block(W, W.clone(), F, d, scales, zeros, groups, bits, codes, E)
+        losses = triton.round_block(W, W.clone(), F, d, scales, zeros, groups, bits, codes, E)
         for b in range(batch):
             q, e = torch.zeros_like(codes[b]), torch.zeros_like(E[b])
             fixed = W[b], W[b].clone(), F[b], d[b], scales[b], zeros[b], groups[b]

@@ -241,7 +241,9 @@ def _solve_batch(problems: Sequence[Problem], bits: int) -> list[list[Sweep]]:
         F_block, d_block, of_block = (
             part.contiguous() for part in (F[:, a:b, a:b], d[:, a:b], groups[:, a:b])
         )
-        losses += triton.ldlq_block(W_block, T, F_block, d_block, scales, zeros, of_block, bits, q, E[:, a:b])
+        losses += triton.round_block(
+            W_block, T, F_block, d_block, scales, zeros, of_block, bits, q, E[:, a:b]
+        )
         codes.scatter_(1, columns[:, :, None].expand_as(q), q)
     added = torch.tensor([problem.factor.added for problem in problems], dtype=torch.float64).to(W.device)
     damping = added[:, None] * torch.linalg.vector_norm(E, dim=1).double().square()
@@ -267,8 +269,8 @@ def block_for(backend: Backend, W: Tensor) -> Callable[..., Tensor]:
     if path == "triton":
         from . import triton_backend as triton
 
-        return triton.ldlq_block
-    return native.ldlq_block if path == "native" else torch_block
+        return triton.round_block
+    return native.round_block if path == "native" else torch_block
 
 
 def torch_block(
@@ -283,7 +285,7 @@ def torch_block(
     codes: Tensor,
     E: Tensor,
 ) -> Tensor:
-    """The torch form of `native.ldlq_block`; T is overwritten."""
+    """The torch form of `native.round_block`; T is overwritten."""
     losses = torch.zeros(W.shape[1], dtype=torch.float64, device=W.device)
     levels = 2**bits - 1
     for i, group in enumerate(groups.tolist()):

@@ -231,9 +231,9 @@ class Hessian:
             for parts in zip(*batches, strict=True)
         )
         of_x, of_full = self._factors()
-        native.product_bf16(X, X, self._H, ends, of_x * ROOT, of_x / ROOT, upper=True)
+        native.gram_bf16(X, X, self._H, ends, of_x * ROOT, of_x / ROOT, upper=True)
         if full and self._P is not None:
-            native.product_bf16(full[0], X, self._P, ends, of_full * ROOT, of_x / ROOT, upper=False)
+            native.gram_bf16(full[0], X, self._P, ends, of_full * ROOT, of_x / ROOT, upper=False)
 
     def _add_torch(self, both: list[Tensor]) -> None:
         of_x, of_full = self._factors()

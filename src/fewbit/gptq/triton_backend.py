@@ -1,4 +1,4 @@
-"""The solver's two loops on a GPU: Triton forms of `native.fit_grid` and `native.ldlq_block`.
+"""The solver's two loops on a GPU: Triton forms of `native.fit_grid` and `native.round_block`.
 
 Importing this needs the package triton. Rows of a weight are independent, so programs take rows and nothing is
 exchanged between them. Divisions and roundings are IEEE's; ŵ = s (q − z) is exact in float32, s having the 11
@@ -99,7 +99,7 @@ def _sweep(
     tl.store(losses + r, loss, mask=rows_there)
 
 
-def ldlq_block(
+def round_block(
     W: Tensor,
     T: Tensor,
     F: Tensor,
@@ -111,7 +111,7 @@ def ldlq_block(
     codes: Tensor,
     E: Tensor,
 ) -> Tensor:
-    """As `native.ldlq_block`, for one weight or for a batch of them: every tensor may have one dimension in front.
+    """As `native.round_block`, for one weight or for a batch of them: every tensor may have one dimension in front.
 
     Fills codes and E, returns each row's loss, float32 (m,) or (batch, m). In a batch the matrices of E may lie apart;
     everything else is contiguous.

@@ -1,4 +1,4 @@
-"""A 2-D convolution with a quantized weight, stored as the linear layer (out, in·kh·kw) that it is."""
+"""A 2-D convolution with a quantized weight, stored as a linear layer (out, in·kh·kw)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[override]
     """An `nn.Conv2d` (one group) whose weight is dequantized at every call.
 
     Args:
-        spec: with ``kind="conv2d"`` and in_features = in_channels · kernel height · kernel width.
-        tensors: as for `QuantLinear`.
-        like: gives channels, kernel size, stride, padding and dilation; its weight is not used.
+        spec: a spec with ``kind="conv2d"`` and in_features = in_channels · kernel height · kernel width.
+        tensors: tensors of the checkpoint, as for `QuantLinear`.
+        like: a convolution with the same channels, kernel size, stride, padding and dilation; its weight is not used.
         bias: (out,) or None.
-        compute_dtype: what ``weight.dtype`` says.
+        compute_dtype: the value of ``weight.dtype``.
 
     Raises:
-        CheckpointError: a grouped convolution, or tensors that do not fit.
+        CheckpointError: the convolution is grouped, or the tensors do not fit.
     """
 
     def __init__(

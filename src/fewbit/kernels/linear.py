@@ -1,8 +1,8 @@
-"""Layers whose weight stays quantized: `QuantLinear`, and what it shares with `QuantConv2d`.
+"""Layers whose weight stays quantized: `QuantLinear`, and the base class that it shares with `QuantConv2d`.
 
-A layer holds the canonical tensors of the checkpoint, or a kernel's form of ``qweight`` (and of ``scales``) from which
-they can be restored bit for bit: never both. What is saved is always canonical: the bytes that were loaded, whatever
-dtype or device the model was cast to in between.
+A layer holds either the canonical tensors of the checkpoint, or a kernel's form of ``qweight`` (and of ``scales``) from
+which they can be restored bit for bit. A layer always saves the canonical tensors, with the bytes that were loaded,
+even if the model was cast or moved in between.
 """
 
 from __future__ import annotations
@@ -32,17 +32,16 @@ _UNCHANGEABLE = (
 
 
 class QuantizedWeight(Tensor):
-    """Stands for a quantized layer's weight: shape, dtype and device are free, anything else dequantizes.
+    """A stand-in for a quantized layer's weight: it knows shape, dtype and device, and dequantizes for anything else.
 
-    Other libraries ask layers for ``weight.dtype`` and ``weight.device``, some for the numbers. The numbers
-    can be read, not changed: changing them in place raises `KernelError`.
+    Other libraries read ``weight.dtype`` and ``weight.device``, and some read the numbers. Changing the numbers in
+    place raises `KernelError`.
     """
 
     _layer: QuantizedLayer
 
     @staticmethod
     def __new__(cls, layer: QuantizedLayer, shape: tuple[int, ...]) -> QuantizedWeight:
-        """Make the stand-in for `layer`; costs nothing."""
         weight: QuantizedWeight = Tensor._make_wrapper_subclass(
             cls, shape, dtype=layer.compute_dtype, device=layer.device
         )
@@ -94,7 +93,7 @@ class QuantizedLayer(nn.Module):
     def _set_up(
         self, spec: KernelSpec, tensors: Mapping[str, Tensor], bias: Tensor | None, compute_dtype: torch.dtype
     ) -> None:
-        """Take the canonical tensors (they may lie on the meta device, to be filled by a loader)."""
+        """Take the canonical tensors, which may be on the meta device until a loader fills them."""
         groups = group_count(spec.in_features, spec.group_size)
         problems = layout.shape_problems(tensors, spec.bits, groups, spec.in_features, spec.out_features)
         if problems:
@@ -102,7 +101,7 @@ class QuantizedLayer(nn.Module):
         self.spec = spec
         self.compute_dtype = compute_dtype
         self.desc_act = spec.act_order
-        self.transposed_weight = False  # whether it took the place of a transformers Conv1D
+        self.transposed_weight = False  # whether the layer replaced a transformers Conv1D
         for name in (layout.QWEIGHT, layout.QZEROS, layout.SCALES):
             self.register_buffer(name, tensors[name])
         # Where a checkpoint has no g_idx, none is saved either.
@@ -116,10 +115,9 @@ class QuantizedLayer(nn.Module):
         self.kernel_reasons: tuple[tuple[str, str | None], ...] = ()
         self._is_hf_initialized = True
 
-    # What other libraries ask of a GPTQ layer.
+    # Attributes that other libraries read from a GPTQ layer.
     @property
     def bits(self) -> int:
-        """Bits per code."""
         return self.spec.bits
 
     @property
@@ -129,12 +127,12 @@ class QuantizedLayer(nn.Module):
 
     @property
     def infeatures(self) -> int:
-        """Inputs, as AutoGPTQ calls them."""
+        """Number of inputs, under AutoGPTQ's name."""
         return self.spec.in_features
 
     @property
     def outfeatures(self) -> int:
-        """Outputs, as AutoGPTQ calls them."""
+        """Number of outputs, under AutoGPTQ's name."""
         return self.spec.out_features
 
     @property
@@ -149,7 +147,7 @@ class QuantizedLayer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the quantized tensors lie."""
+        """The device of the quantized tensors."""
         return self.get_buffer(layout.QZEROS).device
 
     @property
@@ -172,7 +170,7 @@ class QuantizedLayer(nn.Module):
         return super().__getattr__(name)
 
     def codes(self) -> QuantizedMatrix:
-        """The weight as numbers, whatever form it is held in."""
+        """The weight as numbers."""
         spec = self.spec
         tensors = {name: getattr(self, name) for name in layout.PARTS}
         return layout.unpack(
@@ -187,19 +185,19 @@ class QuantizedLayer(nn.Module):
         )
         return result
 
-    # The kernel: chosen once, reason kept.
+    # The kernel is chosen once, and the reasons are kept.
     def prepare(self, kernel: str = "auto", *, trainable: bool = False) -> None:
-        """Choose the kernel for the tensors as they are now, and bring them into its form.
+        """Choose the kernel for the current tensors, and repack them for it.
+
+        Layers on the meta device, or whose tensors accelerate has offloaded, keep the reference kernel.
 
         Args:
-            kernel: "auto" or a name.
-            trainable: only a kernel that gives gradients to the input, now and after moving the layer.
-
-        Layers on the meta device or with tensors held elsewhere by accelerate keep the reference kernel.
+            kernel: "auto" or the name of a kernel.
+            trainable: whether the kernel must give gradients to the input, now and after the layer moves.
 
         Raises:
-            KernelError: the kernel asked for cannot run this layer; the message names the condition.
-            CheckpointError: g_idx names a group that there is not.
+            KernelError: the requested kernel cannot run this layer; the message names the condition.
+            CheckpointError: g_idx has a group that does not exist.
         """
         self.restore()
         self.trainable = trainable
@@ -217,7 +215,7 @@ class QuantizedLayer(nn.Module):
         packed = chosen.repack(self)
         self.kernel = chosen
         if packed:
-            # Some writers pad with words that mean nothing; they are saved as they came.
+            # Some writers pad qweight with unused words, which are saved unchanged.
             words = layout.word_count(self.spec.in_features, self.spec.bits)
             packed[_PADDING] = self.qweight[words:].clone()
             del self._buffers[layout.QWEIGHT]
@@ -249,13 +247,13 @@ class QuantizedLayer(nn.Module):
         return sequential_groups(self.spec.in_features, self.spec.group_size)
 
     def fill_in_g_idx(self) -> None:
-        """Write the g_idx that the checkpoint left out, after a loader has made room for the buffers."""
+        """Write the g_idx that the checkpoint left out, after a loader has allocated the buffers."""
         if layout.G_IDX in self._non_persistent_buffers_set:
             self._buffers[layout.G_IDX] = self._sequential().to(self.device)
 
-    # nn.Module's own ways of moving, saving and loading.
+    # Moving, saving and loading, as nn.Module does it.
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the quantized tensors, but never cast them: their dtypes belong to the checkpoint."""
+        """Move the quantized tensors, but never cast them: the checkpoint defines their dtypes."""
         probe = fn(torch.empty(0, dtype=self.compute_dtype, device=self.device))
         changed = (probe.device, probe.dtype) != (self.device, self.compute_dtype)
         prepared = bool(self.kernel_reasons)
@@ -290,7 +288,6 @@ class QuantizedLayer(nn.Module):
             self.prepare(self.kernel_asked, trainable=self.trainable)
 
     def extra_repr(self) -> str:
-        """Shape, settings, kernel."""
         spec = self.spec
         return (
             f"in_features={spec.in_features}, out_features={spec.out_features}, "
@@ -300,13 +297,13 @@ class QuantizedLayer(nn.Module):
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):  # type: ignore[override]
-    """A linear layer with a quantized weight; an `nn.Linear` to whoever asks, so that adapters accept it.
+    """A linear layer with a quantized weight; also an `nn.Linear`, so that adapters accept it.
 
     Args:
-        spec: bits, groups, format and shape.
+        spec: settings and shape of the layer.
         tensors: ``qweight``, ``qzeros``, ``scales`` and, if stored, ``g_idx``, as in the checkpoint.
         bias: (out,) or None.
-        compute_dtype: what ``weight.dtype`` says; follows `.to(dtype)`.
+        compute_dtype: the value of ``weight.dtype``; follows `.to(dtype)`.
 
     Raises:
         CheckpointError: the tensors do not fit the spec.
@@ -319,7 +316,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):  # type: ignore[override]
         bias: Tensor | None = None,
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
-        nn.Module.__init__(self)  # not nn.Linear's: there is no dense weight to make
+        nn.Module.__init__(self)  # not nn.Linear's, which would allocate a dense weight
         self.in_features = spec.in_features
         self.out_features = spec.out_features
         self._set_up(spec, tensors, bias, compute_dtype)
@@ -334,7 +331,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):  # type: ignore[override]
         sym: bool = False,
         compute_dtype: torch.dtype = torch.float32,
     ) -> QuantLinear:
-        """A layer from a solver's result, with the reference kernel; call `prepare` for a faster one."""
+        """A layer from the solver's result, with the reference kernel; `prepare` chooses a faster one."""
         layer_format = LayerFormat(codes.bits, codes.group_size, sym, codes.has_act_order)
         spec = KernelSpec.of(layer_format, codes.shape, fmt)
         return cls(spec, layout.pack(codes, fmt), bias, compute_dtype)

@@ -39,7 +39,7 @@ class Provider:
         bits: supported bits per code.
         group_sizes: supported group sizes; −1 is one group per row.
         needs_symmetry: whether it supports only the zero point 2^(bits−1).
-        in_multiple: what in_features must be a multiple of, besides the group size.
+        in_multiple: what in_features must be a multiple of, in addition to the group size.
         out_multiple: what out_features must be a multiple of.
         needs_scratch: whether its `post_init` needs memory to unpack a weight into.
     """
@@ -205,7 +205,7 @@ class WrappedKernel(Kernel):
         return y.to(x.dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WrappedKernel:
-        # A layer may hold addresses of its own tensors, so a copy is built from scratch.
+        # A layer may hold addresses of its tensors, so a copy is built from scratch.
         copy = WrappedKernel(self._provider, self._class, self._spec, self._dtype)
         copy._sym, copy._tensors = self._sym, self._tensors
         if self._layer is not None:

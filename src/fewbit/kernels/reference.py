@@ -1,7 +1,7 @@
-"""The oracle: unpack the whole weight, then an ordinary matrix product. Any device, any layout, any dtype.
+"""The reference kernel: unpack the whole weight, then multiply. It runs on any device, layout and dtype.
 
-``scale · (code − zero)`` has at most 20 significant bits, so the weight is exact in float32 and is rounded
-once, to the activations' dtype. It is unpacked at every call: right everywhere, fast nowhere.
+``scale · (code − zero)`` has at most 20 significant bits, so the weight is exact in float32 and is rounded once, to the
+activations' dtype. It is unpacked at every call, which is slow.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ def _(
 
 
 def save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep what `gradient_to_x` needs of (x, the checkpoint's tensors, bits, format)."""
+    """Save the checkpoint's tensors, bits and format for `gradient_to_x`."""
     _, *tensors, ctx.bits, ctx.format = inputs
     ctx.save_for_backward(*tensors)
 
 
 def gradient_to_x(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """The gradients of a product with a checkpoint's tensors: for x, and none for all that follows it."""
+    """Gradients of a product with a checkpoint's tensors: one for x, None for the other arguments."""
     weight = torch.ops.fewbit.dequantize(*ctx.saved_tensors, ctx.bits, ctx.format, grad.dtype)
     return grad @ weight, None, None, None, None, None, None
 
@@ -89,11 +89,9 @@ class Reference(Kernel):
     def unsupported_reason(
         self, spec: KernelSpec, device: torch.device, dtype: torch.dtype, trainable: bool
     ) -> str | None:
-        """It can always run on floating-point activations."""
         return None if dtype.is_floating_point else f"activations are {dtype}, not floating point"
 
     def linear(self, x: Tensor, layer: QuantizedBuffers) -> Tensor:
-        """See `Kernel.linear`."""
         parts = [layer.get_buffer(name) for name in layout.PARTS]
         y: Tensor = torch.ops.fewbit.linear_reference(x, *parts, layer.spec.bits, layer.spec.format)
         return y if layer.bias is None else y + layer.bias.to(y.dtype)

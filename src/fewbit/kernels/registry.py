@@ -1,8 +1,8 @@
 """All kernels, in order of preference, and the one choice among them.
 
-"auto" takes the first that can run the layer and passes its self-check, if it has one; "auto_a16" takes none that
-rounds activations to 8 bits. A kernel asked for by name runs or says which condition fails.
-Kernels of other packages (`providers`) run only where they are asked for by name.
+"auto" takes the first kernel that can run the layer and passes its self-check, if it has one; "auto_a16" excludes
+kernels that round activations to 8 bits. A kernel requested by name runs, or the error says which condition fails.
+Kernels of other packages (`providers`) run only if they are requested by name.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ENGINES = ("vllm", "sglang", "mlx")
 
 
 def names() -> tuple[str, ...]:
-    """Every kernel's name, fewbit's own first. `resolve` knows further words."""
+    """Every kernel's name, fewbit's own first. `resolve` accepts further names."""
     return tuple(entry.name for entry in _ENTRIES)
 
 
@@ -38,7 +38,7 @@ def get(name: str) -> Kernel:
     """The kernel called `name`.
 
     Raises:
-        KernelError: there is none of this name that fewbit has itself.
+        KernelError: fewbit itself has no kernel with this name.
     """
     for kernel in KERNELS:
         if kernel.name == name:
@@ -47,12 +47,12 @@ def get(name: str) -> Kernel:
 
 
 def resolve(name: str) -> tuple[Kernel | Provider, ...]:
-    """The kernels that a name of fewbit's, GPTQModel's or transformers' stands for, the preferred one first.
+    """The kernels that a name from fewbit, GPTQModel or transformers stands for, the preferred one first.
 
     Also accepted: "auto", "auto_a16", "auto_trainable" and "torch" (the reference kernel).
 
     Raises:
-        KernelError: it is no kernel's name.
+        KernelError: no kernel has this name.
     """
     short = name.lower().removeprefix("gptq_")
     short = _ALIASES.get(short, short)
@@ -74,7 +74,7 @@ def resolve(name: str) -> tuple[Kernel | Provider, ...]:
 def explain(
     spec: KernelSpec, device: torch.device | str, dtype: torch.dtype, trainable: bool = False
 ) -> list[tuple[str, str | None]]:
-    """Every kernel with None where it can run the layer and otherwise the reason why it cannot."""
+    """Every kernel's name with the reason why it cannot run the layer; None if it can."""
     device = torch.device(device)
     return [(entry.name, entry.unsupported_reason(spec, device, dtype, trainable)) for entry in _ENTRIES]
 
@@ -86,10 +86,14 @@ def choose(
     name: str = "auto",
     trainable: bool = False,
 ) -> tuple[Kernel, tuple[tuple[str, str | None], ...]]:
-    """The kernel for a layer, and for each one tried before it why it cannot.
+    """The kernel for a layer, and the kernels that were tried, with the reasons why they cannot run it.
 
     Args:
-        name: see `resolve`. "auto_trainable" is "auto" with gradients to the input.
+        spec: the layer.
+        device: the device of its tensors.
+        dtype: dtype of the activations.
+        name: a name that `resolve` accepts. "auto_trainable" is "auto" with gradients to the input.
+        trainable: whether gradients to the input are needed.
 
     Raises:
         KernelError: `name` is not known, cannot run the layer (the message says why), or nothing can.

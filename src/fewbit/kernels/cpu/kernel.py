@@ -1,6 +1,6 @@
 """fewbit's own kernels for CPUs: every bit width, group size, zero point, column order, shape and float dtype.
 
-All of them read the tiles of `layout`. They differ in the rounding of activations (`layout.Rounding`): 16 bits, 8 bits,
+All of them read the tiles of `packed`. They differ in the rounding of activations (`packed.Rounding`): 16 bits, 8 bits,
 or 16 bits for a few tokens and 8 bits for a prompt, which costs no measurable accuracy (docs/performance.md).
 """
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from ... import native
 from ...checkpoint import layout
 from ..spec import Kernel, KernelSpec, QuantizedBuffers
-from . import layout as packed
-from .layout import PackedWeight, Rounding
+from . import packed
+from .packed import PackedWeight, Rounding
 
 
 class Cpu(Kernel):
@@ -38,7 +38,7 @@ class Cpu(Kernel):
         return None
 
     def repack(self, layer: QuantizedBuffers) -> dict[str, Tensor]:
-        """Buffers: tiles, block_scales, zeros, order, starts, as in `layout.PackedWeight`."""
+        """Buffers: tiles, block_scales, zeros, order, starts, as in `packed.PackedWeight`."""
         spec, tensors = layer.spec, layer.tensors
         zeros = layout.unpack_zeros(tensors[layout.QZEROS], spec.bits, spec.format, spec.out_features)
         weight = packed.pack(

@@ -16,9 +16,9 @@ from ...checkpoint import layout
 from ...errors import ConfigError
 from ...quantized_matrix import group_count, sequential_groups
 from ..linear import QuantizedLayer
-from . import layout as packed
+from . import packed
 from .kernel import product
-from .layout import Rounding
+from .packed import Rounding
 
 BITS, GROUP = 8, 64
 _ROWS = 4096  # rounded at a time

@@ -18,9 +18,9 @@ from ... import native
 from ...input_groups import INPUT_GROUPS
 from ..linear import QuantLinear
 from ..spec import QuantizedBuffers
-from . import layout as packed
+from . import packed
 from .kernel import Cpu, can_bypass_dispatch, packed_weight
-from .layout import PackedWeight, Rounding
+from .packed import PackedWeight, Rounding
 
 # With more tokens, one call more is negligible, and the parts of the result would have to be copied.
 _MAX_TOKENS = 8

@@ -1,6 +1,6 @@
 """The kernel for GPUs, written in Triton: every bit width, group size, zero point, column order and float dtype.
 
-`layout` holds the codes, `kernels` the mathematics, and `tile_config` decides how a product is cut into programs.
+`fragments` holds the codes, `kernels` the mathematics, and `tile_config` decides how a product is cut into programs.
 "auto" takes the kernel only after `self_check`. Results are the same from run to run, because partial sums are added in
 a fixed order. **fewbit's authors have never run it on a GPU**: it is tested in Triton's interpreter, and compiled for
 GPUs that are not present (docs/gpu.md).
@@ -20,8 +20,8 @@ from torch import Tensor
 from ...checkpoint import layout
 from ...quantized_matrix import QuantizedMatrix
 from ..spec import Kernel, KernelSpec, QuantizedBuffers
-from . import layout as fragments
-from .layout import Fragments
+from . import fragments
+from .fragments import Fragments
 from .tile_config import DENSE_FROM, heuristic_config, problem_key
 
 _LOG = logging.getLogger(__name__)

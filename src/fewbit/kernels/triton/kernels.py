@@ -1,6 +1,6 @@
 """The Triton kernels behind `fewbit.kernels.triton.kernel`. Importing this module needs the package triton.
 
-All kernels read the words of `layout` once, coalesced and 16 bytes per load, and never move codes between threads: a
+All kernels read the words of `fragments` once, coalesced and 16 bytes per load, and never move codes between threads: a
 shift and a mask turn a word into the registers of matrix instructions.
 
 - `gemv_kernel`, for few tokens, is bound by memory. Weights enter the product as integer codes; scale and zero point
@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import Fragments, pairs_in_unit
+from .fragments import Fragments, pairs_in_unit
 from .tile_config import ProblemKey, TileConfig, candidates, problem_key
 
 

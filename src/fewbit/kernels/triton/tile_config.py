@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .layout import pairs_in_unit, words_in_unit
+from .fragments import pairs_in_unit, words_in_unit
 
 DENSE_FROM = 256  # tokens; from here on, unpacking to memory takes less than half of the product's time
 _LARGEST_BUCKET = 4096  # tokens; larger products are tuned as this size
-_SHARED = 80 << 10  # bytes; consumer GPUs give a program 99 KB, part of which the products need themselves
+_SHARED = (
+    80 << 10
+)  # bytes; consumer GPUs give a program 99 KB, and the products need part of it for other data
 _PROGRAMS = 264  # enough to fill a large GPU; the same everywhere, so that results are the same everywhere
 
 

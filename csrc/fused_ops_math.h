@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "vectors.h"
+#include "simd.h"
 
 namespace fewbit {
 namespace FEWBIT_ISA {

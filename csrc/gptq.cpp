@@ -1,6 +1,6 @@
-// One block of LDLQ for 32 rows at a time, one row per lane.
-#include "kernels.h"
-#include "lanes.h"
+// One block of GPTQ (in its LDLQ form) for 32 rows at a time, one row per lane.
+#include "solver.h"
+#include "simd.h"
 
 namespace fewbit {
 namespace FEWBIT_ISA {
@@ -12,18 +12,18 @@ constexpr int COLUMNS = 8, VECTORS = 2;
 #else
 constexpr int COLUMNS = 4, VECTORS = 1;
 #endif
-constexpr int WIDTH = VECTORS * LANES;
-static_assert(LDLQ_ROWS % WIDTH == 0, "whole vectors");
+constexpr int TILE_ROWS = VECTORS * LANES;
+static_assert(ROUND_ROWS % TILE_ROWS == 0, "whole vectors");
 
 struct alignas(64) Tile {
-    float w[LDLQ_COLUMNS][WIDTH];
-    float te[LDLQ_COLUMNS][WIDTH];  // the targets of columns to come, the errors w − ŵ of finished ones
+    float w[ROUND_COLUMNS][TILE_ROWS];
+    float te[ROUND_COLUMNS][TILE_ROWS];  // the targets of columns to come, the errors w − ŵ of finished ones
 };
 
-class Sweep {
+class BlockRounder {
 public:
-    Sweep(const LdlqProblem& problem, int64_t row)
-        : p_(problem), row_(row), rows_(problem.m - row < WIDTH ? problem.m - row : WIDTH) {}
+    BlockRounder(const RoundBlock& problem, int64_t row)
+        : p_(problem), row_(row), rows_(problem.m - row < TILE_ROWS ? problem.m - row : TILE_ROWS) {}
 
     void run(Tile& tile) {
         for (int64_t i = 0; i < p_.k; i++) {
@@ -32,7 +32,7 @@ public:
         }
         for (int v = 0; v < VECTORS; v++) loss_[v] = all(0.0f);
         for (int64_t first = 0; first < p_.k; first += COLUMNS) columns(tile, first);
-        float loss[WIDTH];
+        float loss[TILE_ROWS];
         for (int v = 0; v < VECTORS; v++) store(loss + v * LANES, loss_[v]);
         std::memcpy(p_.loss + row_, loss, static_cast<size_t>(rows_) * sizeof(float));
         for (int64_t i = 0; i < p_.k; i++)
@@ -42,7 +42,7 @@ public:
 private:
     void copy_in(float* to, const float* from) {
         std::memcpy(to, from + row_, static_cast<size_t>(rows_) * sizeof(float));
-        for (int64_t r = rows_; r < WIDTH; r++) to[r] = 0.0f;
+        for (int64_t r = rows_; r < TILE_ROWS; r++) to[r] = 0.0f;
     }
 
     // Finish columns first … first + COLUMNS: add what the columns before them owe, then one by one.
@@ -81,10 +81,10 @@ private:
             group_ = group;
             copy_in(s_, p_.scales + group * p_.m);
             copy_in(z_, p_.zeros + group * p_.m);
-            for (int64_t r = rows_; r < WIDTH; r++) s_[r] = 1.0f;
+            for (int64_t r = rows_; r < TILE_ROWS; r++) s_[r] = 1.0f;
         }
         const Lanes levels = all(static_cast<float>((1 << p_.bits) - 1)), d = all(p_.d[i]);
-        float q[WIDTH];
+        float q[TILE_ROWS];
         for (int v = 0; v < VECTORS; v++) {
             const Lanes s = load(s_ + v * LANES), z = load(z_ + v * LANES);
             const Lanes centered = round_even(clamp(t[v] / s, all(0.0f) - z, levels - z));
@@ -98,18 +98,18 @@ private:
         for (int64_t r = 0; r < rows_; r++) codes[r] = static_cast<uint8_t>(q[r]);
     }
 
-    const LdlqProblem& p_;
+    const RoundBlock& p_;
     int64_t row_, rows_, group_ = -1;
     Lanes loss_[VECTORS];
-    alignas(64) float s_[WIDTH], z_[WIDTH];
+    alignas(64) float s_[TILE_ROWS], z_[TILE_ROWS];
 };
 
 }  // namespace
 
-void ldlq_rows(const LdlqProblem& problem, int64_t row) {
-    const int64_t end = problem.m - row < LDLQ_ROWS ? problem.m : row + LDLQ_ROWS;
+void round_rows(const RoundBlock& problem, int64_t row) {
+    const int64_t end = problem.m - row < ROUND_ROWS ? problem.m : row + ROUND_ROWS;
     Tile tile;
-    for (; row < end; row += WIDTH) Sweep(problem, row).run(tile);
+    for (; row < end; row += TILE_ROWS) BlockRounder(problem, row).run(tile);
 }
 
 }  // namespace FEWBIT_ISA

@@ -10,14 +10,14 @@
 #include <memory>
 #include <vector>
 
-#include "kernels.h"
+#include "solver.h"
 #include "threads.h"
 
 namespace fewbit {
 namespace {
 
 constexpr int ROWS = 8, VECTORS = 3;   // the register tile: 24 accumulators of 16 floats
-constexpr int PANEL = VECTORS * 16;    // columns that are packed together
+constexpr int PANEL = VECTORS * 16;    // columns that are packed into one panel
 constexpr int64_t DEPTH = 256;         // token pairs per pass and, at most, per piece: a panel is 48 KiB
 constexpr int64_t PANELS_PER_TASK = 8;
 
@@ -91,9 +91,9 @@ void tile(const uint32_t* rows, const uint32_t* panel, int64_t pairs, const floa
 struct Pass {
     const uint32_t *A, *B;  // packed
     const std::vector<Piece>& pieces;
-    const ProductBf16& problem;
+    const GramBf16& problem;
 
-    // Columns of panel j of B against those of panels first … last of A.
+    // Columns of panel j of B against columns of panels first … last of A.
     void run(int64_t j, int64_t first, int64_t last) const {
         const int64_t n = problem.n, column = j * PANEL, width = n - column;
         for (int64_t i = first; i < last; i++)
@@ -127,7 +127,7 @@ std::vector<std::vector<Piece>> passes(const int64_t* ends, int64_t batches) {
 
 }  // namespace
 
-void product_bf16(const ProductBf16& problem, int threads) {
+void gram_bf16(const GramBf16& problem, int threads) {
     const int64_t n = problem.n;
     const int64_t panels = (n + PANEL - 1) / PANEL;
     const int64_t tasks_per_panel = (panels + PANELS_PER_TASK - 1) / PANELS_PER_TASK;

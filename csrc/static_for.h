@@ -3,21 +3,21 @@
 
 #include <utility>
 
-#include "numbers.h"
+#include "dtype.h"
 
 namespace fewbit {
 namespace FEWBIT_ISA {
 namespace {
 
 template <int... I, class F>
-inline void each_index(std::integer_sequence<int, I...>, F f) {
+inline void static_for_indices(std::integer_sequence<int, I...>, F f) {
     (f(std::integral_constant<int, I>()), ...);
 }
 
 // f(integral_constant) for 0 … COUNT − 1.
 template <int COUNT, class F>
-inline void each(F f) {
-    each_index(std::make_integer_sequence<int, COUNT>(), f);
+inline void static_for(F f) {
+    static_for_indices(std::make_integer_sequence<int, COUNT>(), f);
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 
 A packed weight is five tensors and three numbers (`PackedWeight`). Codes lie in tiles, block by block of 16 outputs;
 scales and zero points lie in the same order, so that a product reads both sequentially. Activations may be float32,
-float16 or bfloat16. Products are those of bfloat16 numbers with integer codes, summed in float32; float32 and float16
+float16 or bfloat16. bfloat16 numbers are multiplied with integer codes and summed in float32; float32 and float16
 activations enter as the sum of two bfloat16 numbers, so that they keep 16 bits. Or activations are rounded to 8 bits
 (`Rounding`). Results depend on the number of tokens, which decides how they are computed, but not on the values of
 other tokens, nor on the number of threads.

@@ -1,19 +1,19 @@
-// See steps.h. Everything is computed in float32, and results do not depend on the number of threads.
-#include "steps.h"
+// See fused_ops.h. Everything is computed in float32, and results do not depend on the number of threads.
+#include "fused_ops.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
-#include "steps_math.h"
+#include "fused_ops_math.h"
 #include "threads.h"
 
 namespace fewbit {
 namespace FEWBIT_ISA {
 namespace {
 
-constexpr int64_t PIECE = 512;       // numbers that are read, worked on and written together
+constexpr int64_t PIECE = 512;       // numbers that are read, processed and written at a time
 constexpr int64_t POSITIONS = 256;   // tokens in one task of the attention
 constexpr int64_t WORTHWHILE = 1 << 14;  // numbers that a thread should have before another one helps
 
@@ -25,10 +25,10 @@ void in_parallel(int64_t tasks, int64_t numbers, int threads, Body&& body) {
 }
 
 // To the nearest number of the type, in float32.
-inline void round_to(Number type, float* x, int64_t count) {
-    if (type == Number::bfloat16) {
+inline void round_to(DType type, float* x, int64_t count) {
+    if (type == DType::bfloat16) {
         for (int64_t i = 0; i < count; i++) x[i] = from_bfloat16(to_bfloat16(x[i]));
-    } else if (type == Number::float16) {
+    } else if (type == DType::float16) {
         for (int64_t i = 0; i < count; i++) x[i] = from_float16(to_float16(x[i]));
     }
 }
@@ -95,7 +95,7 @@ void attend(const Attention& problem, int64_t batch, int64_t key_head, int64_t f
     }
 }
 
-// The parts of one query, put together: (parts), (parts), (parts, width).
+// The combined parts of one query: (parts), (parts), (parts, width).
 void join(const Attention& problem, int64_t query, int64_t parts, int64_t stride, Partial from, float* sums) {
     const int64_t width = padded(problem.size);
     float largest = from.largest[0], total = 0.0f;
@@ -116,7 +116,7 @@ void rms_norm(const RmsNorm& problem, int threads) {
     in_parallel(problem.rows, problem.rows * problem.n, threads, [&](int64_t row) { norm_row(problem, row); });
 }
 
-void silu_gate(const SiluGate& problem, int threads) {
+void silu_mul(const SiluMul& problem, int threads) {
     const int64_t n = problem.n, pieces = (n + PIECE - 1) / PIECE;
     in_parallel(problem.rows * pieces, problem.rows * n, threads, [&](int64_t task) {
         alignas(64) float gate[PIECE];
@@ -138,8 +138,8 @@ void token_attention(const Attention& problem, int threads) {
     const int64_t of_text = parts * heads, all_parts = problem.batch * of_text;
     std::vector<float> memory(static_cast<size_t>(all_parts * (width + 2)));
     const Partial found{memory.data(), memory.data() + all_parts, memory.data() + 2 * all_parts};
-    const auto at = [&](int64_t place) {
-        return Partial{found.largest + place, found.weights + place, found.values + place * width};
+    const auto at = [&](int64_t index) {
+        return Partial{found.largest + index, found.weights + index, found.values + index * width};
     };
     const int64_t numbers = problem.batch * key_heads * problem.length * problem.size * 2;
     in_parallel(problem.batch * key_heads * parts, numbers, threads, [&](int64_t task) {

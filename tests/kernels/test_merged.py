@@ -11,9 +11,9 @@ from torch import nn
 import fewbit
 from fewbit import native
 from fewbit.errors import ConfigError
-from fewbit.kernels.cpu.layout import dequantize_packed
 from fewbit.kernels.cpu.lm_head import Int8LMHead, round_to_8_bits
 from fewbit.kernels.cpu.merged import MergedCpuKernel, merge_layers
+from fewbit.kernels.cpu.packed import dequantize_packed
 from fewbit.kernels.linear import QuantLinear
 from tiny_gptq import FAMILIES, llama, logits, random_codes, write_checkpoint
 

@@ -1,4 +1,4 @@
-// float32, float16 and bfloat16 in memory, one number at a time; loops over them vectorise.
+// float32, float16 and bfloat16 in memory, one number at a time; loops over them vectorize.
 #pragma once
 
 #include <cstdint>
@@ -59,10 +59,10 @@ static inline uint16_t to_float16(float x) {
     return static_cast<uint16_t>(half | (sign >> 16));
 }
 
-static inline float number_at(const void* p, Number type, int64_t i) {
+static inline float number_at(const void* p, DType type, int64_t i) {
     switch (type) {
-        case Number::float16: return from_float16(static_cast<const uint16_t*>(p)[i]);
-        case Number::bfloat16: return from_bfloat16(static_cast<const uint16_t*>(p)[i]);
+        case DType::float16: return from_float16(static_cast<const uint16_t*>(p)[i]);
+        case DType::bfloat16: return from_bfloat16(static_cast<const uint16_t*>(p)[i]);
         default: return static_cast<const float*>(p)[i];
     }
 }
@@ -81,10 +81,10 @@ static inline int64_t convert_float16(const uint16_t* h, int64_t count, float* o
 }
 
 // `count` numbers from element `first` on, as float32.
-static inline void read_numbers(const void* p, Number type, int64_t first, int64_t count, float* out) {
-    if (type == Number::float32) {
+static inline void read_numbers(const void* p, DType type, int64_t first, int64_t count, float* out) {
+    if (type == DType::float32) {
         std::memcpy(out, static_cast<const float*>(p) + first, static_cast<size_t>(count) * 4);
-    } else if (type == Number::bfloat16) {
+    } else if (type == DType::bfloat16) {
         const uint16_t* h = static_cast<const uint16_t*>(p) + first;
         for (int64_t i = 0; i < count; i++) out[i] = from_bfloat16(h[i]);
     } else {
@@ -93,10 +93,10 @@ static inline void read_numbers(const void* p, Number type, int64_t first, int64
     }
 }
 
-static inline void write_numbers(void* p, Number type, int64_t first, int64_t count, const float* in) {
-    if (type == Number::float32) {
+static inline void write_numbers(void* p, DType type, int64_t first, int64_t count, const float* in) {
+    if (type == DType::float32) {
         std::memcpy(static_cast<float*>(p) + first, in, static_cast<size_t>(count) * 4);
-    } else if (type == Number::bfloat16) {
+    } else if (type == DType::bfloat16) {
         uint16_t* h = static_cast<uint16_t*>(p) + first;
         for (int64_t i = 0; i < count; i++) h[i] = to_bfloat16(in[i]);
     } else {

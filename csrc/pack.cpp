@@ -1,4 +1,4 @@
-// Checkpoint words ↔ tiles, and tiles → numbers. Sixteen outputs at a time; every loop over them vectorises.
+// Checkpoint words ↔ tiles, and tiles → numbers. Sixteen outputs at a time; every loop over them vectorizes.
 #include <cstring>
 
 #include "activations.h"
@@ -10,18 +10,18 @@ namespace {
 
 // Where a code lies in the column of a checkpoint, or in the lane of a tile: `low` bits at `shift` of `word`,
 // the rest at `high_shift` of `high_word`.
-struct Place {
+struct CodePosition {
     int64_t word, high_word;
     int shift, low, high_shift;
 };
 
-Place in_checkpoint(int64_t input, int bits) {
+CodePosition in_checkpoint(int64_t input, int bits) {
     const int64_t bit = input * bits;
     const int shift = static_cast<int>(bit % 32), low = shift + bits > 32 ? 32 - shift : bits;
     return {bit / 32, bit / 32 + 1, shift, low, 0};
 }
 
-Place in_tile(int64_t position, int bits) {
+CodePosition in_tile(int64_t position, int bits) {
     if (bits != 3) return {0, 0, static_cast<int>(position) * bits, bits, 0};
     const int quad = static_cast<int>(position / 4), byte = static_cast<int>(position % 4);
     return {quad / 4, 2, 8 * byte + 2 * (quad % 4), 2, 8 * byte + quad};
@@ -46,24 +46,24 @@ void join(uint32_t* p, const Lanes16& lanes, int64_t count) {
     for (int64_t n = 0; n < (count < BLOCK ? count : BLOCK); n++) p[n] |= lanes.v[n];
 }
 
-Lanes16 take(const uint32_t* words, int64_t stride, int64_t count, const Place& place, int bits) {
-    Lanes16 codes = load(words + place.word * stride, count);
-    for (int64_t n = 0; n < BLOCK; n++) codes.v[n] = (codes.v[n] >> place.shift) & ((1u << place.low) - 1);
-    if (place.low < bits) {
-        const Lanes16 rest = load(words + place.high_word * stride, count);
-        const uint32_t mask = (1u << (bits - place.low)) - 1;
-        for (int64_t n = 0; n < BLOCK; n++) codes.v[n] |= ((rest.v[n] >> place.high_shift) & mask) << place.low;
+Lanes16 take(const uint32_t* words, int64_t stride, int64_t count, const CodePosition& at, int bits) {
+    Lanes16 codes = load(words + at.word * stride, count);
+    for (int64_t n = 0; n < BLOCK; n++) codes.v[n] = (codes.v[n] >> at.shift) & ((1u << at.low) - 1);
+    if (at.low < bits) {
+        const Lanes16 rest = load(words + at.high_word * stride, count);
+        const uint32_t mask = (1u << (bits - at.low)) - 1;
+        for (int64_t n = 0; n < BLOCK; n++) codes.v[n] |= ((rest.v[n] >> at.high_shift) & mask) << at.low;
     }
     return codes;
 }
 
-void put(uint32_t* words, int64_t stride, int64_t count, const Place& place, int bits, const Lanes16& codes) {
+void put(uint32_t* words, int64_t stride, int64_t count, const CodePosition& at, int bits, const Lanes16& codes) {
     Lanes16 part;
-    for (int64_t n = 0; n < BLOCK; n++) part.v[n] = (codes.v[n] & ((1u << place.low) - 1)) << place.shift;
-    join(words + place.word * stride, part, count);
-    if (place.low < bits) {
-        for (int64_t n = 0; n < BLOCK; n++) part.v[n] = (codes.v[n] >> place.low) << place.high_shift;
-        join(words + place.high_word * stride, part, count);
+    for (int64_t n = 0; n < BLOCK; n++) part.v[n] = (codes.v[n] & ((1u << at.low) - 1)) << at.shift;
+    join(words + at.word * stride, part, count);
+    if (at.low < bits) {
+        for (int64_t n = 0; n < BLOCK; n++) part.v[n] = (codes.v[n] >> at.low) << at.high_shift;
+        join(words + at.high_word * stride, part, count);
     }
 }
 
@@ -110,11 +110,11 @@ void unpack_tiles(const PackedWeight& w, uint32_t* qweight, int threads) {
     });
 }
 
-void dequantize_tiles(const PackedWeight& w, void* out, Number type, int threads) {
+void dequantize_tiles(const PackedWeight& w, void* out, DType type, int threads) {
     const int64_t inputs = tile_inputs(w.bits), bytes = tile_bytes(w.bits);
     parallel_for(w.blocks(), threads, [&](int64_t block) {
         const int64_t first = block * BLOCK, count = w.outputs - first < BLOCK ? w.outputs - first : BLOCK;
-        // A place for padding at the end, and rows so far apart that a column does not fall into one set of the cache.
+        // Space for padding at the end, and rows so far apart that a column does not fall into one set of the cache.
         const int64_t stride = (w.inputs + 16) / 16 * 16 + (w.inputs / 16 % 2 ? 0 : 16);
         const Buffer<float> rows(BLOCK * stride);
         for (int64_t g = 0; g < w.groups; g++) {

@@ -23,9 +23,9 @@ struct GridProblem {
     float* zeros;   // (m, G)
 };
 
-// One call of ldlq_block; see src/fewbit/gptq/gptq.py. Matrices with m as the last dimension hold one
+// One call of round_block; see src/fewbit/gptq/gptq.py. Matrices with m as the last dimension hold one
 // column of the weight per row.
-struct LdlqProblem {
+struct RoundBlock {
     const float* W;         // (k, m)
     const float* T;         // (k, m)
     const float* F;         // (k, k)
@@ -41,26 +41,26 @@ struct LdlqProblem {
 };
 
 constexpr int64_t GRID_ROWS = 16;
-constexpr int64_t LDLQ_ROWS = 32;
-constexpr int64_t LDLQ_COLUMNS = 128;  // the largest k
+constexpr int64_t ROUND_ROWS = 32;
+constexpr int64_t ROUND_COLUMNS = 128;  // the largest k
 
-#define FEWBIT_KERNELS(ISA)                                                                 \
+#define FEWBIT_SOLVER(ISA)                                                                 \
     namespace ISA {                                                                         \
     /* Rows row … row + GRID_ROWS; scratch holds GRID_ROWS floats per column of a group. */ \
     void grid_rows(const GridProblem& problem, int64_t row, float* scratch);                \
-    /* Rows row … row + LDLQ_ROWS. */                                                       \
-    void ldlq_rows(const LdlqProblem& problem, int64_t row);                                \
+    /* Rows row … row + ROUND_ROWS. */                                                       \
+    void round_rows(const RoundBlock& problem, int64_t row);                                \
     }
 
-FEWBIT_KERNELS(generic)
+FEWBIT_SOLVER(generic)
 #if defined(FEWBIT_HAVE_X86)
-FEWBIT_KERNELS(avx2)
-FEWBIT_KERNELS(avx512)
+FEWBIT_SOLVER(avx2)
+FEWBIT_SOLVER(avx512)
 #endif
 
 #if defined(FEWBIT_HAVE_BF16)
 // C += Aᵀ B, every batch of tokens on its own, times the factors of the row and the column of C, rounded.
-struct ProductBf16 {
+struct GramBf16 {
     const uint16_t *A, *B;         // bfloat16 (tokens, n)
     int32_t* C;                    // (n, n); of it, where `upper`, at least the upper triangle
     const int64_t* ends;           // (batches): tokens ends[b − 1] … ends[b] are batch b
@@ -71,7 +71,7 @@ struct ProductBf16 {
 };
 
 // Needs AVX512-BF16.
-void product_bf16(const ProductBf16& problem, int threads);
+void gram_bf16(const GramBf16& problem, int threads);
 #endif
 
 }  // namespace fewbit

@@ -12,16 +12,16 @@ struct RmsNorm {
     const void* x;       // (rows, n)
     const void* weight;  // (n)
     void* y;             // (rows, n)
-    Number type;         // of all three
+    DType type;         // of all three
     int64_t rows, n;
     float eps;
 };
 
 // y = round(silu(gate)) · up.
-struct SiluGate {
+struct SiluMul {
     const void* x;  // (rows, 2n): gate, then up
     void* y;        // (rows, n)
-    Number type;
+    DType type;
     int64_t rows, n;
 };
 
@@ -31,7 +31,7 @@ struct Attention {
     const void* keys;    // (batch, key_heads, length, size), likewise
     const void* values;  // as the keys
     void* y;             // (batch, queries, heads, size), contiguous
-    Number type;
+    DType type;
     int64_t batch, heads, key_heads, queries, length, size;
     int64_t q_batch, q_head, q_token;
     int64_t key_batch, key_head, key_token;
@@ -40,19 +40,19 @@ struct Attention {
     bool causal;  // query i sees the keys 0 … i, and there are as many
 };
 
-#define FEWBIT_STEPS(ISA)                                       \
+#define FEWBIT_FUSED_OPS(ISA)                                       \
     namespace ISA {                                             \
     void rms_norm(const RmsNorm& problem, int threads);         \
-    void silu_gate(const SiluGate& problem, int threads);       \
+    void silu_mul(const SiluMul& problem, int threads);       \
     /* One query for each text and head, which sees all keys. */ \
     void token_attention(const Attention& problem, int threads); \
     void prompt_attention(const Attention& problem, int threads); \
     }
 
-FEWBIT_STEPS(generic)
+FEWBIT_FUSED_OPS(generic)
 #if defined(FEWBIT_HAVE_X86)
-FEWBIT_STEPS(avx2)
-FEWBIT_STEPS(avx512)
+FEWBIT_FUSED_OPS(avx2)
+FEWBIT_FUSED_OPS(avx512)
 #endif
 
 }  // namespace fewbit
