@@ -1,8 +1,8 @@
 """``fewbit_manifest.json``: size and SHA-256 of every file that fewbit wrote into a checkpoint.
 
-It is written before config.json and holds the hash of the config's bytes, so that any later change of any
-listed file shows. It carries its own digest and one fixed form, so that a change of itself shows too.
-Markdown files are not listed: people edit model cards.
+The manifest is written before config.json and holds the hash of the config's bytes, so any later change of a listed
+file is found. It has a digest of its content and one fixed form, so a change of the manifest is found too. Markdown
+files are not listed: people edit model cards.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class FileHash(NamedTuple):
 
 
 def encode(files: Mapping[str, FileHash]) -> bytes:
-    """The manifest's bytes: one form for the same files."""
+    """Encode the manifest: the same files give the same bytes."""
     listed = {
         name: {"sha256": files[name].sha256, "size": files[name].size}
         for name in sorted(files)
@@ -39,15 +39,14 @@ def encode(files: Mapping[str, FileHash]) -> bytes:
 
 
 def hash_bytes(data: bytes) -> FileHash:
-    """Size and SHA-256 of `data`."""
     return FileHash(len(data), hashlib.sha256(data).hexdigest())
 
 
 def require(folder: Path) -> None:
-    """Make sure that everything in `folder` is as the writer left it, before it is called finished.
+    """Check that everything in `folder` is as it was written.
 
     Raises:
-        OutputError: a file was changed or is missing, or there is no manifest.
+        OutputError: A file was changed or is missing, or there is no manifest.
     """
     found = problems(folder) if (folder / NAME).exists() else [(NAME, "is missing")]
     if found:
@@ -59,9 +58,9 @@ def require(folder: Path) -> None:
 
 
 def problems(folder: Path) -> list[tuple[str, str]]:
-    """(file, what is wrong) for everything in `folder` that its manifest contradicts.
+    """List (file, problem) for every file in `folder` that differs from the manifest; empty without a manifest.
 
-    Reads every listed file once. Empty where all is as written, or where there is no manifest.
+    Every listed file is read once.
     """
     path = folder / NAME
     if not path.exists():
@@ -102,7 +101,7 @@ def _hash_of(path: Path) -> str | None:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal, read piece by piece. Raises OSError."""
+    """Compute the SHA-256 of a file in hexadecimal, reading it in chunks. Raises OSError."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):

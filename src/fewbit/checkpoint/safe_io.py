@@ -1,6 +1,6 @@
-"""What may be taken from a stranger's folder: regular files of a bounded size, plain JSON, names that stay in it.
+"""Validated access to untrusted folders: regular files of a bounded size, plain JSON, names that stay in the folder.
 
-Links to files are followed: the Hub's cache keeps every file as one. Names that lead out of the folder are refused.
+Links to files are followed, because the Hub's cache consists of links. Names that lead out of the folder are refused.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Pairs = Callable[[list[tuple[str, Any]]], Any]
 
 
 def open_regular(path: Path) -> tuple[BinaryIO, int]:
-    """A file that is open for reading, and its size; a pipe or a device would never end.
+    """Open a regular file for reading and return it with its size. Pipes and devices, which never end, are refused.
 
     Raises:
-        CheckpointError: it cannot be opened, or is no regular file.
+        CheckpointError: The file cannot be opened, or is not a regular file.
     """
     try:
         info = path.stat()
@@ -37,10 +37,10 @@ def open_regular(path: Path) -> tuple[BinaryIO, int]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The contents of a regular file of at most `LARGEST_JSON` bytes.
+    """Read a regular file of at most `LARGEST_JSON` bytes.
 
     Raises:
-        CheckpointError: it cannot be read, or is larger.
+        CheckpointError: The file cannot be read, or is larger.
     """
     file, size = open_regular(path)
     with file:
@@ -53,14 +53,15 @@ def read_bytes(path: Path) -> bytes:
 
 
 def parse_json(data: bytes, where: str, pairs: Pairs | None = None) -> dict[str, Any]:
-    """The JSON object in `data`: UTF-8, not deeper than any real file's, with texts that can be written again.
+    """Parse a JSON object: UTF-8, of limited depth, with texts that can be encoded again.
 
     Args:
-        where: the file, for messages.
-        pairs: as `json.loads` takes it: what an object's pairs become.
+        data: The bytes.
+        where: The file, for messages.
+        pairs: `object_pairs_hook` of `json.loads`.
 
     Raises:
-        CheckpointError: it is anything else.
+        CheckpointError: `data` is anything else.
     """
     try:
         values = json.loads(data.decode(), object_pairs_hook=pairs)
@@ -73,12 +74,12 @@ def parse_json(data: bytes, where: str, pairs: Pairs | None = None) -> dict[str,
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises CheckpointError: it cannot be read or holds something else."""
+    """Read the JSON object in a file. Raise CheckpointError if it cannot be read or holds something else."""
     return parse_json(read_bytes(path), str(path))
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether `name` is the name of a file right in a folder: no way out of it, nothing that cannot be shown."""
+    """Return True if `name` is the printable name of a file directly in a folder."""
     return (
         isinstance(name, str)
         and name not in ("", ".", "..")
@@ -89,23 +90,23 @@ def is_plain_name(name: object) -> bool:
 
 
 def stays_inside(name: str) -> bool:
-    """Whether `name`, with ``/`` between its parts, is a path inside the folder that it is relative to."""
+    """Return True if the relative path `name`, with ``/`` between its parts, stays inside its folder."""
     return bool(name) and not name.startswith("/") and all(map(is_plain_name, PurePosixPath(name).parts))
 
 
 def is_tensor_name(name: str) -> bool:
-    """Whether `name` can be a tensor's: printable, so that no terminal obeys it, and not absurdly long."""
+    """Return True if `name` can name a tensor. It must be printable, so that it cannot inject terminal escapes."""
     return name.isprintable() and len(name) <= _LONGEST_NAME
 
 
 def shown(value: object) -> str:
-    """`value` for a message: as Python writes it, cut short."""
+    """Format `value` for a message: its `repr`, shortened."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]} …"
 
 
 def _check(values: object, where: str) -> None:
-    """Without recursion, and level by level: how deep it goes, and whether all texts are Unicode."""
+    """Check the depth, and that all texts are Unicode, level by level without recursion."""
     level = [values]
     for _ in range(_DEEPEST):
         below: list[object] = []
