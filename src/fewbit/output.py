@@ -29,8 +29,8 @@ from .pipeline.journal import Journal, check_output
 from .pipeline.layer_quantizer import MemorySink, NonLeaderSink, ResultSink
 from .planning import LayerPlan, Plan, output_embedding_name
 from .preparation import Preparation
-from .report.collect import PAGE_NAME, REPORT_NAME, Report, write_text
 from .report.model_card import CARD_NAME, model_card
+from .report.report import PAGE_NAME, REPORT_NAME, Report, write_text
 
 
 class InPlace:

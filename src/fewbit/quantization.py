@@ -27,7 +27,7 @@ from .pipeline.offload import check_offload_dir
 from .pipeline.quantize_layers import quantize_layers
 from .preparation import EvaluationText, Preparation
 from .profiling import Profiler, peak_memory_bytes
-from .report.collect import Report, RunResult, collect
+from .report.report import Report, RunResult, collect
 from .report.reproduce import reproduce
 
 M = TypeVar("M", bound=nn.Module)

@@ -28,7 +28,7 @@ def env(
     import torch
 
     from .. import native
-    from ..report.collect import versions
+    from ..report.report import versions
 
     facts = versions()
     if quiet:

@@ -1,8 +1,7 @@
-"""The report of a run: what was done to every layer, what was not done and why, what it cost.
+"""The report of a run: the result of every layer, the skipped weights and the reasons, time and memory.
 
-`Report.write` puts ``fewbit_report.json`` and the same as a page, ``fewbit_report.html``, beside the checkpoint.
-Times, memory and paths live there and nowhere else, so that the checkpoint itself is the same bytes for the same
-inputs.
+`Report.write` writes ``fewbit_report.json`` and the page ``fewbit_report.html`` beside the checkpoint. Only these two
+files contain times, memory and paths, so the checkpoint has the same bytes for the same inputs.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +32,28 @@ class Report:
     """Result of one quantization run.
 
     Attributes:
-        output: folder of the checkpoint, or None for a model quantized in memory.
+        output: folder of the checkpoint; None for a model quantized in memory.
         model: the model before the run, see `Origin`.
-        layers: one record per quantized layer (see `pipeline.layer_quantizer.LayerRecord`).
-        skipped: weight matrices left as they are: name, shape, reason.
-        bits_per_weight: stored bits of the quantized layers (codes, scales, zeros, g_idx) per weight.
-        quantized_bytes: of those layers. result_bytes: of the whole result's weights.
-        fallbacks: kind of fallback → number of layers that needed it; empty in the normal case.
-        notes: everything a user should know, in sentences.
-        plan_notes: those of them that follow from model and settings alone.
-        seconds: of the quantization. seconds_by_phase: a phase includes those inside it.
-        phases: seconds and memory of each, see `profiling.Phase`; the evaluation among them, if there was one.
-        peak_memory_bytes: of the process, until the checkpoint was written; None where unknown. Of several
-            processes, the largest.
-        ranks: how many processes shared the work; times are those of the first.
-        resumed_layers: layers taken over from an interrupted run; their records tell of that run.
-        command: what to type to run this again.
-        evaluation: results of `--eval`, if asked for: ``dataset``, ``base`` and ``quantized``.
+        config: settings, see `QuantConfig`.
+        fingerprint: hashes of the inputs of the run.
+        calibration: source, number of sequences and number of tokens.
+        layers: one `pipeline.layer_quantizer.LayerRecord` per quantized layer.
+        skipped: name, shape and reason of each weight matrix that was not quantized.
+        bits_per_weight: stored bits per quantized weight, with scales, zero points and g_idx.
+        quantized_bytes: size of the quantized layers.
+        result_bytes: size of all weights of the result.
+        fallbacks: kind of fallback → number of layers that needed it.
+        notes: sentences for the user.
+        plan_notes: the notes that depend on the model and the settings only.
+        seconds: time of the quantization.
+        seconds_by_phase: time of each phase, with the phases inside it.
+        phases: time and memory of each phase, see `profiling.Phase`.
+        peak_memory_bytes: peak memory of the largest process until the checkpoint was written; None where unknown.
+        resumed_layers: number of layers from an interrupted run, whose records describe that run.
+        versions: versions of fewbit, its dependencies and the platform.
+        command: command that repeats the run.
+        ranks: number of processes; times are from rank 0.
+        evaluation: results of `--eval`: ``dataset``, ``base`` and ``quantized``; None without it.
     """
 
     output: str | None
@@ -73,15 +77,14 @@ class Report:
     versions: dict[str, str]
     command: str
     ranks: int = 1
-    evaluation: dict[str, Any] | None = field(default=None)
+    evaluation: dict[str, Any] | None = None
 
     @property
     def modules(self) -> int:
-        """Number of quantized layers."""
         return len(self.layers)
 
     def summary(self) -> dict[str, Any]:
-        """What ``fewbit quantize --json`` prints."""
+        """The JSON that ``fewbit quantize --json`` prints."""
         return {
             "output": self.output,
             "modules": self.modules,
@@ -94,7 +97,6 @@ class Report:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
         return asdict(self)
 
     def write(self, folder: Path) -> Path:
@@ -110,16 +112,16 @@ class Report:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run did.
+    """Outcome of a run.
 
     Attributes:
         plan: the plan with the settings that were used.
-        records: layer name → its record, see `pipeline.layer_quantizer.LayerRecord`.
-        notes: everything a user should know, in sentences.
-        command: what to type to run this again.
+        records: layer name → `pipeline.layer_quantizer.LayerRecord`.
+        notes: sentences for the user.
+        command: command that repeats the run.
         output: folder of the checkpoint; None for a model quantized in memory.
         resumed_layers: number of layers taken from an interrupted run.
-        peak_memory_bytes: memory of the process that had the most; None where unknown.
+        peak_memory_bytes: peak memory of the largest process; None where unknown.
     """
 
     plan: Plan
@@ -132,7 +134,7 @@ class RunResult:
 
 
 def collect(run: Preparation, result: RunResult) -> Report:
-    """Put a report together from the inputs of a run and what it did."""
+    """Build the report from the inputs and the outcome of a run."""
     plan, calibration, profiler = result.plan, run.calibration, run.ctx.profiler
     layers = tuple(dict(result.records[layer.name]) for layer in plan.layers)
     stored_bytes = sum(layer["stored_bytes"] for layer in layers)
@@ -183,7 +185,7 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Versions that matter for a bug report."""
+    """Versions for a bug report."""
     import transformers
 
     return {
@@ -196,7 +198,7 @@ def versions() -> dict[str, str]:
 
 
 def _result_bytes(output: Path | None, origin: Origin, plan: Plan, stored_bytes: int) -> int:
-    """Of the weight files; in memory, what is left of the parameters and what took their place."""
+    """Size of the weight files; in memory, of the quantized layers and the other parameters."""
     if output is not None:
         return sum(path.stat().st_size for path in output.glob("*.safetensors"))
     width: int = getattr(torch, origin.dtype).itemsize
