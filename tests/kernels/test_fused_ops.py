@@ -187,7 +187,7 @@ def test_families(tmp_path, config, expected):
     assert (a - b).norm() <= 1e-5 * a.norm()
 
 
-def test_it_is_fused_code_that_runs(tmp_path, monkeypatch):
+def test_fused_code_runs(tmp_path, monkeypatch):
     _, fused = models_of(tmp_path, AutoConfig.for_model("llama", **COMMON))
     called = []
     for name in ("rms_norm", "silu_mul", "attention"):
@@ -204,7 +204,7 @@ def test_it_is_fused_code_that_runs(tmp_path, monkeypatch):
     }
 
 
-def test_gradients_hooks_and_replaced_layers_get_the_models_own_code(tmp_path):
+def test_gradients_and_hooks_use_the_models_code(tmp_path):
     plain, fused = models_of(tmp_path, AutoConfig.for_model("llama", **COMMON))
     ids = torch.tensor([[5, 9, 2]])
     for model in (plain, fused):
@@ -224,7 +224,7 @@ def test_gradients_hooks_and_replaced_layers_get_the_models_own_code(tmp_path):
         assert torch.equal(layer(x), own)
 
 
-def test_what_is_saved_says_nothing_of_it(tmp_path):
+def test_fusing_does_not_change_what_is_saved(tmp_path):
     plain, fused = models_of(tmp_path / "a", AutoConfig.for_model("llama", **COMMON))
     plain.save_pretrained(tmp_path / "b")
     fused.save_pretrained(tmp_path / "c")
@@ -244,7 +244,7 @@ def test_cast_and_compiled(tmp_path):
     assert (found - expected).norm() <= 0.05 * expected.norm()
 
 
-def test_models_without_layers_of_ours_stay_as_they_are():
+def test_models_without_quantized_layers_are_unchanged():
     assert fuse(llama()) == {"calls saved": 0}
 
 

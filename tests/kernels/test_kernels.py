@@ -68,7 +68,7 @@ def test_repacking_is_undone_bit_for_bit(bits, order, out_features, kernel):
 @pytest.mark.parametrize("kernel", ["cpu", "cpu_a8"])
 @pytest.mark.parametrize("out_features", [1, 37, 48])
 @pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16, torch.float32])
-def test_scales_are_held_once_and_come_back_bit_for_bit(kernel, out_features, scales):
+def test_scales_are_stored_once_and_restored_exactly(kernel, out_features, scales):
     for group_size in (-1, 24):
         codes = random_codes(out_features, 100, 4, group_size)
         layer = QuantLinear.from_codes(replace(codes, scales=codes.scales.to(scales)))

@@ -55,7 +55,7 @@ def test_codes_come_back():
     assert found.dequantize().equal(codes.dequantize())
 
 
-def test_weight_is_free_until_its_numbers_are_used(monkeypatch):
+def test_weight_dequantizes_only_for_its_numbers(monkeypatch):
     layer = layer_of()
     calls = []
     original = type(layer).dequantize
@@ -95,7 +95,7 @@ def test_casting_never_touches_the_stored_tensors(bits):
     assert same(saved(layer.half()), before)
 
 
-def test_a_kernel_asked_for_by_name_is_not_left_silently():
+def test_a_named_kernel_is_not_replaced_silently():
     layer = layer_of()
     layer.prepare("cpu_a16")
     before = saved(layer)

@@ -126,7 +126,7 @@ def test_a_bias_that_only_the_checkpoint_has(tmp_path):
     assert torch.equal(logits(fewbit.load(tmp_path, kernel="reference")), logits(truth))
 
 
-def test_casting_the_model_changes_nothing_that_is_saved(tmp_path):
+def test_casting_does_not_change_what_is_saved(tmp_path):
     written = write_checkpoint(tmp_path / "a", llama())
     model = fewbit.load(tmp_path / "a")
     with pytest.raises(ValueError, match=r"cannot cast a GPTQ model"):
@@ -248,7 +248,7 @@ def test_neither_folder_nor_repository(monkeypatch):
         fewbit.load("someone/some-model")
 
 
-def test_quantized_tensors_for_what_is_not_linear(tmp_path):
+def test_quantized_tensors_of_a_non_linear_layer(tmp_path):
     from safetensors.torch import save_file
 
     tensors = dict(write_checkpoint(tmp_path, llama()))
@@ -260,7 +260,7 @@ def test_quantized_tensors_for_what_is_not_linear(tmp_path):
         fewbit.load(tmp_path)
 
 
-def test_loading_twice_at_most_touches_one_name_in_transformers(tmp_path):
+def test_loading_changes_one_name_in_transformers(tmp_path):
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
     before = {name: AUTO_QUANTIZER_MAPPING[name] for name in AUTO_QUANTIZER_MAPPING if name != "fewbit"}
@@ -292,7 +292,7 @@ def test_a_device_map_needs_accelerate(tmp_path, monkeypatch):
         fewbit.load(tmp_path, device_map="auto")
 
 
-def test_a_configuration_for_a_checkpoint_that_has_none(tmp_path):
+def test_quantization_config_argument(tmp_path):
     truth = llama()
     write_checkpoint(tmp_path, truth)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -89,7 +89,7 @@ def test_whole_numbers_are_no_weights(folder):
         ),
     ],
 )
-def test_configurations_that_are_not_of_this_model(folder, changes, message):
+def test_config_of_another_model(folder, changes, message):
     change_config(folder, **changes)
     refused = ""
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
@@ -111,7 +111,7 @@ def test_groups_out_of_range(folder, value):
         fewbit.load(folder)
 
 
-def test_what_strangers_write_is_shown_and_not_obeyed(folder):
+def test_control_characters_are_shown_escaped(folder):
     change_config(
         folder,
         model_type="[/red]\x1b]0;owned\x07",

@@ -39,7 +39,7 @@ def close(found, expected, share):
 
 @pytest.mark.parametrize("kernel", ["cpu", "cpu_a8"])
 @pytest.mark.parametrize("order", [False, True])
-def test_joined_layers_give_the_same_numbers(tmp_path, kernel, order):
+def test_merged_layers_give_the_same_numbers(tmp_path, kernel, order):
     write_checkpoint(tmp_path, llama(), order=order)
     apart = fewbit.load(tmp_path, dtype="float32", kernel=kernel)
     joined = fewbit.load(tmp_path, dtype="float32", kernel=kernel, fuse=True)
@@ -59,7 +59,7 @@ def test_joined_layers_give_the_same_numbers(tmp_path, kernel, order):
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "cpu_a8"])
-def test_joined_layers_of_all_sizes_and_zero_points(kernel):
+def test_merged_layers_of_all_sizes_and_zero_points(kernel):
     module = nn.Module()
     for seed, (name, outputs, sym) in enumerate(
         [("q_proj", 32, True), ("k_proj", 48, False), ("v_proj", 37, True)]
@@ -84,13 +84,13 @@ def test_joined_layers_of_all_sizes_and_zero_points(kernel):
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
-def test_nothing_to_join_is_said(tmp_path, caplog):
+def test_nothing_to_merge_is_reported(tmp_path, caplog):
     write_checkpoint(tmp_path, llama())
     fewbit.load(tmp_path, kernel="reference", fuse=True)
     assert "fuse: 0 calls saved; it takes kernel cpu, cpu_a16 or cpu_a8" in caplog.text
 
 
-def test_joined_layers_are_saved_and_cast_as_before(tmp_path):
+def test_merged_layers_save_and_cast(tmp_path):
     written = write_checkpoint(tmp_path / "a", llama())
     joined = fewbit.load(tmp_path / "a", dtype="bfloat16", fuse=True)
     joined.save_pretrained(tmp_path / "b")
@@ -101,7 +101,7 @@ def test_joined_layers_are_saved_and_cast_as_before(tmp_path):
     assert not any(isinstance(getattr(m, "kernel", None), MergedCpuKernel) for m in joined.modules())
 
 
-def test_joined_layers_called_in_any_order(tmp_path):
+def test_merged_layers_in_any_order(tmp_path):
     write_checkpoint(tmp_path, llama())
     joined = fewbit.load(tmp_path, dtype="float32", fuse=True).model.layers[0].self_attn
     apart = fewbit.load(tmp_path, dtype="float32").model.layers[0].self_attn
@@ -119,7 +119,7 @@ def test_joined_layers_called_in_any_order(tmp_path):
     assert joined.q_proj.kernel.merged.pending is None or len(joined.q_proj.kernel.merged.pending) == 3
 
 
-def test_joined_layers_with_biases_of_their_own(tmp_path):
+def test_merged_layers_with_biases(tmp_path):
     truth = FAMILIES["qwen2"]() if "qwen2" in FAMILIES else llama(attention_bias=True)
     write_checkpoint(tmp_path, truth)
     apart, joined = fewbit.load(tmp_path), fewbit.load(tmp_path, fuse=True)
@@ -152,7 +152,7 @@ def test_the_head_in_8_bits_compiles_to_one_graph(tmp_path):
         assert torch.equal(torch.compile(head, fullgraph=True, backend="aot_eager")(x), head(x))
 
 
-def test_a_head_that_changes_is_used_as_it_is(tmp_path):
+def test_a_changed_head_is_not_copied(tmp_path):
     write_checkpoint(tmp_path, llama())
     small = fewbit.load(tmp_path, lm_head_runtime=8)
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_a_head_that_changes_is_used_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("body_is_trained", [False, True])
-def test_a_head_that_is_trained_gets_its_gradient(tmp_path, body_is_trained):
+def test_a_trained_head_gets_its_gradient(tmp_path, body_is_trained):
     write_checkpoint(tmp_path, llama())
     head = fewbit.load(tmp_path, lm_head_runtime=8).lm_head
     x = torch.randn(2, head.in_features, requires_grad=body_is_trained)
@@ -183,7 +183,7 @@ def test_rounding_to_8_bits(shape):
     ).all()  # half a step, and a bfloat16 scale at the largest code
 
 
-def test_heads_that_cannot(tmp_path):
+def test_unsupported_heads(tmp_path):
     write_checkpoint(tmp_path / "a", llama())
     with pytest.raises(ConfigError, match=r"lm_head_runtime must be 8, got 4"):
         fewbit.load(tmp_path / "a", lm_head_runtime=4)

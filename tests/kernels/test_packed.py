@@ -98,7 +98,7 @@ def rounded_to_int8(x, codes, step):
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group_size", [-1, 24])
-def test_activations_of_8_bits_are_the_same_numbers_everywhere(bits, group_size):
+def test_int8_activations_are_equal_on_all_processors(bits, group_size):
     torch.manual_seed(bits)
     for sym, columns in itertools.product((False, True), (100, 2000)):
         codes, weight, sizes = with_large_sums(bits, group_size, columns, sym)
@@ -130,7 +130,7 @@ def test_scales_in_blocks_come_back_bit_for_bit(dtype):
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("blocks", [2, 4, 5, 9])
-def test_blocks_that_are_multiplied_together_and_those_left_over(bits, blocks):
+def test_groups_of_blocks_and_a_remainder(bits, blocks):
     torch.manual_seed(bits + blocks)
     for group_size, sym, int8 in itertools.product((-1, 40), (False, True), (False, True)):
         codes = make(16 * blocks - 3, 120, bits, group_size, sym=sym, order=True)
@@ -171,7 +171,7 @@ def with_large_sums(bits, group_size, columns, sym):
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_only_many_tokens_of_16_bits_are_rounded_and_only_where_that_is_fast(bits):
+def test_prefill_rounding_needs_many_16_bit_tokens(bits):
     codes = make(50, 96, bits, 32, sym=True, order=False)
     _, weight = weight_of(codes)
     x = torch.randn(64, 96)
@@ -212,7 +212,7 @@ def test_scales_of_every_dtype_and_subnormal_ones(scales):
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("rounding", Rounding)
-def test_a_token_does_not_depend_on_threads_or_the_others_in_its_tile(bits, rounding, request):
+def test_a_token_does_not_depend_on_threads_or_other_tokens(bits, rounding, request):
     codes = make(200, 96, bits, 32, sym=False, order=True)
     _, weight = weight_of(codes)
     x = torch.randn(130, 96).bfloat16()
@@ -231,7 +231,7 @@ def test_a_token_does_not_depend_on_threads_or_the_others_in_its_tile(bits, roun
 
 @pytest.mark.parametrize("rounding", Rounding)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_visible(rounding, value):
+def test_non_finite_inputs_stay_visible(rounding, value):
     _, weight = weight_of(make(20, 64, 4, 32, sym=True, order=False))
     x = torch.randn(2, 64)
     x[1, 5] = value
@@ -251,7 +251,7 @@ def test_gradients_are_those_of_a_dense_layer():
     torch.testing.assert_close(layer.bias.grad, grad.sum((0, 1)))
 
 
-def test_where_gradients_are_wanted_activations_keep_16_bits():
+def test_training_keeps_16_bit_activations():
     layer = QuantLinear.from_codes(random_codes(32, 64, 4, 32))
     layer.prepare("cpu")
     x = torch.randn(50, 64).bfloat16()
@@ -262,7 +262,7 @@ def test_where_gradients_are_wanted_activations_keep_16_bits():
         assert torch.equal(layer(x.clone().requires_grad_()), layer(x))
 
 
-def test_wrong_inputs_are_refused_in_words():
+def test_wrong_inputs_are_refused():
     _, weight = weight_of(make(20, 64, 4, 32, sym=True, order=False))
     with pytest.raises(
         KernelError, match=r"x is torch.float32 \(2, 63\).*takes float32, float16 or bfloat16"

@@ -19,7 +19,7 @@ def resident():
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssFile"))
 
 
-def test_pages_of_a_file_are_given_back_and_can_be_read_again(tmp_path):
+def test_dropped_pages_can_be_read_again(tmp_path):
     values = torch.randint(0, 1 << 30, (1 << 22,), dtype=torch.int32)  # 16 MB
     save_file({"a": values[:5].clone(), "b": values}, tmp_path / "x.safetensors")
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
@@ -32,7 +32,7 @@ def test_pages_of_a_file_are_given_back_and_can_be_read_again(tmp_path):
         assert torch.equal(mapped, values)
 
 
-def test_anything_else_is_left_alone(tmp_path):
+def test_other_memory_is_not_dropped(tmp_path):
     values = torch.ones(1 << 20)
     assert not native.drop_page_cache(values)
     assert values.sum() == 1 << 20

@@ -67,7 +67,7 @@ def test_device_dtype_and_package_are_conditions(provider, monkeypatch):
     assert unsupported_reason(provider.name, device=right) is None
 
 
-def test_one_that_is_asked_for_and_cannot_run_says_which_can():
+def test_refusal_names_the_kernels_that_can_run():
     words = r"kernel 'marlin' cannot run a layer of 4 bits.*: device is cpu, not cuda\. Kernels that can: \w+"
     with pytest.raises(KernelError, match=words):
         registry.choose(SPEC, CPU, torch.bfloat16, "marlin")
@@ -157,7 +157,7 @@ def opened(name, codes, monkeypatch, sym=False):
 
 @pytest.mark.parametrize("provider", AVAILABLE, ids=lambda provider: provider.name)
 @pytest.mark.parametrize("order", [False, True])
-def test_a_layer_lives_on_another_packages_kernel(provider, order, package, monkeypatch):
+def test_a_layer_on_a_wrapped_kernel(provider, order, package, monkeypatch):
     codes = random_codes(128, 128, 4, 64, order=order, sym=provider.needs_symmetry)
     layer, before = opened(provider.name, codes, monkeypatch, sym=provider.needs_symmetry)
     x = torch.randn(3, 5, 128)
@@ -190,7 +190,7 @@ def test_layers_of_one_size_share_scratch_memory(package, monkeypatch):
     assert opened("tritonv2", codes, monkeypatch)[0].kernel._layer.scratch is None
 
 
-def test_a_layer_moves_back_to_a_kernel_of_fewbits_own(package, monkeypatch):
+def test_a_layer_returns_to_fewbits_kernel(package, monkeypatch):
     layer, before = opened("torch_aten", random_codes(128, 128, 4, 64), monkeypatch)
     with pytest.raises(KernelError, match=r"activations are float32, not float16 or bfloat16"):
         layer.float()
@@ -199,12 +199,12 @@ def test_a_layer_moves_back_to_a_kernel_of_fewbits_own(package, monkeypatch):
     assert torch.equal(layer.state_dict()["qweight"], before["qweight"])
 
 
-def test_zero_points_that_the_kernel_would_ignore_are_refused(package, monkeypatch):
+def test_ignored_zero_points_are_refused(package, monkeypatch):
     with pytest.raises(KernelError, match=r"kernel 'marlin' ignores zero points, .* that are not 8 although"):
         opened("marlin", random_codes(128, 128, 4, 64, sym=False), monkeypatch, sym=True)
 
 
-def test_scales_that_float16_cannot_hold_are_refused(package, monkeypatch):
+def test_scales_outside_float16_are_refused(package, monkeypatch):
     codes = random_codes(128, 128, 4, 64)
     codes = dataclasses.replace(codes, scales=torch.full_like(codes.scales, 1e-9, dtype=torch.bfloat16))
     with pytest.raises(KernelError, match=r"kernel 'torch_aten' keeps scales in float16"):
@@ -231,7 +231,7 @@ def other_tensors(self, *args, **kwargs):
         ("load_state_dict", other_tensors, r"this version of gptqmodel keeps other tensors than qweight"),
     ],
 )
-def test_what_the_package_says_is_what_the_error_says(change, value, words, package, monkeypatch):
+def test_errors_quote_the_package(change, value, words, package, monkeypatch):
     setattr(package["torch_aten"], change, value)
     with pytest.raises(KernelError, match=words):
         opened("torch_aten", random_codes(128, 128, 4, 64), monkeypatch)
@@ -287,7 +287,7 @@ def test_transformers_takes_every_name(checkpoint):
         fewbit.unregister()
 
 
-def test_a_whole_model_on_another_packages_kernel(checkpoint, package):
+def test_a_whole_model_on_a_wrapped_kernel(checkpoint, package):
     truth = fewbit.load(checkpoint, dtype=torch.bfloat16, kernel="reference")
     model = fewbit.load(checkpoint, dtype=torch.bfloat16, kernel="torch_aten")
     assert {layer.kernel.name for _, layer in quantized_layers(model)} == {"torch_aten"}

@@ -16,7 +16,7 @@ def reasons(spec=SPEC, device=CPU, dtype=torch.bfloat16):
     return dict(registry.explain(spec, device, dtype))
 
 
-def test_auto_takes_the_first_that_fits_and_keeps_why_others_do_not():
+def test_auto_takes_the_first_kernel_that_fits():
     kernel, tried = registry.choose(SPEC, CPU, torch.bfloat16)
     assert (kernel.name, tried) == ("cpu", (("cpu", None),))
     kernel, tried = registry.choose(SPEC, CPU, torch.float64)
@@ -25,14 +25,14 @@ def test_auto_takes_the_first_that_fits_and_keeps_why_others_do_not():
     assert tried[1] == ("triton", "device is cpu, not cuda or xpu")
 
 
-def test_who_asks_for_16_bit_activations_gets_them():
+def test_auto_a16_keeps_16_bit_activations():
     kernel, tried = registry.choose(SPEC, CPU, torch.bfloat16, "auto_a16")
     assert (kernel.name, tried) == ("cpu_a16", (("cpu_a16", None),))
     kernel, _ = registry.choose(SPEC, CPU, torch.float64, "auto_a16")
     assert kernel.name == "reference"
 
 
-def test_without_the_compiled_module_the_reference_kernel_runs(monkeypatch):
+def test_reference_runs_without_the_compiled_module(monkeypatch):
     monkeypatch.setattr(native, "_load", lambda: (None, "the compiled module cannot be imported"))
     kernel, tried = registry.choose(SPEC, CPU, torch.bfloat16)
     assert (kernel.name, tried[0]) == ("reference", ("cpu", "the compiled module cannot be imported"))
@@ -42,7 +42,7 @@ def test_without_the_compiled_module_the_reference_kernel_runs(monkeypatch):
     ("change", "device", "words"),
     [({"kind": "conv2d"}, CPU, "the layer is a conv2d"), ({}, CUDA, "device is cuda, not cpu")],
 )
-def test_a_kernel_asked_for_by_name_says_why_it_cannot_run(change, device, words):
+def test_a_named_kernel_says_why_it_cannot_run(change, device, words):
     spec = dataclasses.replace(SPEC, **change)
     assert words in reasons(spec, device)["cpu"]
     with pytest.raises(

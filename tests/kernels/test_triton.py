@@ -164,7 +164,7 @@ def test_dequantized_weights_are_the_reference_kernels(dtype):
 
 
 @pytest.mark.parametrize("fmt", ["gptq", "gptq_v2"])
-def test_the_kernel_adds_the_bias_and_keeps_the_shape(fmt):
+def test_bias_and_shape(fmt):
     codes = random_codes(24, 70, 4, 32)
     layer = layer_of(codes, fmt, torch.float16, bias=torch.randn(24))
     x = torch.randn(2, 3, 70).to(DEVICE, torch.float16)
