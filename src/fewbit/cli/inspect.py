@@ -18,7 +18,7 @@ from .options import AsJson, Engines
 
 if TYPE_CHECKING:
     from ..checkpoint.reader import Checkpoint, LayerSpec
-    from ..engines.rules import Contents
+    from ..engines import Contents
 
 
 @examples(
@@ -40,7 +40,7 @@ def inspect(
     Reads headers only; `fewbit verify` checks the contents. Exit code 1 if an engine named by --for cannot load it.
     """
     from ..checkpoint.reader import open_checkpoint
-    from ..engines.rules import of_checkpoint
+    from ..engines import of_checkpoint
 
     opened = open_checkpoint(checkpoint)
     if quiet and not as_json and not for_:

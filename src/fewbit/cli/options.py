@@ -16,13 +16,13 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..config import QuantConfig, parse_overrides
-from ..engines.table import READERS
+from ..engines import ENGINES
 
 ActOrder = Literal["group", "none", "full"]
 Method = Literal["gptq", "rtn"]
 Format = Literal["gptq", "gptq_v2"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-_ENGINES = [entry.name for entry in READERS]
+_ENGINES = [entry.name for entry in ENGINES]
 
 
 def _known_engines(names: list[str] | None) -> list[str] | None:

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from .. import formatting
-from ..engines.table import reader
+from ..engines import engine
 from .display import NO, console, engine_reasons, examples, quiet_libraries
 from .options import AsJson, Engines, QuantizeArguments, with_options
 
@@ -63,7 +63,7 @@ def show_forecast(
     Raises:
         typer.Exit: the run cannot work, or an engine could not load the result.
     """
-    from ..engines.rules import of_plan
+    from ..engines import of_plan
     from ..estimate import forecast
 
     quiet_libraries()
@@ -76,9 +76,9 @@ def show_forecast(
     elif not quiet:
         _show(found, verbose)
         for name in sorted(answers.keys() & set(engines) - set(refused)):
-            console.print(f"{reader(name).title} can load the result", markup=False, highlight=False)
+            console.print(f"{engine(name).title} can load the result", markup=False, highlight=False)
     problems = [
-        f"{reader(name).title} could not load the result: {'; '.join(answers[name])}" for name in refused
+        f"{engine(name).title} could not load the result: {'; '.join(answers[name])}" for name in refused
     ]
     for problem in (*found.problems, *problems):
         console.print(f"[bold red]problem[/]: {escape(problem)}", highlight=False)

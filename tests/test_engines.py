@@ -13,8 +13,7 @@ from torch import nn
 
 from fewbit.checkpoint.quantization_config import LayerFormat
 from fewbit.config import QuantConfig
-from fewbit.engines.rules import Contents, of_plan, why_not
-from fewbit.engines.table import READERS, reader
+from fewbit.engines import ENGINES, Contents, engine, of_plan, unsupported_reasons
 from fewbit.kernels.spec import KernelSpec
 from fewbit.planning import make_plan
 
@@ -35,16 +34,16 @@ def contents(
 
 
 def refusals(name: str, **changes: object) -> list[str]:
-    return why_not(reader(name), contents(base=replace(LINEAR, **changes)))
+    return unsupported_reasons(engine(name), contents(base=replace(LINEAR, **changes)))
 
 
-@pytest.mark.parametrize("name", [entry.name for entry in READERS if entry.measured])
+@pytest.mark.parametrize("name", [entry.name for entry in ENGINES if entry.measured])
 def test_the_table_agrees_with_what_was_measured(name: str, model: nn.Module) -> None:
     measured = RECORD[name]["cells"]
     assert [Cell(**settings(found)).name for found in measured] == [cell.name for cell in CELLS]
     for cell, found in zip(CELLS, measured, strict=True):
         config = cell.config()
-        reasons = why_not(reader(name), of_plan(make_plan(model, config), config))
+        reasons = unsupported_reasons(engine(name), of_plan(make_plan(model, config), config))
         assert (found["outcome"] == "reads") == (not reasons), (cell.name, found, reasons)
 
 
@@ -53,7 +52,7 @@ def settings(found: dict[str, object]) -> dict[str, object]:
 
 
 def test_every_combination_was_measured_with_every_engine() -> None:
-    assert set(RECORD) == {entry.name for entry in READERS if entry.measured}
+    assert set(RECORD) == {entry.name for entry in ENGINES if entry.measured}
     assert len(MATRIX) == 2 * 4 * 4 * 2 * 2
 
 
@@ -62,10 +61,10 @@ def test_the_page_is_made_from_the_record() -> None:
     assert page_with(text, RECORD) == text
 
 
-@pytest.mark.parametrize("entry", READERS, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", ENGINES, ids=lambda entry: entry.name)
 def test_every_engine_loads_4_bit_symmetric_v1(entry) -> None:
     for group_size in (32, 64, 128):
-        assert why_not(entry, contents(base=replace(LINEAR, group_size=group_size))) == []
+        assert unsupported_reasons(entry, contents(base=replace(LINEAR, group_size=group_size))) == []
 
 
 @pytest.mark.parametrize(
@@ -112,19 +111,19 @@ def test_the_order_of_one_group_means_nothing() -> None:
 def test_layers_of_which_an_engine_makes_one_must_be_alike() -> None:
     q, k = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
     other = replace(LINEAR, group_size=64)
-    assert why_not(reader("vllm"), contents((q, LINEAR), (k, LINEAR))) == []
+    assert unsupported_reasons(engine("vllm"), contents((q, LINEAR), (k, LINEAR))) == []
     expected = (
         "in model.layers.0.self_attn.k_proj+q_proj+v_proj (the same --override and --ignore for all of them)"
     )
     for apart in (contents((q, LINEAR), (k, other)), contents((q, LINEAR), plain=(k,))):
-        (reason,) = why_not(reader("vllm"), apart)
+        (reason,) = unsupported_reasons(engine("vllm"), apart)
         assert reason.endswith(expected)
-        assert why_not(reader("gptqmodel"), apart) == []
+        assert unsupported_reasons(engine("gptqmodel"), apart) == []
 
 
 def test_what_no_layer_uses_is_checked_where_an_engine_checks_it() -> None:
     down = ("model.layers.0.mlp.down_proj", LINEAR)
-    found = why_not(reader("vllm"), contents(down, base=replace(LINEAR, bits=3)))
+    found = unsupported_reasons(engine("vllm"), contents(down, base=replace(LINEAR, bits=3)))
     assert found == ["config.json says of layers without a rule: 3 bits; it takes 4 and 8"]
 
 
@@ -139,20 +138,20 @@ def test_what_transformers_alone_does_not_look_up() -> None:
         (contents(down, plain=(other[0], "model.embed_tokens")), f"1 projection not quantized, {named}"),
         (contents(down, ("lm_head", LINEAR)), "lm_head is quantized, which it does not notice"),
     ):
-        assert why_not(reader("transformers"), mixed) == [reason]
-        assert why_not(reader("gptqmodel"), mixed) == []
+        assert unsupported_reasons(engine("transformers"), mixed) == [reason]
+        assert unsupported_reasons(engine("gptqmodel"), mixed) == []
 
 
 def test_gptqmodel_reads_asymmetric_v1_from_itself_only() -> None:
     asymmetric = contents(base=replace(LINEAR, sym=False))
     reason = "asymmetric grids in format gptq, which it reads from itself only (--format gptq_v2)"
-    assert why_not(reader("gptqmodel"), asymmetric) == [reason]
-    assert why_not(reader("gptqmodel"), replace(asymmetric, by_gptqmodel=True)) == []
+    assert unsupported_reasons(engine("gptqmodel"), asymmetric) == [reason]
+    assert unsupported_reasons(engine("gptqmodel"), replace(asymmetric, by_gptqmodel=True)) == []
     assert refusals("gptqmodel", sym=False, format="gptq_v2") == []
 
 
 def test_with_a_budget_every_choice_must_be_one_that_the_engine_takes(model: nn.Module) -> None:
     config = QuantConfig(target_bits=4.5)
-    reasons = why_not(reader("vllm"), of_plan(make_plan(model, config), config))
+    reasons = unsupported_reasons(engine("vllm"), of_plan(make_plan(model, config), config))
     assert any("2 bits" in reason for reason in reasons)
-    assert why_not(reader("gptqmodel"), of_plan(make_plan(model, config), config)) == []
+    assert unsupported_reasons(engine("gptqmodel"), of_plan(make_plan(model, config), config)) == []

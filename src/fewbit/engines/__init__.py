@@ -1,1 +1,0 @@
-"""Other engines: what they take of what fewbit writes."""
