@@ -22,7 +22,7 @@ from .config import FORMATS, QuantConfig
 from .context import resolve_device
 from .errors import CalibrationError, ConfigError, ModelError
 from .hf.gptq_config import kernel_name
-from .hf.layers import kernel_spec, prepare_layers
+from .hf.quantized_layers import kernel_spec, prepare_layers
 from .kernels import registry
 from .modeling.experts import unfuse
 from .modeling.layers import is_layer

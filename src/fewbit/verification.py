@@ -215,7 +215,7 @@ def _missing(folder: Path, weights: WeightFiles) -> Iterator[Problem]:
         return
     for name in model.missing:
         yield Problem(name, f"is missing: {model.class_name} needs it")
-    yield from (Problem(name, what) for name, what in model.misfits.items())
+    yield from (Problem(name, what) for name, what in model.mismatches.items())
 
 
 def uneven_blocks(names: Iterable[str]) -> Iterator[Problem]:

@@ -28,7 +28,7 @@ from fewbit.checkpoint.reader import open_checkpoint
 from fewbit.cli.display import quiet_libraries
 from fewbit.cli.main import app
 from fewbit.errors import FewbitError
-from fewbit.hf.layers import quantized_layers
+from fewbit.hf.quantized_layers import quantized_layers
 from fewbit.verification import verify
 from tiny_gptq import llama, write_checkpoint
 

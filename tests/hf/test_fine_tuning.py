@@ -8,7 +8,7 @@ import torch
 
 import fewbit
 from fewbit.errors import KernelError
-from fewbit.hf.layers import quantized_layers
+from fewbit.hf.quantized_layers import quantized_layers
 from fewbit.verification import verify
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPTQConfig
 
 import fewbit
 from fewbit.errors import CalibrationError, CheckpointError, ConfigError, KernelError
-from fewbit.hf.layers import quantized_layers
+from fewbit.hf.quantized_layers import quantized_layers
 from fewbit.verification import verify
 from models import TEXT, save_tiny, tiny_tokenizer
 from moe_models import save_tiny_moe

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPTQConfig
 import fewbit
 from fewbit.checkpoint import layout
 from fewbit.errors import KernelError
-from fewbit.hf.layers import quantized_layers
+from fewbit.hf.quantized_layers import quantized_layers
 from fewbit.kernels import registry
 from fewbit.kernels.linear import QuantLinear
 from fewbit.kernels.providers import PROVIDERS

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from ..checkpoint.reader import find_weights
 from ..context import resolve_device
 from ..errors import CheckpointError, ConfigError
-from ..hf.layers import prepare_layers
 from ..hf.load import load
+from ..hf.quantized_layers import prepare_layers
 from ..modeling.source import download
 
 # Arguments for downloading from the Hub.

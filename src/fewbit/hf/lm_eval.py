@@ -1,4 +1,4 @@
-"""Benchmarks with lm-evaluation-harness: a model that fewbit loaded, in the harness's hands. A thin adapter.
+"""Run benchmark tasks of lm-evaluation-harness on a loaded model.
 
 The harness defines the tasks, prompts and scores. Most tasks load their questions from the Hub.
 """
@@ -19,14 +19,15 @@ from ..errors import CalibrationError, ConfigError, DependencyError
 
 @dataclass(frozen=True)
 class Score:
-    """One number of one task.
+    """One metric of one task.
 
     Attributes:
-        task: its name, or that of a group of tasks.
-        metric: the harness's name, such as "acc" or "acc_norm".
-        value: the number. stderr: its standard error, None where the harness gives none.
-        examples: questions that were asked; None for a group.
-        num_fewshot: answered questions put before each; None for a group.
+        task: name of the task or group of tasks.
+        metric: name of the metric in the harness, such as "acc" or "acc_norm".
+        value: value of the metric.
+        stderr: standard error of `value`; None if the harness gives none.
+        examples: number of questions; None for a group.
+        num_fewshot: number of answered questions in front of each question; None for a group.
     """
 
     task: str
@@ -37,7 +38,7 @@ class Score:
     num_fewshot: int | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Return plain JSON types."""
         return asdict(self)
 
 
@@ -51,14 +52,14 @@ def run_tasks(
     limit: int | None = None,
     batch_size: int = 1,
 ) -> list[Score]:
-    """Ask `model` the questions of benchmark tasks.
+    """Score `model` on benchmark tasks.
 
     Args:
-        model: a causal language model of transformers, quantized or not.
-        tasks: the harness's names of tasks, groups or tags.
-        tasks_folder: with task files (.yaml) of one's own, which may run Python code of theirs.
-        num_fewshot: answered questions put before each; None keeps what the task says.
-        limit: only the first so many questions of each task; None for all.
+        model: a causal language model, quantized or not.
+        tasks: names of tasks, groups or tags in the harness.
+        tasks_folder: folder with more task files (.yaml), which may contain Python code that is run.
+        num_fewshot: number of answered questions in front of each question; None for the task's default.
+        limit: maximum number of questions per task; None for all.
         batch_size: prompts in a forward pass.
 
     Returns:
@@ -71,7 +72,7 @@ def run_tasks(
     """
     require_harness()
     folder = None if tasks_folder is None else _existing(tasks_folder)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # what it warns of is what is wanted here
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings do not apply here
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -98,7 +99,7 @@ def run_tasks(
 
 
 def require_harness() -> None:
-    """Refuse before anything is loaded.
+    """Check that the harness is installed.
 
     Raises:
         DependencyError: lm-evaluation-harness is not installed.

@@ -1,7 +1,7 @@
-"""``fewbit.load``: a quantized checkpoint as a transformers model.
+"""``fewbit.load``: load a quantized checkpoint as a transformers model.
 
-The folder is checked first (`fewbit.checkpoint.reader`), and that config.json describes what is in it; transformers
-then builds the model and reads the memory-mapped files tensor by tensor, so that the checkpoint is in memory once.
+The folder and its config.json are checked first. transformers then builds the model and reads the memory-mapped files
+tensor by tensor, so the checkpoint is in memory only once.
 """
 
 from __future__ import annotations
@@ -44,35 +44,35 @@ def load(
     fuse: bool = False,
     lm_head_runtime: int | None = None,
 ) -> PreTrainedModel:
-    """Load a GPTQ checkpoint, whoever wrote it.
+    """Load a GPTQ checkpoint, written by any tool.
 
     Args:
-        path: its folder, or a Hub id.
-        device: where the model goes.
-        dtype: of the activations and of what is not quantized; None or "auto" keeps the checkpoint's. On CPU,
-            bfloat16 is the fast one.
+        path: folder or Hub id of the checkpoint.
+        device: device of the model.
+        dtype: dtype of the activations and of weights that are not quantized; None or "auto" keeps the checkpoint's.
+            On CPUs, bfloat16 is the fastest.
         kernel: "auto", "auto_a16" (activations keep 16 bits), "auto_trainable" (gradients to the inputs), or the
-            name of one that all layers must use (`fewbit.kernels.registry`).
-        trust_remote_code: run the model's own code where the checkpoint has some.
-        device_map: spreads the model over several devices, in place of `device`; what transformers takes, "auto"
-            for example. Needs accelerate.
-        max_memory: device → bytes, for a `device_map` by name.
-        quantization_config: of an old checkpoint that has none of its own.
-        fuse: fewer calls per token, on the CPU: layers with the same input (q, k, v; gate, up) are multiplied in one,
-            norms, gated MLPs and attention are one each. Numbers stay the same up to rounding, names and what is
-            saved stay the same.
-        lm_head_runtime: 8 multiplies with the output layer in 8 bits, which is what a token waits for in small models.
-            Its own weight stays in the model and is what is saved.
+            name of a kernel that all layers must use (`fewbit.kernels.registry`).
+        trust_remote_code: run Python code that comes with the checkpoint.
+        device_map: distributes the model over several devices instead of `device`, as in transformers; needs
+            accelerate.
+        max_memory: device → bytes, for a `device_map` given by name.
+        quantization_config: settings of an old checkpoint that has none.
+        fuse: on CPUs, make fewer calls per token: layers that share an input (q, k, v; gate, up) become one product,
+            and each norm, gated MLP and attention one call. Results change by rounding only; parameter names and saved
+            checkpoints do not change.
+        lm_head_runtime: 8 runs the output embedding in 8 bits, which dominates a decoding step of small models. The
+            model keeps and saves the original weight.
 
     Returns:
-        A model of the class that config.json names, in eval mode. `kernels` says what its layers run on.
+        A model of the class that config.json names, in eval mode. `kernels` lists the kernels of its layers.
 
     Raises:
-        CheckpointError: not a quantized checkpoint, damaged, incomplete, or of another model than its config.json
-            says.
+        CheckpointError: the checkpoint is not quantized, damaged or incomplete, or does not match its config.json.
         KernelError: the kernel asked for does not exist or cannot run here.
-        ConfigError: an unknown dtype, a `device_map` with disk entries, or an output layer that cannot have 8 bits.
-        DependencyError: a `device_map`, and accelerate is missing.
+        ConfigError: the dtype is unknown, the `device_map` has disk entries, or the output embedding cannot run in 8
+            bits.
+        DependencyError: a `device_map` is given and accelerate is not installed.
     """
     from ..kernels.cpu.lm_head import add_int8_lm_head
     from .fuse import fuse as fuse_model
@@ -137,19 +137,19 @@ def _build(checkpoint: Checkpoint, model_class: Any, options: Mapping[str, Any])
 
 
 def _check_fit(checkpoint: Checkpoint) -> None:
-    """Refuse a config.json of another model before transformers makes room for that one."""
+    """Refuse a config.json of another model before transformers allocates that model."""
     from .model_check import expected
 
     model = expected(checkpoint.path, checkpoint.config, checkpoint.tensors)
-    for name, what in model.misfits.items() if model else ():
+    for name, what in model.mismatches.items() if model else ():
         raise CheckpointError(
             f"{checkpoint.path} and its config.json do not fit together: {name} {what}; get both again"
         )
 
 
 def kernels(model: nn.Module) -> list[str]:
-    """What the quantized layers of `model` run on, one line per kernel and reason, most layers first."""
-    from .layers import quantized_layers
+    """Return the kernels of the quantized layers of `model`, one line per kernel and reason, most layers first."""
+    from .quantized_layers import quantized_layers
 
     counts: Counter[str] = Counter()
     for _, layer in quantized_layers(model):
@@ -162,7 +162,7 @@ def _dtype(dtype: torch.dtype | str | None, checkpoint: Checkpoint) -> torch.dty
     if dtype is None or dtype == "auto":
         if checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"):
             return "auto"
-        # transformers would take the first tensor's, which may be that of quantized scales.
+        # transformers would take the dtype of the first tensor, which may hold quantized scales.
         dense = (i.dtype for n, i in checkpoint.tensors.items() if n.rpartition(".")[2] not in layout.PARTS)
         return next((found for found in dense if found.is_floating_point), "auto")
     if isinstance(dtype, torch.dtype):
@@ -173,7 +173,7 @@ def _dtype(dtype: torch.dtype | str | None, checkpoint: Checkpoint) -> torch.dty
 
 
 def _config(checkpoint: Checkpoint, kernel: str, trust_remote_code: bool) -> Any:
-    """The model's configuration, with the quantization under the name that leads to fewbit."""
+    """Return the model's configuration, with quant_method "fewbit" so that transformers uses fewbit's quantizer."""
     from transformers import AutoConfig
 
     from .model_check import UNBUILDABLE, check_numbers
@@ -214,7 +214,7 @@ def _config_advice(checkpoint: Checkpoint, trust_remote_code: bool, error: Excep
 
 
 def _model_class(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> Any:
-    """The class that ``architectures`` names: transformers' own, or the checkpoint's code."""
+    """Return the class that ``architectures`` names, from transformers or from the checkpoint's code."""
     import transformers
 
     from .model_check import is_model_class

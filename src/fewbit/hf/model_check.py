@@ -1,7 +1,7 @@
-"""What the model that config.json names needs from its checkpoint. The model is built without memory.
+"""Compare a checkpoint's tensors with the model that its config.json describes, built on the meta device.
 
-Only classes of transformers itself are built, never a checkpoint's own code. A configuration that describes a far
-larger model than the files hold is refused before it is built: a stranger may write any number into it.
+Only classes of transformers itself are built, never a checkpoint's own code. A configuration of a far larger model than
+the files hold is refused before the model is built, because config.json is untrusted input.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from .. import internals
 from ..checkpoint import layout
 from ..checkpoint.safetensors_file import TensorInfo
 from ..errors import CheckpointError
-from .layers import FileNames
+from .quantized_layers import FileNames
 
-# What transformers raises for configurations that describe no model.
+# What transformers raises for configurations that do not describe a model.
 UNBUILDABLE = (
     ArithmeticError,
     AssertionError,
@@ -37,76 +37,76 @@ UNBUILDABLE = (
     TypeError,
     ValueError,
 )
-# Numbers in a configuration that make lists or modules when it is read: blocks come with tensors, others do not.
+# Numbers in a configuration that become list lengths or modules: blocks have tensors, the others may have none.
 _BLOCKS = re.compile(r"layer|block|depth|stage", re.I)
 _LISTED = re.compile(r"expert|label|codebook|branch|level", re.I)
 _MOST_LISTED = 100_000
-_LARGEST_BUFFERS = 1 << 30  # bytes of what a model makes for itself, such as tables of positions
+_LARGEST_BUFFERS = 1 << 30  # bytes that a model computes when it is built, such as position tables
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A model without memory, seen from a checkpoint's tensor names.
+    """Result of comparing a model with a checkpoint's tensors.
 
     Attributes:
-        class_name: of the model. missing: parameters that it needs and the checkpoint lacks, in its order.
-        misfits: tensor name → what is wrong with its shape or dtype.
-        kinds: "linear" or "conv2d" for every quantized layer whose module the model has.
+        class_name: class of the model.
+        missing: parameters that the checkpoint lacks, in the model's order.
+        mismatches: tensor name → what is wrong with its shape or dtype.
+        kinds: quantized layer → "linear" or "conv2d", for layers that the model has.
     """
 
     class_name: str
     missing: list[str]
-    misfits: dict[str, str]
+    mismatches: dict[str, str]
     kinds: dict[str, str]
 
 
 def expected(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Expected | None:
     """Compare the `tensors` of the checkpoint in `folder` with the model that `config` describes.
 
-    A quantized layer counts as its weight, names go through transformers' own renaming, and one of two tied
+    A quantized layer counts as its weight, names are mapped by transformers' own conversion, and one of two tied
     parameters is enough.
 
     Returns:
-        None where transformers does not know the architecture.
+        The result, or None if transformers does not know the architecture.
 
     Raises:
-        CheckpointError: transformers knows the architecture, but config.json does not describe one, or one that
-            is far larger than the files.
+        CheckpointError: config.json does not describe a model, or one that is far larger than the files.
     """
     model = _meta_model(folder, config, len(tensors))
     if model is None:
         return None
     with _limited(4 * len(tensors) + 2_000):
-        places, converted = _places(model, list(tensors))  # may take fused experts apart
+        names, converted = _parameter_names(model, list(tensors))  # may unfuse experts
     state = model.state_dict()
-    provided = {place for found in places.values() for place in found}
+    provided = {target for targets in names.values() for target in targets}
     missing = [name for name in _required(model, state, provided) if name not in provided]
     modules = dict(model.named_modules())
     kinds = {}
-    misfits = {}
+    mismatches = {}
     for name, info in tensors.items():
         layer, _, part = name.rpartition(".")
-        place = places[name][0]
-        module = modules.get(place.rpartition(".")[0])
+        target = names[name][0]
+        module = modules.get(target.rpartition(".")[0])
         if part == layout.QWEIGHT and module is not None:
             kinds[layer] = "conv2d" if isinstance(module, nn.Conv2d) else "linear"
-        elif part not in layout.PARTS and place in state and name not in converted:
-            shape, is_float = tuple(state[place].shape), state[place].is_floating_point()
+        elif part not in layout.PARTS and target in state and name not in converted:
+            shape, is_float = tuple(state[target].shape), state[target].is_floating_point()
             if shape != info.shape:
-                misfits[name] = f"has shape {info.shape}, but {type(model).__name__} needs {shape}"
+                mismatches[name] = f"has shape {info.shape}, but {type(model).__name__} needs {shape}"
             elif is_float and not info.dtype.is_floating_point:
-                misfits[name] = f"is {info.dtype}, but {type(model).__name__} needs floating-point numbers"
-    return Expected(type(model).__name__, missing, misfits, kinds)
+                mismatches[name] = f"is {info.dtype}, but {type(model).__name__} needs floating-point numbers"
+    return Expected(type(model).__name__, missing, mismatches, kinds)
 
 
 def is_model_class(found: object) -> bool:
-    """Whether what transformers has under a name is a model that can be built."""
+    """Return whether an attribute of transformers is a model class that can be built."""
     is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
     return is_model and getattr(found, "config_class", None) is not None
 
 
 def check_numbers(config: Mapping[str, Any], tensors: int) -> None:
-    """Refuse counts of blocks that so many `tensors` cannot fill, and counts that no model has.
+    """Refuse block counts above the number of `tensors`, and counts that no model has.
 
     Raises:
         CheckpointError: before transformers makes lists or modules of that length.
@@ -159,7 +159,7 @@ def _meta_model(folder: Path, config: Mapping[str, Any], tensors: int) -> PreTra
 
 @contextmanager
 def _limited(most: int) -> Iterator[None]:
-    """While entered, no more than `most` parameters can be made."""
+    """Limit the number of parameters that can be created to `most`."""
     made = 0
 
     def count(module: nn.Module, name: str, parameter: Any) -> None:
@@ -177,25 +177,26 @@ def _limited(most: int) -> Iterator[None]:
         handle.remove()
 
 
-def _places(model: PreTrainedModel, names: list[str]) -> tuple[dict[str, list[str]], set[str]]:
-    """Tensor name in the file → the model's names for what it holds; several where transformers splits it.
+def _parameter_names(model: PreTrainedModel, names: list[str]) -> tuple[dict[str, list[str]], set[str]]:
+    """Map tensor names to parameter names, and find the tensors that transformers converts to another shape.
 
-    Also the names of all that transformers stores in another shape.
+    Returns:
+        Tensor name → parameter names, several if transformers splits the tensor; and the converted tensors.
     """
     suffix = f".{layout.QWEIGHT}"
     file_names = FileNames(model, [name.removesuffix(suffix) for name in names if name.endswith(suffix)])
-    places, converted = {}, set()
+    targets, converted = {}, set()
     for name in names:
         layer, _, part = name.rpartition(".")
         renamed, split = file_names.rename(f"{layer}.weight" if part == layout.QWEIGHT else name)
-        places[name] = [renamed, *(renamed.replace(split[0], other) for other in split[1:])]
+        targets[name] = [renamed, *(renamed.replace(split[0], other) for other in split[1:])]
         if split:
             converted.add(name)
-    return places, converted
+    return targets, converted
 
 
 def _required(model: PreTrainedModel, state: Mapping[str, Tensor], provided: set[str]) -> list[str]:
-    """Parameters and persistent buffers, less what is tied to a provided one and what transformers ignores."""
+    """Return parameters and persistent buffers that are not tied to a provided one and not optional."""
     ignored = [re.compile(pattern) for pattern in internals.optional_parameters(model)]
     tied: dict[str, str] = model.all_tied_weights_keys
     tied_to_provided = {source for target, source in tied.items() if target in provided}

@@ -29,7 +29,14 @@ from ..kernels.linear import QuantizedLayer
 from ..modeling.experts import unfused_conversions, unfused_modules, why_fused
 from ..modeling.layers import LAYER_TYPES
 from .gptq_config import METHOD, OWN_METHOD, GPTQConfig, kernel_name, needs_gradients
-from .layers import FileNames, dense, insert_empty_layer, quantized_layers, set_module, untie_quantized
+from .quantized_layers import (
+    FileNames,
+    dense,
+    insert_empty_layer,
+    quantized_layers,
+    set_module,
+    untie_quantized,
+)
 
 _LOG = logging.getLogger("fewbit")
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..modeling.experts import unfused_modules
 from ..planning import Plan
 from .gptq_config import GPTQConfig
-from .layers import kernel_spec, kind_of, quantized_like, set_module, untie_quantized
+from .quantized_layers import kernel_spec, kind_of, quantized_like, set_module, untie_quantized
 from .quantizer import FewbitQuantizer
 
 

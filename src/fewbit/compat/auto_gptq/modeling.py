@@ -18,7 +18,7 @@ from ...checkpoint.reader import find_weights
 from ...checkpoint.writer import QUANTIZE_CONFIG
 from ...errors import ConfigError, DependencyError, StateError
 from ...gptq_arguments import check_in_memory, get_seqlen, note_device, note_order, restrict, warn
-from ...hf.layers import prepare_layers, quantized_layers
+from ...hf.quantized_layers import prepare_layers, quantized_layers
 from ...quantization import quantize
 from ..loading import (
     HUB_ARGUMENTS,
