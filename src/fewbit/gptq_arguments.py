@@ -259,7 +259,7 @@ class GPTQArguments:
 
     Args:
         bits: 2, 3, 4 or 8.
-        dataset: list of texts or of token dicts, all of which are used; or wikitext2, c4, c4-new, or a text file,
+        dataset: list of texts or of token dicts, which are all used; or wikitext2, c4, c4-new, or a text file,
             from which 128 windows are drawn.
         group_size: number of inputs that share a scale, or −1 for whole rows.
         damp_percent: damping as a fraction of the mean diagonal of the Hessian, between 0 and 1.
@@ -458,7 +458,7 @@ class GPTQArguments:
         return {key: value for key, value in (self.meta or {}).items() if key != "quantizer"}
 
     def _complete_config(self, model: nn.Module) -> None:
-        """Add what optimum's readers look for to the model's quantization configuration."""
+        """Add the keys that optimum reads to the model's quantization configuration."""
         config: Any = getattr(model, "config", None)
         quantization = getattr(config, "quantization_config", None)
         if quantization is None:

@@ -117,7 +117,7 @@ class GPTQQuantizer(GPTQArguments):
         self.quant_linear = QuantLinear
 
     def get_no_split_module_classes(self, model: nn.Module) -> list[str]:
-        """Return the class name of the blocks, each of which should stay on one device."""
+        """Return the class name of the blocks; each block should stay on one device."""
         blocks = model.get_submodule(self.block_name_to_quantize or get_block_name_with_pattern(model))
         return [type(next(blocks.children())).__name__]
 
