@@ -3,7 +3,7 @@
 1. The calibration pass in lockstep. Every batch runs the model's own forward in a greenlet and pauses in front of
    each linear layer. When all batches are paused, the earliest waiting layer has all of its inputs. It is quantized,
    and the batches continue through the quantized layer. So each layer sees inputs that went through all quantized
-   layers before it, for the price of one forward pass, and no architecture needs code of its own.
+   layers before it, for the price of one forward pass, and no architecture needs special code.
 2. GPTQ in its LDLQ form. The columns of W are rounded one after the other, and the error of each column is moved
    to the columns that are not rounded yet, by the amounts that keep the layer's outputs closest.
 

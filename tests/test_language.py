@@ -16,8 +16,6 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 CODE = sorted([*ROOT.glob("src/**/*.py"), *ROOT.glob("examples/**/*.py")])
 PAGES = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
@@ -27,8 +25,7 @@ NAME_PARTS = re.compile(
     "company|companies|kin|family|families|siblings?|party|parties|room|heap|places?|spill|ahead|together|meets?|"
     "meeting|towers?|readers|delivery|ladder|rungs?|drift|sweeps?|walk|foresee|foreseen|whoever|nobody|misfits"
 )
-# Names of other libraries, and of arguments that are part of the public interface.
-NAMES_ALLOWED = {"in_place", "inplace"}
+IN_PLACE = re.compile("in_?place", re.IGNORECASE)  # the usual term, in names as in prose
 
 WORDS = [
     r"compan(?:y|ies)",
@@ -54,7 +51,7 @@ WORDS = [
     r"(?:quantized|full-precision|second|two|both|one|other) streams?",
     # Mannered English.
     r"nobody|whoever",
-    r"those of|that of|of which|of whom",
+    r"those of|that of|(?<!all )(?<!each )of which|of whom",
     r"at hand|beforehand|besides|thereby|therein",
     r"but for|so many|of (?:its|their) own|by (?:itself|themselves)",
     r"goes? on|gone on|for want of",
@@ -122,14 +119,40 @@ def findings(path: Path) -> list[str]:
         found += [
             (number, f"{name} (name)")
             for name, number in defined_names(ast.parse(source))
-            if name not in NAMES_ALLOWED and any(map(NAME_PARTS.fullmatch, parts_of(name)))
+            if any(map(NAME_PARTS.fullmatch, parts_of(IN_PLACE.sub("", name))))
         ]
     return [f"{file}:{number}: {word}" for number, word in sorted(set(found))]
 
 
-@pytest.mark.xfail(reason="some folders still have the old words", strict=False)
+# Paths that still have old words.
+OPEN = (
+    "src/fewbit/calibration/",
+    "src/fewbit/config.py",
+    "src/fewbit/engines/",
+    "src/fewbit/estimate/",
+    "src/fewbit/evaluation.py",
+    "src/fewbit/gptq",
+    "src/fewbit/hf/",
+    "src/fewbit/mixed_precision/",
+    "src/fewbit/modeling/",
+    "src/fewbit/planning.py",
+    "src/fewbit/profiling.py",
+    "src/fewbit/report/",
+    "docs/adding-a-method.md",
+    "docs/algorithm.md",
+    "docs/calibration.md",
+    "docs/compatibility.md",
+    "docs/evaluation.md",
+    "docs/fine-tuning.md",
+    "docs/loading.md",
+    "docs/migrating.md",
+    "docs/mixed-precision.md",
+)
+
+
 def test_names_and_prose_use_the_terms_of_the_field():
     found = [finding for path in (*CODE, *PAGES) for finding in findings(path)]
+    found = [finding for finding in found if not finding.startswith(OPEN)]
     assert not found, "\n".join(found)
 
 

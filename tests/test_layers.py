@@ -115,12 +115,10 @@ def _reached(graph: dict[str, set[str]], start: str) -> set[str]:
     return seen
 
 
-@OPEN
 def test_every_unit_has_a_layer():
     assert {unit_of(name) for name in NAMES} == set(RANK)
 
 
-@OPEN
 def test_imports_point_down():
     up = [
         f"{path.relative_to(PACKAGE)}:{line} ({unit_of(name)}) imports {target}"
@@ -136,7 +134,6 @@ def test_no_import_circles_between_modules():
     assert not circles(GRAPH)
 
 
-@OPEN
 def test_no_import_circles_between_folders():
     units: dict[str, set[str]] = {unit_of(name): set() for name in GRAPH}
     for name, targets in GRAPH.items():

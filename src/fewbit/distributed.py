@@ -220,7 +220,7 @@ class _Group(Communicator):
             self._group = None
 
     def _gather(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Concatenate rows, of which rank r has ``sizes[r]``. Sent as bytes padded to one size, as backends require."""
+        """Concatenate the rows of all ranks, ``sizes[r]`` of rank r. Sent as bytes, padded to one size."""
         largest = max(sizes)
         if largest == 0:
             return rows

@@ -34,8 +34,8 @@ _UNCHANGEABLE = (
 class QuantizedWeight(Tensor):
     """A stand-in for a quantized layer's weight: it knows shape, dtype and device, and dequantizes for anything else.
 
-    Other libraries read ``weight.dtype`` and ``weight.device``, and some read the numbers. Changing the numbers in
-    place raises `KernelError`.
+    Other libraries read ``weight.dtype`` and ``weight.device``, and some read the numbers. Changing the numbers
+    in place raises `KernelError`.
     """
 
     _layer: QuantizedLayer

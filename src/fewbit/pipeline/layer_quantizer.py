@@ -359,7 +359,7 @@ def _set_quantized(module: nn.Module, codes: QuantizedMatrix) -> None:
 
 
 def _output_error(module: nn.Module, W: Tensor, W_hat: Tensor, x: Tensor) -> float | None:
-    """Return ‖(W−Ŵ)X‖ / ‖WX‖ on a few tokens: the layer's own error, without that of earlier layers."""
+    """Return ‖(W−Ŵ)X‖ / ‖WX‖ on a few tokens: the layer's own error, without the errors of earlier layers."""
     X = input_rows(module, x)[:ERROR_TOKENS].to(W.dtype)
     X = X[usable_rows(X)]
     reference = (X @ W.T).float().norm()

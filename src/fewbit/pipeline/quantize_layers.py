@@ -60,7 +60,7 @@ def quantize_layers(
         sink: receives finished blocks.
         weights: source of the model's weights.
         ctx: every rank of `ctx.comm` has the model and all batches, and ends with all layers quantized. Activations
-            for which a CUDA device has no room are kept in `ctx.offload_dir`, or else in host memory.
+            that do not fit on a CUDA device are kept in `ctx.offload_dir`, or else in host memory.
 
     Returns:
         Notes for the user, as sentences.

@@ -11,7 +11,7 @@ a strong reference would keep a whole layer's activations alive.
 With several processes, each has some of the batches. Sums over batches are exact and taken over all ranks, hold-out
 rows are gathered in batch order, and every decision about a layer (does it share a Hessian, do its rows belong to the
 same tokens) depends on the inputs of all ranks. So every rank, including one that received no input, gets the same
-Hessian, bit for bit that of a single process.
+Hessian, bit for bit the one of a single process.
 """
 
 from __future__ import annotations
