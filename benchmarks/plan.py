@@ -4,7 +4,7 @@
     python benchmarks/plan.py --only bf16-fast llama  # some of the jobs; llama: random weights, 0.5 GB
     python benchmarks/plan.py --cpu-clock             # on a machine that others use too
 
-Each forecast and each run is a process of its own with one thread, one right after the other. With --cpu-clock
+Each estimate and each run is a process of its own with one thread, one right after the other. With --cpu-clock
 both count the processor seconds of their thread instead of those on the wall, so that what other programs take
 does not count. Goal: time within 30%, memory within 15%.
 """
@@ -45,7 +45,7 @@ def start(cpu_clock: bool) -> None:
 
 
 def arguments_of(model: str, text: str, options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """What `forecast` and `quantize` are called with."""
+    """What `estimate` and `quantize` are called with."""
     import fewbit
 
     # Random weights come without a tokenizer; token ids need none.
@@ -55,13 +55,13 @@ def arguments_of(model: str, text: str, options: dict[str, Any]) -> tuple[Any, A
 
 
 def predict(model: str, text: str, options: dict[str, Any], output: str, cpu_clock: bool) -> dict[str, Any]:
-    """The forecast, and the seconds that it took."""
+    """The estimate, and the seconds that it took."""
     start(cpu_clock)
-    from fewbit.estimate import forecast
+    from fewbit.estimate import estimate
 
     began = time.perf_counter()
     name, config, arguments = arguments_of(model, text, options)
-    found = forecast(name, config, **arguments, output=output)
+    found = estimate(name, config, **arguments, output=output)
     return {**found.summary(), **found.details(), "took": time.perf_counter() - began}
 
 

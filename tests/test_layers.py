@@ -41,7 +41,7 @@ EXEMPT = ("kernels/", "cli/", "compat/", "native.py", "gptq/triton_backend.py", 
 PUBLIC = {
     "quantization.py:quantize",
     "hf/load.py:load",
-    "estimate/__init__.py:forecast",
+    "estimate/__init__.py:estimate",
     "gptq_arguments.py:__init__",
     "hf/fuse.py:attention_forward",
     "calibration/__init__.py:prepare",

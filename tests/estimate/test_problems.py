@@ -9,10 +9,11 @@ import torch
 
 import fewbit
 from fewbit import QuantConfig
+from fewbit.context import RunContext
 from fewbit.errors import FewbitError
-from fewbit.estimate import forecast, limits, problems
-from fewbit.estimate.limits import Limit
-from fewbit.estimate.memory import Memory
+from fewbit.estimate import estimate, limits
+from fewbit.estimate.limits import Limit, memory_problems
+from fewbit.estimate.predict import Memory
 from models import TEXT, random_sequences, save_tiny, tiny_model, tiny_tokenizer
 
 CONFIG = QuantConfig(group_size=16, num_samples=6, seq_len=24)
@@ -24,16 +25,16 @@ def model(tmp_path_factory):
 
 
 def only_problem(model, config=CONFIG, **options):
-    found = forecast(model, config, **{"dataset": random_sequences(), **options})
+    found = estimate(model, config, **{"dataset": random_sequences(), **options})
     assert not found.works
     [problem] = found.problems
     return problem
 
 
 def test_what_works_has_no_problem(model, tmp_path):
-    found = forecast(model, CONFIG, dataset=random_sequences(), output=tmp_path / "out")
+    found = estimate(model, CONFIG, dataset=random_sequences(), output=tmp_path / "out")
     assert found.works
-    assert found.problems == ()
+    assert not found.problems
     assert found.memory.peak > 0
     assert found.total_seconds == sum(found.seconds.values())
     assert not (tmp_path / "out").exists()
@@ -44,7 +45,7 @@ def test_too_little_memory_for_the_activations(model, monkeypatch):
     used = 500_000_000
     monkeypatch.setattr("fewbit.estimate.memory_in_use_bytes", lambda: used)
     config, texts = QuantConfig(group_size=16, num_samples=60, seq_len=100), random_sequences(60, 100)
-    left = forecast(model, config, dataset=texts).memory.peak - used - 1_000_000
+    left = estimate(model, config, dataset=texts).memory.peak - used - 1_000_000
     monkeypatch.setattr(limits, "memory_left", lambda: Limit(left, "left in this test"))
     problem = only_problem(model, config, dataset=texts)
     assert "memory is too small: the run takes" in problem
@@ -56,8 +57,8 @@ def test_too_little_memory_for_the_activations(model, monkeypatch):
 def test_activations_on_disk_need_less_memory(model, monkeypatch, tmp_path):
     config = QuantConfig(group_size=16, num_samples=60, seq_len=100)
     texts = random_sequences(60, 100)
-    within = forecast(model, config, dataset=texts)
-    outside = forecast(model, config, dataset=texts, offload_dir=tmp_path)
+    within = estimate(model, config, dataset=texts)
+    outside = estimate(model, config, dataset=texts, offload_dir=tmp_path)
     assert outside.memory.parts["activations"] < 0.2 * within.memory.parts["activations"]
     assert outside.seconds["offloading"] > 0 == within.seconds["offloading"]
     monkeypatch.setattr(limits, "disk_left", lambda folder: Limit(1000, f"free at {folder}"))
@@ -109,7 +110,7 @@ def test_an_interrupted_run_of_other_inputs(model, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         fewbit.quantize(model, CONFIG, dataset=random_sequences(), output=tmp_path / "out", progress=stop)
-    found = forecast(model, CONFIG, dataset=random_sequences(), output=tmp_path / "out")
+    found = estimate(model, CONFIG, dataset=random_sequences(), output=tmp_path / "out")
     assert found.works
     assert any("goes on with an interrupted run" in note for note in found.notes)
     other = QuantConfig(group_size=32, num_samples=6, seq_len=24)
@@ -138,7 +139,7 @@ def test_text_without_a_tokenizer(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "model")
     problem = only_problem(tmp_path / "model", dataset=[TEXT])
     assert "a tokenizer is needed" in problem
-    found = forecast(tmp_path / "model", CONFIG)
+    found = estimate(tmp_path / "model", CONFIG)
     assert found.works
     assert any("no tokenizer lies beside the model" in note for note in found.notes)
 
@@ -170,7 +171,7 @@ def test_the_evaluation_of_an_encoder_decoder(tmp_path):
 def test_a_gguf_file_without_its_package(tmp_path, monkeypatch):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    found = forecast(tmp_path / "model.gguf", CONFIG, dataset=random_sequences())
+    found = estimate(tmp_path / "model.gguf", CONFIG, dataset=random_sequences())
     assert any("pip install 'fewbit[gguf]'" in problem for problem in found.problems)
 
 
@@ -185,7 +186,7 @@ def test_a_shard_size_that_is_no_size(model):
 def test_all_problems_are_told_at_once(model, tmp_path):
     (tmp_path / "mine.txt").write_text("x")
     config = QuantConfig(target_bits=2.01, num_samples=6, seq_len=24)
-    found = forecast(model, config, dataset=str(tmp_path / "none.txt"), output=tmp_path)
+    found = estimate(model, config, dataset=str(tmp_path / "none.txt"), output=tmp_path)
     assert len(found.problems) == 3
 
 
@@ -200,9 +201,7 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch):
     monkeypatch.setattr(limits, "memory_left", lambda: Limit(2500, "free"))
     memory = Memory("solving b", {"libraries": 1000})
     for processes, works in ((3, True), (4, False)):
-        found = problems.of_memory(
-            memory, 500, CONFIG, torch.device("cpu"), offloaded=False, processes=processes
-        )
+        found = memory_problems(memory, 500, RunContext(CONFIG), processes)
         assert (not found) == works
     assert (
         "each of 4 processes takes 1.00 kB while solving b, 3.50 kB more than now, and 2.50 kB are"
@@ -213,7 +212,7 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch):
 def test_too_little_memory_on_the_gpu(monkeypatch):
     monkeypatch.setattr(limits, "device_left", lambda device: Limit(1000, f"free on {device}"))
     memory = Memory("reading weights", {"libraries": 10}, device_peak=5000)
-    [problem] = problems.of_memory(memory, 10, CONFIG, torch.device("cuda:0"), offloaded=False)
+    [problem] = memory_problems(memory, 10, RunContext(CONFIG, torch.device("cuda:0")))
     assert "the GPU's memory is too small: without the activations" in problem
     assert "the run takes 5.00 kB, and 1.00 kB are free on cuda:0. Use a smaller --batch-size" in problem
 
@@ -222,7 +221,7 @@ def test_activations_that_fit_into_neither_memory(monkeypatch):
     monkeypatch.setattr(limits, "device_left", lambda device: Limit(9000, f"free on {device}"))
     monkeypatch.setattr(limits, "memory_left", lambda: Limit(1000, "available"))
     memory = Memory("reading weights", {"libraries": 10, "activations": 5000}, device_peak=5000, spilled=5000)
-    [problem] = problems.of_memory(memory, 10, CONFIG, torch.device("cuda:0"), offloaded=False)
+    [problem] = memory_problems(memory, 10, RunContext(CONFIG, torch.device("cuda:0")))
     assert "memory is too small: the run takes 5.01 kB while reading weights" in problem
     assert "What helps: a GPU with more memory; " in problem
     assert "--offload-dir FOLDER" in problem
@@ -230,8 +229,8 @@ def test_activations_that_fit_into_neither_memory(monkeypatch):
 
 def test_a_text_shorter_than_asked_for_is_a_note(model, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
-    found = forecast(model, CONFIG, dataset=str(tmp_path / "text.txt"))
-    few = forecast(model, replace(CONFIG, num_samples=500), dataset=str(tmp_path / "text.txt"))
+    found = estimate(model, CONFIG, dataset=str(tmp_path / "text.txt"))
+    few = estimate(model, replace(CONFIG, num_samples=500), dataset=str(tmp_path / "text.txt"))
     assert found.works
     assert few.works
     assert any("500 were asked for" in note for note in few.notes)
@@ -239,8 +238,8 @@ def test_a_text_shorter_than_asked_for_is_a_note(model, tmp_path):
 
 
 def test_notes_do_not_keep_it_from_working(model):
-    found = forecast(model, QuantConfig(group_size=20, num_samples=50, seq_len=24), dataset=[TEXT])
+    found = estimate(model, QuantConfig(group_size=20, num_samples=50, seq_len=24), dataset=[TEXT])
     assert found.works
     notes = " ".join(found.notes)
     assert "which group size 20 does not divide" in notes
-    assert forecast(model, CONFIG).works  # without a dataset, on as many tokens as asked for
+    assert estimate(model, CONFIG).works  # without a dataset, on as many tokens as asked for

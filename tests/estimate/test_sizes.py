@@ -4,7 +4,7 @@ import pytest
 
 import fewbit
 from fewbit import QuantConfig
-from fewbit.estimate import forecast
+from fewbit.estimate import estimate
 from models import random_sequences, save_tiny
 
 
@@ -14,7 +14,7 @@ from models import random_sequences, save_tiny
 def test_the_files_have_the_predicted_sizes(tmp_path, options):
     model = save_tiny(tmp_path / "model")
     config = QuantConfig(**{"group_size": 16, **options})
-    found = forecast(model, config, dataset=random_sequences(), output=tmp_path / "out")
+    found = estimate(model, config, dataset=random_sequences(), output=tmp_path / "out")
     report = fewbit.quantize(model, config, dataset=random_sequences(), output=tmp_path / "out")
     assert found.sizes.quantized == report.quantized_bytes
     assert found.bits_per_weight == report.bits_per_weight

@@ -20,11 +20,11 @@ def tried(model, config=None, length=24):
 
 def test_a_llama_block_as_its_code_has_it():
     trial = tried(tiny_model("llama"))
-    stops = {name.removeprefix("model.layers.0."): stop for name, stop in trial.stops.items()}
+    pauses = {name.removeprefix("model.layers.0."): pause for name, pause in trial.pauses.items()}
     assert trial.kinds == {"model.layers.0": ["model.layers.0", "model.layers.1"]}
     assert list(trial.seconds) == ["model.layers.0"]
-    assert all(stop.rows == 24 for stop in stops.values())
-    first = {name: stop.first.removeprefix("model.layers.0.") for name, stop in stops.items()}
+    assert all(pause.rows == 24 for pause in pauses.values())
+    first = {name: pause.first.removeprefix("model.layers.0.") for name, pause in pauses.items()}
     assert first == {
         "self_attn.q_proj": "self_attn.q_proj",
         "self_attn.k_proj": "self_attn.q_proj",
@@ -37,16 +37,16 @@ def test_a_llama_block_as_its_code_has_it():
 
 
 def test_held_bytes_are_the_tensors_that_a_paused_forward_needs():
-    stops = tried(tiny_model("llama")).stops
+    pauses = tried(tiny_model("llama")).pauses
     d, inner, tokens = 48, 80, 24
     # At down_proj, from the second block on: embeddings, input of the block, residual, input of the MLP; and the
     # gated product.
     states = 4 * tokens * (4 * d + inner)
     rotary = 2 * 4 * tokens * 12
-    held = stops["model.layers.0.mlp.down_proj"].held
+    held = pauses["model.layers.0.mlp.down_proj"].held
     assert states + rotary <= held <= 1.1 * (states + rotary)
     # The output of gate_proj through the activation is the only difference to up_proj.
-    waiting = stops["model.layers.0.mlp.up_proj"].held - stops["model.layers.0.mlp.gate_proj"].held
+    waiting = pauses["model.layers.0.mlp.up_proj"].held - pauses["model.layers.0.mlp.gate_proj"].held
     assert waiting == 4 * tokens * inner
 
 
@@ -64,8 +64,8 @@ def test_of_a_large_block_only_the_beginning_of_a_batch_runs(monkeypatch):
     monkeypatch.setattr("fewbit.estimate.trial._FEWEST_TOKENS", 8)
     short, whole = tried(tiny_model("llama"), length=24), tried(tiny_model("llama"), length=8)
     assert short.tokens == 8
-    assert short.stops.keys() == whole.stops.keys()
-    assert all(short.stops[name].held == whole.stops[name].held for name in whole.stops)
+    assert short.pauses.keys() == whole.pauses.keys()
+    assert all(short.pauses[name].held == whole.pauses[name].held for name in whole.pauses)
 
 
 def test_blocks_with_other_settings_are_kinds_of_their_own():
@@ -82,8 +82,8 @@ def test_other_families(family):
     if family == "t5":
         batch["decoder_input_ids"] = batch["input_ids"]
     trial = run_trial(model, Weights(model), plan, batch, Profiler())
-    assert len(trial.stops) == sum(layer.block in trial.kinds for layer in plan.layers)
-    assert all(stop.rows == 24 and stop.held > 0 for stop in trial.stops.values())
+    assert len(trial.pauses) == sum(layer.block in trial.kinds for layer in plan.layers)
+    assert all(pause.rows == 24 and pause.held > 0 for pause in trial.pauses.values())
     assert trial.seconds.keys() == trial.kinds.keys()
 
 
@@ -94,6 +94,6 @@ def test_experts_are_known_by_their_router():
     )  # fmt: skip
     unfuse(model)
     trial = tried(model)
-    assert trial.choices == 2
-    assert not any("experts" in name for name in trial.stops)
-    assert len(trial.stops) == 4
+    assert trial.experts_per_token == 2
+    assert not any("experts" in name for name in trial.pauses)
+    assert len(trial.pauses) == 4

@@ -20,7 +20,7 @@ from .display import NO, console, engine_reasons, examples, quiet_libraries
 from .options import AsJson, Engines, QuantizeArguments, with_options
 
 if TYPE_CHECKING:
-    from ..estimate import Forecast
+    from ..estimate import Estimate
     from ..planning import LayerPlan, Plan
 
 
@@ -46,10 +46,10 @@ def plan(
 
     Takes a few seconds, for a measurement on this machine; nothing is written.
     """
-    show_forecast(arguments, processes, for_ or (), as_json=as_json, verbose=verbose, quiet=quiet)
+    show_estimate(arguments, processes, for_ or (), as_json=as_json, verbose=verbose, quiet=quiet)
 
 
-def show_forecast(
+def show_estimate(
     arguments: QuantizeArguments,
     processes: int,
     engines: Sequence[str] = (),
@@ -64,10 +64,10 @@ def show_forecast(
         typer.Exit: the run cannot work, or an engine could not load the result.
     """
     from ..engines import of_plan
-    from ..estimate import forecast
+    from ..estimate import estimate
 
     quiet_libraries()
-    found = forecast(arguments.model, arguments.config, **arguments.keywords, processes=processes)
+    found = estimate(arguments.model, arguments.config, **arguments.keywords, processes=processes)
     answers = {} if found.plan is None else engine_reasons(of_plan(found.plan, arguments.config))
     refused = [name for name in engines if answers.get(name)]
     if as_json:
@@ -86,7 +86,7 @@ def show_forecast(
         raise typer.Exit(NO)
 
 
-def _show(found: Forecast, verbose: bool) -> None:
+def _show(found: Estimate, verbose: bool) -> None:
     results = Console()
     if found.plan is not None:
         results.print(_module_table(found) if verbose else _kind_table(found))
@@ -96,7 +96,7 @@ def _show(found: Forecast, verbose: bool) -> None:
         console.print(f"note: {note}", markup=False, highlight=False)
 
 
-def _kind_table(found: Forecast) -> Table:
+def _kind_table(found: Estimate) -> Table:
     """Layers of the same name, shape and settings in one row."""
     assert found.plan is not None
     counts: Counter[tuple[str, ...]] = Counter()
@@ -112,7 +112,7 @@ def _kind_table(found: Forecast) -> Table:
     return table
 
 
-def _module_table(found: Forecast) -> Table:
+def _module_table(found: Estimate) -> Table:
     assert found.plan is not None
     table = Table(Column("layer", overflow="fold"), "out × in", "bits", "group", "how", "size", box=None)
     table.title, table.title_justify = "to be quantized", "left"
@@ -131,7 +131,7 @@ def _settings(layer: LayerPlan) -> tuple[str, str, str]:
     return str(settings.bits), group, how
 
 
-def _kept_table(found: Forecast, plan: Plan) -> Table:
+def _kept_table(found: Estimate, plan: Plan) -> Table:
     """What stays as it is, by reason."""
     table = Table("", Column("", overflow="fold"), "weights", "why", box=None)
     total = (
@@ -149,7 +149,7 @@ def _kept_table(found: Forecast, plan: Plan) -> Table:
     return table
 
 
-def _summary(found: Forecast) -> Table:
+def _summary(found: Estimate) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     each = f" in each of {found.processes} processes" if found.processes > 1 else ""
     if found.plan is not None:

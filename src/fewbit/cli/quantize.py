@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from .. import formatting
 from .display import INTERRUPTED, console, examples, progress_bar, quiet_libraries
 from .options import AsJson, QuantizeArguments, with_options
-from .plan import show_forecast
+from .plan import show_estimate
 
 
 @examples(
@@ -38,7 +38,7 @@ def quantize(
 
     if dry_run:
         if launched_rank() in (None, 0):
-            show_forecast(arguments, launched_processes(), as_json=as_json, verbose=verbose, quiet=quiet)
+            show_estimate(arguments, launched_processes(), as_json=as_json, verbose=verbose, quiet=quiet)
         return
     if arguments.output is None:
         raise typer.BadParameter("the folder to write is missing", param_hint="'-o' / '--output'")

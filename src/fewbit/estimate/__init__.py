@@ -1,57 +1,147 @@
 """What a run would do, need and take, before any work: every module, memory, disk, time, and what cannot work.
 
-    source ─ text ─ model ─ plan ─ trial (one batch through the first blocks) ─ rates ─ memory, time, disk
+    preparation ─ trial (one batch through the first blocks) ─ rates of this machine ─ disk, memory, time
 
-The steps are those of `api.quantize`, and so are the checks: where one of them refuses, its message becomes a
-problem of the forecast, and what does not depend on it goes on.
+The preparation is that of `fewbit.quantize`, and so are its checks: if one of them refuses, its message becomes a
+problem of the estimate, and what does not depend on it goes on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import nn
 
-from .. import preparation
-from ..calibration import Calibration
+from .. import formatting
+from ..checkpoint.safetensors_file import TensorInfo, read_header
 from ..checkpoint.writer import parse_size
 from ..config import QuantConfig
 from ..context import RunContext, resolve_device
 from ..distributed import threads_per_process
 from ..errors import FewbitError
-from ..gptq import Accuracy
 from ..mixed_precision import check_budget
 from ..modeling.source import Source, open_source
 from ..pipeline.journal import Journal, check_output
 from ..pipeline.memory import DEVICE_FRAGMENTATION
 from ..pipeline.offload import check_offload_dir
 from ..pipeline.quantize_layers import arguments_for
-from ..pipeline.streaming import StreamedWeights, Weights
-from ..planning import Plan
-from ..preparation import Preparation
+from ..pipeline.streaming import StreamedWeights
+from ..planning import Plan, output_embedding_name
+from ..preparation import Preparation, check_processes
 from ..profiling import Profiler, memory_in_use_bytes
-from . import limits, problems
-from .extras import Extra, of_budget, of_evaluation, of_tuning
-from .memory import Memory, predict_memory, spilled_notes
-from .rates import Kind, LayerRate, measure_disk, measure_layers
-from .result import Forecast
-from .sizes import Sizes, largest_tensor, sizes_of, untie_head
-from .timing import predict_seconds
-from .trial import Trial, run_trial, tokens_of
+from . import limits, predict
+from .measure import LayerBenchmark, measure_disk
+from .predict import InputCost, Memory, Sizes
+from .trial import run_trial, tokens_of
 from .work import Work, of_one_process, offloaded, work_of
 
-__all__ = ["Forecast", "forecast"]
+__all__ = ["Estimate", "estimate"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Opened = tuple[nn.Module, Weights]
 
 
-def forecast(
+@dataclass
+class Estimate:
+    """What a run would do and take.
+
+    Attributes:
+        processes: processes that share the run; memory and seconds are those of each.
+        plan: every weight matrix with its settings, or why it stays; None if the model cannot be opened.
+        memory: peak memory; None if a problem keeps it from being known.
+        sizes: bytes on disk; None if a problem keeps them from being known.
+        seconds: seconds by phase; None if a problem keeps them from being known.
+        notes: sentences that a user should know.
+        problems: why the run cannot work, each with what to do; empty if it can.
+    """
+
+    processes: int = 1
+    plan: Plan | None = None
+    memory: Memory | None = None
+    sizes: Sizes | None = None
+    seconds: dict[str, float] | None = None
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def attempt(self, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """What `step` returns; None if it refuses, which becomes a problem."""
+        try:
+            return step(*args, **kwargs)
+        except FewbitError as error:
+            if str(error) not in self.problems:
+                self.problems.append(str(error))
+            return None
+
+    @property
+    def works(self) -> bool:
+        """Whether no problem is known."""
+        return not self.problems
+
+    @property
+    def total_seconds(self) -> float | None:
+        """Seconds of all phases."""
+        return None if self.seconds is None else sum(self.seconds.values())
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Stored bits of the quantized layers, scales, zero points and g_idx included."""
+        if self.plan is None or self.sizes is None:
+            return None
+        return 8 * self.sizes.quantized / self.plan.weights
+
+    def modules(self) -> list[dict[str, Any]]:
+        """Every weight matrix: what will happen to it, or why it stays as it is."""
+        if self.plan is None:
+            return []
+        planned = [
+            {
+                "name": layer.name,
+                "shape": [layer.out_features, layer.in_features],
+                "bits": layer.settings.bits,
+                "group_size": layer.settings.group_size,
+                "sym": layer.settings.sym,
+                "act_order": layer.settings.act_order,
+                "method": layer.settings.method,
+                "bytes": self.sizes.layers[layer.name] if self.sizes else None,
+                "reason": None,
+            }
+            for layer in self.plan.layers
+        ]
+        kept = [
+            dict.fromkeys(planned[0]) | {"name": item.name, "shape": list(item.shape), "reason": item.reason}
+            for item in self.plan.skipped
+        ]
+        return planned + kept
+
+    def summary(self) -> dict[str, Any]:
+        """The machine-readable result."""
+        return {
+            "modules": self.modules(),
+            "peak_memory_bytes": self.memory.peak if self.memory else None,
+            "output_bytes": self.sizes.output if self.sizes else None,
+            "seconds": self.total_seconds,
+            "problems": self.problems,
+        }
+
+    def details(self) -> dict[str, Any]:
+        """What `summary` leaves out: parts, phases and notes."""
+        memory, sizes = self.memory, self.sizes
+        return {
+            "processes": self.processes,
+            "memory": {"moment": memory.moment, **memory.parts} if memory else None,
+            "device_memory_bytes": memory.device_peak if memory else None,
+            "disk_bytes": sizes.disk if sizes else None,
+            "bits_per_weight": self.bits_per_weight,
+            "seconds_by_phase": self.seconds,
+            "notes": self.notes,
+        }
+
+
+def estimate(
     model: str | Path,
     config: QuantConfig | None = None,
     *,
@@ -66,212 +156,161 @@ def forecast(
     evaluate_on: Any = None,
     offload_dir: str | Path | None = None,
     processes: int = 1,
-) -> Forecast:
-    """Foresee what `fewbit.quantize` would do with the same arguments. Writes nothing that stays.
+) -> Estimate:
+    """Estimate what `fewbit.quantize` would do with the same arguments. Writes nothing that stays.
 
-    With several `processes` memory and time are those of each. They are taken to be on this machine: without GPUs they
-    share its cores and its memory.
+    With several `processes` memory and time are those of each. All run on this machine: without GPUs they share its
+    cores and its memory.
 
     Takes a few seconds: one calibration batch runs through the first blocks, and a layer of every width is solved.
     Without a dataset it plans with as many tokens as the configuration asks for.
     """
-    job = _Job(config or QuantConfig(), None if output is None else Path(output), resume, processes)
-    attempt = job.attempt
-    attempt(preparation.check_processes, dataset, processes)
-    text = None if job.problems else dataset
-    if job.output is not None:
-        attempt(check_output, job.output)
-    if offload_dir is not None:
-        attempt(check_offload_dir, offload_dir)
-        job.offload = Path(offload_dir)
-    job.shard_bytes = attempt(parse_size, max_shard_size) or 0
-    where = attempt(resolve_device, device)
-    source = attempt(open_source, model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    config, found = config or QuantConfig(), Estimate(processes)
+    folder, scratch = (None if path is None else Path(path) for path in (output, offload_dir))
+    found.attempt(check_processes, dataset, processes)
+    if found.problems:
+        dataset = None
+    if folder is not None:
+        found.attempt(check_output, folder)
+    if scratch is not None:
+        found.attempt(check_offload_dir, scratch)
+    found.attempt(parse_size, max_shard_size)
+    where = found.attempt(resolve_device, device)
+    source = found.attempt(open_source, model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     if source is None or where is None:
-        return job.forecast()
-    if text is None:
-        text = job.nominal_text()
-    run = Preparation(
-        RunContext(job.config, where, profiler=Profiler(where)), source, text, tokenizer, evaluate_on
-    )
-    job.predict_all(run, dataset is not None)
-    return job.forecast()
-
-
-class _Job:
-    """What is known so far; a step that is refused leaves a problem."""
-
-    def __init__(self, config: QuantConfig, output: Path | None, resume: bool, processes: int) -> None:
-        self.config, self.output, self.resume, self.processes = config, output, resume, processes
-        self.shard_bytes = 0
-        self.offload: Path | None = None
-        self.evaluation: preparation.EvaluationText | None = None
-        self.plan: Plan | None = None
-        self.memory: Memory | None = None
-        self.sizes: Sizes | None = None
-        self.seconds: dict[str, float] | None = None
-        self.notes: list[str] = []
-        self.problems: list[str] = []
-
-    def attempt(self, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """What `step` returns; None where it refuses, which then is a problem."""
-        try:
-            return step(*args, **kwargs)
-        except FewbitError as error:
-            if str(error) not in self.problems:
-                self.problems.append(str(error))
-            return None
-
-    def forecast(self) -> Forecast:
-        """What was found."""
-        notes = tuple(dict.fromkeys(self.notes))
-        problems = tuple(self.problems)
-        return Forecast(self.plan, self.memory, self.sizes, self.seconds, notes, problems, self.processes)
-
-    def nominal_text(self) -> Any:
-        """Token ids in place of a dataset: as many as the configuration asks for. None where none is needed."""
-        if self.config.method == "rtn":
-            return None
-        self.notes.append(
-            f"no dataset was given: planned with {self.config.num_samples} sequences of {self.config.seq_len} tokens"
-        )
-        return [{"input_ids": torch.arange(self.config.seq_len) % 16}] * self.config.num_samples
-
-    def predict_all(self, run: Preparation, is_known: bool) -> None:
-        """Ask for everything that a run needs, and predict what it takes; `is_known`: a dataset was given."""
-        self.evaluation = self.attempt(lambda: run.evaluation)
-        calibration = self.attempt(lambda: run.calibration)
-        if calibration is not None and not is_known and calibration.batches and run.text_tokenizer is None:
-            self.notes.append("no tokenizer lies beside the model: text needs one, token ids do not")
-        opened = self.attempt(lambda: run.opened)
-        if opened is None:
-            return
-        if calibration is not None:
-            self.notes += calibration.notes
-        self.notes += run.source.notes
-        self.plan = self.attempt(lambda: run.plan)
-        if self.plan is None:
-            return
-        self.notes += self.plan.notes
-        self.attempt(check_budget, self.plan, self.config)
-        if calibration is None:
-            return
-        assert isinstance(run.source, Source)
-        self.attempt(self.check_resume, run, is_known)
-        with _threads(self.processes if run.ctx.device.type == "cpu" else 1):
-            seconds = run.ctx.profiler.seconds["calibration"] if is_known else 0.0
-            self.predict(run.source, calibration, opened, run.ctx.profiler, seconds)
-
-    def check_resume(self, run: Preparation, is_known: bool) -> None:
-        """Check that an interrupted run in the output folder can be resumed."""
-        if self.output is None or not is_known or not self.output.exists() or not check_output(self.output):
-            return
-        journal = Journal(self.output, run.fingerprint, self.resume)
-        journal.close()
-        self.notes.append(
-            f"goes on with an interrupted run, in which {len(journal.records)} layers are done; the times are those of "
-            "a new one"
-        )
-
-    def predict(
-        self, source: Source, calibration: Calibration, opened: Opened, profiler: Profiler, calibrated: float
-    ) -> None:
-        """Disk, memory and time. `calibrated`: the seconds that the text took."""
-        assert self.plan is not None
-        model, weights = opened
-        loading = profiler.seconds["load"]
-        untie_head(model, self.plan, weights)
-        units, baseline = weights.shard_sizes(), memory_in_use_bytes()
-        if not isinstance(weights, StreamedWeights) and weights.device.type == "cpu":
-            baseline -= sum(units.values())  # they are counted as weights
-        self.sizes = self.attempt(sizes_of, model, self.plan, self.config, source)
-        self.problems += problems.of_disk(self.output, self.sizes)
-        too_large = problems.of_units(units, weights.device) if source.streams else []
-        self.problems += too_large
-        largest: Mapping[str, torch.Tensor] = max(calibration.batches, key=tokens_of, default={})
-        batch = self.attempt(arguments_for, model, largest, weights.device)
-        if too_large or self.sizes is None or batch is None:
-            return
-        trial = run_trial(model, weights, self.plan, batch, profiler)
-        work = work_of(model, self.plan, self.config, calibration, trial)
-        if self.processes > 1:
-            work = of_one_process(work, self.processes, len(calibration.batches))
-        if self.offload is not None:
-            work = offloaded(work, trial, next(model.parameters()).dtype)
-            self.problems += problems.of_scratch(self.offload, work.scratch * self.processes)
-        extras = self.extras(model, calibration, trial, work, units)
-        file, tensor = largest_tensor(source)
-        on_device = limits.device_left(weights.device)
-        self.memory = predict_memory(
-            self.plan,
-            work,
-            units,
-            baseline=baseline,
-            largest_tensor=tensor.nbytes if tensor else 0,
-            dtype=next(model.parameters()).dtype,
-            device=weights.device,
-            extras={name: extra.parts for name, extra in extras.items()},
-            device_free=round((1 - DEVICE_FRAGMENTATION) * on_device.bytes) if on_device else None,
-        )
-        self.notes += spilled_notes(self.memory)
-        self.problems += problems.of_memory(
-            self.memory,
-            memory_in_use_bytes(),
-            self.config,
-            weights.device,
-            offloaded=self.offload is not None,
-            processes=self.processes,
-        )
-        disk = self.attempt(measure_disk, limits.existing(self.output or Path()), file, tensor)
-        if disk is None:
-            return
-        self.seconds = predict_seconds(
-            self.plan,
-            work,
-            trial,
-            self.rates(model, weights.device, work),
-            disk,
-            self.sizes,
-            calibration=calibrated,
-            load=loading,
-            source_bytes=sum(path.stat().st_size for path in source.weight_files()),
-            weight_bytes=sum(units.values()),
-            ahead=source.streams and weights.device.type != "cpu",
-        ) | {name: extra.seconds for name, extra in extras.items()}
-
-    def rates(self, model: nn.Module, device: torch.device, work: Work) -> dict[Kind, LayerRate]:
-        """How fast this machine solves layers like those of `model`."""
-        return measure_layers(
-            work.layers,
-            dtype=next(model.parameters()).dtype,
-            device=device,
-            streams=work.streams,
-            accuracy=Accuracy(self.config.effective_correction),
-            probe=work.probe,
-            fmt=self.config.format,
-        )
-
-    def extras(
-        self, model: nn.Module, calibration: Calibration, trial: Trial, work: Work, units: Mapping[str, int]
-    ) -> dict[str, Extra]:
-        """What the options beyond the plain run add, by phase."""
-        assert self.plan is not None
-        found, everything = {}, sum(units.values())
-        if self.config.target_bits is not None:
-            found["measuring the cost of bits"] = of_budget(
-                model, self.plan, self.config, calibration, trial, everything
-            )
-        if self.config.tune:
-            found["tuning"] = of_tuning(self.plan, self.config, trial, work, units)
-        if self.evaluation is not None:
-            windows = self.evaluation.windows
-            found["evaluation"] = of_evaluation(model, self.plan, trial, windows.numel(), windows.shape[1])
         return found
+    text = dataset
+    if dataset is None and config.method != "rtn":
+        text = [{"input_ids": torch.arange(config.seq_len) % 16}] * config.num_samples
+        found.notes.append(
+            f"no dataset was given: planned with {config.num_samples} sequences of {config.seq_len} tokens"
+        )
+    ctx = RunContext(config, where, profiler=Profiler(where), offload_dir=scratch)
+    run = Preparation(ctx, source, text, tokenizer, evaluate_on)
+    if _prepare(found, run) and found.plan is not None:
+        if dataset is not None and folder is not None:
+            found.attempt(_check_resume, found, run, folder, resume)
+        elif text is not None and run.text_tokenizer is None:
+            found.notes.append("no tokenizer lies beside the model: text needs one, token ids do not")
+        with _threads(processes if where.type == "cpu" else 1):
+            _predict(found, run, folder, known_text=dataset is not None)
+    found.notes = list(dict.fromkeys(found.notes))
+    return found
+
+
+def _prepare(found: Estimate, run: Preparation) -> bool:
+    """Make everything that a run needs; whether calibration data can be had."""
+    found.attempt(lambda: run.evaluation)
+    calibration = found.attempt(lambda: run.calibration)
+    if found.attempt(lambda: run.opened) is None:
+        return False
+    found.plan = found.attempt(lambda: run.plan)
+    notes = [*(calibration.notes if calibration else ()), *run.source.notes]
+    found.notes += [*notes, *(found.plan.notes if found.plan else ())]
+    if found.plan is not None:
+        found.attempt(check_budget, found.plan, run.ctx.config)
+    return calibration is not None
+
+
+def _check_resume(found: Estimate, run: Preparation, folder: Path, resume: bool) -> None:
+    """Check that an interrupted run in the output folder can be resumed."""
+    if not folder.exists() or not check_output(folder):
+        return
+    journal = Journal(folder, run.fingerprint, resume)
+    journal.close()
+    found.notes.append(
+        f"goes on with an interrupted run, in which {len(journal.records)} layers are done; the times are those of "
+        "a new one"
+    )
+
+
+def _predict(found: Estimate, run: Preparation, folder: Path | None, *, known_text: bool) -> None:
+    """Disk, memory and time."""
+    ctx, source, plan, calibration = run.ctx, run.source, run.plan, run.calibration
+    (model, weights), device = run.opened, run.weights.device
+    assert isinstance(source, Source)
+    load_seconds = ctx.profiler.seconds["load"]
+    head = output_embedding_name(model)
+    if any(layer.name == head for layer in plan.layers):
+        weights.untie(f"{head}.weight")
+    shards, baseline = weights.shard_sizes(), memory_in_use_bytes()
+    if not isinstance(weights, StreamedWeights) and device.type == "cpu":
+        baseline -= sum(shards.values())  # counted as weights
+    found.sizes = sizes = found.attempt(predict.sizes_of, model, plan, ctx.config, source)
+    if folder is not None and sizes is not None:
+        found.problems += limits.disk_problems(folder, sizes)
+    too_large = limits.shard_problems(shards, device) if source.streams else []
+    found.problems += too_large
+    longest: Mapping[str, torch.Tensor] = max(calibration.batches, key=tokens_of, default={})
+    batch = found.attempt(arguments_for, model, longest, device)
+    if too_large or sizes is None or batch is None:
+        return
+    trial = run_trial(model, weights, plan, batch, ctx.profiler)
+    work, dtype = work_of(model, plan, ctx.config, calibration, trial), next(model.parameters()).dtype
+    if found.processes > 1:
+        work = of_one_process(work, found.processes, len(calibration.batches))
+    if ctx.offload_dir is not None:
+        work = offloaded(work, trial, dtype)
+        found.problems += limits.offload_problems(ctx.offload_dir, work.disk * found.processes)
+    file, tensor = largest_tensor(source)
+    found.memory = _memory(found, run, work, shards, (baseline, tensor.nbytes if tensor else 0))
+    found.problems += limits.memory_problems(found.memory, memory_in_use_bytes(), ctx, found.processes)
+    disk = found.attempt(measure_disk, limits.existing(folder or Path()), file, tensor)
+    if disk is None:
+        return
+    inputs = InputCost(
+        calibration=ctx.profiler.seconds["calibration"] if known_text else 0.0,
+        load=load_seconds,
+        source_bytes=sum(path.stat().st_size for path in source.weight_files()),
+        weight_bytes=sum(shards.values()),
+        prefetch=source.streams and device.type != "cpu",
+    )
+    rates = LayerBenchmark(ctx.config, dtype, device, work.paths, work.holdout).rates(plan.layers)
+    found.seconds = predict.predict_seconds(work, trial, rates, disk, sizes, inputs)
+
+
+def _memory(
+    found: Estimate, run: Preparation, work: Work, shards: Mapping[str, int], process: tuple[int, int]
+) -> Memory:
+    """The worst moment; `process`: bytes of this process now, and of the largest tensor that it reads."""
+    model, config, device = run.model, run.ctx.config, run.weights.device
+    moments = predict.run_moments(work, shards, next(model.parameters()).dtype)
+    moments |= predict.option_moments(model, config, run.calibration, work, shards)
+    evaluation = run.__dict__.get("evaluation")
+    if evaluation is not None:
+        moments["evaluation"] = predict.evaluation_moment(model, evaluation.windows.shape[1])
+    left_out = [name for name in ("target_bits", "tune") if getattr(config, name)]
+    left_out += ["evaluation"] * (evaluation is not None)
+    if left_out:
+        found.notes.append(f"the time of {' and '.join(left_out)} is not included")
+    if device.type == "cpu":
+        return predict.host_memory(moments, shards, *process)
+    left = limits.device_left(device)
+    free = round((1 - DEVICE_FRAGMENTATION) * left.bytes) if left else None
+    memory = predict.device_memory(moments, shards, *process, free)
+    if memory.spilled:
+        found.notes.append(
+            f"{formatting.size(memory.spilled)} of activations have no room on the device and will wait in host "
+            "memory; the time to move them is not included"
+        )
+    return memory
+
+
+def largest_tensor(source: Source) -> tuple[Path, TensorInfo | None]:
+    """The file with the largest tensor of the source, and that tensor; None for files without a header."""
+    files = source.weight_files()
+    found = [
+        (path, info)
+        for path in files
+        if path.suffix == ".safetensors"
+        for info in read_header(path)[0].values()
+    ]
+    return max(found, key=lambda item: item[1].nbytes) if found else (files[0], None)
 
 
 @contextmanager
 def _threads(processes: int) -> Iterator[None]:
-    """While entered, torch has as many threads as one of so many processes on this machine would."""
+    """While entered, torch uses as many threads as each of `processes` on this machine would."""
     before, threads = torch.get_num_threads(), threads_per_process(processes) if processes > 1 else None
     torch.set_num_threads(threads or before)
     try:

@@ -1,8 +1,8 @@
-"""The trial: one calibration batch through the first blocks, by the model's own code and the walk's own machinery.
+"""The trial: one calibration batch through the first blocks, by the model's own code and the pipeline's scheduler.
 
-It shows what cannot be known from shapes: how many bytes a paused batch holds at every layer, which layers get
-the same input, how long a block's forward takes here, how fast weights are read. One block of every kind runs,
-and what lies before it; nothing is changed.
+It measures what shapes do not tell: how many bytes a paused batch holds at every layer, which layers get the same
+input, how long the forward pass of a block takes, how fast weights are read. One block of every kind runs, and what
+lies before it; the model is not changed.
 """
 
 from __future__ import annotations
@@ -17,40 +17,88 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 
 from ..modeling.experts import UnfusedExperts, unfused_modules
 from ..modeling.layers import input_rows
 from ..pipeline.expert_calibration import ExpertCalibration
+from ..pipeline.offload import EveryOperation
 from ..pipeline.quantize_layers import without_cache
 from ..pipeline.scheduler import BlockCall, Hooks, LayerInput, Scheduler
 from ..pipeline.statistics import CACHED_HESSIANS, BatchMasks
 from ..pipeline.streaming import StreamedWeights, Weights
 from ..planning import LayerPlan, Plan, block_of
 from ..profiling import Profiler
-from .live import HEAP_BYTES, LiveBytes
 
-# Of a batch so many tokens are used that a block does about so many operations on them, but no fewer than that.
+# A batch is cut so that a block does about this many operations on it, but not below this many tokens.
 _OPERATIONS, _FEWEST_TOKENS = 1.5e11, 256
 
-# A block's forward is repeated until so much time has passed, or so often.
+# A block's forward pass is repeated until this many seconds have passed, or this often.
 _SECONDS, _REPEATS = 0.5, 5
+
+# Smaller storages may stay in the C library's arena when they are freed; larger ones return to the system at once.
+ARENA_BYTES = 1 << 25
+
+
+class LiveBytes(EveryOperation):  # type: ignore[no-untyped-call]
+    """While entered, counts the bytes of every tensor storage that an operation makes, until it is freed.
+
+    Storages that existed before are not counted, nor what a library allocates inside one operation.
+
+    Attributes:
+        now: bytes in use.
+        peak: largest value of `now` so far.
+        arena: bytes in use in storages smaller than `arena_bytes`.
+    """
+
+    def __init__(self, arena_bytes: int = ARENA_BYTES) -> None:
+        super().__init__(lambda func, inputs: None, self._count_new)
+        self._arena_bytes = arena_bytes
+        self.now = self.peak = self.arena = 0
+        self._known: dict[int, weakref.ref[UntypedStorage]] = {}
+
+    def alive(self) -> dict[int, int]:
+        """Id of each counted storage that is in use → its bytes."""
+        found = ((key, reference()) for key, reference in self._known.items())
+        return {key: storage.nbytes() for key, storage in found if storage is not None}
+
+    def _count_new(self, inputs: list[UntypedStorage], outputs: list[UntypedStorage]) -> None:
+        given = {id(storage) for storage in inputs}
+        for storage in outputs:
+            if id(storage) not in given and id(storage) not in self._known:
+                self._count(storage)
+
+    def _count(self, storage: UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        in_arena = size if size < self._arena_bytes else 0
+
+        def freed(_: object) -> None:
+            self._known.pop(key, None)
+            self.now -= size
+            self.arena -= in_arena
+
+        # torch keeps one Python object for a storage as long as the storage lives.
+        self._known[key] = weakref.ref(storage, freed)
+        self.now += size
+        self.arena += in_arena
+        self.peak = max(self.peak, self.now)
 
 
 @dataclass(frozen=True)
-class Stop:
-    """What one batch shows of a layer.
+class Pause:
+    """What one batch shows where it pauses at a layer.
 
     Attributes:
-        rows: of its input. held: bytes that the batch holds while it waits there; heap: those of them that come from
-            the C library's heap.
-        new: those of them that were made since the stop before.
-        first: the layer that got the very same input first; the layer itself if it is the first.
+        rows: rows of the layer's input.
+        held: bytes that the batch holds while paused.
+        arena: part of `held` in the C library's arena.
+        new: part of `held` made since the pause before.
+        first: layer that got the same input first; the layer itself if it is the first.
     """
 
     rows: int
     held: int
-    heap: int
+    arena: int
     new: int
     first: str
 
@@ -60,46 +108,52 @@ class Trial:
     """What one batch shows of a model.
 
     Attributes:
-        kinds: block that was tried → all blocks that are like it. Layers outside of blocks are in none.
-        tokens: of the batch that ran, padding counted. stops: layers of the blocks that were tried, without experts.
-        seconds: block that was tried → forward of the batch through it.
-        transient: most bytes in use inside a forward, beyond those held where it pauses next.
-        load_rate: seconds to read a byte of weights; None where they are all in memory.
-        choices: experts that a token is sent to; 0 without experts.
+        kinds: block that ran → all blocks of the same kind; layers outside of blocks belong to none.
+        tokens: tokens of the batch, padding included.
+        pauses: layer of the blocks that ran → what was seen there; layers of experts are left out.
+        seconds: block that ran → seconds of its forward pass.
+        transient: largest number of bytes in use inside a forward pass, beyond those held at the next pause.
+        load_rate: seconds to read one byte of weights; None if they are all in memory.
+        experts_per_token: experts that each token is sent to; 0 without experts.
     """
 
     kinds: dict[str, list[str]]
     tokens: int
-    stops: dict[str, Stop] = field(default_factory=dict)
+    pauses: dict[str, Pause] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     transient: int = 0
     load_rate: float | None = None
-    choices: int = 0
+    experts_per_token: int = 0
+
+    @property
+    def forward_seconds(self) -> float:
+        """Seconds of the batch's forward pass through all blocks."""
+        return sum(seconds * len(self.kinds[block]) for block, seconds in self.seconds.items())
 
 
 def run_trial(
     model: nn.Module, weights: Weights, plan: Plan, batch: Mapping[str, Tensor], profiler: Profiler
 ) -> Trial:
-    """Run `batch` (on the weights' device) through the first blocks.
+    """Run `batch` through the first blocks. It is on the weights' device, or empty for a run without calibration.
 
-    Args:
-        weights: of `model`; what was read is given back at the end.
-        batch: empty for a run without calibration.
-        profiler: the weights' own.
+    Weights that are read are released again; `profiler` is the one that the weights report to.
     """
     kinds, whole = block_kinds(plan), tokens_of(batch)
     batch = _shortened(batch, plan, kinds)
     trial = Trial(kinds, tokens_of(batch))
-    if not batch:  # a run without calibration reads its weights and nothing else
-        _read_some(weights, trial, profiler)
+    if not batch:  # a run without calibration only reads its weights
+        with _load_rate(weights, trial, profiler):
+            weights.load(next(iter(kinds)))
+        weights.release_except([])
         return trial
     experts = unfused_modules(model)
-    layers = [layer for layer in plan.layers if layer.block in trial.kinds and not of_expert(layer, experts)]
+    layers = [layer for layer in plan.layers if layer.block in kinds and not is_expert(layer, experts)]
     modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
     routing = ExpertCalibration(model, [BatchMasks.of(batch)])
-    points = routing.with_points(_with_experts(modules, plan, trial, model))
+    tried = (layer.name for layer in plan.layers if layer.block in kinds)
+    points = routing.with_points({name: modules.get(name) or model.get_submodule(name) for name in tried})
     points = {name: module for name, module in points.items() if name in modules or name in routing.points}
-    blocks = {b: model.get_submodule(b) for b in trial.kinds if any(n.startswith(f"{b}.") for n in modules)}
+    blocks = {b: model.get_submodule(b) for b in kinds if any(n.startswith(f"{b}.") for n in modules)}
     extra = without_cache(model)
 
     def job() -> object:
@@ -109,17 +163,17 @@ def run_trial(
         trial.seconds[name] = _median_seconds(blocks[name], calls[0], weights.device)
         return {}
 
-    with torch.no_grad(), weights.on_demand(lambda unit: None):
+    with torch.no_grad(), weights.on_demand(lambda shard: None):
         with _load_rate(weights, trial, profiler):
             Scheduler(points, [job], Hooks(lambda name, inputs: None, on_block_end), blocks=blocks).run()
         second = _first_of_second_block(trial, layers, plan)
         for name in second:
-            weights.load(name)  # not to be counted
-        with LiveBytes(HEAP_BYTES * trial.tokens // whole) as live:
+            weights.load(name)  # before counting begins
+        with LiveBytes(ARENA_BYTES * trial.tokens // whole) as live:
             observer = _Observer(trial, modules, live, second)
             points |= {name: model.get_submodule(name) for name in second}
             Scheduler(points, [job], Hooks(observer.on_layer)).run()
-        trial.transient = max(0, live.peak - max((stop.held for stop in trial.stops.values()), default=0))
+        trial.transient = max(0, live.peak - max((pause.held for pause in trial.pauses.values()), default=0))
     weights.release_except([])
     return trial
 
@@ -127,7 +181,7 @@ def run_trial(
 def block_kinds(plan: Plan) -> dict[str, list[str]]:
     """The first block of every kind → all blocks of that kind: layers of the same names, shapes and settings.
 
-    Layers outside of blocks are kinds of their own only where nothing else is to be quantized.
+    Layers outside of blocks are kinds only if nothing else is quantized.
     """
     blocks: dict[str, list[LayerPlan]] = {}
     for layer in plan.layers:
@@ -140,16 +194,16 @@ def block_kinds(plan: Plan) -> dict[str, list[str]]:
             for layer in layers
         )
         kinds.setdefault((re.sub(r"\d+", "#", block), shapes), []).append(block)
-    return {alike[0]: alike for alike in kinds.values()}
+    return {same[0]: same for same in kinds.values()}
 
 
-def of_expert(layer: LayerPlan, experts: Mapping[str, UnfusedExperts]) -> bool:
+def is_expert(layer: LayerPlan, experts: Mapping[str, UnfusedExperts]) -> bool:
     """Whether a layer belongs to an expert of these modules."""
     return layer.name.rsplit(".", 2)[0] in experts
 
 
 def tokens_of(batch: Mapping[str, Tensor]) -> int:
-    """Tokens in a batch, padding counted; 1 where it holds none."""
+    """Tokens in a batch, padding included; 1 if it holds none."""
     counts = [value.numel() for key, value in batch.items() if key.endswith("input_ids")]
     return max(counts, default=1)
 
@@ -157,7 +211,7 @@ def tokens_of(batch: Mapping[str, Tensor]) -> int:
 def _shortened(
     batch: Mapping[str, Tensor], plan: Plan, kinds: Mapping[str, list[str]]
 ) -> Mapping[str, Tensor]:
-    """The beginning of every sequence, where all of the batch are tokens and whole sequences would take long."""
+    """The beginning of every sequence, if the batch holds nothing but tokens and whole sequences would take long."""
     weights = max(sum(layer.weights for layer in plan.layers if layer.block == block) for block in kinds)
     shapes = {tensor.shape for tensor in batch.values()}
     if len(shapes) != 1 or len(shape := shapes.pop()) != 2:
@@ -169,10 +223,10 @@ def _shortened(
 
 @dataclass
 class _Observer:
-    """Looks at what arrives at a layer.
+    """Records a `Pause` at every layer.
 
-    In the first block the model's input is that of the block as well; from the second on it is held besides. So
-    what the layer named in `second` finds more than its like is added to the first block.
+    In the first block the block's input is the model's input; in later blocks both are alive. The difference is
+    measured at the first layer of the second block and added to the pauses of the first block.
     """
 
     trial: Trial
@@ -183,46 +237,38 @@ class _Observer:
     seen: set[int] = field(default_factory=set)
 
     def on_layer(self, name: str, inputs: Sequence[LayerInput]) -> None:
-        held, heap, x = self.live.now, self.live.heap, inputs[0].x
+        held, arena, x = self.live.now, self.live.arena, inputs[0].x
         if name in self.second:
-            self.add_to_first(self.second[name], held, heap)
+            self._add_to_first_block(self.second[name], held, arena)
             return
-        if name not in self.modules:  # a routing point
-            self.trial.choices = x.shape[-1]
+        if name not in self.modules:  # the input of experts
+            self.trial.experts_per_token = x.shape[-1]
             return
         alive = self.live.alive()
         new = sum(size for key, size in alive.items() if key not in self.seen)
         self.seen = set(alive)
         first = next((other for other, seen in self.last if seen() is x), name)
-        self.last = (
-            [*self.last[1 - CACHED_HESSIANS :], (name, weakref.ref(x))] if first == name else self.last
-        )
-        self.trial.stops[name] = Stop(input_rows(self.modules[name], x).shape[0], held, heap, new, first)
+        if first == name:
+            self.last = [*self.last[1 - CACHED_HESSIANS :], (name, weakref.ref(x))]
+        rows = input_rows(self.modules[name], x).shape[0]
+        self.trial.pauses[name] = Pause(rows, held, arena, new, first)
 
-    def add_to_first(self, alike: str, held: int, heap: int) -> None:
-        """Add to all stops seen so far what is held now, and was not at the stop `alike`."""
-        like = self.trial.stops[alike]
-        more = max(0, held - like.held), max(0, heap - like.heap)
-        block = block_of(alike)
-        for name, stop in self.trial.stops.items():
-            if block_of(name) == block:
-                self.trial.stops[name] = replace(stop, held=stop.held + more[0], heap=stop.heap + more[1])
+    def _add_to_first_block(self, counterpart: str, held: int, arena: int) -> None:
+        before = self.trial.pauses[counterpart]
+        more, more_arena = max(0, held - before.held), max(0, arena - before.arena)
+        for name, pause in self.trial.pauses.items():
+            if block_of(name) == block_of(counterpart):
+                self.trial.pauses[name] = replace(
+                    pause, held=pause.held + more, arena=pause.arena + more_arena
+                )
 
 
 def _first_of_second_block(trial: Trial, tried: Sequence[LayerPlan], plan: Plan) -> dict[str, str]:
-    """The first layer of the second block → its like in the first; nothing if there is no second one of the kind."""
+    """The first layer of the second block → its counterpart in the first; empty if no second block is of that kind."""
     block = tried[0].block if tried else ""
-    alike = trial.kinds.get(block, [])
-    name = tried[0].name.replace(block, alike[1], 1) if len(alike) > 1 else ""
+    same = trial.kinds.get(block, [])
+    name = tried[0].name.replace(block, same[1], 1) if len(same) > 1 else ""
     return {layer.name: tried[0].name for layer in plan.layers if layer.name == name}
-
-
-def _with_experts(
-    modules: Mapping[str, nn.Module], plan: Plan, trial: Trial, model: nn.Module
-) -> dict[str, nn.Module]:
-    """The layers of the tried blocks with their experts, in the order of the plan."""
-    names = (layer.name for layer in plan.layers if layer.block in trial.kinds)
-    return {name: modules.get(name) or model.get_submodule(name) for name in names}
 
 
 def _median_seconds(block: nn.Module, call: BlockCall, device: torch.device) -> float:
@@ -236,24 +282,18 @@ def _median_seconds(block: nn.Module, call: BlockCall, device: torch.device) -> 
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given."""
+    """Wait until a GPU has finished its work."""
     if device.type in ("cuda", "xpu"):
         getattr(torch, device.type).synchronize(device)
 
 
 @contextmanager
 def _load_rate(weights: Weights, trial: Trial, profiler: Profiler) -> Iterator[None]:
-    """Find the seconds for each byte that is read inside."""
-    before, read = profiler.seconds.get("load", 0.0), _read_bytes(weights)
+    """Measure the seconds for each byte of weights that is read while entered."""
+    seconds, read = profiler.seconds.get("load", 0.0), _read_bytes(weights)
     yield
     read = _read_bytes(weights) - read
-    trial.load_rate = (profiler.seconds["load"] - before) / read if read else None
-
-
-def _read_some(weights: Weights, trial: Trial, profiler: Profiler) -> None:
-    with _load_rate(weights, trial, profiler):
-        weights.load(next(iter(trial.kinds)))
-    weights.release_except([])
+    trial.load_rate = (profiler.seconds["load"] - seconds) / read if read else None
 
 
 def _read_bytes(weights: Weights) -> int:

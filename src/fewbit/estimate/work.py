@@ -1,4 +1,4 @@
-"""What a run will have to do, layer by layer: the trial's sight of a few blocks, carried over to all of them."""
+"""What a run has to do, layer by layer: what the trial saw of a few blocks, carried over to all of them."""
 
 from __future__ import annotations
 
@@ -16,50 +16,55 @@ from ..pipeline.memory import RESIDENT_STORAGES
 from ..pipeline.quantize_layers import needs_full_precision
 from ..pipeline.statistics import HOLDOUT_TOKENS, BatchMasks, split_holdout
 from ..planning import LayerPlan, Plan, block_of
-from .trial import Trial, of_expert, tokens_of
+from .trial import Trial, is_expert, tokens_of
 
 
 @dataclass(frozen=True)
 class LayerWork:
-    """What one layer will take.
+    """What one layer takes.
 
     Attributes:
-        rows: that enter its Hessian. shares: whether an earlier layer of its block got the same input.
-        held: bytes that all batches together hold while they wait here. heap: those of them from the C library's heap.
+        layer: the layer.
+        rows: rows that enter its Hessian.
+        shares: True if an earlier layer of its block gets the same input.
+        held: bytes that all batches together hold while paused here.
+        arena: part of `held` in the C library's arena.
     """
 
     layer: LayerPlan
     rows: int
     shares: bool
     held: int
-    heap: int
+    arena: int
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a whole run will take.
+    """What a whole run takes.
 
     Attributes:
-        layers: those that are calibrated, and those of method rtn, in the order of the plan.
-        tokens: of all batches, padding counted. batches: how many times the trial's batch they are.
-        streams: forward passes of every batch, 1 or 2.
-        probe: held-out rows that judge every layer. held_out: share of the rows that enter no Hessian.
-        transient: most bytes in use inside the forward of one batch, beyond those held.
-        scratch: bytes of activations that lie on disk at most, and `spilled`, that are written there in all; 0 where
-            they stay in memory.
-        processes: that share the run. BatchMasks, batches and bytes are those of the one that has most.
+        layers: layers in the order of the plan.
+        batches: tokens of all batches, as a multiple of the trial's tokens.
+        paths: forward passes of every batch, 1 or 2.
+        holdout: holdout rows that judge every layer.
+        transient: largest number of bytes in use inside the forward pass of one batch, beyond those held.
+        disk: largest number of bytes of activations on disk; 0 if they stay in memory.
+        offloaded: bytes of activations written to disk over the whole run.
+        processes: processes that share the run; rows, batches and bytes are those of the one that has most.
     """
 
     layers: list[LayerWork]
-    tokens: int
     batches: float
-    streams: int
-    probe: int
-    held_out: float
+    paths: int
+    holdout: int
     transient: int
-    scratch: int = 0
-    spilled: int = 0
+    disk: int = 0
+    offloaded: int = 0
     processes: int = 1
+
+    def held(self) -> LayerWork:
+        """The layer at which the batches hold most."""
+        return max(self.layers, key=lambda one: one.held)
 
 
 def work_of(
@@ -67,81 +72,79 @@ def work_of(
 ) -> Work:
     """Carry what one batch showed over to all layers and all batches."""
     tokens = sum(tokens_of(batch) for batch in calibration.batches)
-    batches = tokens / trial.tokens
-    streams = 2 if needs_full_precision(config) else 1
-    share = _held_out_share(calibration) if streams == 2 else 0.0
+    batches, paths = tokens / trial.tokens, 2 if needs_full_precision(config) else 1
+    held_out = _holdout_share(calibration) if paths == 2 else 0.0
     experts = unfused_modules(model)
-    like = {block: tried for tried, blocks in trial.kinds.items() for block in blocks}
-    most = max(((stop.held, stop.heap) for stop in trial.stops.values()), default=(0, 0))
+    tried = {block: first for first, blocks in trial.kinds.items() for block in blocks}
+    most = max(((pause.held, pause.arena) for pause in trial.pauses.values()), default=(0, 0))
     layers = []
     for layer in plan.layers:
-        tried = like.get(layer.block, "")
-        stop = trial.stops.get(tried + layer.name[len(layer.block) :])
-        if stop is not None:
-            rows, held, shares = (
-                round(stop.rows * batches),
-                (stop.held, stop.heap),
-                not _is_first(stop.first, tried, layer),
+        block = tried.get(layer.block, "")
+        own = layer.name[len(layer.block) :]
+        pause = trial.pauses.get(block + own)
+        rows, (held, arena), shares = tokens, most, False  # outside of blocks, or not reached by the trial
+        if pause is not None:
+            rows, held, arena = round(pause.rows * batches), pause.held, pause.arena
+            shares = pause.first[len(block) :] != own
+        elif is_expert(layer, experts):
+            rows = _expert_rows(layer, experts, tokens, trial.experts_per_token)
+            shares = own.endswith(".up_proj") and _has_gate(layer, experts)
+        passes = batches * paths
+        layers.append(
+            LayerWork(
+                layer, round(rows * (1 - held_out)), shares, round(held * passes), round(arena * passes)
             )
-        elif of_expert(layer, experts):
-            rows, held, shares = _expert_rows(layer, experts, tokens, trial.choices), most, False
-            shares = layer.name.endswith(".up_proj") and experts_are_gated(layer, experts)
-        else:  # outside of blocks, or reached by no token of the trial
-            rows, held, shares = tokens, most, False
-        rows = round(rows * (1 - share))
-        of_all = [round(size * batches * streams) for size in held]
-        layers.append(LayerWork(layer, rows, shares, *of_all))
-    probe = min(HOLDOUT_TOKENS, round(tokens * share))
-    return Work(layers, tokens, batches, streams, probe, share, trial.transient)
+        )
+    holdout = min(HOLDOUT_TOKENS, round(tokens * held_out))
+    return Work(layers, batches, paths, holdout, trial.transient)
 
 
 def of_one_process(work: Work, processes: int, batches: int) -> Work:
-    """What one of so many processes will have to do, the one with most of the `batches` of calibration text."""
+    """The work of the process that has most of the `batches`."""
     share = -(-batches // processes) / batches if batches else 0.0
     layers = [
-        replace(one, rows=round(share * one.rows), held=round(share * one.held), heap=round(share * one.heap))
+        replace(
+            one, rows=round(share * one.rows), held=round(share * one.held), arena=round(share * one.arena)
+        )
         for one in work.layers
     ]
     return replace(work, layers=layers, batches=share * work.batches, processes=processes)
 
 
 def offloaded(work: Work, trial: Trial, dtype: torch.dtype) -> Work:
-    """The same work with the activations of paused batches on disk: in memory are those of the one that runs, and
-    the inputs that a Hessian goes through.
+    """The same work with the activations of paused batches on disk.
+
+    In memory remain those of the batch that runs, and the inputs that a Hessian accumulates.
     """
-    passes = work.batches * work.streams
+    passes = work.batches * work.paths
     layers = []
     for one in work.layers:
         inputs = RESIDENT_STORAGES * trial.tokens * one.layer.in_features * dtype.itemsize
-        layers.append(replace(one, held=round(one.held / passes) + inputs, heap=0))
+        layers.append(replace(one, held=round(one.held / passes) + inputs, arena=0))
     new = sum(
-        stop.new * len(trial.kinds[block])
-        for block in trial.kinds
-        for name, stop in trial.stops.items()
+        pause.new * len(blocks)
+        for block, blocks in trial.kinds.items()
+        for name, pause in trial.pauses.items()
         if block_of(name) == block
     )
-    scratch = max((one.held for one in work.layers), default=0)
-    return replace(work, layers=layers, scratch=scratch, spilled=round(new * passes))
+    disk = max((one.held for one in work.layers), default=0)
+    return replace(work, layers=layers, disk=disk, offloaded=round(new * passes))
 
 
-def experts_are_gated(layer: LayerPlan, experts: Mapping[str, UnfusedExperts]) -> bool:
+def _has_gate(layer: LayerPlan, experts: Mapping[str, UnfusedExperts]) -> bool:
     """Whether the expert of `layer` has a gate, which gets the same input as its up projection."""
     module, number, _ = layer.name.rsplit(".", 2)
     return hasattr(experts[module].get_submodule(number), "gate_proj")
 
 
-def _is_first(first: str, tried: str, layer: LayerPlan) -> bool:
-    return first[len(tried) :] == layer.name[len(layer.block) :]
-
-
 def _expert_rows(layer: LayerPlan, experts: Mapping[str, UnfusedExperts], tokens: int, choices: int) -> int:
-    """Tokens that reach an expert if all get as many; a starved one also sees others."""
+    """Tokens that reach an expert under balanced routing; an under-routed expert also sees tokens of others."""
     module = experts[layer.name.rsplit(".", 2)[0]]
     sent = tokens * choices // module.num_experts
     return max(sent, min(tokens, TOKENS_PER_FEATURE * module.hidden_size))
 
 
-def _held_out_share(calibration: Calibration) -> float:
-    rows = split_holdout([BatchMasks.of(batch) for batch in calibration.batches])
-    sequences = sum(one.sequences for one in rows)
-    return sum(one.held_out for one in rows) / sequences if sequences else 0.0
+def _holdout_share(calibration: Calibration) -> float:
+    masks = split_holdout([BatchMasks.of(batch) for batch in calibration.batches])
+    sequences = sum(one.sequences for one in masks)
+    return sum(one.held_out for one in masks) / sequences if sequences else 0.0

@@ -133,7 +133,7 @@ class Offloader(NoOffload):
         self._store = store
         self._profiler = profiler
         self._budget = budget
-        self._mode: Any = _EveryOperation(self._before, self._after)
+        self._mode: Any = EveryOperation(self._before, self._after)
         self._records: dict[int, _Record] = {}  # by id of the storage, for all that are alive
         self._resident: dict[int, _Record] = {}  # the last to come into memory is at the end
         self._held = 0  # bytes of the resident storages
@@ -305,7 +305,7 @@ class Offloader(NoOffload):
         self._add_resident(record, storage)
 
 
-class _EveryOperation(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class EveryOperation(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Calls `before` and `after` around every operation of torch, with the storages that it uses."""
 
     def __init__(

@@ -2,7 +2,7 @@
 
 import torch
 
-from fewbit.estimate.live import HEAP_BYTES, LiveBytes
+from fewbit.estimate.trial import ARENA_BYTES, LiveBytes
 
 
 def test_counts_what_is_made_and_forgets_what_is_freed():
@@ -14,8 +14,6 @@ def test_counts_what_is_made_and_forgets_what_is_freed():
         del x
         assert live.now == 400
         assert live.peak == 800
-        live.mark()
-        assert live.peak == 400
         del y
     assert live.now == 0
 
@@ -34,10 +32,10 @@ def test_views_and_what_was_there_before_cost_nothing():
     assert live.now == 0
 
 
-def test_only_small_storages_are_of_the_heap():
+def test_only_small_storages_count_for_the_arena():
     with LiveBytes() as live:
-        small, large = torch.empty(1000), torch.empty(HEAP_BYTES, dtype=torch.uint8)
-        assert live.heap == 4000
-        assert live.now == 4000 + HEAP_BYTES
+        small, large = torch.empty(1000), torch.empty(ARENA_BYTES, dtype=torch.uint8)
+        assert live.arena == 4000
+        assert live.now == 4000 + ARENA_BYTES
         del small, large
-    assert live.heap == 0
+    assert live.arena == 0

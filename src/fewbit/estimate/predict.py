@@ -1,0 +1,327 @@
+"""What a run takes: sizes, memory and time of all layers, computed from the trial of a few and from measured rates.
+
+Arithmetic only. Memory is that of the worst moment, part by part:
+
+    libraries       this process before the work, and what libraries load at their first use
+    weights         what stays in memory, and one or two blocks of the model
+    activations     what all paused batches hold, on both paths
+    forward         what one batch needs inside an operation
+    Hessians        H, C and their factorizations, of this layer and of the one before it if its input is still in use
+    solver          the weight matrix in float32, its target, error and codes
+    holdout         holdout rows of both paths
+    allocator       what the C library's arena takes beyond its contents
+
+On a GPU these are in its memory, except activations for which it has no space: they are in host memory, pinned, beside
+the block that is prefetched.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration import Calibration
+from ..checkpoint.assemble import checkpoint_tensors
+from ..checkpoint.layout import empty_layer
+from ..checkpoint.safetensors_file import encode_header
+from ..config import QuantConfig
+from ..distributed import largest_shard
+from ..mixed_precision.sensitivity import ROWS, measured_batches
+from ..mixed_precision.units import Choice, stored_bytes
+from ..modeling.source import Source
+from ..pipeline.memory import (
+    FACTORING_MATRICES,
+    FIRST_USE_BYTES,
+    HOST_FRAGMENTATION,
+    KEPT_MATRICES,
+    PACKING_BYTES,
+    PINNED_BYTES,
+    solver_bytes,
+)
+from ..pipeline.streaming import REST, Weights
+from ..planning import LayerPlan, Plan, output_embedding_name
+from .measure import DiskRate, Kind, LayerRate
+from .trial import ARENA_BYTES, Trial, tokens_of
+from .work import LayerWork, Work
+
+Parts = dict[str, int]
+
+# Bytes for every weight of a block that is tuned: v, its gradient, two moments of Adam, the original, the best codes
+# so far, and the matrices of one step.
+TUNE_BYTES = 28
+# Tensors that a block saves for the backward pass, as a multiple of what it holds where it pauses.
+_SAVED = 4
+# Bytes for every token of a window and word of the vocabulary, while two models are compared.
+_SCORE_BYTES = 24
+
+# Activations on disk are written once, and read twice for the Hessian and once for the forward pass.
+_OFFLOAD_PASSES = 4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes on disk, exact where tensors are concerned.
+
+    Attributes:
+        quantized: bytes of the packed tensors.
+        plain: bytes of the tensors that are not quantized.
+        output: bytes of the finished folder.
+        journal: bytes of the journal, which exists until the folder is complete.
+        layers: layer → bytes of its packed tensors.
+    """
+
+    quantized: int
+    plain: int
+    output: int
+    journal: int
+    layers: dict[str, int]
+
+    @property
+    def disk(self) -> int:
+        """Free space that a new run needs: result and journal at the same time."""
+        return self.output + self.journal
+
+
+def sizes_of(model: nn.Module, plan: Plan, config: QuantConfig, source: Source) -> Sizes:
+    """Sizes of the result; weights may be on the meta device. With `target_bits` the budget counts as quantized."""
+    packed = {layer.name: _packed(layer) for layer in plan.layers}
+    states = Weights(model).state_by_shard()
+    tensors = checkpoint_tensors(model, list(packed), packed.__getitem__, states, values=False)
+    entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
+    layers = {
+        layer.name: stored_bytes(
+            layer.out_features, layer.in_features, Choice(layer.settings.bits, layer.settings.group_size)
+        )
+        for layer in plan.layers
+    }
+    quantized = sum(layers.values())
+    plain = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in entries) - quantized
+    if config.target_bits is not None:
+        quantized = int(config.target_bits * plan.weights / 8)
+    copied = sum(path.stat().st_size for path in source.files_to_copy().values())
+    # Report, model card and manifest; lines of the journal: as seen with models of every size.
+    texts = 2 * len(json.dumps(source.config_dict(model))) + 30_000 + 1_150 * len(plan.layers)
+    output = quantized + plain + len(encode_header(entries)) + copied + texts
+    return Sizes(quantized, plain, output, quantized + 600 * len(plan.layers), layers)
+
+
+def _packed(layer: LayerPlan) -> dict[str, Tensor]:
+    """The packed tensors of a layer without their values."""
+    settings = layer.settings
+    return empty_layer(settings.bits, settings.group_size, layer.in_features, layer.out_features)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of the process at its worst moment.
+
+    Attributes:
+        moment: what happens at that moment.
+        parts: bytes of each part; they add up to `peak`.
+        device_peak: bytes of the GPU's memory; None if the work runs on the CPU.
+        spilled: bytes of activations in host memory because the GPU has no space for them.
+    """
+
+    moment: str
+    parts: Parts
+    device_peak: int | None = None
+    spilled: int = 0
+
+    @property
+    def peak(self) -> int:
+        """Bytes of all parts."""
+        return sum(self.parts.values())
+
+
+def host_memory(
+    moments: Mapping[str, Parts], shards: Mapping[str, int], baseline: int, tensor: int
+) -> Memory:
+    """The worst moment of a run on the CPU.
+
+    Args:
+        moments: name of each moment → its parts.
+        shards: bytes of the weights' shards.
+        baseline: bytes of this process before the work.
+        tensor: bytes of the largest tensor in the files.
+    """
+    writing = {"weights": max(shards.values(), default=0), "reading": tensor}
+    moments = {**moments, "writing the checkpoint": writing}
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    return Memory(moment, {"libraries": baseline + FIRST_USE_BYTES, **moments[moment]})
+
+
+def device_memory(
+    moments: Mapping[str, Parts], shards: Mapping[str, int], baseline: int, tensor: int, free: int | None
+) -> Memory:
+    """The worst moment of a run on a GPU with `free` bytes, None if unknown; the host's is while it reads weights."""
+    needed = {name: sum(parts.values()) for name, parts in moments.items()}
+    lacking = {name: 0 if free is None else max(0, size - free) for name, size in needed.items()}
+    spilled = {name: min(moments[name].get("activations", 0), size) for name, size in lacking.items()}
+    most = max(spilled.values())
+    reading = tensor + PINNED_BYTES * max(shards.values(), default=0)
+    host = {"libraries": baseline, "reading": reading, **({"activations": most} if most else {})}
+    return Memory("reading weights", host, max(needed[name] - spilled[name] for name in moments), most)
+
+
+def run_moments(work: Work, shards: Mapping[str, int], dtype: torch.dtype) -> dict[str, Parts]:
+    """What is in memory while each layer is solved, and while the batches go on to the next block."""
+    blocks: dict[str, list[LayerWork]] = {}
+    for one in work.layers:
+        blocks.setdefault(one.layer.block, []).append(one)
+    moments: dict[str, Parts] = {}
+    for block, ones in blocks.items():
+        moments.update(_block_moments(block, ones, work, shards, dtype))
+    largest = max((shards.get(block, 0) for block in blocks), default=0)
+    for block in blocks:
+        moments[f"leaving {block}"]["weights"] += largest
+    return moments
+
+
+def _block_moments(
+    block: str, ones: list[LayerWork], work: Work, shards: Mapping[str, int], dtype: torch.dtype
+) -> Iterator[tuple[str, Parts]]:
+    most = work.held()
+    weights = shards.get(REST, 0) + shards.get(block, 0)
+    waiting = PACKING_BYTES * sum(one.layer.weights for one in ones)
+    before = 0  # the Hessian of the layer before, which is kept while its input is
+    for one in ones:
+        n = one.layer.in_features
+        matrix = 4 * n * n
+        kept = KEPT_MATRICES[work.paths] * matrix
+        rows = largest_shard(one.layer.out_features, work.processes)
+        solver = solver_bytes(
+            rows, n, work.paths, converted=dtype != torch.float32, holdout_tokens=work.holdout
+        )
+        factoring = FACTORING_MATRICES[work.paths] * matrix - kept
+        hessians = kept + before + max(0, factoring - solver)
+        arena = most.arena + (hessians if matrix < ARENA_BYTES else 0)
+        arena += solver if 4 * one.layer.weights < ARENA_BYTES else 0
+        yield (
+            f"solving {one.layer.name}",
+            {
+                "weights": weights,
+                "activations": one.held,
+                "Hessians": hessians,
+                "solver": solver + waiting,
+                "holdout": 8 * work.holdout * n,
+                "allocator": round(HOST_FRAGMENTATION * arena),
+            },
+        )
+        before = before if one.shares else kept
+    yield (
+        f"leaving {block}",
+        {
+            "weights": weights,
+            "activations": most.held,
+            "forward": work.transient,
+            "Hessians": before,
+            "solver": waiting,
+            "allocator": round(HOST_FRAGMENTATION * most.arena),
+        },
+    )
+
+
+def option_moments(
+    model: nn.Module, config: QuantConfig, calibration: Calibration, work: Work, shards: Mapping[str, int]
+) -> dict[str, Parts]:
+    """What is in memory while a bit budget is measured, and while a block is tuned."""
+    dtype, moments = next(model.parameters()).dtype, {}
+    layers = [one.layer for one in work.layers]
+    held = round(work.held().held / max(work.batches * work.paths, 1))
+    blocks: dict[str, int] = {}
+    for layer in layers:
+        blocks[layer.block] = blocks.get(layer.block, 0) + layer.weights
+    if config.target_bits is not None:
+        batches = measured_batches(calibration, torch.device("cpu"))
+        longest = max(tokens_of(batch) for batch in batches)
+        rows = min(ROWS, sum(tokens_of(batch) for batch in batches))
+        moments["measuring the cost of bits"] = {
+            "weights": sum(shards.values()),
+            "activations": len(blocks) * longest * layers[0].in_features * dtype.itemsize + _SAVED * held,
+            "logits": 3 * longest * vocabulary_size(model) * dtype.itemsize,
+            "kept rows": rows
+            * sum(layer.in_features + layer.out_features for layer in layers)
+            * dtype.itemsize,
+        }
+    if config.tune:
+        moments["tuning"] = {
+            "weights": shards.get(REST, 0) + 2 * max(shards.get(name, 0) for name in blocks),
+            "activations": work.held().held + _SAVED * held,
+            "tuning": TUNE_BYTES * max(blocks.values()),
+        }
+    return moments
+
+
+def evaluation_moment(model: nn.Module, window: int) -> Parts:
+    """What is in memory while two models are compared on windows of `window` tokens."""
+    both = 2 * sum(p.numel() * p.element_size() for p in model.parameters())
+    return {"weights": both, "logits": _SCORE_BYTES * window * vocabulary_size(model)}
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Rows of the output embedding; 0 without one."""
+    name = output_embedding_name(model)
+    return model.get_submodule(name).get_parameter("weight").shape[0] if name else 0
+
+
+@dataclass(frozen=True)
+class InputCost:
+    """What the inputs of a run take.
+
+    Attributes:
+        calibration: seconds that the text took.
+        load: seconds that opening the model took.
+        source_bytes: bytes of the weight files.
+        weight_bytes: bytes of the weights in memory.
+        prefetch: True if the next block is read while this one is in use.
+    """
+
+    calibration: float
+    load: float
+    source_bytes: int
+    weight_bytes: int
+    prefetch: bool = False
+
+
+def predict_seconds(
+    work: Work,
+    trial: Trial,
+    rates: Mapping[Kind, LayerRate],
+    disk: DiskRate,
+    sizes: Sizes,
+    inputs: InputCost,
+) -> dict[str, float]:
+    """Seconds by phase: measured rates times counts. Phases do not overlap and add up.
+
+    The exchange between processes, `target_bits`, `tune` and an evaluation are not included.
+    """
+    rated = [(one, rates[one.layer.in_features, one.layer.settings]) for one in work.layers]
+    own = [(one, rate) for one, rate in rated if one.layer.settings.method != "rtn" and not one.shares]
+    blocks = len({one.layer.block for one in work.layers})
+    per_byte = trial.load_rate or 0.0
+    rows = [largest_shard(one.layer.out_features, work.processes) for one in work.layers]
+    busy = {
+        "forward passes": trial.forward_seconds * work.batches * work.paths,
+        "Hessians": sum(one.rows * rate.accumulate for one, rate in own),
+        "solving": sum(rate.factor for _, rate in own)
+        + sum(count * rate.solve for count, (_, rate) in zip(rows, rated, strict=True)),
+    }
+    reading = inputs.weight_bytes * per_byte
+    if inputs.prefetch:  # only the first block is waited for, or what takes longer than the work
+        reading = max(reading / max(blocks, 1), reading - sum(busy.values()))
+    written = sizes.quantized + sizes.plain
+    return {
+        "calibration text": inputs.calibration,
+        "checking the source": inputs.source_bytes * disk.check,
+        "reading weights": inputs.load + reading,
+        **busy,
+        "offloading": _OFFLOAD_PASSES * work.offloaded * disk.write,
+        "packing": sum(one.layer.out_features * rate.pack for one, rate in rated),
+        "journal": 2 * blocks * disk.file + sizes.journal * (disk.write + disk.check),
+        "writing": written * (disk.check + disk.write) + sizes.plain * per_byte + 8 * disk.file,
+    }
