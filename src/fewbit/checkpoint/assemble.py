@@ -10,8 +10,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import ModelError
+from ..internals import revert_weight_conversion
 
 
 def checkpoint_tensors(
@@ -73,9 +75,6 @@ def _saved_names(model: nn.Module) -> list[str]:
 
 def _disk_layout(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Restore the names and layouts of the original files, where transformers changed them at load."""
-    from transformers import PreTrainedModel
-    from transformers.core_model_loading import revert_weight_conversion
-
     if not isinstance(model, PreTrainedModel):
         return state
     reverted: dict[str, Tensor] = revert_weight_conversion(model, state)

@@ -28,12 +28,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..formatting import size
+from ..internals import TorchDispatchMode, is_in_place
 from ..profiling import Profiler
 from .memory import RESIDENT_STORAGES, ActivationBudget
-from .offload_store import DiskStore, HostStore, Store, is_on_cpu
+from .offload_store import DiskStore, HostStore, is_on_cpu
 from .streaming import release_freed_memory
 
 _SMALLEST = 1 << 16  # bytes; smaller storages stay in memory
@@ -128,9 +128,9 @@ class Offloader(NoOffload):
         FewbitError: The errors of the store.
     """
 
-    def __init__(self, store: Store, profiler: Profiler, budget: int = 0) -> None:
+    def __init__(self, store: DiskStore | HostStore, profiler: Profiler, budget: int = 0) -> None:
         self.written = self.read = 0
-        self._store = store
+        self._store: Any = store  # each store has its kind of slot
         self._profiler = profiler
         self._budget = budget
         self._mode: Any = EveryOperation(self._before, self._after)
@@ -207,7 +207,7 @@ class Offloader(NoOffload):
                 for record in needed.values():
                     self._restore(record)
         for record in needed.values():
-            record.clean = record.clean and not func._schema.is_mutable
+            record.clean = record.clean and not is_in_place(func)
             if self._recording:
                 self._touch(record)
         if not self._recording and len(self._resident) > RESIDENT_STORAGES and self._held > self._budget:

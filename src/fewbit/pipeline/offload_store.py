@@ -1,4 +1,9 @@
-"""Where the bytes of evicted activations are kept: a file, or host memory."""
+"""Stores for the bytes of evicted activations: a file, or host memory.
+
+The first `put` of a storage makes a slot, which is used for the storage until `release`. `size` is the maximum of the
+bytes in all slots so far. If a store is `synchronous`, `put` and `get` are finished when they return; otherwise the
+device performs them in the order of its other work.
+"""
 
 from __future__ import annotations
 
@@ -6,42 +11,13 @@ import ctypes
 import tempfile
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import UntypedStorage
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import CalibrationError, OutputError
 from ..formatting import size
-
-
-class Store(Protocol):
-    """Keeps the bytes of evicted storages. A slot is made by the first `put` of a storage and used until `release`.
-
-    Attributes:
-        size: Maximum of the bytes in all slots so far.
-        synchronous: True if `put` and `get` are finished when they return. Otherwise the device performs them in the
-            order of its other work.
-        name: Where the bytes are, in words.
-    """
-
-    size: int
-    synchronous: bool
-    name: str
-
-    def accepts(self, storage: UntypedStorage) -> bool:
-        """Return True if it is useful to put this storage here."""
-
-    def put(self, storage: UntypedStorage, slot: Any) -> Any:
-        """Copy the bytes of `storage` to `slot`, or to a new slot if it is None. Return the slot."""
-
-    def get(self, slot: Any, storage: UntypedStorage) -> None:
-        """Copy the bytes in `slot` into `storage`, which has the same size."""
-
-    def release(self, slot: Any) -> None: ...
-
-    def close(self) -> None: ...
+from ..internals import without_dispatch_modes
 
 
 class HostStore:
@@ -62,13 +38,13 @@ class HostStore:
         return not is_on_cpu(storage)
 
     def put(self, storage: UntypedStorage, slot: UntypedStorage | None) -> UntypedStorage:
-        with _disable_current_modes():
+        with without_dispatch_modes():
             slot = self._new(storage.nbytes()) if slot is None else slot
             slot.copy_(storage, True)
         return slot
 
     def get(self, slot: UntypedStorage, storage: UntypedStorage) -> None:
-        with _disable_current_modes():
+        with without_dispatch_modes():
             storage.copy_(slot, True)
 
     def release(self, slot: UntypedStorage) -> None:
@@ -120,7 +96,7 @@ class DiskStore:
 
     def put(self, storage: UntypedStorage, slot: tuple[int, int] | None) -> tuple[int, int]:
         start, count = self._new(storage.nbytes()) if slot is None else slot
-        with _disable_current_modes():
+        with without_dispatch_modes():
             source: UntypedStorage = storage if is_on_cpu(storage) else storage.cpu()  # type: ignore[no-untyped-call]
         self._write(start, _memory(source))
         return start, count
@@ -130,7 +106,7 @@ class DiskStore:
         if is_on_cpu(storage):
             self._read(start, _memory(storage))
             return
-        with _disable_current_modes():
+        with without_dispatch_modes():
             loaded = torch.empty(count, dtype=torch.uint8).untyped_storage()
             self._read(start, _memory(loaded))
             storage.copy_(loaded)

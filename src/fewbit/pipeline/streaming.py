@@ -22,8 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..checkpoint.safetensors_file import FileTensor, check_all_finite
+from ..internals import WeightNames, conversions, load_converted
 from ..modeling.source import without_progress_bars
 from ..planning import block_of, output_embedding_name
 from ..profiling import Profiler
@@ -284,16 +286,9 @@ class StreamedWeights(Weights):
         """Let transformers read these tensors of the source, and merge and split them."""
         if not sources:
             return
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-        from transformers.modeling_utils import LoadStateDictConfig
-
-        model: Any = self.model
-        conversions = model._weight_conversions
-        options = LoadStateDictConfig(device_map={"": self.device}, weight_mapping=conversions)
         tensors = {name: prefetched.get(self._files[name], self._files[name]) for name in sources}
         with without_progress_bars():
-            convert_and_load_state_dict_in_model(model, tensors, options)
-        model._weight_conversions = conversions  # transformers keeps only the conversions that it just used
+            load_converted(self.model, tensors, self.device)
 
     def _release(self, shard: str) -> None:
         for name in self._members.get(shard, ()):
@@ -331,25 +326,21 @@ def _sources(
         Parameter → its tensor in the files, where transformers keeps it as it is; and parameter → names of all tensors
         that it is converted from.
     """
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    any_model: Any = model
-    conversions = any_model._weight_conversions or []
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    prefix, state = any_model.base_model_prefix, model.state_dict()
+    assert isinstance(model, PreTrainedModel)
+    names, unconverted = WeightNames(model, conversions(model) or []), WeightNames(model, [])
+    state = model.state_dict()
     plain: dict[str, FileTensor] = {}
     converted: dict[str, set[str]] = {}
     for source, tensor in files.items():
-        name, pattern = rename_source_key(source, renamings, converters, prefix, state)
+        name, merged_into = names.rename(source)
         if name not in state and source in state:
-            name, pattern = rename_source_key(source, [], [], prefix, state)
+            name, merged_into = unconverted.rename(source)
         if name not in state:
             continue
-        if pattern is None:
-            plain[name] = tensor
-        else:
+        if merged_into:
             converted.setdefault(name, set()).add(source)
+        else:
+            plain[name] = tensor
     return plain, converted
 
 
