@@ -134,7 +134,7 @@ def finish(inputs, out):
 
 
 @pytest.mark.parametrize("count", [10, pytest.param(50, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_and_resumed_gives_the_same_bytes(tmp_path, inputs, count):
+def test_killed_at_random_moments(tmp_path, inputs, count):
     left = kill_and_resume(inputs, tmp_path / "out", count)
     if (tmp_path / "out").exists():
         finish(inputs, tmp_path / "out")
@@ -209,7 +209,7 @@ def test_changed_inputs_are_refused_with_the_reason(tmp_path, inputs):
     assert contents(out) == before
 
 
-def test_while_one_process_writes_a_second_is_refused_until_the_first_is_killed(tmp_path, inputs):
+def test_second_process_is_refused(tmp_path, inputs):
     out = tmp_path / "out"
     first = subprocess.Popen([sys.executable, "-m", "fewbit", *inputs.command(out)], stderr=subprocess.PIPE)
     try:
@@ -265,7 +265,7 @@ Journal.remove = told
 
 
 @pytest.mark.parametrize("stride", [16, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_disk_that_is_full_from_any_step_on_loses_nothing_that_was_finished(tmp_path, inputs, stride):
+def test_disk_full_from_any_step_on(tmp_path, inputs, stride):
     out = tmp_path / "out"
     undisturbed = inputs.runs.run(inputs.command(out), prelude=full_disk(10**6))
     steps = int(re.findall(r"steps (\d+)", undisturbed.stderr)[-1])

@@ -236,7 +236,7 @@ def test_gradients_are_those_of_the_docstring() -> None:
     torch.testing.assert_close(layer.r.grad[..., 0], by_group)
 
 
-def test_codes_given_are_returned_where_tuning_does_not_help() -> None:
+def test_given_codes_are_returned_without_a_gain() -> None:
     block = feedforward()
     codes, weights, calls = solve_block(block, structured(4), settings(bits=3))
     # Held-out tokens that ask for the opposite of what the training tokens ask for.

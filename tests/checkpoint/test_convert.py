@@ -69,7 +69,7 @@ def v2_with_zero_points_of_0(folder: Path, bits: int) -> dict[str, QuantizedMatr
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_zero_points_of_0_reach_v1_without_changing_a_weight(tmp_path: Path, bits: int) -> None:
+def test_zero_point_0_in_v1_keeps_the_weights(tmp_path: Path, bits: int) -> None:
     written = v2_with_zero_points_of_0(tmp_path / "v2", bits)
     result = convert(tmp_path / "v2", tmp_path / "v1", "gptq")
     assert result.turned_groups == sum(int((codes.zeros == 0).sum()) for codes in written.values())
@@ -136,9 +136,7 @@ class Malicious:
         return (print, ("run",))
 
 
-def test_pickles_that_hold_more_than_tensors_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pickles_with_other_objects_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_autogptq(tmp_path / "old", {})
     (tmp_path / "old" / "gptq_model-4bit-32g.safetensors").unlink()
     path = tmp_path / "old" / "model.pt"
@@ -184,7 +182,7 @@ def test_lost_zero_points_are_not_laundered(tmp_path: Path) -> None:
         convert(tmp_path / "old", tmp_path / "new", "gptq_v2")
 
 
-def test_an_interrupted_conversion_can_be_started_again(tmp_path: Path) -> None:
+def test_interrupted_conversion_can_be_repeated(tmp_path: Path) -> None:
     write_fewbit(tmp_path / "v1")
     good = (tmp_path / "v1" / "model.safetensors").read_bytes()
     rewrite(tmp_path / "v1", lambda t: t["model.layers.1.mlp.down_proj.g_idx"].fill_(7))

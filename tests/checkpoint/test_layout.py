@@ -116,7 +116,7 @@ def test_layers_survive_the_round_trip(fmt: str, bits: int, out: int, n: int, gr
     assert_same(unpack(tensors, bits, group_size, fmt, n, out), codes)
 
 
-def test_shapes_where_everything_divides_are_those_of_the_format() -> None:
+def test_shapes_without_padding() -> None:
     tensors = pack(random_codes(64, 128, 3, 32), "gptq")
     assert tensors["qweight"].shape == (128 * 3 // 32, 64)
     assert tensors["qzeros"].shape == (4, 64 * 3 // 32)
@@ -131,7 +131,7 @@ def test_v1_stores_zero_minus_one_and_v2_zero() -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_v1_zero_points_written_by_taking_one_off_whole_words_read_exactly(bits: int) -> None:
+def test_v1_zeros_subtracted_from_whole_words(bits: int) -> None:
     zeros = torch.randint(0, 2**bits, (6, 64), dtype=torch.uint8)
     zeros[0] = 0
     ones = sum(1 << bits * i for i in range(32 // bits))
@@ -139,13 +139,13 @@ def test_v1_zero_points_written_by_taking_one_off_whole_words_read_exactly(bits:
     assert torch.equal(unpack_zeros(words, bits, "gptq", 64), zeros.to(torch.int16))
 
 
-def test_v1_three_bit_zero_points_that_wrapped_in_their_field_read_exactly() -> None:
+def test_v1_three_bit_zeros_wrapped_in_their_field() -> None:
     zeros = torch.randint(0, 8, (6, 64), dtype=torch.uint8)
     words = pack_rows((zeros - 1) & 7, 3)
     assert torch.equal(unpack_zeros(words, 3, "gptq", 64), zeros.to(torch.int16))
 
 
-def test_three_bit_files_whose_words_do_not_come_in_threes_are_read() -> None:
+def test_three_bit_words_not_in_threes() -> None:
     codes = random_codes(40, 40, 3, 40)
     tensors = pack(codes, "gptq")
     shortest = -(-40 * 3 // 32)
@@ -154,7 +154,7 @@ def test_three_bit_files_whose_words_do_not_come_in_threes_are_read() -> None:
     assert_same(unpack(tensors, 3, 40, "gptq", 40, 40), codes)
 
 
-def test_layers_without_g_idx_and_with_int64_g_idx_and_bfloat16_scales_are_read() -> None:
+def test_missing_or_int64_g_idx_and_bfloat16_scales() -> None:
     codes = random_codes(8, 64, 4, 32)
     tensors = pack(codes, "gptq")
     del tensors["g_idx"]
@@ -167,7 +167,7 @@ def test_layers_without_g_idx_and_with_int64_g_idx_and_bfloat16_scales_are_read(
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_turning_groups_with_zero_point_0_round_changes_no_weight(bits: int) -> None:
+def test_reversing_groups_keeps_the_weights(bits: int) -> None:
     codes = random_codes(16, 64, bits, 16, low=0)
     codes.zeros[::2] = 0
     turned = without_zero_point_0(codes)
@@ -184,7 +184,7 @@ def test_zero_point_0_is_refused_in_v1_with_advice() -> None:
     pack(codes, "gptq_v2")
 
 
-def test_codes_and_zero_points_out_of_range_are_refused() -> None:
+def test_values_out_of_range_are_refused() -> None:
     codes = random_codes(8, 32, 4, 32)
     codes.codes[0, 0] = 16
     with pytest.raises(CheckpointError, match=r"codes 0 … 16 do not fit 4 bits"):
@@ -229,7 +229,7 @@ def test_another_bit_width_never_passes_as_padding(bits: int, read_as: int, out:
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("n", [1, 17, 40, 70])
-def test_values_padded_to_a_multiple_of_32_are_read_and_one_word_more_is_refused(bits: int, n: int) -> None:
+def test_padding_up_to_32_values_is_accepted(bits: int, n: int) -> None:
     codes = random_codes(n, n, bits, 32)
     tensors = pack(codes, "gptq_v2")
     words = -(-n // 32) * bits

@@ -13,13 +13,13 @@ def test_older_keys_are_added() -> None:
     assert with_legacy_keys(config) == config | {"rope_theta": 1e5, "partial_rotary_factor": 0.5}
 
 
-def test_scaling_is_told_without_what_has_a_key_of_its_own() -> None:
+def test_rope_scaling_leaves_out_the_other_keys() -> None:
     found = with_legacy_keys({"rope_parameters": YARN})
     assert found["rope_theta"] == 5e5
     assert found["rope_scaling"] == {key: value for key, value in YARN.items() if key != "rope_theta"}
 
 
-def test_sections_for_images_are_told_although_the_type_is_the_default() -> None:
+def test_image_sections_are_kept_with_the_default_type() -> None:
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
     found = with_legacy_keys({"model_type": "some_vl", "text_config": {"rope_parameters": rope}})
     assert found["text_config"]["rope_scaling"] == {"rope_type": "default", "mrope_section": [2, 2, 2]}
@@ -36,7 +36,7 @@ def test_keys_that_are_there_are_not_overwritten() -> None:
     assert with_legacy_keys(config) == config
 
 
-def test_settings_for_each_type_of_layer_have_no_older_keys() -> None:
+def test_nested_rope_parameters_get_no_legacy_keys() -> None:
     nested = {
         "full_attention": {"rope_theta": 1e6, "rope_type": "default"},
         "sliding_attention": {"rope_theta": 1e4},

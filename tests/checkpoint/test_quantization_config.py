@@ -59,21 +59,21 @@ def test_the_keys_of_an_ordinary_checkpoint() -> None:
     json.dumps(result)
 
 
-def test_full_act_order_is_desc_act_and_v2_is_stated_twice() -> None:
+def test_full_act_order_is_desc_act() -> None:
     config = QuantConfig(act_order="full", format="gptq_v2", bits=3, group_size=-1)
     result = build(config, dict.fromkeys(names(), config.defaults), [], {})
     assert (result["desc_act"], result["checkpoint_format"], result["format"]) == (True, "gptq_v2", "gptq_v2")
     assert parse(result).format == "gptq_v2"
 
 
-def test_one_projection_in_every_block_takes_one_pattern() -> None:
+def test_one_projection_in_every_block() -> None:
     wide = dataclasses.replace(CONFIG.defaults, bits=8, group_size=32)
     layers = with_settings({name: wide for name in names() if name.endswith("down_proj")})
     dynamic = build(CONFIG, layers, [], {})["dynamic"]
     assert dynamic == {r"model\.layers\.\d+\.mlp\.down_proj(?:\.|$)": {"bits": 8, "group_size": 32}}
 
 
-def test_one_block_takes_few_patterns_and_names_what_engines_merge() -> None:
+def test_one_block_takes_few_patterns() -> None:
     wide = dataclasses.replace(CONFIG.defaults, bits=8)
     layers = with_settings({name: wide for name in names() if ".1." in name})
     dynamic = build(CONFIG, layers, [], {})["dynamic"]
@@ -93,7 +93,7 @@ def test_skipped_experts_also_cover_their_merged_name() -> None:
     assert engine_lookup(dynamic, "model.layers.3.mlp.experts_gate") == {}
 
 
-def test_lm_head_has_its_own_key_and_a_rule_only_if_it_differs() -> None:
+def test_lm_head_has_its_own_key() -> None:
     assert build(CONFIG, {"lm_head": CONFIG.defaults}, [], {}) | {"meta": 0} == build(CONFIG, {}, [], {}) | {
         "meta": 0,
         "lm_head": True,
@@ -105,7 +105,7 @@ def test_lm_head_has_its_own_key_and_a_rule_only_if_it_differs() -> None:
     assert parse(build(CONFIG, {}, ["lm_head"], {})).layer("lm_head") is None
 
 
-def test_any_mixture_reads_back_as_it_was_and_as_engines_read_it() -> None:
+def test_any_mixture_reads_back() -> None:
     rng = random.Random(0)
     choices = [
         CONFIG.defaults,

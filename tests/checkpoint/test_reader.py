@@ -68,7 +68,7 @@ def test_an_autogptq_folder_reads(tmp_path: Path) -> None:
     assert_same(open_checkpoint(tmp_path / "old").codes(Q), written[Q])
 
 
-def test_zero_points_of_0_in_gptqmodels_v1_files_read_exactly(tmp_path: Path) -> None:
+def test_zero_point_0_in_v1_files_of_gptqmodel(tmp_path: Path) -> None:
     written = {name: random_codes(*shape, low=0) for name, shape in LAYERS.items()}
     assert any((codes.zeros == 0).any() for codes in written.values())
     write_autogptq(tmp_path / "old", autogptq_tensors(written, "gptqmodel"))
@@ -102,7 +102,7 @@ def test_no_g_idx_bfloat16_scales_and_padding(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("bits", "stated"), [(8, 4), (4, 8), (4, 2), (4, 3), (3, 4)])
-def test_layers_of_another_bit_width_than_stated_are_refused(tmp_path: Path, bits: int, stated: int) -> None:
+def test_wrong_bit_width_is_refused(tmp_path: Path, bits: int, stated: int) -> None:
     for group_size in (32, -1):
         folder = tmp_path / str(group_size)
         tensors = {f"a.{part}": t for part, t in pack(random_codes(64, 96, bits, group_size), "gptq").items()}
@@ -114,7 +114,7 @@ def test_layers_of_another_bit_width_than_stated_are_refused(tmp_path: Path, bit
             open_checkpoint(folder)
 
 
-def test_act_order_group_minus_one_and_settings_per_layer(tmp_path: Path) -> None:
+def test_act_order_group_size_minus_one_and_rules(tmp_path: Path) -> None:
     shuffled = random_codes(32, 64)
     shuffled.g_idx.copy_(shuffled.g_idx[torch.randperm(64)])
     written = {
@@ -135,7 +135,7 @@ def test_act_order_group_minus_one_and_settings_per_layer(tmp_path: Path) -> Non
         assert_same(opened.codes(name), codes)
 
 
-def test_layers_outside_the_configuration_are_read_and_marked(tmp_path: Path) -> None:
+def test_layers_outside_the_configuration_are_marked(tmp_path: Path) -> None:
     write_fewbit(tmp_path / "out")
     edit_json(
         tmp_path / "out" / "config.json", lambda c: c["quantization_config"].update(dynamic={f"-:{Q}": {}})
@@ -208,7 +208,7 @@ def pickled(folder: Path) -> None:
         ),
     ],
 )
-def test_malformed_checkpoints_are_refused_with_what_is_wrong(tmp_path: Path, damage, message: str) -> None:
+def test_malformed_checkpoints_are_refused(tmp_path: Path, damage, message: str) -> None:
     write_fewbit(tmp_path / "out")
     damage(tmp_path / "out")
     with pytest.raises(CheckpointError, match=message):

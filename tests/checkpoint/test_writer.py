@@ -45,9 +45,7 @@ def many_dtypes() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("shard_size", ["5GB", 100, 1])
-def test_every_dtype_and_layout_reads_back_through_the_safetensors_library(
-    tmp_path: Path, shard_size
-) -> None:
+def test_safetensors_reads_every_dtype_and_layout(tmp_path: Path, shard_size) -> None:
     tensors = many_dtypes()
     with CheckpointWriter(tmp_path / "out", tensors, shard_size) as writer:
         for name, tensor in tensors.items():
@@ -67,7 +65,7 @@ def test_every_dtype_and_layout_reads_back_through_the_safetensors_library(
         assert torch.equal(read[name].double(), tensor.double())
 
 
-def test_one_file_when_it_fits_and_an_index_when_it_does_not(tmp_path: Path) -> None:
+def test_single_file_or_shards_with_an_index(tmp_path: Path) -> None:
     write_fewbit(tmp_path / "one")
     write_fewbit(tmp_path / "many", max_shard_size="2KB")
     names = {path.name for path in (tmp_path / "one").iterdir()}
@@ -103,7 +101,7 @@ def test_same_input_same_bytes(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
 
-def test_the_manifest_holds_the_hash_of_every_file_but_model_cards(tmp_path: Path) -> None:
+def test_manifest_has_the_hash_of_every_file(tmp_path: Path) -> None:
     write_fewbit(tmp_path / "out")
     listed = json.loads((tmp_path / "out" / manifest.NAME).read_text())["files"]
     present = {path.name for path in (tmp_path / "out").iterdir()} - {manifest.NAME, "README.md"}
@@ -113,7 +111,7 @@ def test_the_manifest_holds_the_hash_of_every_file_but_model_cards(tmp_path: Pat
         assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
 
 
-def test_the_configuration_is_in_both_files_and_the_model_config_is_kept(tmp_path: Path) -> None:
+def test_configuration_is_in_both_files(tmp_path: Path) -> None:
     with CheckpointWriter(tmp_path / "out", {"x": torch.zeros(1)}) as writer:
         writer.add("x", torch.zeros(1))
         writer.finish(
@@ -126,9 +124,7 @@ def test_the_configuration_is_in_both_files_and_the_model_config_is_kept(tmp_pat
     )
 
 
-def test_config_json_comes_last_and_until_then_the_folder_is_not_taken_for_a_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_config_json_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stop before each rename in turn: nothing but the last state may open."""
     renames: list[str] = []
     real = os.replace
@@ -194,7 +190,7 @@ def test_full_disk_message(tmp_path: Path) -> None:
     assert "run the same command again: it resumes" in message
 
 
-def test_finished_checkpoints_and_other_peoples_weights_are_never_overwritten(tmp_path: Path) -> None:
+def test_existing_weights_are_never_overwritten(tmp_path: Path) -> None:
     write_fewbit(tmp_path / "done")
     with pytest.raises(OutputError, match="already holds a finished checkpoint"):
         CheckpointWriter(tmp_path / "done", {})

@@ -29,7 +29,7 @@ def tuned(tmp_path_factory):
     return folder, run(folder, tune=True, tune_steps=20)
 
 
-def test_every_block_gets_closer_to_the_full_precision_one(tuned):
+def test_every_block_improves(tuned):
     _, report = tuned
     for layer in report.layers:
         before, after = layer["block_error"]
@@ -58,7 +58,7 @@ class Killed(BaseException):
     pass
 
 
-def test_killed_between_blocks_it_resumes_to_the_same_bytes(tuned, tmp_path, monkeypatch):
+def test_resumes_to_the_same_bytes(tuned, tmp_path, monkeypatch):
     output, append = tmp_path / "out", Journal.append
 
     def dying(self, block, tensors, records):
@@ -78,7 +78,7 @@ def test_killed_between_blocks_it_resumes_to_the_same_bytes(tuned, tmp_path, mon
     assert config == json.loads((tuned[0] / "config.json").read_text())
 
 
-def test_layers_outside_of_blocks_and_blocks_without_calibration_are_left_to_the_solver():
+def test_untunable_layers_are_left_to_the_solver():
     model = tiny_model("llama")
     config = fewbit.QuantConfig(bits=4, group_size=16, seq_len=24, tune=True, tune_steps=2, lm_head=True)
     report = fewbit.quantize(
@@ -157,7 +157,7 @@ class Stack(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "reason"), [("in place", "changes its inputs in place"), ("list", "neither a tensor")]
 )
-def test_a_block_that_cannot_be_run_again_is_left_to_the_solver_and_noted(kind, reason):
+def test_block_that_cannot_be_repeated_is_noted(kind, reason):
     torch.manual_seed(0)
     model = Stack(kind)
     config = fewbit.QuantConfig(bits=2, group_size=16, seq_len=24, tune=True, tune_steps=2)
@@ -169,7 +169,7 @@ def test_a_block_that_cannot_be_run_again_is_left_to_the_solver_and_noted(kind, 
     assert any("1 blocks were not tuned" in note and reason in note for note in model.fewbit_report.notes)
 
 
-def test_tokens_that_are_not_finite_do_not_stop_the_tuning_of_the_others():
+def test_batches_with_non_finite_tokens_are_dropped():
     torch.manual_seed(0)
     model = Stack("plain")
     sequences = random_sequences(40)
@@ -205,7 +205,7 @@ class Loose(torch.nn.Module):
         return x
 
 
-def test_blocks_that_are_never_run_as_a_whole_keep_the_solvers_codes():
+def test_blocks_never_run_as_a_whole_keep_their_codes():
     config = fewbit.QuantConfig(bits=3, group_size=16, seq_len=24, tune=True)
     report = fewbit.quantize(Loose(), config, dataset=random_sequences(4)).fewbit_report
     assert [layer["block_error"] for layer in report.layers] == [None, None]

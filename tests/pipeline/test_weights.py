@@ -84,7 +84,7 @@ def test_one_block_at_a_time(tmp_path, family):
     assert weights.resident_bytes == weights._loaded.get(REST, 0)
 
 
-def test_blocks_come_by_themselves_and_are_restored_when_they_come_again(tmp_path):
+def test_blocks_are_loaded_on_demand_and_restored(tmp_path):
     folder = models.save_tiny(tmp_path / "model", "llama", num_hidden_layers=3)
     expected = open_source(folder).load_model("auto", CPU)
     model, weights = opened(folder)
@@ -137,7 +137,7 @@ def test_tied_weights_that_the_files_hold_twice(tmp_path, equal):
     assert torch.equal(model.model.embed_tokens.weight, tensors["model.embed_tokens.weight"])
 
 
-def test_the_fingerprint_covers_configuration_and_weights(tmp_path):
+def test_fingerprint_covers_config_and_weights(tmp_path):
     folder = models.save_tiny(tmp_path / "model", "llama")
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     digest.update((folder / "model.safetensors").read_bytes())
@@ -145,7 +145,7 @@ def test_the_fingerprint_covers_configuration_and_weights(tmp_path):
 
 
 @pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "infinite")])
-def test_values_that_are_not_finite_are_found_before_the_work(tmp_path, value, word):
+def test_non_finite_weights_are_found_first(tmp_path, value, word):
     folder = models.save_tiny(tmp_path / "model", "llama")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value

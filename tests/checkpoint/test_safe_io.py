@@ -83,7 +83,7 @@ def test_headers_that_lie(tmp_path: Path, entries: object, message: str) -> None
 
 
 @pytest.mark.parametrize("length", [0, 1, 17, 10**6, 2**31, 2**63, 2**64 - 1])
-def test_header_lengths_are_checked_before_anything_is_read(tmp_path: Path, length: int) -> None:
+def test_header_length_is_checked_first(tmp_path: Path, length: int) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(length.to_bytes(8, "little") + b"{}" + b" " * 14)
     with pytest.raises(CheckpointError, match=r"is cut short|is no valid JSON|describes"):
@@ -112,7 +112,7 @@ def test_what_is_no_file_is_never_waited_for(tmp_path: Path, name: str, kind: st
             open_checkpoint(tmp_path / "out")
 
 
-def test_linked_files_are_read_as_in_the_cache_of_the_hub(tmp_path: Path) -> None:
+def test_linked_files_are_read(tmp_path: Path) -> None:
     write_fewbit(tmp_path / "out")
     (tmp_path / "blobs").mkdir()
     for path in list((tmp_path / "out").iterdir()):

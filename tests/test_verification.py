@@ -232,7 +232,7 @@ def test_indexes_that_lie_are_found(tmp_path: Path, change: str) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_zero_points_overwritten_by_autogptqs_writer_are_found(tmp_path: Path, bits: int) -> None:
+def test_zeros_overwritten_by_autogptq_are_found(tmp_path: Path, bits: int) -> None:
     codes = random_codes(64, 64, bits)
     codes.zeros.fill_(2 ** (bits - 1))
     codes.zeros[1, 0] = 0  # sets every zero point above it in the same word
@@ -243,7 +243,7 @@ def test_zero_points_overwritten_by_autogptqs_writer_are_found(tmp_path: Path, b
     assert not torch.equal(read.zeros, codes.zeros)  # the information is gone
 
 
-def test_three_bit_words_overwritten_by_autogptqs_writer_are_found(tmp_path: Path) -> None:
+def test_three_bit_words_overwritten_by_autogptq_are_found(tmp_path: Path) -> None:
     codes = random_codes(64, 64, 3)
     tensors = {f"a.{part}": tensor for part, tensor in pack(codes, "gptq").items()}
     for word, shift in ((0, 6), (1, 13), (2, 20)):
