@@ -17,9 +17,10 @@ import torch
 
 from fewbit import native
 from fewbit.config import LayerSettings
-from fewbit.gptq import FactorCache, Hessian, quantize_weight
-from fewbit.gptq.gptq import factor, order, solve
-from fewbit.gptq.grid import fit_grid
+from fewbit.gptq import Hessian, InputGroup, quantize_weight
+from fewbit.gptq.backends import NATIVE, TORCH
+from fewbit.gptq.gptq import factor, order, round_columns
+from fewbit.gptq.grid import Grid, fit_grid
 
 
 def seconds(work: Callable[[], object], repeats: int = 5) -> float:
@@ -42,9 +43,8 @@ def hessian(n: int, tokens: int) -> None:
     peak32 = full / seconds(lambda: X32.T @ X32)
     peak16 = full / seconds(lambda: X.T @ X)
     times = {}
-    for backend in ("torch", "native"):
-        H = Hessian(n, backend=backend)
-        times[backend] = seconds(lambda H=H: H.add(X))
+    for path, batch in (("torch", X32), ("native", X)):  # float32 activations take the torch path
+        times[path] = seconds(lambda batch=batch: Hessian(n).add(batch))
     print(f"Hessian, {tokens} x {n} bfloat16 tokens")
     print(f"  torch float32 matmul {peak32 / 1e9:.0f} GF/s, bfloat16 matmul {peak16 / 1e9:.0f} GF/s")
     print(f"  torch path  {useful / times['torch'] / 1e9:7.0f} useful GF/s")
@@ -64,8 +64,8 @@ def grids(m: int, n: int) -> None:
     for bits in (2, 3, 4, 8):
         for sym in (True, False):
             fit = functools.partial(fit_grid, D=D, g_idx=g_idx, bits=bits, sym=sym)
-            native_rate = W.numel() / seconds(functools.partial(fit, W, backend="native"), 2)
-            torch_rate = some.numel() / seconds(functools.partial(fit, some, backend="torch"), 1)
+            native_rate = W.numel() / seconds(functools.partial(fit, W, search=NATIVE.search), 2)
+            torch_rate = some.numel() / seconds(functools.partial(fit, some, search=TORCH.search), 1)
             print(
                 f"  {bits} bits {'sym ' if sym else 'asym'}  native {1e9 / native_rate:6.1f} s per 10^9 weights,"
                 f" {native_rate / torch_rate:5.1f}x torch"
@@ -73,7 +73,7 @@ def grids(m: int, n: int) -> None:
 
 
 def loops(m: int, n: int) -> None:
-    """The sweep over the columns: block loop and the products between blocks."""
+    """The rounding of the columns: block loop and the products between blocks."""
     X = torch.randn(2 * n, n)
     H = Hessian(n)
     H.add(X)
@@ -81,21 +81,22 @@ def loops(m: int, n: int) -> None:
     found = factor(H.matrix(), perm, 0.01)
     assert found is not None
     W = torch.randn(m, n) * 0.02
-    grid = fit_grid(W, H.diagonal(), g_idx, 4, sym=True)
-    fast = seconds(lambda: solve(W, found, grid, 4, backend="native"), 3)
-    slow = seconds(lambda: solve(W, found, grid, 4, backend="torch"), 1)
+    grid = fit_grid(W, H.diagonal(), g_idx, 4, sym=True, search=NATIVE.search)
+    grids = Grid(grid.scales[None], grid.zeros[None], g_idx)
+    fast = seconds(lambda: round_columns(W, found, grids, 4, NATIVE.round_block), 3)
+    slow = seconds(lambda: round_columns(W, found, grids, 4, TORCH.round_block), 1)
     E, F = torch.randn(n, m), found.F
     products = seconds(lambda: [F[:a, a : a + 128].T @ E[:a] for a in range(128, n, 128)], 3)
     cholesky = seconds(lambda: factor(H.matrix(), perm, 0.01), 3)
     settings = LayerSettings(bits=4, group_size=128, sym=True, act_order="group", damp=0.01, method="gptq")
-    cache = FactorCache()
-    whole = seconds(lambda: quantize_weight(W, H, settings, cache), 3)
-    print(f"Sweep, {m} x {n}, 4 bits")
+    group = InputGroup(H)
+    whole = seconds(lambda: quantize_weight(W, group, settings), 3)
+    print(f"Rounding, {m} x {n}, 4 bits")
     print(
         f"  native {fast:.3f} s, {slow / fast:.1f}x torch; {products / fast:.2f} of it is the products between blocks"
     )
     print(
-        f"  factorization {cholesky / fast:.2f} of a sweep; a whole layer (shared factor) {whole / fast:.2f} sweeps"
+        f"  factorization {cholesky / fast:.2f} of a rounding; a layer with a shared factor {whole / fast:.2f}"
     )
 
 

@@ -4,7 +4,7 @@
     python benchmarks/solver_gpu.py --device cpu --shapes small      # the compiled solver, to try the script itself
 
 Everything is measured in one run, on random weights. Limits are measured too, with a large float32 product: a weight
-that is fitted or swept counts as the multiply-adds that its formula has.
+that is fitted or rounded counts as the multiply-adds that its formula has.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from fewbit.config import LayerSettings
-from fewbit.gptq import SCALE_MULTIPLIERS, FactorCache, Hessian, InputGroup, quantize_together, why_no_triton
-from fewbit.gptq.backends import full_float32, path_for
-from fewbit.gptq.cholesky import prepare
-from fewbit.gptq.correction import whole
-from fewbit.gptq.gptq import BLOCK, block_for
-from fewbit.gptq.grid import candidates, fit_grid
+from fewbit.gptq import SCALE_MULTIPLIERS, Hessian, InputGroup, fallback_reason, quantize_weight
+from fewbit.gptq.backends import TORCH, Backend, select
+from fewbit.gptq.cholesky import factor_hessian
+from fewbit.gptq.gptq import BLOCK
+from fewbit.gptq.grid import Grid, candidates, fit_grid
+from fewbit.gptq.solve import full_float32
 
 TORCH_ROWS = 4096  # the torch grid search is measured on so many rows at most
 STEPS_OF_AN_ATTEMPT = 8  # multiply, clamp twice, round twice, subtract the weight, square, weigh and sum
@@ -58,7 +58,7 @@ class Measured:
     prepare: float
     grid: float
     grid_torch: float
-    sweep: float
+    rounding: float
     products: float
     blocks: float
     blocks_torch: float
@@ -101,37 +101,40 @@ def measure(layers: Layers, settings: LayerSettings, device: torch.device) -> Me
     H = random_hessian(n, device)
     weights = [torch.randn(rows, n, device=device) * 0.02 for rows in layers.rows]
     W = torch.cat(weights)
-    shared = prepare(H, settings.group_size, settings.act_order, settings.damp)
+    shared = factor_hessian(H, settings.group_size, settings.act_order, settings.damp)
     assert shared.factor is not None
 
-    def fit(W: Tensor, backend: str) -> object:
-        return fit_grid(W, shared.D, shared.g_idx, bits, sym=settings.sym, backend=backend)  # type: ignore[arg-type]
+    def fit(W: Tensor, backend: Backend) -> object:
+        return fit_grid(W, shared.D, shared.g_idx, bits, sym=settings.sym, search=backend.search)
 
-    some = W[:TORCH_ROWS]
-    grids = len(SCALE_MULTIPLIERS) + 1 if bits < 8 else 1
+    fast, some = select(device), W[:TORCH_ROWS]
+    grids = len(SCALE_MULTIPLIERS) if bits < 8 else 1
     blocks, blocks_torch = (
-        seconds(block(m * grids, bits, device, backend), device) * n / BLOCK for backend in ("auto", "torch")
+        seconds(block(m, grids, bits, backend, device), device) * n / BLOCK for backend in (fast, TORCH)
     )
-    E, F = torch.randn(n, m * grids, device=device), shared.factor.F
-    T = torch.zeros(BLOCK, m * grids, device=device)
+    E, F = torch.randn(grids, n, m, device=device), shared.factor.F
+    T = torch.zeros(BLOCK, m, device=device)
     sizes = range(BLOCK, n, BLOCK)
 
     def products() -> None:
         for a in sizes:
-            torch.addmm(T[: min(BLOCK, n - a)], F[:a, a : a + BLOCK].T, E[:a])
+            torch.baddbmm(T[: min(BLOCK, n - a)], F[:a, a : a + BLOCK].T.expand(grids, -1, -1), E[:, :a])
 
     def everything() -> None:
-        family = InputGroup(weights, H, FactorCache(), None, [whole] * len(weights))
-        quantize_together([family], settings)
+        group = InputGroup(H)
+        for one in weights:
+            quantize_weight(one, group, settings)
 
     with full_float32():
         between = seconds(products, device)
-    preparing = seconds(lambda: prepare(H, settings.group_size, settings.act_order, settings.damp), device)
-    fitting, total = seconds(lambda: fit(W, "auto"), device), seconds(everything, device)
+    preparing = seconds(
+        lambda: factor_hessian(H, settings.group_size, settings.act_order, settings.damp), device
+    )
+    fitting, total = seconds(lambda: fit(W, fast), device), seconds(everything, device)
     return Measured(
         preparing,
         fitting,
-        seconds(lambda: fit(some, "torch"), device, 1) * m / len(some),
+        seconds(lambda: fit(some, TORCH), device, 1) * m / len(some),
         total - preparing - fitting,
         between,
         blocks,
@@ -140,16 +143,15 @@ def measure(layers: Layers, settings: LayerSettings, device: torch.device) -> Me
     )
 
 
-def block(m: int, bits: int, device: torch.device, backend: str) -> Callable[[], object]:
+def block(m: int, grids: int, bits: int, backend: Backend, device: torch.device) -> Callable[[], object]:
     """The work on one block of columns of m rows."""
-    W, E = torch.randn(BLOCK, m, device=device) * 0.02, torch.empty(BLOCK, m, device=device)
-    T, codes = torch.empty_like(W), torch.empty_like(W, dtype=torch.uint8)
+    W = torch.randn(BLOCK, m, device=device) * 0.02
+    T = torch.empty(grids, BLOCK, m, device=device)
     F = torch.randn(BLOCK, BLOCK, device=device).mul_(0.05).triu_(1) + torch.eye(BLOCK, device=device)
     d, groups = torch.ones(BLOCK, device=device), torch.zeros(BLOCK, dtype=torch.int32, device=device)
-    scales = torch.full((1, m), 0.04 / 2 ** (bits - 2), device=device).half().float()
-    zeros = torch.full_like(scales, 2 ** (bits - 1))
-    finish = block_for(backend, W)  # type: ignore[arg-type]
-    return lambda: finish(W, T.copy_(W), F, d, scales, zeros, groups, bits, codes, E)
+    scales = torch.full((grids, 1, m), 0.04 / 2 ** (bits - 2), device=device).half().float()
+    grid = Grid(scales, torch.full_like(scales, 2 ** (bits - 1)), groups)
+    return lambda: backend.round_block(W, T.copy_(W), F, d, grid, bits)
 
 
 def attempts(settings: LayerSettings) -> int:
@@ -163,12 +165,12 @@ def table(shapes: Sequence[Layers], found: Sequence[Measured], settings: LayerSe
     """The figures as Markdown."""
     lines = [
         "| layers | rows × inputs | Cholesky | grid, × torch, of limit | blocks, × torch, of limit "
-        "| products, of limit | sweep | all |",
+        "| products, of limit | rounding | all |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for layers, one in zip(shapes, found, strict=True):
         n, m = layers.inputs, sum(layers.rows)
-        grids = len(SCALE_MULTIPLIERS) + 1 if settings.bits < 8 else 1
+        grids = len(SCALE_MULTIPLIERS) if settings.bits < 8 else 1
         fitting = m * n * attempts(settings) * STEPS_OF_AN_ATTEMPT / limit / one.grid
         inside = m * grids * n * (BLOCK - 1) / 2 / limit / one.blocks
         between = m * grids * n * max(n - BLOCK, 0) / 2 / limit / one.products
@@ -176,7 +178,7 @@ def table(shapes: Sequence[Layers], found: Sequence[Measured], settings: LayerSe
             f"| {layers.name} | {m} × {n} | {_ms(one.prepare)} "
             f"| {_ms(one.grid)}, {one.grid_torch / one.grid:.0f}×, {fitting:.0%} "
             f"| {_ms(one.blocks)}, {one.blocks_torch / one.blocks:.0f}×, {inside:.0%} "
-            f"| {_ms(one.products)}, {between:.0%} | {_ms(one.sweep)} | {_ms(one.whole)} |"
+            f"| {_ms(one.products)}, {between:.0%} | {_ms(one.rounding)} | {_ms(one.whole)} |"
         )
     total = sum(layers.count * one.whole for layers, one in zip(shapes, found, strict=True))
     torch_total = sum(
@@ -206,10 +208,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     limit = rate(device, 8192 if device.type == "cuda" else 512)
-    path = path_for("auto", torch.empty(1, device=device))
+    path = select(device).name
     print(f"{name}, torch {torch.__version__}; float32 products {2e-12 * limit:.2f} TFLOP/s; kernels: {path}")
     if device.type == "cuda" and path != "triton":
-        print(f"Triton's kernels are not used: {why_no_triton(device)}")
+        print(f"Triton's kernels are not used: {fallback_reason(device)}")
     settings = LayerSettings(options.bits, 128, not options.asym, "group", 0.01, "gptq")
     shapes = SHAPES[options.shapes]
     print(table(shapes, [measure(layers, settings, device) for layers in shapes], settings, limit))

@@ -183,11 +183,11 @@ def test_a_tensor_changed_in_place_gets_its_own_hessian():
     model = Partial()
     W = model.second.weight.detach().clone()
     fewbit.quantize(model, fewbit.QuantConfig(bits=2, group_size=32, fast=True), dataset=[{"x": x.clone()}])
-    from fewbit.gptq import Hessian, quantize_weight
+    from fewbit.gptq import Hessian, InputGroup, quantize_weight
 
     H = Hessian(32)
     H.add(changed)
-    expected = quantize_weight(W, H, fewbit.QuantConfig(bits=2, group_size=32).defaults).codes
+    expected = quantize_weight(W, InputGroup(H), fewbit.QuantConfig(bits=2, group_size=32).defaults).codes
     assert torch.equal(model.second.codes().codes, expected.codes)
 
 

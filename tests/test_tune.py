@@ -16,7 +16,7 @@ from fewbit.config import LayerSettings
 from fewbit.distributed import Communicator
 from fewbit.errors import CalibrationError, ModelError
 from fewbit.evaluation import windows
-from fewbit.gptq import quantize_weight
+from fewbit.gptq import InputGroup, quantize_weight
 from fewbit.gptq.grid import LARGEST_SCALE, SMALLEST_SCALE
 from fewbit.modeling.layers import is_layer, set_weight_matrix, weight_matrix
 from fewbit.pipeline import tune_block as tune
@@ -86,7 +86,7 @@ def solve_block(
         hook.remove()
     weights = {name: weight_matrix(module).clone() for name, module in layers.items()}
     codes = {
-        name: quantize_weight(W, hessian_of(seen[name]) if seen[name] else None, how).codes
+        name: quantize_weight(W, InputGroup(hessian_of(seen[name])) if seen[name] else None, how).codes
         for name, W in weights.items()
     }
     return codes, weights, calls

@@ -12,14 +12,12 @@ import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import KernelError
-
-Backend = Literal["auto", "torch", "native", "triton"]
 
 # Numbers of `DType` in csrc/matmul.h.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -81,35 +79,6 @@ def _module() -> Any:
     if found is None:
         raise KernelError(reason)
     return found
-
-
-def use(backend: Backend, tensor: Tensor, needs: str | None = None) -> bool:
-    """Whether a computation on `tensor` runs in the compiled module.
-
-    Args:
-        backend: "auto" takes the module where it can run; "native" insists; "torch" and "triton" refuse it.
-        tensor: the main operand; the module works in CPU memory only.
-        needs: an instruction set without which there is no compiled version.
-
-    Raises:
-        KernelError: "native" was asked for and cannot run; the message says which condition fails.
-    """
-    if backend in ("torch", "triton"):
-        return False
-    reason = _unsupported_here(tensor, needs)
-    if reason and backend == "native":
-        raise KernelError(f"the compiled solver cannot run: {reason}")
-    return not reason
-
-
-def _unsupported_here(tensor: Tensor, needs: str | None) -> str:
-    if not available():
-        return unsupported_reason()
-    if tensor.device.type != "cpu":
-        return f"the tensor is on {tensor.device}, and it works on the CPU only"
-    if needs is not None and needs not in instruction_sets():
-        return f"this processor has no {needs}"
-    return ""
 
 
 def gram_bf16(
@@ -181,7 +150,7 @@ def round_block(
     codes: Tensor,
     E: Tensor,
 ) -> Tensor:
-    """One block of `gptq.gptq`: writes codes and E, returns the block's share of every row's loss, float32 (m,).
+    """One block of columns on one grid: fills codes and E, returns its share of every row's loss, float32 (m,).
 
     All matrices are contiguous. Matrices with m as the last dimension hold one column of the weight per row.
 

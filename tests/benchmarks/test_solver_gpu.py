@@ -53,5 +53,5 @@ def test_attempts_are_those_of_the_search(solver_gpu, monkeypatch):
     monkeypatch.setattr(grid._Search, "attempt", counted)
     for bits, sym in ((4, True), (3, False)):
         count = 0
-        grid.fit_grid(torch.randn(2, 8), torch.ones(8), torch.zeros(8), bits, sym=sym, backend="torch")
+        grid.fit_grid(torch.randn(2, 8), torch.ones(8), torch.zeros(8), bits, sym=sym)
         assert solver_gpu.attempts(LayerSettings(bits, 8, sym, "none", 0.01, "gptq")) == count

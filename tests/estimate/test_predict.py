@@ -11,7 +11,7 @@ from fewbit.estimate.measure import DiskRate, LayerRate
 from fewbit.estimate.predict import InputCost, Sizes, device_memory, host_memory, predict_seconds, run_moments
 from fewbit.estimate.trial import LiveBytes, Trial
 from fewbit.estimate.work import LayerWork, Work, of_one_process
-from fewbit.gptq import Accuracy, FactorCache, Hessian, Holdout, quantize_weight
+from fewbit.gptq import Hessian, Holdout, InputGroup, quantize_weight
 from fewbit.pipeline.memory import HOST_FRAGMENTATION
 from fewbit.planning import LayerPlan
 
@@ -48,8 +48,8 @@ def test_the_solver_holds_what_is_predicted(paths, m, n, dtype):
         hessian = Hessian(n)
         hessian.add(X, None, X * 1.01 if paths == 2 else None)
         rows = Holdout(torch.randn(holdout, n), torch.randn(holdout, n)) if holdout else None
-        accuracy = Accuracy("auto" if paths == 2 else 0.0)
-        quantize_weight(W, hessian, SETTINGS, FactorCache(), accuracy=accuracy, probe=rows)
+        correction = "auto" if paths == 2 else 0.0
+        quantize_weight(W, InputGroup(hessian, rows), SETTINGS, correction=correction)
         seen = live.peak
     parts = on_cpu(work(layer_work("b.x", m, n), paths=paths, holdout=holdout), dtype=dtype).parts
     waiting = 2 * m * n  # of the block: not in this test

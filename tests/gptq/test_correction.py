@@ -5,10 +5,16 @@ import torch
 
 import summing
 from fewbit.config import LayerSettings
-from fewbit.errors import SolverError
-from fewbit.gptq import Accuracy, FactorCache, Hessian, Holdout, quantize_weight
+from fewbit.gptq import Hessian, Holdout, InputGroup, quantize_weight
 from fewbit.gptq import cholesky as fallback
-from fewbit.gptq.correction import RIDGE, alpha_figures, best_alpha, drifts_of, error_figures, steps_of
+from fewbit.gptq.correction import (
+    RIDGE,
+    best_alpha,
+    correction_step,
+    input_error_covariance,
+    local_sum,
+    true_error,
+)
 
 SETTINGS = LayerSettings(bits=3, group_size=16, sym=True, act_order="group", damp=0.01, method="gptq")
 
@@ -31,17 +37,15 @@ def hessian_of(X, X_full):
 
 
 def step_of(hessian, W):
-    [[step]] = steps_of([W[None]], drifts_of([hessian]))
-    return step
+    return correction_step(W, input_error_covariance(hessian))
 
 
-def alpha_of(W, step, probe):
-    [figures] = alpha_figures(W[None], step[None], probe.X[None], probe.X_full[None])
-    return best_alpha(*figures.sum(0).tolist())
+def alpha_of(W, step, holdout):
+    return best_alpha(W, step, holdout, local_sum)
 
 
-def output_error(W, W_hat, probe):
-    return float(error_figures(W[None], W_hat[None], probe.X[None], probe.X_full[None]).sum())
+def output_error(W, W_hat, holdout):
+    return true_error(W, W_hat, holdout, local_sum)
 
 
 def test_the_step_is_the_damped_least_squares_solution():
@@ -54,21 +58,21 @@ def test_the_step_is_the_damped_least_squares_solution():
     assert float((got - want).norm() / want.norm()) < 1e-4
 
 
-def test_a_full_step_undoes_a_drift_that_is_linear():
+def test_a_full_step_undoes_input_errors_that_are_linear():
     W, X, X_full = problem(tokens=4000)
     step = step_of(hessian_of(X, X_full), W)
-    probe = Holdout(X, X_full)
-    assert output_error(W, W + step, probe) < 0.2 * output_error(W, W, probe)
+    holdout = Holdout(X, X_full)
+    assert output_error(W, W + step, holdout) < 0.2**0.5 * output_error(W, W, holdout)
 
 
 def test_best_alpha_is_the_best_of_a_fine_list():
     W, X, X_full = problem()
     step = 3 * step_of(hessian_of(X[:300], X_full[:300]), W)  # too long on purpose
-    probe = Holdout(X[300:], X_full[300:])
-    errors = {a / 100: output_error(W, W + a / 100 * step, probe) for a in range(101)}
+    holdout = Holdout(X[300:], X_full[300:])
+    errors = {a / 100: output_error(W, W + a / 100 * step, holdout) for a in range(101)}
     best = min(errors, key=errors.get)
     assert 0 < best < 1
-    assert alpha_of(W, step, probe) == pytest.approx(best, abs=0.0051)
+    assert alpha_of(W, step, holdout) == pytest.approx(best, abs=0.0051)
 
 
 @pytest.mark.parametrize(("scale", "expected"), [(-1.0, 0.0), (0.01, 1.0), (0.0, 0.0)])
@@ -82,26 +86,26 @@ def test_alpha_stays_between_0_and_1(scale, expected):
 @pytest.mark.parametrize("sym", [True, False])
 def test_the_correction_lowers_the_error_on_held_out_tokens(correction, sym):
     W, X, X_full = problem(tokens=2000)
-    H, probe = hessian_of(X[:1500], X_full[:1500]), Holdout(X[1500:], X_full[1500:])
+    H, holdout = hessian_of(X[:1500], X_full[:1500]), Holdout(X[1500:], X_full[1500:])
     settings = LayerSettings(bits=4, group_size=16, sym=sym, act_order="group", damp=0.01, method="gptq")
-    plain = quantize_weight(W, H, settings, accuracy=Accuracy(), probe=probe)
-    corrected = quantize_weight(W, H, settings, accuracy=Accuracy(correction), probe=probe)
+    group = InputGroup(H, holdout)
+    plain = quantize_weight(W, group, settings)
+    corrected = quantize_weight(W, group, settings, correction=correction)
     assert plain.alpha == 0.0
     assert 0 < corrected.alpha <= 1
     assert corrected.true_error < 0.8 * plain.true_error
-    norm = float((probe.X_full @ W.T).norm())
-    error = float((probe.X_full @ W.T - probe.X @ corrected.codes.dequantize().T).norm())
+    norm = float((holdout.X_full @ W.T).norm())
+    error = float((holdout.X_full @ W.T - holdout.X @ corrected.codes.dequantize().T).norm())
     assert corrected.true_error == pytest.approx(error / norm, rel=1e-4)
 
 
-def test_auto_without_drift_or_without_a_probe_changes_nothing():
+def test_auto_without_input_errors_or_a_holdout_changes_nothing():
     W, X, _ = problem()
-    plain = quantize_weight(W, hessian_of(X, X), SETTINGS)
-    without_drift = quantize_weight(
-        W, hessian_of(X, X), SETTINGS, accuracy=Accuracy("auto"), probe=Holdout(X, X)
-    )
-    without_probe = quantize_weight(W, hessian_of(X, X), SETTINGS, accuracy=Accuracy("auto"))
-    for other in (without_drift, without_probe):
+    H = hessian_of(X, X)
+    plain = quantize_weight(W, InputGroup(H), SETTINGS)
+    without_errors = quantize_weight(W, InputGroup(H, Holdout(X, X)), SETTINGS, correction="auto")
+    without_holdout = quantize_weight(W, InputGroup(H), SETTINGS, correction="auto")
+    for other in (without_errors, without_holdout):
         assert other.alpha == 0.0
         assert torch.equal(other.codes.codes, plain.codes.codes)
 
@@ -110,21 +114,19 @@ def test_without_full_precision_inputs_there_is_no_alpha():
     W, X, _ = problem()
     H = Hessian(X.shape[1])
     H.add(X)
-    assert quantize_weight(W, H, SETTINGS, accuracy=Accuracy(0.5)).alpha is None
+    assert quantize_weight(W, InputGroup(H), SETTINGS, correction=0.5).alpha is None
 
 
-def test_layers_that_share_a_hessian_share_the_drift():
+def test_layers_with_one_input_share_the_input_error():
     _, X, X_full = problem()
-    H, cache = hessian_of(X, X_full), FactorCache()
-    assert cache.drift(H) is cache.drift(H)
-    with pytest.raises(SolverError, match="another Hessian"):
-        cache.drift(hessian_of(X, X_full))
+    group = InputGroup(hessian_of(X, X_full))
+    assert group.input_error() is group.input_error()
 
 
-def test_a_matrix_that_cannot_be_factored_is_a_rung_of_the_ladder(monkeypatch):
+def test_a_matrix_that_cannot_be_factored_is_a_fallback(monkeypatch):
     W, X, X_full = problem()
     H = hessian_of(X, X_full)
     monkeypatch.setattr("fewbit.gptq.correction.RIDGE", -2.0)  # no Hessian is positive definite after that
-    solution = quantize_weight(W, H, SETTINGS, accuracy=Accuracy(0.5))
+    solution = quantize_weight(W, InputGroup(H), SETTINGS, correction=0.5)
     assert solution.fallbacks == (fallback.NO_CORRECTION,)
     assert solution.alpha == 0.0

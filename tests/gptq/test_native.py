@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fewbit import native
-from fewbit.errors import KernelError
-from fewbit.gptq import gptq as ldlq
 from fewbit.gptq import grid
+from fewbit.gptq.backends import TORCH, select
+from fewbit.gptq.gptq import round_block
 
 ISAS = [name for name in native.instruction_sets() if name != "avx512_bf16"]
 needs_module = pytest.mark.skipif(not native.available(), reason=native.unsupported_reason())
@@ -23,11 +23,11 @@ def test_grid_search_finds_the_same_grids(bits, sym, isa):
     m, n = 37, 100
     W, D = torch.randn(m, n), torch.rand(n) + 0.1
     W[5, 32:64] = 0
-    starts = torch.tensor([0, 32, 64, 96, 100], dtype=torch.int32)
+    starts = torch.tensor([0, 32, 64, 96, 100])
     lists = grid.candidates(bits, sym)
     with native.instruction_set(isa):
-        s, z = native.fit_grid(W, D, starts, lists.coarse, lists.fine, lists.offsets, bits, sym)
-    s_torch, z_torch = grid._fit_torch(W, D, starts, lists, bits, sym)
+        s, z = native.fit_grid(W, D, starts.int(), lists.coarse, lists.fine, lists.offsets, bits, sym)
+    s_torch, z_torch = grid.search(W, D, starts, lists, bits, sym)
     assert (s == s_torch).float().mean() > 0.95  # the rest are ties between sums in another order
     for columns, group in ((slice(0, 32), 0), (slice(96, 100), 3)):
         ours = _errors(W[:, columns], D[columns], s[:, group], z[:, group], bits)
@@ -55,13 +55,11 @@ def test_block_gives_the_codes_of_the_torch_block(m, k, isa):
     G = int(groups[-1]) + 1
     scales = (torch.rand(G, m) * 0.2 + 0.2) * torch.where(torch.rand(G, m) < 0.5, -1.0, 1.0)
     zeros = torch.randint(1, 16, (G, m)).float()
-    results = []
-    for block in (ldlq.torch_block, native.round_block):
-        codes, E = torch.empty(k, m, dtype=torch.uint8), torch.empty(k, m)
-        with native.instruction_set(isa):
-            loss = block(W, W.clone(), F, d, scales, zeros, groups, 4, codes, E)
-        results.append((codes, E, loss))
-    (codes, E, loss), (codes_native, E_native, loss_native) = results
+    blocks = grid.Grid(scales[None], zeros[None], groups)
+    codes, E, loss = (part[0] for part in round_block(W, W[None].clone(), F, d, blocks, 4))
+    codes_native, E_native = torch.empty_like(codes), torch.empty_like(E)
+    with native.instruction_set(isa):
+        loss_native = native.round_block(W, W.clone(), F, d, scales, zeros, groups, 4, codes_native, E_native)
     same = (codes == codes_native).all(dim=0)
     assert same.float().mean() > 0.9  # a tie that breaks the other way changes the rest of its row
     torch.testing.assert_close(E[:, same], E_native[:, same], rtol=1e-3, atol=1e-4)
@@ -87,8 +85,6 @@ def test_without_the_module_the_torch_path_is_used_and_the_reason_is_told(monkey
         assert not native.available()
         assert native.instruction_sets() == ()
         assert "C++17 compiler" in native.unsupported_reason()
-        assert native.use("auto", torch.zeros(1)) is False
-        with pytest.raises(KernelError, match="compiled solver cannot run: the compiled module"):
-            native.use("native", torch.zeros(1))
+        assert select(torch.device("cpu")) is TORCH
     finally:
         native._load.cache_clear()

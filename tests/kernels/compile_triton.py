@@ -6,7 +6,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fewbit.gptq import triton_backend as triton_solver
+from fewbit.gptq.backends import triton as triton_solver
 from fewbit.kernels.triton import kernels
 
 
@@ -49,9 +49,9 @@ def products(target):
 
 def solver(target):
     """The solver's kernels: a block of columns, and grids of narrow and of wide groups."""
-    types = [*["*fp32"] * 6, "*i32", "*u8", "*fp32", "*fp32", *["i32"] * 4]
+    types = [*["*fp32"] * 6, "*i32", "*u8", "*fp32", "*fp32", *["i32"] * 3]
     tile = {"INNER": triton_solver._INNER, "UNROLLED": triton_solver._UNROLLED, "ROWS": triton_solver._ROWS}
-    build(triton_solver._sweep, types, {"BITS": 4, **tile}, target, num_warps=1)
+    build(triton_solver._round_block, types, {"BITS": 4, **tile}, target, num_warps=1)
     types = ["*fp32", "*fp32", "*i32", "*fp32", "*fp32", "*i32", "*fp32", "*fp32", *["i32"] * 6]
     for sym, depth, lanes, rows in ((True, 32, 4, 8), (False, 128, 32, 1)):
         tile = {"BITS": 4, "SYM": sym, "DEPTH": depth, "LANES": lanes, "ROWS": rows}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fewbit.config import QuantConfig
-from fewbit.gptq import quantize_weight
+from fewbit.gptq import InputGroup, quantize_weight
 from fewbit.modeling.layers import input_rows, set_weight_matrix, weight_matrix
 from fewbit.pipeline.scheduler import Hooks, Scheduler
 from fewbit.planning import make_plan
@@ -47,7 +47,7 @@ def replay(model, batches):
         hook.remove()
         hessian = hessian_of([input_rows(module, x) for x in seen])
         W = weight_matrix(module)
-        codes[name] = quantize_weight(W, hessian, CONFIG.defaults).codes
+        codes[name] = quantize_weight(W, InputGroup(hessian), CONFIG.defaults).codes
         set_weight_matrix(module, codes[name].dequantize(W.dtype))
     return codes
 
@@ -61,7 +61,7 @@ def lockstep(model, batches):
         module = layers[name]
         hessian = hessian_of([input_rows(module, given.x) for given in inputs])
         W = weight_matrix(module)
-        codes[name] = quantize_weight(W, hessian, CONFIG.defaults).codes
+        codes[name] = quantize_weight(W, InputGroup(hessian), CONFIG.defaults).codes
         set_weight_matrix(module, codes[name].dequantize(W.dtype))
 
     with torch.no_grad():
@@ -188,7 +188,9 @@ def two_paths(model, batches, blocks=None, on_block_end=None):
         module = layers[name]
         hessian = hessian_of([input_rows(module, given.x) for given in inputs[:n]])
         W = weight_matrix(module)
-        set_weight_matrix(module, quantize_weight(W, hessian, CONFIG.defaults).codes.dequantize(W.dtype))
+        set_weight_matrix(
+            module, quantize_weight(W, InputGroup(hessian), CONFIG.defaults).codes.dequantize(W.dtype)
+        )
 
     jobs = [lambda b=b: model(**b, use_cache=False) for b in [*batches, *batches]]
     with torch.no_grad():

@@ -22,7 +22,7 @@ from ..checkpoint.layout import pack
 from ..checkpoint.safetensors_file import TensorInfo, check_finite
 from ..config import LayerSettings, QuantConfig
 from ..errors import ModelError, OutputError
-from ..gptq import Accuracy, FactorCache, Hessian, Holdout, quantize_weight
+from ..gptq import Hessian, Holdout, InputGroup, quantize_weight
 from ..planning import LayerPlan
 from .trial import synchronize
 
@@ -122,11 +122,11 @@ class LayerBenchmark:
         for step in (hessian.observe_range, hessian.add):
             step(X, None, full)  # not timed
             accumulating += self._timed(partial(step, X, None, full))[0]
-        probe = (
+        holdout = (
             Holdout(self._random(holdout, n).float(), self._random(holdout, n).float()) if holdout else None
         )
-        accuracy, cache = Accuracy(self.config.effective_correction), FactorCache()
-        solve = partial(quantize_weight, W, hessian, settings, cache, accuracy=accuracy, probe=probe)
+        group, correction = InputGroup(hessian, holdout), self.config.effective_correction
+        solve = partial(quantize_weight, W, group, settings, correction=correction)
         first, _ = self._timed(solve)
         again, solution = self._timed(solve)  # with the cached factor
         packing, _ = self._timed(partial(self._finish, solution.codes))

@@ -1,23 +1,21 @@
-"""What happens when a Hessian is bad: a ladder of remedies, each one recorded by name.
+"""The factorization of a layer's Hessian, and the fallbacks for a bad one, each recorded by name.
 
-Contract: `prepare` never fails. It returns the first factorization that works, or none, and the names of
-the rungs that were needed, in order. Whether a rung is acceptable is the caller's decision.
+`factor_hessian` never fails. It returns the first factorization that works, or none, and the names of the fallbacks
+that were needed, in order. The caller decides whether a fallback is acceptable.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .batching import in_batches
-from .gptq import Factor, factor, factor_all, order
+from .gptq import Factor, factor, order
 from .hessian import Hessian
 
 TOKENS_DROPPED = "non-finite tokens dropped"
-UNDER_ROUTED = "tokens of other experts added"  # by the walk, before the solver sees the Hessian
+UNDER_ROUTED = "tokens of other experts added"  # by the pipeline, before the solver sees the Hessian
 NO_TOKENS = "no calibration tokens"
 FLOAT64 = "float64 factorization"
 DAMP_RAISED = "damping raised"
@@ -30,13 +28,15 @@ _LARGEST_DAMP = 1.0
 
 @dataclass(frozen=True)
 class FactoredHessian:
-    """What the layers that share a Hessian share.
+    """What layers with one input and the same settings share.
 
     Attributes:
-        D: float32 (n,), the weights of the grid fit.
-        g_idx: int32 (n,). factor: None means that only round-to-nearest is left.
-        damp: the damping in use, as a fraction. dead: columns whose input was always zero.
-        fallbacks: names of the rungs that were needed.
+        D: float32 (n,), the weights of the grid search.
+        g_idx: int32 (n,), the group of every column.
+        factor: the factorization; None where only round-to-nearest is left.
+        damp: the damping in use, a fraction of mean(diag H).
+        dead: number of columns whose input was always zero.
+        fallbacks: names of the fallbacks that were needed.
     """
 
     D: Tensor
@@ -47,59 +47,21 @@ class FactoredHessian:
     fallbacks: tuple[str, ...]
 
 
-def prepare(
-    hessian: Hessian,
-    group_size: int,
-    act_order: str,
-    damp: float,
-    factored: Factor | None = None,
-    dead: int | None = None,
-) -> FactoredHessian:
-    """Order the columns and factor H, going down the ladder as far as needed.
-
-    Args:
-        factored: the plain factorization, where it is there already. dead: columns that never were active, where they
-            are counted already.
-    """
+def factor_hessian(hessian: Hessian, group_size: int, act_order: str, damp: float) -> FactoredHessian:
+    """Order the columns and factor H, with as many fallbacks as needed."""
     fallbacks = (TOKENS_DROPPED,) if hessian.dropped else ()
-    H = hessian.matrix()
     diag = hessian.diagonal()
     perm, g_idx = order(diag, group_size, act_order)
-    dead = int(_dead(diag)) if dead is None else dead
+    dead = int((diag == 0).sum())
     if hessian.tokens == 0 or dead == len(diag):
         names = (*fallbacks, NO_TOKENS, ROUND_TO_NEAREST)
         return FactoredHessian(torch.ones_like(diag), g_idx, None, damp, dead, names)
-    found, used, rungs = (
-        (factored, damp, ()) if factored is not None else factor_with_fallbacks(H, perm, damp)
-    )
-    return FactoredHessian(grid_weights(diag, damp), g_idx, found, used, dead, (*fallbacks, *rungs))
-
-
-def prepare_all(
-    hessians: Sequence[Hessian], group_size: int, act_order: str, damp: float
-) -> list[FactoredHessian]:
-    """As `prepare` for each; those of one size are factored as one batch. One that fails goes down the ladder alone."""
-    sizes: dict[int, list[int]] = {}
-    for i, hessian in enumerate(hessians):
-        sizes.setdefault(hessian.n, []).append(i)
-    dead = torch.stack([_dead(hessian.matrix().diagonal()) for hessian in hessians]).tolist()
-    prepared: dict[int, FactoredHessian] = {}
-    for n, members in sizes.items():
-        for some in in_batches(members, n):
-            H = [hessians[i].matrix() for i in some]
-            perms = [order(h.diagonal(), group_size, act_order)[0] for h in H]
-            for i, factored in zip(some, factor_all(H, perms, damp), strict=True):
-                prepared[i] = prepare(hessians[i], group_size, act_order, damp, factored, dead[i])
-    return [prepared[i] for i in range(len(hessians))]
-
-
-def _dead(diag: Tensor) -> Tensor:
-    """How many columns never were active."""
-    return (diag == 0).sum()
+    found, used, needed = factor_with_fallbacks(hessian.matrix(), perm, damp)
+    return FactoredHessian(grid_weights(diag, damp), g_idx, found, used, dead, (*fallbacks, *needed))
 
 
 def grid_weights(diag: Tensor, damp: float) -> Tensor:
-    """diag(H_λ) up to a factor, the largest entry being near 1, so that no sum of errors overflows.
+    """diag(H_λ), scaled so that its largest entry is near 1 and no sum of errors overflows.
 
     The small λ keeps columns that never were active inside the range of the grid.
     """
@@ -111,10 +73,12 @@ def grid_weights(diag: Tensor, damp: float) -> Tensor:
 def factor_with_fallbacks(
     H: Tensor, perm: Tensor, damp: float
 ) -> tuple[Factor | None, float, tuple[str, ...]]:
-    """The factorization, the damping it needed, and the rungs below the plain float32 one.
+    """Factor H; return the factorization, the damping it needed, and the names of the fallbacks.
 
     Args:
-        H: float32 (n, n), symmetric. perm: int64 (n,). damp: as a fraction.
+        H: float32 (n, n), symmetric.
+        perm: int64 (n,), the processing order.
+        damp: a fraction of mean(diag H).
     """
     if not bool(torch.isfinite(torch.stack(torch.aminmax(H))).all()):
         return None, damp, (ROUND_TO_NEAREST,)

@@ -1,39 +1,40 @@
-"""The grid of a layer: one scale and one integer zero point per row and group, fitted before the sweep.
+"""The grid of a layer: one scale and one integer zero point per row and group, fitted before the rounding.
 
-Contract: minimises Σ_i D_i (ŵ_i − w_i)² for every row and group on its own, with ŵ = s (q − z),
-q = clamp(round(w / s) + z, 0, 2^bits − 1). The scale is rounded to float16 before its error is measured,
-so what is chosen is what is stored. D is diag(H) or ones; the off-diagonal of H is the sweep's business.
+Minimizes Σ_i D_i (ŵ_i − w_i)² for every row and group independently, with ŵ = s (q − z) and
+q = clamp(round(w / s) + z, 0, 2^bits − 1). The scale is rounded to float16 before its error is measured, so the stored
+scale is the one that was chosen. D is diag(H) or ones; the rounding of the columns accounts for the rest of H.
 
-The search (the integer-zero form of NeUQI, arXiv:2505.17595): every candidate zero point with a coarse
-list of scales, then a fine list around the best one, then the least-squares scale of the codes found.
+The search (the integer-zero form of NeUQI, arXiv:2505.17595) tries every candidate zero point with a coarse list of
+scales, then a fine list around the best one, then the least-squares scale of the codes found.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .. import native
-from ..native import Backend
-from .backends import path_for
-from .batching import stacked
-
 SMALLEST_SCALE = 2.0**-14  # the smallest normal float16: below it a scale would lose precision, or be zero
 LARGEST_SCALE = 65504.0  # the largest finite float16
 
 LEAST_SQUARES_STEPS = 2
-TINY = 1e-37  # instead of zero, in a division
+TINY = 1e-37  # replaces zero in a division
 
-# The torch path works on this many weights at a time: on the CPU as many as its cache holds, elsewhere so many
-# that starting an operation costs nothing beside it.
+# Weights that the torch search processes at a time: what a CPU's cache holds; on a GPU, enough to hide launch overhead.
 _PIECE_ELEMENTS, _PIECE_ELEMENTS_ON_DEVICE = 1 << 19, 1 << 25
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Scales float16 (m, G), zeros int16 (m, G), and g_idx int32 (n,), the group of every column."""
+    """Scales and zero points of a weight (m, n); B candidate grids have a leading dimension.
+
+    Attributes:
+        scales: float16 (m, G) or (B, m, G).
+        zeros: int16 (m, G) or (B, m, G).
+        g_idx: int32 (n,), the group of every column.
+    """
 
     scales: Tensor
     zeros: Tensor
@@ -42,9 +43,12 @@ class Grid:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What is tried: multiples of a base scale, multiples of the best of them, and zero points.
+    """What the search tries.
 
-    Zero points are relative to the one that centres the range of the weights on the grid.
+    Attributes:
+        coarse: float32, multiples of the scale that spans the weights.
+        fine: float32, multiples of the best coarse scale.
+        offsets: int32, zero points relative to the one that centers the weights on the grid.
     """
 
     coarse: Tensor
@@ -52,75 +56,20 @@ class Candidates:
     offsets: Tensor
 
 
-def fit_grid(W: Tensor, D: Tensor, g_idx: Tensor, bits: int, *, sym: bool, backend: Backend = "auto") -> Grid:
-    """Fit scales and zero points.
-
-    Symmetric: the zero point is 2^(bits−1) and scales of both signs are tried, because the sign decides
-    which side has one level more. Asymmetric: scales are positive and zero points lie in 1 … 2^bits − 1,
-    which every reader of the v1 format takes.
-
-    Args:
-        W: float32 (m, n), finite. D: float32 (n,), not negative.
-        g_idx: int (n,), the group of every column, 0 … G−1 with none empty.
-        bits: 2, 3, 4 or 8.
-
-    Returns:
-        The grid. A group of zeros gets scale 1.
-    """
-    [grid] = fit_grids(W[None], D[None], g_idx[None], bits, sym=sym, backend=backend)
-    return grid
+# W (m, n) with groups of consecutive columns, D (n,), starts (G + 1,) on the CPU, candidates, bits, sym
+# → scales and zeros, float32 (m, G).
+Search = Callable[[Tensor, Tensor, Tensor, Candidates, int, bool], tuple[Tensor, Tensor]]
 
 
-def fit_grids(
-    W: Tensor, D: Tensor, g_idx: Tensor, bits: int, *, sym: bool, backend: Backend = "auto"
-) -> list[Grid]:
-    """As `fit_grid` for each of a batch: W (B, m, n), D (B, n), g_idx (B, n), in all of which groups have one size.
-
-    With Triton it is one search.
-    """
-    # Where groups begin decides the shapes below: one look at it from the CPU, instead of several.
-    groups = g_idx.cpu().long()
-    columns, counts = torch.argsort(groups, stable=True), torch.bincount(groups[0])
-    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    if not bool((columns == torch.arange(columns.shape[1])).all()):
-        columns = columns.to(W.device)
-        W, D = W.gather(2, columns[:, None].expand_as(W)), D.gather(1, columns)
-    tried = candidates(bits, sym)
-    path = path_for(backend, W)
-    search = SEARCHES[path]
-    D = _with_idle_groups(D, counts)
-    if path == "triton":
-        scales, zeros = search(W, D, starts, tried, bits, sym)
-    else:
-        found = [search(w, d, starts, tried, bits, sym) for w, d in zip(W, D, strict=True)]
-        scales, zeros = map(stacked, zip(*found, strict=True))
-    return [Grid(*grid) for grid in zip(scales.half(), zeros.short(), g_idx.int(), strict=True)]
-
-
-def _with_idle_groups(D: Tensor, counts: Tensor) -> Tensor:
-    """D (B, n) with ones in groups without any weight in it (inputs that never were active): there all matter alike."""
-    group = torch.repeat_interleave(torch.arange(len(counts)), counts).to(D.device)
-    idle = D.new_zeros(len(D), len(counts)).index_add_(1, group, D) == 0
-    return torch.where(idle[:, group], torch.ones_like(D), D)
-
-
-def nearest(W: Tensor, grid: Grid, bits: int) -> Tensor:
-    """Round-to-nearest codes of W on the grid: uint8 (m, n)."""
-    groups = grid.g_idx.long()
-    s = grid.scales.float()[:, groups]
-    z = grid.zeros.float()[:, groups]
-    return torch.round(W / s).add_(z).clamp_(0, 2**bits - 1).to(torch.uint8)
-
-
-# Per bit width: the smallest multiple of the min-max scale that is tried, how many multiples there are
-# (symmetric, asymmetric), and how far zero points reach to both sides. The lengths are the cost: 100 to
-# 200 measurements of a symmetric grid, and of an asymmetric one as many as there are pairs.
+# Per bit width: the smallest multiple of the min-max scale, the number of multiples (symmetric, asymmetric), and how
+# far zero points reach to both sides. The lengths are the cost: 100 to 200 measurements of a symmetric grid; for an
+# asymmetric grid, one for each pair of scale and zero point.
 _SEARCH = {2: (0.25, 40, 28, 2), 3: (0.25, 48, 28, 4), 4: (0.25, 64, 32, 8), 8: (0.35, 96, 28, 10)}
 _FINE_STEPS = 9
 
 
 def candidates(bits: int, sym: bool) -> Candidates:
-    """What `fit_grid` tries."""
+    """Return what the search tries."""
     low, symmetric_count, asymmetric_count, reach = _SEARCH[bits]
     levels, half = 2**bits - 1, 2 ** (bits - 1)
     # Above `high` every weight lies inside the grid, and a larger scale only makes it coarser.
@@ -132,14 +81,22 @@ def candidates(bits: int, sym: bool) -> Candidates:
     return Candidates(coarse, fine, torch.arange(-reach, reach + 1, dtype=torch.int32))
 
 
-def _fit_torch(
-    W: Tensor, D: Tensor, starts: Tensor, tried: Candidates, bits: int, sym: bool
+def search(
+    W: Tensor, D: Tensor, starts: Tensor, candidates: Candidates, bits: int, sym: bool
 ) -> tuple[Tensor, Tensor]:
-    """The search in torch: float32 scales and zeros (m, G). `starts` are on the CPU."""
-    starts = starts.long()
+    """Find scales and zero points; group g has the columns ``starts[g] … starts[g + 1]``.
+
+    Args:
+        W: float32 (m, n).
+        D: float32 (n,).
+        starts: int64 (G + 1,), on the CPU.
+
+    Returns:
+        scales and zeros, float32 (m, G).
+    """
     widths = starts.diff()
     m, G, width = W.shape[0], len(widths), int(widths.max())
-    # Groups padded to one width with columns of weight 0, which change neither range nor error.
+    # Groups are padded to one width with columns of weight 0, which change neither range nor error.
     index = starts[:-1, None] + torch.arange(width)
     there = index < starts[1:, None]
     index, inside = index.mul_(there).to(W.device), there.to(W.device, W.dtype)
@@ -150,31 +107,8 @@ def _fit_torch(
     step = max(1, piece // (G * width))
     for a in range(0, m, step):
         W_groups = W[a : a + step][:, index] * inside
-        search = _Search(W_groups, D_groups, tried, bits, sym)
-        scales[a : a + step], zeros[a : a + step] = search.run()
+        scales[a : a + step], zeros[a : a + step] = _Search(W_groups, D_groups, candidates, bits, sym).run()
     return scales, zeros
-
-
-def _fit_native(
-    W: Tensor, D: Tensor, starts: Tensor, tried: Candidates, bits: int, sym: bool
-) -> tuple[Tensor, Tensor]:
-    lists = tried.coarse, tried.fine, tried.offsets
-    return native.fit_grid(W.contiguous(), D.contiguous(), starts.int(), *lists, bits, sym)
-
-
-def _fit_triton(
-    W: Tensor, D: Tensor, starts: Tensor, tried: Candidates, bits: int, sym: bool
-) -> tuple[Tensor, Tensor]:
-    from . import triton_backend as triton
-
-    widest = int(starts.diff().max())
-    starts, coarse, fine, offsets = (
-        values.to(W.device).contiguous() for values in (starts.int(), tried.coarse, tried.fine, tried.offsets)
-    )
-    return triton.fit_grid(W.contiguous(), D.contiguous(), starts, coarse, fine, offsets, widest, bits, sym)
-
-
-SEARCHES = {"native": _fit_native, "triton": _fit_triton, "torch": _fit_torch}
 
 
 class _Search:
@@ -245,3 +179,42 @@ class _Search:
 def storable(s: Tensor) -> Tensor:
     """s as float16 will hold it: normal, finite, with its sign."""
     return s.abs().clamp(SMALLEST_SCALE, LARGEST_SCALE).copysign(s).half().float()
+
+
+def fit_grid(W: Tensor, D: Tensor, g_idx: Tensor, bits: int, *, sym: bool, search: Search = search) -> Grid:
+    """Fit scales and zero points.
+
+    Symmetric: the zero point is 2^(bits−1) and scales of both signs are tried, because the sign decides
+    which side has one level more. Asymmetric: scales are positive and zero points lie in 1 … 2^bits − 1,
+    which every reader of the v1 format takes. A group of zeros gets scale 1.
+
+    Args:
+        W: float32 (m, n), finite.
+        D: float32 (n,), not negative.
+        g_idx: int (n,), the group of every column, 0 … G−1 with none empty.
+        bits: 2, 3, 4 or 8.
+        search: a backend's form of `search`.
+    """
+    groups = g_idx.cpu().long()  # group boundaries decide shapes: one synchronization instead of several
+    columns, counts = torch.argsort(groups, stable=True), torch.bincount(groups)
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    if not torch.equal(columns, torch.arange(len(columns))):
+        columns = columns.to(W.device)
+        W, D = W[:, columns], D[columns]
+    scales, zeros = search(W, _with_idle_groups(D, counts), starts, candidates(bits, sym), bits, sym)
+    return Grid(scales.half(), zeros.short(), g_idx.int())
+
+
+def _with_idle_groups(D: Tensor, counts: Tensor) -> Tensor:
+    """D (n,) with ones in groups where all of it is zero: weights of inputs that never were active count equally."""
+    group = torch.repeat_interleave(torch.arange(len(counts)), counts).to(D.device)
+    idle = D.new_zeros(len(counts)).index_add_(0, group, D) == 0
+    return torch.where(idle[group], torch.ones_like(D), D)
+
+
+def nearest(W: Tensor, grid: Grid, bits: int) -> Tensor:
+    """Round W (m, n) to the nearest codes on the grid, uint8 (m, n)."""
+    groups = grid.g_idx.long()
+    s = grid.scales.float()[:, groups]
+    z = grid.zeros.float()[:, groups]
+    return torch.round(W / s).add_(z).clamp_(0, 2**bits - 1).to(torch.uint8)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from .. import native
 from ..errors import SolverError
-from ..native import Backend
 from .gram import ONE, ROOT, add_rounded, pieces, scaled, sum_of_squares
 
 # A token with a larger value is treated like one that is not finite: its squares, summed over any
@@ -48,14 +47,12 @@ class Hessian:
     Args:
         n: input features of the layer.
         device: where H lives. Batches are moved there.
-        backend: "auto", "torch" or "native" (see `native`).
     """
 
-    def __init__(self, n: int, *, device: torch.device | str = "cpu", backend: Backend = "auto") -> None:
+    def __init__(self, n: int, *, device: torch.device | str = "cpu") -> None:
         self.n = n
         self.tokens = 0
         self.dropped = 0
-        self._backend: Backend = backend
         self._H = torch.zeros(n, n, dtype=torch.int32, device=device)  # float32 once finished
         self._P: Tensor | None = None  # C once finished
         self._squares: list[Tensor] = []
@@ -200,9 +197,8 @@ class Hessian:
         return both if mask is None else _masked(both, mask)
 
     def _is_native(self, both: list[Tensor]) -> bool:
-        return all(part.dtype == torch.bfloat16 for part in both) and native.use(
-            self._backend, both[0], needs="avx512_bf16"
-        )
+        short = all(part.dtype == torch.bfloat16 for part in both)
+        return short and both[0].device.type == "cpu" and "avx512_bf16" in native.instruction_sets()
 
     def _joins(self, both: list[Tensor]) -> bool:
         return len(both[0]) < _SMALL_BATCH and self._is_native(both)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..calibration import Calibration
 from ..errors import ModelError
+from ..gptq.backends import select
 from ..gptq.cholesky import grid_weights
 from ..gptq.grid import fit_grid, nearest
 from ..gptq.hessian import usable_rows
@@ -109,7 +110,7 @@ def _errors(
 def _rounded(W: Tensor, D: Tensor, choice: Choice, sym: bool) -> Tensor:
     """Ŵ: round-to-nearest on the grid fitted with the weights D, in groups of consecutive inputs."""
     groups = sequential_groups(W.shape[1], choice.group_size).to(W.device)
-    grid = fit_grid(W, D, groups, choice.bits, sym=sym)
+    grid = fit_grid(W, D, groups, choice.bits, sym=sym, search=select(W.device).search)
     q = nearest(W, grid, choice.bits)
     return QuantizedMatrix(
         q, grid.scales, grid.zeros, grid.g_idx, choice.bits, choice.group_size

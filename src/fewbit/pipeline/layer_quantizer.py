@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..checkpoint.layout import pack, unpack
 from ..context import RunContext
 from ..errors import ModelError, RankError, SolverError
-from ..gptq import Accuracy, Hessian, Solution, quantize_weight
+from ..gptq import Hessian, InputGroup, Solution, quantize_weight
 from ..gptq.cholesky import UNDER_ROUTED
 from ..gptq.hessian import usable_rows
 from ..modeling.layers import input_rows, set_weight_matrix, weight_matrix
@@ -171,7 +171,6 @@ class LayerQuantizer:
         self.sink = sink
         self.ctx, self.comm, self.profiler = ctx, ctx.comm, ctx.profiler
         self._layers = {layer.name: layer for layer in plan.layers}
-        self._accuracy = Accuracy(ctx.config.effective_correction)
         self._open = {block: set(names) for block, names in plan.block_layers().items()}
         self._keep_open = set(keep_open)
         self._solved: dict[str, dict[str, Solved]] = {}  # block → layers that were not flushed
@@ -198,28 +197,21 @@ class LayerQuantizer:
         # 1. The Hessian H = X Xᵀ of the inputs of all ranks, or the one of an earlier layer with the same inputs.
         [has_no_inputs] = self.comm.all_reduce_and(not inputs)
         shared: SharedHessian | None = None
-        H = (
-            Hessian(layer.in_features, device=W.device)
-            if settings.method == "gptq" and has_no_inputs
-            else None
-        )
-        if settings.method == "gptq" and not has_no_inputs:
+        group: InputGroup | None = None  # None: round to nearest
+        if settings.method == "gptq" and has_no_inputs:
+            group = InputGroup(Hessian(layer.in_features, device=W.device))
+        elif settings.method == "gptq":
             with self.profiler.time("hessian"):
                 shared = self.hessians.get(name, module, inputs)
-                H = shared.hessian
+                group = shared.group
 
         # 2. Solve this rank's rows (given H, rows are independent), and gather the codes of all rows.
         with self.profiler.time("solve"):
             shard = self.comm.row_shard(layer.out_features)
+            correction = self.ctx.config.effective_correction
             try:
                 solution = quantize_weight(
-                    W[shard.rows],
-                    H,
-                    settings,
-                    shared.cache if shared else None,
-                    accuracy=self._accuracy,
-                    probe=shared.holdout if shared else None,
-                    total=shard.reduce,
+                    W[shard.rows], group, settings, correction=correction, reduce=shard.reduce
                 )
             except SolverError as error:
                 raise ModelError(f"layer {name} cannot be quantized: {error}") from error

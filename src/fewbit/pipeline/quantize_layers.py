@@ -24,7 +24,7 @@ from ..config import QuantConfig
 from ..context import RunContext
 from ..distributed import Communicator
 from ..errors import CalibrationError, FewbitError
-from ..gptq import why_no_triton
+from ..gptq import fallback_reason
 from ..planning import Plan, output_embedding_name
 from ..profiling import Profiler
 from .block_tuning import BlockTuner
@@ -199,7 +199,7 @@ def _solver_notes(device: torch.device, layers: int) -> list[str]:
             if native.available()
             else [f"the compiled solver is not in use ({native.unsupported_reason()}): slower"]
         )
-    reason = why_no_triton(device)
+    reason = fallback_reason(device)
     if not reason:
         return []
     return [

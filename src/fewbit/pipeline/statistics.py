@@ -16,16 +16,17 @@ Hessian, bit for bit the one of a single process.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..distributed import Communicator
-from ..gptq import FactorCache, Hessian, Holdout
+from ..gptq import Hessian, Holdout, InputGroup
 from ..gptq.hessian import usable_rows
 from ..modeling.layers import input_rows, matrix_shape, row_mask, weight_matrix
 from .scheduler import LayerInput
@@ -141,7 +142,11 @@ class SharedHessian:
     masked: int = 0
     borrowed: int = 0
     holdout: Holdout | None = None
-    cache: FactorCache = field(default_factory=FactorCache)
+
+    @functools.cached_property
+    def group(self) -> InputGroup:
+        """The solver's view of this Hessian, with the factorizations that layers share."""
+        return InputGroup(self.hessian, self.holdout)
 
     def made_from(self, inputs: Sequence[LayerInput]) -> bool:
         """Whether `inputs` are exactly the tensors of this Hessian, unchanged since."""

@@ -1,29 +1,32 @@
-"""The solver's two loops on a GPU: Triton forms of `native.fit_grid` and `native.round_block`.
+"""The solver's two loops on a GPU, as Triton kernels.
 
-Importing this needs the package triton. Rows of a weight are independent, so programs take rows and nothing is
-exchanged between them. Divisions and roundings are IEEE's; ŵ = s (q − z) is exact in float32, s having the 11
-significant bits of a float16. So codes are the oracle's except where sums of float32 round differently.
+Rows of a weight are independent, so programs take rows and exchange nothing. Divisions and roundings are IEEE's, and
+ŵ = s (q − z) is exact in float32, because s has the 11 significant bits of a float16. So the codes are those of torch,
+except where sums of float32 round differently.
 """
 
 from __future__ import annotations
 
+import functools
+import subprocess
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError
 
-from .grid import LARGEST_SCALE, LEAST_SQUARES_STEPS, SMALLEST_SCALE, TINY
+from ..gptq import round_block as torch_round_block
+from ..grid import LARGEST_SCALE, LEAST_SQUARES_STEPS, SMALLEST_SCALE, TINY, Candidates, Grid
+from . import Backend
 
-# A warp has a row of W in every lane, and these columns of it in registers: a column is rounded without a word
-# between lanes.
+# Every lane of a warp holds one row of W, and _INNER of its columns in registers: lanes exchange nothing.
 _ROWS = 32
 _INNER = 16
 _UNROLLED = 4  # loads under way at a time; divides _INNER
 
-# In the grid search a lane has some columns of one row, and other lanes have the rest: few lanes for a narrow group,
-# so that little is done more than once, a warp or more for a wide one.
+# In the grid search several lanes share a row: few for a narrow group, a warp or more for a wide one.
 _NARROW = 256
 _COLUMNS_PER_THREAD = 64
 _MOST_WARPS = 16
@@ -48,16 +51,16 @@ def _row(tile, here):
 
 
 # `m` without its divisibility: loads are then one row per lane, not four rows in every fourth.
-@triton.jit(do_not_specialize=["m", "G", "E_apart"])
-def _sweep(
-    W, T, F, d, scales, zeros, groups, codes, E, losses, m, k, G, E_apart,
+@triton.jit(do_not_specialize=["m", "G"])
+def _round_block(
+    W, T, F, d, scales, zeros, groups, codes, E, losses, m, k, G,
     BITS: tl.constexpr, INNER: tl.constexpr, UNROLLED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """`gptq.round_block` for some rows of W on one grid."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    matrix = tl.program_id(1).to(tl.int64)
-    W, T, codes, E = W + matrix * k * m, T + matrix * k * m, codes + matrix * k * m, E + matrix * E_apart
-    F, d, groups = F + matrix * k * k, d + matrix * k, groups + matrix * k
-    scales, zeros, losses = scales + matrix * G * m, zeros + matrix * G * m, losses + matrix * m
+    b = tl.program_id(1).to(tl.int64)
+    T, codes, E = T + b * k * m, codes + b * k * m, E + b * k * m
+    scales, zeros, losses = scales + b * G * m, zeros + b * G * m, losses + b * m
     column = tl.arange(0, INNER)
     rows_there = r < m
     loss = tl.zeros((ROWS,), dtype=tl.float32)
@@ -71,7 +74,7 @@ def _sweep(
         w = tl.load(W + cells, mask=there, other=0.0)
         s = tl.load(scales + of_group, mask=there, other=1.0)
         z = tl.load(zeros + of_group, mask=there, other=0.0)
-        # What the columns of this block before c left behind; this program wrote their errors.
+        # t_i += Σ_{j<c} (w_j − ŵ_j) F_ji, j in this block; this program wrote these errors.
         for a in range(0, c, UNROLLED):
             for j in tl.static_range(UNROLLED):
                 f = tl.load(F + (a + j) * k + at, mask=inside, other=0.0)
@@ -100,36 +103,23 @@ def _sweep(
 
 
 def round_block(
-    W: Tensor,
-    T: Tensor,
-    F: Tensor,
-    d: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    groups: Tensor,
-    bits: int,
-    codes: Tensor,
-    E: Tensor,
-) -> Tensor:
-    """As `native.round_block`, for one weight or for a batch of them: every tensor may have one dimension in front.
-
-    Fills codes and E, returns each row's loss, float32 (m,) or (batch, m). In a batch the matrices of E may lie apart;
-    everything else is contiguous.
-    """
-    *batch, k, m = W.shape
-    losses = torch.empty(*batch, m, dtype=torch.float32, device=W.device)
-    programs = (triton.cdiv(m, _ROWS), *(batch or [1]))
+    W: Tensor, T: Tensor, F: Tensor, d: Tensor, grid: Grid, bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round one block of columns, as `gptq.round_block`; every tensor is contiguous, and T stays."""
+    B, k, m = T.shape
+    codes, E = torch.empty_like(T, dtype=torch.uint8), torch.empty_like(T)
+    losses = torch.empty(B, m, dtype=torch.float32, device=W.device)
     with _on(W.device):
-        _sweep[programs](
-            W, T, F, d, scales, zeros, groups, codes, E, losses, m, k, scales.shape[-2], E.stride(0) if batch else 0,
+        _round_block[triton.cdiv(m, _ROWS), B](
+            W, T, F, d, grid.scales, grid.zeros, grid.g_idx, codes, E, losses, m, k, grid.scales.shape[1],
             BITS=bits, INNER=_INNER, UNROLLED=_UNROLLED, ROWS=_ROWS, num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip
-    return losses
+    return codes, E, losses
 
 
 @triton.jit
 def _storable(s):
-    """As `grid.storable`."""
+    """Round s as `grid.storable`."""
     size = tl.minimum(tl.maximum(tl.abs(s), _SMALLEST), _LARGEST)
     return tl.where(s < 0, -size, size).to(tl.float16).to(tl.float32)
 
@@ -161,15 +151,13 @@ def _search(
     W, D, starts, coarse, fine, offsets, scales, zeros, m, n, G, coarse_count, fine_count, offset_count,
     BITS: tl.constexpr, SYM: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """`grid._Search` for some rows of one group of one matrix."""
+    """`grid.search` for some rows of one group."""
     levels: tl.constexpr = (1 << BITS) - 1
     half: tl.constexpr = 1 << (BITS - 1)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     group = tl.program_id(1)
-    matrix = tl.program_id(2).to(tl.int64)
-    W, D, scales, zeros = W + matrix * m * n, D + matrix * n, scales + matrix * m * G, zeros + matrix * m * G
-    place = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    column = (tl.load(starts + group) + place)[:, :, None]
+    index = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    column = (tl.load(starts + group) + index)[:, :, None]
     inside = column < tl.load(starts + group + 1)
     there = inside & (r < m)[None, None, :]
     w = tl.load(W + r.to(tl.int64)[None, None, :] * n + column, mask=there, other=0.0)
@@ -224,36 +212,23 @@ def _zero(z, levels):
     return tl.minimum(tl.maximum(z, 1.0), levels * 1.0)
 
 
-def fit_grid(
-    W: Tensor,
-    D: Tensor,
-    starts: Tensor,
-    coarse: Tensor,
-    fine: Tensor,
-    offsets: Tensor,
-    widest: int,
-    bits: int,
-    sym: bool,
+def search(
+    W: Tensor, D: Tensor, starts: Tensor, candidates: Candidates, bits: int, sym: bool
 ) -> tuple[Tensor, Tensor]:
-    """As `native.fit_grid`: scales and zeros, float32 (m, G).
-
-    For one weight or for a batch of them: W and D may have one dimension in front, and what is returned then has.
-
-    Args:
-        W … offsets: all on one device. widest: columns of the largest group.
-    """
-    *batch, m, n = W.shape
-    G = starts.numel() - 1
+    """Find scales and zero points, as `grid.search`."""
+    m, n = W.shape
+    G, widest = len(starts) - 1, int(starts.diff().max())
     lanes, rows = (4, 8) if widest <= _NARROW else (32, 1)
     depth = triton.next_power_of_2(triton.cdiv(widest, lanes))
     warps = max(1, depth * lanes * rows // (32 * _COLUMNS_PER_THREAD))
-    scales = torch.empty(*batch, m, G, dtype=torch.float32, device=W.device)
+    lists = (starts.int(), candidates.coarse, candidates.fine, candidates.offsets)
+    on_device = [values.to(W.device).contiguous() for values in lists]
+    scales = torch.empty(m, G, dtype=torch.float32, device=W.device)
     zeros = torch.empty_like(scales)
-    programs = (triton.cdiv(m, rows), G, *(batch or [1]))
     with _on(W.device):
-        _search[programs](
-            W, D, starts, coarse, fine, offsets, scales, zeros, m, n, G, coarse.numel(), fine.numel(),
-            offsets.numel(), BITS=bits, SYM=sym, DEPTH=depth, LANES=lanes, ROWS=rows,
+        _search[triton.cdiv(m, rows), G](
+            W.contiguous(), D.contiguous(), *on_device, scales, zeros, m, n, G,
+            *(len(values) for values in lists[1:]), BITS=bits, SYM=sym, DEPTH=depth, LANES=lanes, ROWS=rows,
             num_warps=min(warps, _MOST_WARPS), enable_fp_fusion=True,
         )  # fmt: skip
     return scales, zeros
@@ -264,3 +239,64 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
     if device.type == "cuda":
         return torch.cuda.device(device)
     return torch.xpu.device(device) if device.type == "xpu" else nullcontext()
+
+
+BACKEND = Backend("triton", search, round_block)
+
+
+@functools.cache
+def self_check(device: torch.device) -> str:
+    """Run both kernels on small problems with known answers; return what is wrong, or an empty string."""
+    try:
+        wrong = [
+            bits
+            for bits in (2, 3, 4, 8)
+            if not (_rounds_like_torch(bits, device) and _finds_scale(bits, device))
+        ]
+    # What Triton, the compilers it starts, and the driver raise for a device that they cannot serve.
+    except (TritonError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        lines = str(error).strip().splitlines()
+        return f"on {device} they do not run ({lines[0] if lines else type(error).__name__})"
+    return (
+        f"on {device} they give wrong results for {', '.join(f'{bits} bits' for bits in wrong)}"
+        if wrong
+        else ""
+    )
+
+
+def _rounds_like_torch(bits: int, device: torch.device) -> bool:
+    """Compare a block with torch. All numbers are multiples of powers of two, so that every sum is exact."""
+    generator = torch.Generator().manual_seed(0)
+    B, k, m, G = 2, 21, 35, 3
+
+    def integers(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator).float()
+
+    W, d = integers(-64, 65, k, m) / 64, integers(1, 9, k) / 4
+    F = torch.triu(integers(-2, 3, k, k) / 4, diagonal=1) + torch.eye(k)
+    scales = integers(1, 8, B, G, m) * (2 * integers(0, 2, B, G, m) - 1) / 2 ** (bits + 1)
+    zeros, groups = integers(1, 2**bits, B, G, m), torch.sort(integers(0, G, k)).values.int()
+    W, F, d, scales, zeros, groups = (part.to(device) for part in (W, F, d, scales, zeros, groups))
+    grid, T = Grid(scales, zeros, groups), W.expand(B, k, m)
+    codes, E, losses = round_block(W, T.contiguous(), F, d, grid, bits)
+    expected, E_expected, truth = torch_round_block(W, T.clone(), F, d, grid, bits)
+    close = torch.allclose(losses.double(), truth, rtol=1e-4, atol=0)
+    return torch.equal(codes, expected) and torch.equal(E, E_expected) and close
+
+
+def _finds_scale(bits: int, device: torch.device) -> bool:
+    """Search the grid of weights that lie on one, in groups of 8: the search must find a grid without error."""
+    step, zero = 2.0**-6, 2 ** (bits - 1)
+    q = torch.arange(24, device=device).mul(5).remainder(2**bits - 1) + 1
+    q[::8], q[1::8] = 0, 2**bits - 1  # the whole range in every group
+    W = ((q - zero) * step).expand(11, 24).contiguous()
+    offsets = torch.zeros(1, dtype=torch.int32)
+    candidates = Candidates(torch.tensor([0.8, 1.0, 1.1]), torch.tensor([0.95, 1.0]), offsets)
+    starts = torch.tensor([0, 8, 16, 24])
+    for sym in (True, False):
+        scales, zeros = search(W, torch.ones(24, device=device), starts, candidates, bits, sym)
+        s, z = scales.repeat_interleave(8, 1), zeros.repeat_interleave(8, 1)
+        w_hat = (torch.round(W / s).add(z).clamp(0, 2**bits - 1) - z) * s
+        if not torch.equal(w_hat, W):
+            return False
+    return True
