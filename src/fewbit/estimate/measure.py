@@ -122,10 +122,10 @@ class LayerBenchmark:
         for step in (hessian.observe_range, hessian.add):
             step(X, None, full)  # not timed
             accumulating += self._timed(partial(step, X, None, full))[0]
-        holdout = (
+        rows_held_out = (
             Holdout(self._random(holdout, n).float(), self._random(holdout, n).float()) if holdout else None
         )
-        group, correction = InputGroup(hessian, holdout), self.config.effective_correction
+        group, correction = InputGroup(hessian, rows_held_out), self.config.effective_correction
         solve = partial(quantize_weight, W, group, settings, correction=correction)
         first, _ = self._timed(solve)
         again, solution = self._timed(solve)  # with the cached factor

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import LayerSettings
 from ..errors import SolverError
 from ..quantized_matrix import QuantizedMatrix, sequential_groups
-from .backends import select
+from .backends import Backend, select
 from .cholesky import NO_CORRECTION, FactoredHessian, factor_hessian
 from .correction import (
     ALPHA_SHRINKAGE,
@@ -30,12 +30,17 @@ from .correction import (
     local_sum,
     true_error,
 )
-from .gptq import round_columns
+from .gptq import Factor, round_columns
 from .grid import Grid, fit_grid, nearest, storable
 from .hessian import Hessian
 
 # Multiples of the fitted scales; every row takes the one that ends with the lowest loss.
 SCALE_MULTIPLIERS = (1.0, 1.15, 1.3)
+
+# Weights on all candidate grids that are rounded at a time, in whole multiples of 32 rows: a matrix product gives a row
+# the same bytes beside any number of others from there on (as in `distributed`).
+CANDIDATE_ELEMENTS = 1 << 25
+ROW_MULTIPLE = 32
 
 
 @dataclass
@@ -151,11 +156,7 @@ def quantize_weight(
         E = T - codes.dequantize()
         losses = (E @ group.hessian.matrix()).mul_(E).sum(dim=1, dtype=torch.float64)
     else:
-        grids = _scaled(grid, SCALE_MULTIPLIERS if settings.bits < 8 else (1.0,))
-        q, losses = round_columns(T, H.factor, grids, settings.bits, backend.round_block)
-        best, rows = losses.argmin(0), torch.arange(len(T), device=T.device)
-        codes = _matrix(q[best, rows], Grid(grids.scales[best, rows], grid.zeros, grid.g_idx), settings)
-        losses = losses[best, rows]
+        codes, losses = _round_rows(T, H.factor, grid, settings, backend)
     loss, error = float(reduce(losses)), None
     if group.holdout is not None:
         error = true_error(W, codes.dequantize(), group.holdout, reduce)
@@ -189,6 +190,26 @@ def _target(
     else:
         alpha = float(correction)
     return torch.add(W, step, alpha=alpha, out=step), alpha, H.fallbacks
+
+
+def _round_rows(
+    T: Tensor, factor: Factor, grid: Grid, settings: LayerSettings, backend: Backend
+) -> tuple[QuantizedMatrix, Tensor]:
+    """Round T on multiples of the fitted scales; every row keeps the one with the lowest loss."""
+    grids = _scaled(grid, SCALE_MULTIPLIERS if settings.bits < 8 else (1.0,))
+    # Rows are independent: slices of them bound the memory of the candidates.
+    step = max(1, CANDIDATE_ELEMENTS // grids.scales.shape[0] // T.shape[1] // ROW_MULTIPLE) * ROW_MULTIPLE
+    q, scales, losses = [], [], []
+    for a in range(0, len(T), step):
+        rows = slice(a, a + step)
+        some = Grid(grids.scales[:, rows], grids.zeros[:, rows], grid.g_idx)
+        codes, loss = round_columns(T[rows], factor, some, settings.bits, backend.round_block)
+        best, row = loss.argmin(0), torch.arange(loss.shape[1], device=T.device)
+        q.append(codes[best, row])
+        scales.append(some.scales[best, row])
+        losses.append(loss[best, row])
+    chosen = Grid(torch.cat(scales), grid.zeros, grid.g_idx)
+    return _matrix(torch.cat(q), chosen, settings), torch.cat(losses)
 
 
 def _scaled(grid: Grid, multipliers: tuple[float, ...]) -> Grid:

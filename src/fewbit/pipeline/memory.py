@@ -15,6 +15,8 @@ from statistics import mode
 import torch
 from torch import nn
 
+from ..gptq.gptq import BLOCK
+from ..gptq.solve import CANDIDATE_ELEMENTS, SCALE_MULTIPLIERS
 from ..modeling.layers import is_layer, matrix_shape
 from ..planning import Plan, block_of
 from .statistics import BatchMasks
@@ -26,9 +28,11 @@ from .streaming import Weights
 FACTORING_MATRICES = {1: 3, 2: 5}
 KEPT_MATRICES = {1: 2, 2: 4}
 
-# Bytes for every weight of the layer being solved, in float32 matrices and codes: while columns are rounded, and while
-# targets are corrected. Bytes for every product of an output and a holdout token. Counted.
+# Bytes for every weight of the layer being solved, in float32 matrices and codes: after the rounding, and while targets
+# are corrected. Bytes for every product of an output and a holdout token. Bytes for every weight on a candidate grid,
+# in E and codes, and for those of one block besides. Counted.
 ROUNDING_BYTES, CORRECTION_BYTES, HOLDOUT_BYTES = 11, 22, 12
+CANDIDATE_BYTES, BLOCK_BYTES = 5, 10
 
 # Bytes for every weight of a block whose codes wait to be packed; later its packed tensors twice.
 PACKING_BYTES = 2
@@ -124,9 +128,12 @@ def solver_bytes(
         holdout_tokens: Tokens on which the solution is judged.
     """
     weights = out_features * in_features
-    rounding = ROUNDING_BYTES * weights + HOLDOUT_BYTES * out_features * holdout_tokens
+    candidates = min(len(SCALE_MULTIPLIERS) * weights, CANDIDATE_ELEMENTS)
+    block = BLOCK_BYTES * candidates * min(BLOCK, in_features) // in_features
+    on_candidates = CANDIDATE_BYTES * candidates + block + (5 if paths == 2 else 1) * weights
+    rounded = ROUNDING_BYTES * weights + HOLDOUT_BYTES * out_features * holdout_tokens
     correction = CORRECTION_BYTES * weights if paths == 2 else 0
-    return (4 * weights if converted else 0) + max(rounding, correction)
+    return (4 * weights if converted else 0) + max(on_candidates, rounded, correction)
 
 
 def largest_layer_bytes(plan: Plan, paths: int) -> int:
