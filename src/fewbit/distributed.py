@@ -33,6 +33,7 @@ from torch import Tensor
 
 from . import errors, native
 from .errors import ConfigError, FewbitError, RankError
+from .internals import default_store
 
 T = TypeVar("T")
 
@@ -248,7 +249,7 @@ class _ErrorBoard:
     """Error messages that the ranks of a group post in its key-value store when it breaks."""
 
     def __init__(self, group: str, rank: int, world: int) -> None:
-        self._store = dist.distributed_c10d._get_default_store()
+        self._store = default_store()
         self._keys = [f"fewbit/{group}/{rank}" for rank in range(world)]
         self._rank, self._world = rank, world
 
@@ -419,7 +420,7 @@ def torchrun_session(device: str) -> Iterator[bool]:
 @contextmanager
 def _leader_reports(rank: int) -> Iterator[None]:
     """Let rank 0 report the error, if it has one to report too."""
-    store, key = dist.distributed_c10d._get_default_store(), "fewbit/reported"
+    store, key = default_store(), "fewbit/reported"
     try:
         yield
     except FewbitError:

@@ -7,7 +7,7 @@ break only this file. ``tests/test_internals.py`` checks each entry against the 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,7 @@ __all__ = [
     "register_module_parameter_registration_hook",
     "revert_weight_conversion",
     "sdpa_attention_forward",
+    "tracing_state",
     "tree_leaves",
     "tree_map",
     "without_dispatch_modes",
@@ -63,12 +64,11 @@ without_dispatch_modes = _disable_current_modes
 
 
 # torch
-def is_tracing() -> bool:
-    """Return whether torch.jit.trace is recording."""
-    return torch._C._get_tracing_state() is not None
+# Returns the state of torch.jit.trace; None if it is not recording. Called for every product.
+tracing_state = torch._C._get_tracing_state
 
 
-def is_in_place(operator: Any) -> bool:
+def is_mutating(operator: Any) -> bool:
     """Return whether an aten operator writes to one of its arguments."""
     mutable: bool = operator._schema.is_mutable
     return mutable
@@ -150,7 +150,7 @@ def untie(model: PreTrainedModel, names: Collection[str]) -> None:
     for name in tied:
         del model.all_tied_weights_keys[name]
     if tied and isinstance(model._tied_weights_keys, Mapping):
-        # Not by assignment to one key: the class attribute is shared by all models of the class.
+        # A new dict, because all models of the class share the class attribute.
         model._tied_weights_keys = {
             target: source
             for target, source in model._tied_weights_keys.items()
@@ -170,15 +170,21 @@ def build(model_class: Any, config: Any) -> PreTrainedModel:
     return model
 
 
-def attention_name(model: PreTrainedModel) -> str:
-    """Return the name of the attention implementation that `model` runs."""
-    name: str = model.config._attn_implementation
-    return name
+def uses_sdpa(model: PreTrainedModel) -> bool:
+    """Return whether `model` runs torch's attention, and it can be replaced through `AttentionInterface`."""
+    return bool(model._supports_attention_backend) and model.config._attn_implementation == "sdpa"
 
 
-def has_attention_interface(model: PreTrainedModel) -> bool:
-    """Return whether the attention of `model` can be replaced through `AttentionInterface`."""
-    return bool(model._supports_attention_backend)
+def class_mapping(auto_class: Any) -> Mapping[Any, Any] | None:
+    """Return configuration class → model class of an auto class (AutoModelForCausalLM …); None for other classes."""
+    found: Mapping[Any, Any] | None = getattr(auto_class, "_model_mapping", None)
+    return found
+
+
+def expert_activation(experts: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return the function from the concatenated gate and up projections, or from up alone, to the input of down."""
+    found: Any = experts._apply_gate if experts.has_gate else experts.act_fn
+    return found  # type: ignore[no-any-return]
 
 
 def has_adapter(model: PreTrainedModel) -> bool:

@@ -15,10 +15,10 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .config import LayerSettings, QuantConfig
 from .errors import ConfigError, ModelError
+from .internals import NonDynamicallyQuantizableLinear
 from .modeling.experts import why_fused
 from .modeling.layers import is_layer, matrix_shape
 from .modeling.multimodal import parts_of

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.masking_utils import AttentionMaskInterface
 
 from .. import native
+from ..internals import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_attention_forward, uses_sdpa
 from ..kernels.cpu.fused_ops import fuse_gated_mlps, fuse_norms
 from ..kernels.cpu.kernel import can_bypass_dispatch
 from ..kernels.cpu.merged import MergedCpuKernel, merge_layers
@@ -93,9 +93,7 @@ def _is_supported(query: Tensor, key: Tensor, value: Tensor) -> bool:
 def _fuse_attention(model: nn.Module) -> bool:
     """Use `attention_forward` if the model and all its parts use torch's attention through transformers' interface."""
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    if not isinstance(model, PreTrainedModel) or not all(
-        part._supports_attention_backend and part.config._attn_implementation == "sdpa" for part in parts
-    ):
+    if not isinstance(model, PreTrainedModel) or not all(map(uses_sdpa, parts)):
         return False
     AttentionInterface.register(ATTENTION, attention_forward)
     AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

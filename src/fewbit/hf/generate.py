@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+
+from ..internals import DynamicLayer
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .. import internals
 from ..checkpoint import layout
 from ..checkpoint.quantization_config import LayerFormat
 from ..errors import CheckpointError, KernelError
@@ -46,7 +47,7 @@ class QuantizedWeight(Tensor):
             cls, shape, dtype=layer.compute_dtype, device=layer.device
         )
         weight._layer = layer
-        weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        internals.mark_loaded(weight)
         return weight
 
     def __init__(self, layer: QuantizedLayer, shape: tuple[int, ...]) -> None:
@@ -69,7 +70,7 @@ class QuantizedWeight(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run any operation on the dequantized weight."""
-        if func._schema.is_mutable and args and isinstance(args[0], QuantizedWeight):
+        if internals.is_mutating(func) and args and isinstance(args[0], QuantizedWeight):
             raise KernelError(_UNCHANGEABLE)
 
         def dense(value: Any) -> Any:
@@ -77,8 +78,7 @@ class QuantizedWeight(Tensor):
                 value._layer.dequantize().view(value.shape) if isinstance(value, QuantizedWeight) else value
             )
 
-        tree = torch.utils._pytree
-        return func(*tree.tree_map(dense, args), **tree.tree_map(dense, kwargs or {}))
+        return func(*internals.tree_map(dense, args), **internals.tree_map(dense, kwargs or {}))
 
 
 class QuantizedLayer(nn.Module):
@@ -113,7 +113,7 @@ class QuantizedLayer(nn.Module):
         self.kernel_asked = "reference"
         self.trainable = False  # whether a kernel without gradients to the input was ruled out
         self.kernel_reasons: tuple[tuple[str, str | None], ...] = ()
-        self._is_hf_initialized = True
+        internals.mark_loaded(self)
 
     # Attributes that other libraries read from a GPTQ layer.
     @property
@@ -230,7 +230,7 @@ class QuantizedLayer(nn.Module):
         if canonical:
             for name in set(self._buffers) - set(layout.PARTS):
                 del self._buffers[name]
-                self._non_persistent_buffers_set.discard(name)
+                internals.non_persistent_buffers(self).discard(name)
             self._buffers.update(canonical)
         self.kernel = registry.get("reference")
 
@@ -248,7 +248,7 @@ class QuantizedLayer(nn.Module):
 
     def fill_in_g_idx(self) -> None:
         """Write the g_idx that the checkpoint left out, after a loader has allocated the buffers."""
-        if layout.G_IDX in self._non_persistent_buffers_set:
+        if layout.G_IDX in internals.non_persistent_buffers(self):
             self._buffers[layout.G_IDX] = self._sequential().to(self.device)
 
     # Moving, saving and loading, as nn.Module does it.

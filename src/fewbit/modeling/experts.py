@@ -15,19 +15,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
+
+from .. import internals
+from ..internals import (
     Concatenate,
     MergeModulelist,
     PrefixChange,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
+    get_model_conversion_mapping,
 )
 
 ROUTING = "routing"  # attribute name of the `RoutingPoint` in `UnfusedExperts`
@@ -203,7 +204,7 @@ def unfuse(model: nn.Module) -> dict[str, UnfusedExperts]:
             modules[name] = UnfusedExperts(fused)
             setattr(model.get_submodule(parent), own, modules[name])
     if modules:
-        model._weight_conversions = unfused_conversions(model, conversions)
+        internals.set_conversions(model, unfused_conversions(model, conversions))
     return modules
 
 
@@ -279,9 +280,7 @@ def _fused_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _activation(fused: nn.Module, first: Tensor) -> Tensor:
     """Map the concatenated outputs of gate and up, or of up alone, to the input of down."""
-    apply: Any = fused._apply_gate if fused.has_gate else fused.act_fn
-    h: Tensor = apply(first)
-    return h
+    return internals.expert_activation(fused)(first)
 
 
 def _layers(fused: nn.Module, number: int) -> dict[str, nn.Linear]:
@@ -298,7 +297,7 @@ def _layers(fused: nn.Module, number: int) -> dict[str, nn.Linear]:
 
 def conversions_of(model: PreTrainedModel) -> list[WeightTransform]:
     """Return the conversion `model` was loaded with, or the one of its class if it was not loaded."""
-    used: list[WeightTransform] | None = getattr(model, "_weight_conversions", None)
+    used = internals.conversions(model)
     if used is not None:
         return list(used)
     # As in transformers' own saving: without a file, prefixes are unknown.

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from .. import internals
 from ..checkpoint.reader import open_weights
 from ..checkpoint.safetensors_file import FileTensor, TensorInfo, scan
 from ..errors import CheckpointError, DependencyError, FewbitError, ModelError
@@ -244,12 +245,12 @@ class Source:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
         found = self._model_class(config)
-        if not hasattr(found, "_model_mapping"):
+        mapping = internals.class_mapping(found)
+        if mapping is None:
             return found
         if self.trust_remote_code and getattr(config, "auto_map", None):
             reference = config.auto_map[_auto_class(config)]
             return get_class_from_dynamic_module(reference, str(self.folder))
-        mapping = found._model_mapping
         if type(config) not in mapping:
             raise ModelError(
                 f"transformers knows no causal language model for {type(config).__name__} in {self.folder}: name its "

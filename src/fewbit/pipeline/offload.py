@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 
 from ..formatting import size
-from ..internals import TorchDispatchMode, is_in_place
+from ..internals import TorchDispatchMode, is_mutating
 from ..profiling import Profiler
 from .memory import RESIDENT_STORAGES, ActivationBudget
 from .offload_store import DiskStore, HostStore, is_on_cpu
@@ -207,7 +207,7 @@ class Offloader(NoOffload):
                 for record in needed.values():
                     self._restore(record)
         for record in needed.values():
-            record.clean = record.clean and not is_in_place(func)
+            record.clean = record.clean and not is_mutating(func)
             if self._recording:
                 self._touch(record)
         if not self._recording and len(self._resident) > RESIDENT_STORAGES and self._held > self._budget:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ... import native
 from ...checkpoint import layout
+from ...internals import tracing_state
 from ..spec import Kernel, KernelSpec, QuantizedBuffers
 from . import packed
 from .packed import PackedWeight, Rounding
@@ -117,7 +118,7 @@ def packed_weight(layer: QuantizedBuffers) -> PackedWeight:
 
 def can_bypass_dispatch(x: Tensor, other: Tensor | None) -> bool:
     """Whether compiled code may be called directly: no compiler, tracer, gradients or tensor subclass."""
-    if type(x) is not Tensor or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if type(x) is not Tensor or torch.compiler.is_compiling() or tracing_state() is not None:
         return False
     return not _needs_gradients(x, other)
 
