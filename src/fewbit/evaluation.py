@@ -1,4 +1,4 @@
-"""How good a model is on a text: perplexity, and KL divergence and top-1 agreement with a second model.
+"""Evaluate a model on a text: perplexity, and KL divergence and top-1 agreement with a second model.
 
 The protocol, so that numbers can be compared (docs/evaluation.md says why):
 
@@ -41,10 +41,11 @@ class Evaluation:
         stderr: standard error of the perplexity (perplexity · nll_stderr); None with a single window.
         nll_stderr: standard error of nll, from the spread over windows; None with a single window.
         tokens: predicted tokens.
-        windows: windows scored. seq_len: tokens in each.
+        windows: number of windows.
+        seq_len: tokens per window.
         seconds: wall time, both models.
         kl: mean KL(against ‖ model) per token, in nats; None without a second model, as the next two.
-        kl_stderr: its standard error over windows.
+        kl_stderr: standard error of `kl` over windows.
         top1_agreement: share of positions at which both models rank the same token first.
     """
 
@@ -76,7 +77,7 @@ def windows(
             texts, which are joined by blank lines. ``[text]`` evaluates one text exactly as it is.
         tokenizer: a transformers tokenizer.
         seq_len: tokens per window, at least 2.
-        num_windows: the first so many; None for all.
+        num_windows: maximum number of windows, from the start; None for all.
         bos: put the tokenizer's BOS token first in every window, in place of its last text token.
 
     Returns:
