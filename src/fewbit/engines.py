@@ -175,13 +175,13 @@ def of_checkpoint(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> Contents:
 def of_plan(plan: Plan, config: QuantConfig) -> Contents:
     """Return the contents of a planned checkpoint. With `target_bits`, each layer has an entry for every choice."""
     from .kernels.spec import KernelSpec
-    from .mixed_precision.units import make_units
+    from .mixed_precision.settings_groups import make_groups
 
     choices = {layer.name: [(layer.settings.bits, layer.settings.group_size)] for layer in plan.layers}
     if config.target_bits is not None:
-        for unit in make_units(plan, config):
-            every = [(choice.bits, choice.group_size) for choice in unit.choices]
-            choices |= dict.fromkeys((layer.name for layer in unit.layers), every)
+        for group in make_groups(plan, config):
+            every = [(choice.bits, choice.group_size) for choice in group.choices]
+            choices |= dict.fromkeys((layer.name for layer in group.layers), every)
     layers = [
         (
             layer.name,
@@ -280,14 +280,14 @@ def _of_base(engine: Engine, contents: Contents) -> Iterator[str]:
 
 def _of_merged(contents: Contents) -> Iterator[str]:
     """Yield layers that are merged but differ in their settings."""
-    from .mixed_precision.units import family
+    from .mixed_precision.settings_groups import merge_key
 
     groups: dict[str, dict[str, set[LayerFormat]]] = {}
     for name, spec in contents.layers:
-        groups.setdefault(family(name), {}).setdefault(name, set()).add(spec.layer_format)
+        groups.setdefault(merge_key(name), {}).setdefault(name, set()).add(spec.layer_format)
     for name in contents.plain:
-        if family(name) in groups:
-            groups[family(name)].setdefault(name, set())
+        if merge_key(name) in groups:
+            groups[merge_key(name)].setdefault(name, set())
     apart = {name for name, members in groups.items() if len(set(map(frozenset, members.values()))) > 1}
     if apart:
         yield (

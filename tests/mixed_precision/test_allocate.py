@@ -8,25 +8,25 @@ import pytest
 from fewbit.mixed_precision.allocate import Option, allocate, hull
 
 
-def total(units, chosen):
-    picked = [options[index] for options, index in zip(units, chosen, strict=True)]
+def total(groups, chosen):
+    picked = [options[index] for options, index in zip(groups, chosen, strict=True)]
     return sum(option.size for option in picked), sum(option.cost for option in picked)
 
 
-def brute_force(units, budget):
+def brute_force(groups, budget):
     combinations = (
         (sum(option.size for option in picked), sum(option.cost for option in picked))
-        for picked in itertools.product(*units)
+        for picked in itertools.product(*groups)
     )
     return min(cost for size, cost in combinations if size <= budget)
 
 
 def like_layers(random_, count):
     """Options as layers have them: two group sizes at 2, 3, 4 and 8 bits, the cost falling about fourfold per bit."""
-    units = []
+    groups = []
     for _ in range(count):
         weights, sensitivity = random_.choice([64, 256]), random_.lognormvariate(0, 1.5)
-        units.append(
+        groups.append(
             [
                 Option(
                     int(weights * (bits + 32 / group)),
@@ -36,55 +36,55 @@ def like_layers(random_, count):
                 for group in (32, 64)
             ]
         )
-    return units
+    return groups
 
 
 def test_nearly_always_as_good_as_trying_everything():
     optimal = 0
     for seed in range(60):
         random_ = random.Random(seed)
-        units = like_layers(random_, 4)
-        smallest, largest = (sum(pick(o.size for o in options) for options in units) for pick in (min, max))
+        groups = like_layers(random_, 4)
+        smallest, largest = (sum(pick(o.size for o in options) for options in groups) for pick in (min, max))
         budget = random_.randint(smallest, largest)
-        size, cost = total(units, allocate(units, budget))
+        size, cost = total(groups, allocate(groups, budget))
         assert size <= budget
-        optimal += cost <= 1.001 * brute_force(units, budget)
+        optimal += cost <= 1.001 * brute_force(groups, budget)
     assert optimal >= 54
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_any_numbers_stay_within_the_budget_and_near_the_optimum(seed):
     random_ = random.Random(seed)
-    units = [
+    groups = [
         [Option(random_.randint(1, 40), random_.random()) for _ in range(random_.randint(1, 5))]
         for _ in range(5)
     ]
-    smallest, largest = (sum(pick(o.size for o in options) for options in units) for pick in (min, max))
+    smallest, largest = (sum(pick(o.size for o in options) for options in groups) for pick in (min, max))
     budget = random_.randint(smallest, largest)
-    size, cost = total(units, allocate(units, budget))
+    size, cost = total(groups, allocate(groups, budget))
     assert size <= budget
-    # The relaxed problem's solution differs in one unit.
-    spread = max(max(o.cost for o in options) - min(o.cost for o in options) for options in units)
-    assert cost <= brute_force(units, budget) + spread
+    # The relaxed problem's solution differs in one group.
+    spread = max(max(o.cost for o in options) - min(o.cost for o in options) for options in groups)
+    assert cost <= brute_force(groups, budget) + spread
 
 
-def test_many_units_fill_the_budget():
-    units = like_layers(random.Random(0), 400)
-    smallest = sum(min(o.size for o in options) for options in units)
+def test_many_groups_fill_the_budget():
+    groups = like_layers(random.Random(0), 400)
+    smallest = sum(min(o.size for o in options) for options in groups)
     budget = int(1.37 * smallest)
-    size, _ = total(units, allocate(units, budget))
+    size, _ = total(groups, allocate(groups, budget))
     assert 0.999 * budget <= size <= budget
 
 
 def test_a_pair_is_exchanged_where_no_single_change_helps():
-    # Along the hulls the first unit takes 6 of 10; the second needs all 10.
-    units = [[Option(0, 7.0), Option(6, 0.0)], [Option(0, 10.0), Option(10, 0.0)]]
-    assert allocate(units, 10) == [0, 1]
+    # Along the hulls the first group takes 6 of 10; the second needs all 10.
+    groups = [[Option(0, 7.0), Option(6, 0.0)], [Option(0, 10.0), Option(10, 0.0)]]
+    assert allocate(groups, 10) == [0, 1]
 
 
 def test_a_budget_of_the_smallest_options_takes_them():
-    units = [[Option(3, 1.0), Option(2, 5.0)], [Option(1, 0.0)]]
-    assert allocate(units, 3) == [1, 0]
+    groups = [[Option(3, 1.0), Option(2, 5.0)], [Option(1, 0.0)]]
+    assert allocate(groups, 3) == [1, 0]
 
 
 def test_more_bytes_are_not_used_where_they_buy_nothing():

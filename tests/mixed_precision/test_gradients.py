@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fewbit.errors import ModelError
-from fewbit.mixed_precision.gradients import collect, gaussian_score, label_score
+from fewbit.mixed_precision.gradients import collect_samples, gaussian_score, label_score
 from fewbit.modeling.layers import is_layer
 from models import FAMILIES, random_sequences, tiny_model
 
@@ -24,7 +24,7 @@ def batches(count=2, **more):
 
 def run(model, data, rows=1000, seed=0):
     layers = linear_layers(model)
-    return collect(
+    return collect_samples(
         model, layers, list(model.model.layers), data, rows=rows, seed=seed, progress=lambda done, total: None
     )
 
@@ -55,7 +55,7 @@ def test_padding_has_no_label():
 
 def test_gradients_are_those_of_plain_autograd():
     model, data = tiny_model("llama"), batches(1)
-    probes, positions = run(model, data)
+    samples, positions = run(model, data)
     name = "model.layers.1.self_attn.o_proj"
     found = {}
 
@@ -68,7 +68,7 @@ def test_gradients_are_those_of_plain_autograd():
     handle.remove()
     score, count = label_score(logits.detach(), None, torch.Generator().manual_seed(0))
     logits.backward(score)
-    x, g = probes[name].rows()
+    x, g = samples[name].rows()
     assert positions == count == 24
     torch.testing.assert_close(x, found["x"][0].detach())
     torch.testing.assert_close(g, found["y"].grad[0])
@@ -95,11 +95,11 @@ def test_every_layer_of_every_family_gets_gradients(family):
         if is_layer(module) and name not in ("lm_head", "embed_out")
     }
     blocks = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
-    probes, _ = collect(
+    samples, _ = collect_samples(
         model, layers, list(blocks), batches(), rows=100, seed=0, progress=lambda done, total: None
     )
-    for name, probe in probes.items():
-        x, g = probe.rows()
+    for name, sample in samples.items():
+        x, g = sample.rows()
         assert len(x) == len(g) == 48, name
         assert g.ne(0).any(), name
 
@@ -148,11 +148,11 @@ class InPlace(nn.Module):
 def test_models_of_unusual_habits():
     model = InPlace()
     layers = {"first": model.first, "second": model.second}
-    probes, positions = collect(
+    samples, positions = collect_samples(
         model, layers, [], [{"x": torch.randn(1, 6, 4)}], rows=100, seed=0, progress=lambda done, total: None
     )
     assert positions == 6
-    torch.testing.assert_close(probes["first"].g[0], probes["second"].g[0] @ model.second.weight.detach())
+    torch.testing.assert_close(samples["first"].g[0], samples["second"].g[0] @ model.second.weight.detach())
 
 
 class Convolution(nn.Module):
@@ -166,13 +166,13 @@ class Convolution(nn.Module):
 
 def test_rows_of_a_convolution_are_its_patches():
     model, x = Convolution(), torch.randn(2, 3, 6, 8)
-    probes, _ = collect(
+    samples, _ = collect_samples(
         model, {"layer": model.layer}, [], [{"x": x}], rows=1000, seed=0, progress=lambda done, total: None
     )
     output = model(x)
     score, _ = gaussian_score(output.detach(), None, torch.Generator().manual_seed(0))
     output.backward(score)
-    patches, g = probes["layer"].rows()
+    patches, g = samples["layer"].rows()
     torch.testing.assert_close(g.T @ patches, model.layer.weight.grad.flatten(1))
 
 
@@ -202,7 +202,7 @@ class BrokenBackward(NoGradient):
 )
 def test_models_without_gradients_are_refused_with_advice(model, reason):
     with pytest.raises(ModelError, match=rf"{reason}.*leave target_bits out and choose bits with override"):
-        collect(
+        collect_samples(
             model,
             {"layer": model.layer},
             [],

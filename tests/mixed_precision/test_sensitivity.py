@@ -9,7 +9,7 @@ from fewbit.config import QuantConfig
 from fewbit.errors import ModelError
 from fewbit.gptq.grid import fit_grid, nearest
 from fewbit.mixed_precision.sensitivity import measure, measured_batches
-from fewbit.mixed_precision.units import Choice, make_units
+from fewbit.mixed_precision.settings_groups import Choice, make_groups
 from fewbit.planning import make_plan
 from fewbit.quantized_matrix import sequential_groups
 from models import random_sequences, tiny_model
@@ -29,8 +29,8 @@ def calibration():
 
 def costs(model, calibration, seed=0):
     plan = make_plan(model, CONFIG)
-    units = make_units(plan, CONFIG)
-    return units, measure(model, plan, units, calibration, seed, lambda done, total: None)
+    groups = make_groups(plan, CONFIG)
+    return groups, measure(model, plan, groups, calibration, seed, lambda done, total: None)
 
 
 def kl_of(model, batches, name, E):
@@ -47,10 +47,10 @@ def kl_of(model, batches, name, E):
 
 @pytest.mark.parametrize("name", ["model.layers.1.self_attn.o_proj", "model.layers.0.mlp.down_proj"])
 def test_the_prediction_is_the_kl_divergence(model, calibration, name):
-    units, found = costs(model, calibration)
-    index = next(i for i, unit in enumerate(units) if unit.layers[0].name == name)
+    groups, found = costs(model, calibration)
+    index = next(i for i, group in enumerate(groups) if group.layers[0].name == name)
     choice = Choice(3, 32)
-    predicted = found.by_unit[index][units[index].choices.index(choice)]
+    predicted = found.by_group[index][groups[index].choices.index(choice)]
     W = model.get_submodule(name).weight.data
     groups = sequential_groups(W.shape[1], 32)
     grid = fit_grid(W, torch.ones(W.shape[1]), groups, 3, sym=True)
@@ -60,16 +60,16 @@ def test_the_prediction_is_the_kl_divergence(model, calibration, name):
 
 
 def test_more_bits_and_smaller_groups_cost_less(model, calibration):
-    units, found = costs(model, calibration)
-    for unit, of_unit in zip(units, found.by_unit, strict=True):
-        cost = dict(zip(unit.choices, of_unit, strict=True))
+    groups, found = costs(model, calibration)
+    for group, of_group in zip(groups, found.by_group, strict=True):
+        cost = dict(zip(group.choices, of_group, strict=True))
         assert cost[2, 64] > 2 * cost[3, 64] > 4 * cost[4, 64] > 40 * cost[8, 64] > 0
         assert cost[4, 32] < cost[4, 64]
 
 
 def test_the_same_seed_gives_the_same_costs(model):
     calibration = prepare(random_sequences(4, 16), None, num_samples=4, seq_len=16)
-    first, again, other = (costs(model, calibration, seed)[1].by_unit for seed in (1, 1, 2))
+    first, again, other = (costs(model, calibration, seed)[1].by_group for seed in (1, 1, 2))
     assert first == again
     assert first != other
 
@@ -78,7 +78,7 @@ def test_progress_runs_to_the_end(model, calibration):
     plan = make_plan(model, CONFIG)
     seen = []
     measure(
-        model, plan, make_units(plan, CONFIG), calibration, 0, lambda done, total: seen.append((done, total))
+        model, plan, make_groups(plan, CONFIG), calibration, 0, lambda done, total: seen.append((done, total))
     )
     assert seen == sorted(seen)
     assert seen[-1] == (28, 28)
@@ -107,14 +107,14 @@ def ready(model):
     batches = [{"x": torch.randn(2, 16, 64)} for _ in range(3)]
     plan = make_plan(model, CONFIG)
     calibration = Calibration(batches, "", 0, 3, "tensors")
-    return measure(model, plan, make_units(plan, CONFIG), calibration, 0, lambda done, total: None)
+    return measure(model, plan, make_groups(plan, CONFIG), calibration, 0, lambda done, total: None)
 
 
 def test_a_layer_without_tokens_counts_like_the_average_weight():
     torch.manual_seed(0)
     found = ready(Branches())
     assert found.unreached == ["unused"]
-    reached, unreached = found.by_unit
+    reached, unreached = found.by_group
     assert all(0.5 < b / a < 2 for a, b in zip(reached, unreached, strict=True))
 
 

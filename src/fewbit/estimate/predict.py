@@ -32,7 +32,7 @@ from ..checkpoint.safetensors_file import encode_header
 from ..config import QuantConfig
 from ..distributed import largest_shard
 from ..mixed_precision.sensitivity import ROWS, measured_batches
-from ..mixed_precision.units import Choice, stored_bytes
+from ..mixed_precision.settings_groups import Choice, stored_bytes
 from ..modeling.source import Source
 from ..pipeline.memory import (
     FACTORING_MATRICES,

@@ -1,32 +1,37 @@
-"""Mixed precision by budget: bits and group size for every layer, so that the whole fits `target_bits`.
+"""Mixed precision by budget: bits and group size for every layer, so that the model meets `target_bits`.
 
-    units (what must be alike) ─ sensitivity (cost of each choice) ─ allocate (least cost that fits) ─ plan
+    groups (layers that share settings) ─ sensitivity (cost of each choice) ─ allocate (least cost that fits) ─ plan
 
 `check_budget` refuses an impossible budget before any work; `choose_bits` returns the plan with its new settings.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
+from ..atomic_io import write_whole
 from ..calibration import Calibration
 from ..config import QuantConfig
 from ..context import RunContext
-from ..errors import ConfigError
+from ..errors import ConfigError, OutputError, ResumeError
 from ..pipeline.streaming import Weights
 from ..planning import Plan, with_settings
 from .allocate import Option, allocate
-from .record import Allocation, BudgetStore
 from .sensitivity import Costs, measure
-from .units import Choice, make_units, stored_bytes
+from .settings_groups import Choice, make_groups, stored_bytes
 
 __all__ = ["BudgetStore", "base_settings", "check_budget", "choose_bits"]
 
-# Marlin, which vLLM and SGLang take for a whole model by the bits that its configuration states.
+# vLLM and SGLang choose the Marlin kernel for a whole model if its configuration states one of these bits.
 _MARLIN_BITS = (4, 8)
 
 
@@ -34,8 +39,8 @@ def check_budget(plan: Plan, config: QuantConfig) -> None:
     """Raises ConfigError if no choice meets `config.target_bits`; the message names the smallest possible."""
     if config.target_bits is None:
         return
-    units = make_units(plan, config)
-    least = sum(min(unit.bytes(choice) for choice in unit.choices) for unit in units)
+    groups = make_groups(plan, config)
+    least = sum(min(group.bytes(choice) for choice in group.choices) for group in groups)
     if least > _budget(plan, config.target_bits):
         raise ConfigError(
             f"target_bits {config.target_bits} cannot be met: with scales, zero points and overrides these layers take "
@@ -69,7 +74,7 @@ def choose_bits(
     Raises:
         ConfigError: no choice meets the budget.
         ModelError: no gradients can be computed through the model.
-        ResumeError: the stored choice is lost, and a new one differs from that of the layers already solved.
+        ResumeError: the stored choice is lost, and a new one differs from the settings of layers already solved.
     """
     chosen: tuple[Plan, list[str]] = plan, []
     if ctx.config.target_bits is not None and ctx.comm.is_leader:
@@ -106,21 +111,21 @@ def _choose(
 ) -> Allocation:
     config, progress = ctx.config, ctx.progress
     check_budget(plan, config)
-    units = make_units(plan, config)
+    groups = make_groups(plan, config)
     costs = measure(
-        model, plan, units, calibration, config.seed, lambda done, total: progress("measure", done, total)
+        model, plan, groups, calibration, config.seed, lambda done, total: progress("measure", done, total)
     )
     options = [
-        [Option(unit.bytes(choice), cost) for choice, cost in zip(unit.choices, of_unit, strict=True)]
-        for unit, of_unit in zip(units, costs.by_unit, strict=True)
+        [Option(group.bytes(choice), cost) for choice, cost in zip(group.choices, of_group, strict=True)]
+        for group, of_group in zip(groups, costs.by_group, strict=True)
     ]
     chosen = allocate(options, _budget(plan, target_bits))
     layers = {
-        layer.name: unit.choices[index]
-        for unit, index in zip(units, chosen, strict=True)
-        for layer in unit.layers
+        layer.name: group.choices[index]
+        for group, index in zip(groups, chosen, strict=True)
+        for layer in group.layers
     }
-    predicted = sum(of_unit[index] for of_unit, index in zip(costs.by_unit, chosen, strict=True))
+    predicted = sum(of_group[index] for of_group, index in zip(costs.by_group, chosen, strict=True))
     return Allocation(layers, tuple(_notes(plan, target_bits, layers, predicted, costs)))
 
 
@@ -148,3 +153,84 @@ def _notes(
             "were chosen as if their weights mattered like the average weight"
         )
     return notes
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A choice.
+
+    Attributes:
+        layers: layer → its bits and group size.
+        notes: sentences about the choice.
+    """
+
+    layers: dict[str, Choice]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BudgetStore:
+    """The choice on disk, beside the journal, so that a resumed run uses the same one without measuring again.
+
+    ``OUT/.fewbit/allocation.json`` holds the fingerprint of the run, the settings of every layer and the sentences
+    about them, with a checksum. A file that is damaged or from other inputs counts as absent.
+
+    Attributes:
+        folder: folder of the journal.
+        fingerprint: hashes of everything that decides the result.
+        finished: layer that is already solved → its record, with its bits and group size.
+    """
+
+    folder: Path
+    fingerprint: Mapping[str, str]
+    finished: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "allocation.json"
+
+    def read(self) -> Allocation | None:
+        """The stored choice; None if there is none that can be used."""
+        if not self.path.is_file():
+            return None
+        checksum, _, text = self.path.read_bytes().decode(errors="replace").partition("\n")
+        if checksum != _checksum(text):
+            return None
+        try:
+            values = json.loads(text)
+            if values["fingerprint"] != dict(self.fingerprint):
+                return None
+            layers = {name: Choice(*choice) for name, choice in values["layers"].items()}
+            return Allocation(layers, tuple(values["notes"]))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None
+
+    def write(self, allocation: Allocation) -> None:
+        """Store a choice.
+
+        Raises:
+            ResumeError: it differs from what the finished layers have.
+            OutputError: the disk is full or cannot be written.
+        """
+        for name, record in self.finished.items():
+            if allocation.layers[name] != (record["bits"], record["group_size"]):
+                raise ResumeError(
+                    f"{self.path} was lost, and choosing again gives {name} other bits than it already has: "
+                    f"delete {self.folder} to start again"
+                )
+        values = {
+            "fingerprint": dict(self.fingerprint),
+            "layers": allocation.layers,
+            "notes": allocation.notes,
+        }
+        text = json.dumps(values, indent=1)
+        try:
+            write_whole(self.path, f"{_checksum(text)}\n{text}".encode())
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {self.path}: {error.strerror}. Make room and run the same command again"
+            ) from error
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

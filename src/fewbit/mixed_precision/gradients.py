@@ -1,11 +1,10 @@
-"""What the model's output feels of an error in a layer: inputs and output gradients at the same tokens.
+"""How the model's output depends on every layer: inputs and output gradients of the same tokens.
 
-Contract: `collect` runs the model forward and backward over a few batches and leaves it as it was. It
-knows nothing of bits or groups.
+`collect_samples` runs the model forward and backward over a few batches and does not change it.
 
-The labels are drawn from the model's own distribution p. For a small change Δy_t of a layer's output at
-token t, E[½ (g_tᵀ Δy_t)²] is then the KL divergence that it causes (g_t the gradient of log p(labels)):
-the second-order term of the KL divergence is ½ Δyᵀ F Δy with F = E[g gᵀ], the Fisher information.
+The labels are drawn from the model's own distribution p, and g_t is the gradient of log p(labels) with respect to a
+layer's output at token t. The second-order term of the KL divergence is ½ Δyᵀ F Δy with the Fisher information
+F = E[g gᵀ]. So a small change Δy_t causes a KL divergence of E[½ (g_tᵀ Δy_t)²].
 
 Memory: the inputs of every block for one batch, one block's activations, and the rows that are kept.
 """
@@ -30,13 +29,13 @@ _CHUNK_ELEMENTS = 1 << 24
 
 
 @dataclass
-class Holdout:
-    """The tokens kept of one layer.
+class LayerSample:
+    """Some tokens of one layer, in the dtype of the activations; one tensor for each call of the layer.
 
     Attributes:
-        x: inputs (tokens, in), one tensor for each time the layer was called. g: gradients (tokens, out) of
-            the log-likelihood of the labels, scaled so that a sum of (gᵀ Δy)² over the kept tokens estimates
-            that over all tokens. Both in the dtype of the activations.
+        x: inputs (tokens, in).
+        g: gradients (tokens, out) of the log-likelihood of the labels, scaled so that a sum of (gᵀ Δy)² over these
+            tokens estimates the sum over all tokens.
     """
 
     x: list[Tensor] = field(default_factory=list)
@@ -47,7 +46,7 @@ class Holdout:
         return torch.cat(self.x), torch.cat(self.g)
 
 
-def collect(
+def collect_samples(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     blocks: Sequence[nn.Module],
@@ -56,22 +55,22 @@ def collect(
     rows: int,
     seed: int,
     progress: Callable[[int, int], None],
-) -> tuple[dict[str, Holdout], int]:
+) -> tuple[dict[str, LayerSample], int]:
     """Inputs and gradients of all layers, and the number of positions whose labels were drawn.
 
     Args:
-        model: in evaluation mode. layers: of the model, by name.
-        blocks: modules of which only the inputs are kept between the forward and the backward pass; what is
-            inside them is computed twice.
-        batches: the model's keyword arguments, on its device.
+        model: model in evaluation mode.
+        layers: layers of the model, by name.
+        blocks: modules whose activations are computed again in the backward pass; only their inputs are kept.
+        batches: keyword arguments of the model, on its device.
         rows: tokens kept per layer and batch.
-        seed: of the labels.
-        progress: called as ``progress(done, total)`` after each batch.
+        seed: seed of the labels.
+        progress: callback, called as ``progress(done, total)`` after each batch.
 
     Raises:
         ModelError: gradients cannot be computed through this model.
     """
-    probes = {name: Holdout() for name in layers}
+    samples = {name: LayerSample() for name in layers}
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     positions = 0
     with ExitStack() as undo:
@@ -79,16 +78,16 @@ def collect(
         undo.enter_context(_frozen(model))
         undo.enter_context(_recomputed(blocks))
         for name, module in layers.items():
-            hook = _keep(probes[name], rows)
+            hook = _keep(samples[name], rows)
             undo.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         for done, batch in enumerate(batches, start=1):
             positions += _forward_backward(model, batch, generator)
             progress(done, len(batches))
-    return probes, positions
+    return samples, positions
 
 
 def _forward_backward(model: nn.Module, batch: Mapping[str, Tensor], generator: torch.Generator) -> int:
-    """One batch; the hooks take what they want. Returns the number of labels drawn."""
+    """Run one batch forward and backward. Returns the number of labels drawn."""
     advice = "target_bits measures every layer by its gradients: leave target_bits out and choose bits with override"
     try:
         output = model(**batch, **without_cache(model))
@@ -107,7 +106,7 @@ Score = Callable[[Tensor, Tensor | None, torch.Generator], tuple[Tensor, int]]
 
 
 def _result(output: Any) -> tuple[Tensor | None, Score]:
-    """What a model's output is compared by: its logits, or its first tensor (the last hidden state)."""
+    """The part of a model's output that is compared: its logits, or its first tensor (the last hidden state)."""
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits, label_score
@@ -119,7 +118,9 @@ def label_score(logits: Tensor, counted: Tensor | None, generator: torch.Generat
     """Gradient of Σ log p(label) with respect to the logits, the labels drawn from p: onehot(label) − p.
 
     Args:
-        logits: (..., vocabulary). counted: bool (...), positions with a label; None for all.
+        logits: float (..., vocabulary).
+        counted: bool (...), positions with a label; None for all.
+        generator: random numbers for the labels.
 
     Returns:
         The gradient, of the shape and dtype of the logits, and the number of labels.
@@ -135,7 +136,7 @@ def label_score(logits: Tensor, counted: Tensor | None, generator: torch.Generat
 
 
 def gaussian_score(hidden: Tensor, counted: Tensor | None, generator: torch.Generator) -> tuple[Tensor, int]:
-    """The same for outputs that are no logits: labels ~ N(hidden, σ² I), σ² being the mean square of `hidden`.
+    """The same for outputs other than logits: labels ~ N(hidden, σ² I), σ² being the mean square of `hidden`.
 
     The KL divergence is then half the squared relative error of the output, summed over its features.
     """
@@ -158,11 +159,11 @@ def _counted(result: Tensor, batch: Mapping[str, Tensor]) -> Tensor | None:
     return mask.bool() if mask is not None and mask.shape == result.shape[:-1] else None
 
 
-def _keep(probe: Holdout, rows: int) -> Callable[[nn.Module, Any, dict[str, Any], Tensor], Tensor]:
-    """A forward hook that puts some input rows, and later their gradients, into `probe`."""
+def _keep(sample: LayerSample, rows: int) -> Callable[[nn.Module, Any, dict[str, Any], Tensor], Tensor]:
+    """A forward hook that puts some input rows, and later their gradients, into `sample`."""
 
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        if not output.requires_grad:  # the first layers: here the gradients end
+        if not output.requires_grad:  # the first layers, where the gradients end
             # Cloned, because a model may change it in place, which a leaf does not allow.
             output = output.detach().requires_grad_().clone()
         first: Tensor = args[0] if args else next(iter(kwargs.values()))
@@ -171,8 +172,8 @@ def _keep(probe: Holdout, rows: int) -> Callable[[nn.Module, Any, dict[str, Any]
         x_kept, scale = x[kept], (len(x) / max(len(kept), 1)) ** 0.5
 
         def take(gradient: Tensor) -> None:
-            probe.x.append(x_kept)
-            probe.g.append(_output_rows(module, gradient)[kept] * scale)
+            sample.x.append(x_kept)
+            sample.g.append(_output_rows(module, gradient)[kept] * scale)
 
         # A block that is computed again gives new outputs, whose hooks never run: each call counts once.
         output.register_hook(take)  # type: ignore[no-untyped-call]
@@ -190,7 +191,7 @@ def _output_rows(module: nn.Module, y: Tensor) -> Tensor:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients for the weights, which would take as much memory as the model."""
+    """Switch off gradients of the weights, which would take as much memory as the model."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in trainable:
@@ -203,7 +204,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Keep only the inputs of `blocks` for the backward pass, which computes their inside again."""
+    """Keep only the inputs of `blocks`; the backward pass computes their activations again."""
 
     def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)

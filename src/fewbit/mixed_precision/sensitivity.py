@@ -1,9 +1,9 @@
-"""What each choice for each unit would cost: a prediction of the KL divergence in nats per token.
+"""Predict what each choice costs: KL divergence in nats per token.
 
     cost = 1/(2 N) Σ_t (g_tᵀ (W − Ŵ) x_t)²                      (x, g, N: see `gradients`)
 
 Ŵ is W rounded to nearest on the grid that the solver would fit. docs/mixed-precision.md compares the
-prediction with the measured KL of single units, and round-to-nearest with a GPTQ solve.
+prediction with the measured KL of single groups, and round-to-nearest with a GPTQ solve.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from ..gptq.hessian import usable_rows
 from ..modeling.layers import is_layer, weight_matrix
 from ..planning import Plan, block_of
 from ..quantized_matrix import QuantizedMatrix, sequential_groups
-from .gradients import Holdout, collect
-from .units import Choice, Unit
+from .gradients import LayerSample, collect_samples
+from .settings_groups import Choice, SettingsGroup
 
-# Calibration tokens that are run backward, at least, in so many batches; and of each layer the rows kept.
+# Calibration tokens for the backward pass, at least, and batches; rows kept of each layer.
 TOKENS = 4096
 BATCHES = 8
 ROWS = 2048
@@ -34,21 +34,26 @@ ROWS = 2048
 
 @dataclass(frozen=True)
 class Costs:
-    """Predicted nats per token, `by_unit[i][j]` of choice j for unit i; and layers without any usable token."""
+    """Predicted costs.
 
-    by_unit: list[list[float]]
+    Attributes:
+        by_group: nats per token of choice j for group i, as `by_group[i][j]`.
+        unreached: layers without any usable token.
+    """
+
+    by_group: list[list[float]]
     unreached: list[str]
 
 
 def measure(
     model: nn.Module,
     plan: Plan,
-    units: Sequence[Unit],
+    groups: Sequence[SettingsGroup],
     calibration: Calibration,
     seed: int,
     progress: Callable[[int, int], None],
 ) -> Costs:
-    """Predict the cost of every choice of every unit.
+    """Predict the cost of every choice of every group.
 
     A layer that no usable token reached counts as if its weights mattered as much as the average weight.
 
@@ -58,7 +63,7 @@ def measure(
     layers = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
     batches = measured_batches(calibration, next(model.parameters()).device)
     half = len(layers)  # the two halves of the work take about the same time
-    probes, positions = collect(
+    samples, positions = collect_samples(
         model,
         layers,
         _blocks(model, plan),
@@ -68,19 +73,24 @@ def measure(
         progress=lambda done, total: progress(half * done // total, 2 * half),
     )
     errors: dict[str, list[_Error]] = {}
-    for unit in units:
-        for layer in unit.layers:
+    for group in groups:
+        for layer in group.layers:
             W = weight_matrix(layers[layer.name])
             errors[layer.name] = _errors(
-                W, probes.pop(layer.name), unit.choices, layer.settings.sym, layer.settings.damp, positions
+                W, samples.pop(layer.name), group.choices, layer.settings.sym, layer.settings.damp, positions
             )
             progress(half + len(errors), 2 * half)
-    return _sum_up(units, errors)
+    return _sum_up(groups, errors)
 
 
 @dataclass(frozen=True)
 class _Error:
-    """Of one choice for one layer: predicted nats per token (None: no usable token came here), and ‖W − Ŵ‖²."""
+    """Error of one choice for one layer.
+
+    Attributes:
+        cost: predicted nats per token; None without any usable token.
+        weight: ‖W − Ŵ‖².
+    """
 
     cost: float | None
     weight: float
@@ -88,20 +98,20 @@ class _Error:
 
 @torch.no_grad()
 def _errors(
-    W: Tensor, probe: Holdout, choices: Sequence[Choice], sym: bool, damp: float, positions: int
+    W: Tensor, sample: LayerSample, choices: Sequence[Choice], sym: bool, damp: float, positions: int
 ) -> list[_Error]:
     W = W.float()
-    x, g = probe.rows() if probe.x else (W.new_zeros(0, W.shape[1]), W.new_zeros(0, W.shape[0]))
+    x, g = sample.rows() if sample.x else (W.new_zeros(0, W.shape[1]), W.new_zeros(0, W.shape[0]))
     good = usable_rows(x) & usable_rows(g)
     x, g = x[good], g[good].float()
-    # Products of bfloat16 are exact in float32; float16 could not hold small errors.
+    # Products of bfloat16 are exact in float32; float16 cannot represent small errors.
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     x = x.to(dtype)
     D = grid_weights(x.float().square().sum(0), damp) if len(x) else W.new_ones(W.shape[1])
     found = []
     for choice in choices:
         E = W - _rounded(W, D, choice, sym)
-        s = ((x @ E.to(dtype).T).float() * g).sum(dim=1)
+        s = ((x @ E.to(dtype).T).float() * g).sum(dim=1)  # g_tᵀ (W − Ŵ) x_t
         cost = float(s.square().sum(dtype=torch.float64)) / (2 * positions) if len(x) else None
         found.append(_Error(cost, float(E.square().sum(dtype=torch.float64))))
     return found
@@ -117,7 +127,7 @@ def _rounded(W: Tensor, D: Tensor, choice: Choice, sym: bool) -> Tensor:
     ).dequantize()
 
 
-def _sum_up(units: Sequence[Unit], errors: Mapping[str, list[_Error]]) -> Costs:
+def _sum_up(groups: Sequence[SettingsGroup], errors: Mapping[str, list[_Error]]) -> Costs:
     known = [error for found in errors.values() for error in found if error.cost is not None]
     if not known:
         raise ModelError(
@@ -125,17 +135,17 @@ def _sum_up(units: Sequence[Unit], errors: Mapping[str, list[_Error]]) -> Costs:
             "text, or leave target_bits out and choose bits with override"
         )
     average = sum(error.cost or 0.0 for error in known) / max(sum(error.weight for error in known), 1e-30)
-    by_unit = [
+    by_group = [
         [
             sum(
                 error.weight * average if error.cost is None else error.cost
-                for error in (errors[layer.name][index] for layer in unit.layers)
+                for error in (errors[layer.name][index] for layer in group.layers)
             )
-            for index in range(len(unit.choices))
+            for index in range(len(group.choices))
         ]
-        for unit in units
+        for group in groups
     ]
-    return Costs(by_unit, [name for name, found in errors.items() if found[0].cost is None])
+    return Costs(by_group, [name for name, found in errors.items() if found[0].cost is None])
 
 
 def measured_batches(calibration: Calibration, device: torch.device) -> list[dict[str, Tensor]]:

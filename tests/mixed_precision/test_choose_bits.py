@@ -12,8 +12,7 @@ from fewbit.checkpoint.quantization_config import parse
 from fewbit.cli.main import app
 from fewbit.config import QuantConfig
 from fewbit.errors import ConfigError, ResumeError
-from fewbit.mixed_precision import record
-from fewbit.mixed_precision.units import Choice
+from fewbit.mixed_precision.settings_groups import Choice
 from fewbit.pipeline.journal import Journal
 from fewbit.planning import LayerPlan, Plan
 from models import random_sequences, save_tiny, tiny_model
@@ -122,7 +121,7 @@ def interrupted(monkeypatch, folder, out):
         interrupt_after(patch, 3)
         with pytest.raises(KeyboardInterrupt):
             fewbit.quantize(folder, config(), dataset=DATA, output=out)
-    return out / ".fewbit" / record.NAME
+    return out / ".fewbit" / "allocation.json"
 
 
 def test_a_resumed_run_does_not_choose_again(monkeypatch, folder, result, tmp_path):
@@ -149,8 +148,8 @@ def test_a_lost_choice_is_made_again(monkeypatch, folder, result, tmp_path, dama
     elif damage == "missing":
         path.unlink()
     else:
-        record.BudgetStore(path.parent, {"model": "another"}, {}).write(
-            record.Allocation({"x": Choice(2, 32)}, ())
+        budget.BudgetStore(path.parent, {"model": "another"}, {}).write(
+            budget.Allocation({"x": Choice(2, 32)}, ())
         )
     report = fewbit.quantize(folder, config(), dataset=DATA, output=out)
     assert report.resumed_layers == 21
@@ -242,6 +241,6 @@ def test_the_configuration_states_what_lets_engines_choose_a_kernel_for_all(choi
     "text", ["[]", "7", "{}", '{"fingerprint": {}}', '{"fingerprint": {}, "layers": [1]}', "[" * 10**5]
 )
 def test_a_choice_of_another_shape_under_a_right_checksum_counts_as_absent(tmp_path, text):
-    store = record.BudgetStore(tmp_path, {}, {})
-    store.path.write_text(f"{record._checksum(text)}\n{text}")
+    store = budget.BudgetStore(tmp_path, {}, {})
+    store.path.write_text(f"{budget._checksum(text)}\n{text}")
     assert store.read() is None

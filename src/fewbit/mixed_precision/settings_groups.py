@@ -1,7 +1,7 @@
-"""What is chosen: the layers that must be alike, the settings each may get, and the bytes these take.
+"""Layers that must share their settings, the settings that they may get, and the bytes that these take.
 
-Serving engines merge some layers into one and have one setting for the merged one. Such layers are a
-unit here: they get the same bits and group size or none of them could be served.
+Serving engines merge some layers into one, which has one setting. Such layers form a group here: with different bits
+or group sizes they could not be served.
 """
 
 from __future__ import annotations
@@ -23,39 +23,43 @@ _EXPERTS = re.compile(r"^(.*\bexperts)\.\d+\.")
 
 
 class Choice(NamedTuple):
-    """Bits and group size of a unit; group size −1 is one group per row."""
+    """Bits and group size of a layer; group size −1 is one group per row."""
 
     bits: int
     group_size: int
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Layers that get the same settings, and what they may get."""
+class SettingsGroup:
+    """Layers that get the same settings.
+
+    Attributes:
+        layers: the layers.
+        choices: settings that all of them may get.
+    """
 
     layers: tuple[LayerPlan, ...]
     choices: tuple[Choice, ...]
 
     def bytes(self, choice: Choice) -> int:
-        """Stored bytes of all layers of the unit."""
+        """Stored bytes of all layers."""
         return sum(stored_bytes(layer.out_features, layer.in_features, choice) for layer in self.layers)
 
 
-def make_units(plan: Plan, config: QuantConfig) -> list[Unit]:
-    """The units of a plan, in its order.
+def make_groups(plan: Plan, config: QuantConfig) -> list[SettingsGroup]:
+    """Divide a plan into groups, in its order.
 
-    Bits are 2, 3, 4 or 8, group sizes those of 32, 64 and 128 (and −1 where the config has it) that divide the
-    inputs of all layers of the unit. What an override gives a layer stays: such a layer is no part of a unit
-    whose other layers are free.
+    Bits are 2, 3, 4 or 8. Group sizes are 32, 64 and 128 if they divide the inputs of all layers of the group, and −1
+    if the config has it. An override is kept: its layers form a group apart from layers that are free.
     """
     members: dict[tuple[str, int | None, int | None], list[LayerPlan]] = {}
     for layer in plan.layers:
         explicit = config.overridden(layer.name)
         bits = layer.settings.bits if "bits" in explicit else None
         group_size = layer.settings.group_size if "group_size" in explicit else None
-        members.setdefault((family(layer.name), bits, group_size), []).append(layer)
+        members.setdefault((merge_key(layer.name), bits, group_size), []).append(layer)
     return [
-        Unit(tuple(layers), _choices(layers, bits, group_size, config.group_size))
+        SettingsGroup(tuple(layers), _choices(layers, bits, group_size, config.group_size))
         for (_, bits, group_size), layers in members.items()
     ]
 
@@ -69,8 +73,8 @@ def stored_bytes(out_features: int, in_features: int, choice: Choice) -> int:
     return 4 * words + 2 * groups * out_features + 4 * in_features
 
 
-def family(name: str) -> str:
-    """A name that a layer shares with those that engines merge it with: its own where there are none."""
+def merge_key(name: str) -> str:
+    """A name that a layer shares with the layers that engines merge it with; its own name if there are none."""
     experts = _EXPERTS.match(name)
     if experts:
         return experts[1]
@@ -89,7 +93,7 @@ def _choices(
         sizes = tuple(size for size in GROUP_SIZES if all(layer.in_features % size == 0 for layer in layers))
         sizes = (-1, *sizes) if preferred == -1 else sizes or (preferred,)
     every = [Choice(width, size) for width in widths for size in sizes]
-    # Other engines do not read padded words: used only where nothing else is left.
+    # Other engines do not read padded words: used only if no choice fills whole words.
     return tuple(choice for choice in every if _fills_words(layers, choice.bits)) or tuple(every)
 
 
