@@ -141,7 +141,6 @@ def test_no_import_circles_between_folders():
     assert not circles(units)
 
 
-@OPEN
 def test_basenames_are_unique():
     counted = Counter(path.name for name, path in NAMES.items() if unit_of(name) not in NAMED_BY_OTHERS)
     assert {name for name, count in counted.items() if count > 1} <= SAME_NAME
