@@ -23,7 +23,7 @@ demo: torch
 
 test: torch
 	$(PIP) install --quiet '.[test]'
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: torch
 	$(PIP) install --quiet '.[test,lm-eval]'
