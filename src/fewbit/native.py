@@ -260,19 +260,21 @@ def dequantize_tiles(view: Any, out: Tensor) -> None:
 # checked arrays would add a measurable share; their callers check shapes and dtypes.
 
 
-def matmul(view: Any, x: Tensor, y: Tensor, bias: Tensor | None, rounding: int) -> None:
+def matmul(view: Any, x: Tensor, y: Tensor, tokens: int, bias: Tensor | None, rounding: int) -> None:
     """y = x Ŵᵀ + bias.
 
     Args:
         view: from `packed_view`.
         x: (…, in_features), contiguous.
         y: (…, out_features), contiguous, in x's dtype, written.
+        tokens: number of rows of x.
         bias: (out_features,), or None.
         rounding: a `fewbit.kernels.cpu.packed.Rounding`.
     """
+    bias_address, bias_type = (0, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])
     view.matmul(
-        x.data_ptr(), y.data_ptr(), DTYPES[x.dtype], x.numel() // x.shape[-1], 0 if bias is None else bias.data_ptr(),
-        0 if bias is None else DTYPES[bias.dtype], rounding, torch.get_num_threads(), _isa,
+        x.data_ptr(), y.data_ptr(), DTYPES[x.dtype], tokens, bias_address, bias_type, rounding,
+        torch.get_num_threads(), _isa,
     )  # fmt: skip
 
 
