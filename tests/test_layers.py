@@ -129,7 +129,6 @@ def test_imports_point_down():
     assert not up, "\n".join(up)
 
 
-@OPEN
 def test_no_import_circles_between_modules():
     assert not circles(GRAPH)
 
@@ -146,7 +145,6 @@ def test_basenames_are_unique():
     assert {name for name, count in counted.items() if count > 1} <= SAME_NAME
 
 
-@OPEN
 def test_functions_take_few_parameters():
     many = {
         f"{path.relative_to(PACKAGE).as_posix()}:{function.name}"
@@ -165,7 +163,6 @@ def test_the_package_stays_small():
     assert max(sizes.values()) <= LIMITS["lines of a file"]
 
 
-@OPEN
 def test_few_calls_from_quantize_to_the_column_loop():
     frames = frames_to_the_column_loop()
     assert frames[0].endswith("quantize")

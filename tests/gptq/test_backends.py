@@ -5,7 +5,7 @@ import torch
 
 from fewbit import native
 from fewbit.gptq import backends, fallback_reason
-from fewbit.gptq.backends import NATIVE, TORCH, select
+from fewbit.gptq.backends import NATIVE, TORCH, Backend, select
 from fewbit.gptq.solve import full_float32
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -32,7 +32,7 @@ def test_devices_without_kernels_use_torch(monkeypatch):
 def test_a_gpu_uses_triton_where_its_check_passes(monkeypatch, reason):
     triton = pytest.importorskip("fewbit.gptq.backends.triton", reason="pip install triton")
     monkeypatch.setattr(triton, "self_check", lambda device: reason)
-    assert select(GPU) is (TORCH if reason else triton.BACKEND)
+    assert select(GPU) == (TORCH if reason else Backend("triton", triton.search, triton.round_block))
     assert fallback_reason(GPU) == reason
 
 

@@ -30,7 +30,7 @@ KEPT_MATRICES = {1: 2, 2: 4}
 
 # Bytes for every weight of the layer being solved, in float32 matrices and codes: after the rounding, and while targets
 # are corrected. Bytes for every product of an output and a holdout token. Bytes for every weight on a candidate grid,
-# in E and codes, and for those of one block besides. Counted.
+# in E and codes, and for every weight of one block of columns on top. Counted.
 ROUNDING_BYTES, CORRECTION_BYTES, HOLDOUT_BYTES = 11, 22, 12
 CANDIDATE_BYTES, BLOCK_BYTES = 5, 10
 

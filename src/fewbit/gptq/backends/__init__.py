@@ -77,4 +77,4 @@ def _selected(device: torch.device) -> tuple[Backend, str]:
     from . import triton
 
     reason = triton.self_check(device)
-    return (TORCH, reason) if reason else (triton.BACKEND, "")
+    return (TORCH, reason) if reason else (Backend("triton", triton.search, triton.round_block), "")

@@ -19,7 +19,6 @@ from triton.errors import TritonError
 
 from ..gptq import round_block as torch_round_block
 from ..grid import LARGEST_SCALE, LEAST_SQUARES_STEPS, SMALLEST_SCALE, TINY, Candidates, Grid
-from . import Backend
 
 # Every lane of a warp holds one row of W, and _INNER of its columns in registers: lanes exchange nothing.
 _ROWS = 32
@@ -239,9 +238,6 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
     if device.type == "cuda":
         return torch.cuda.device(device)
     return torch.xpu.device(device) if device.type == "xpu" else nullcontext()
-
-
-BACKEND = Backend("triton", search, round_block)
 
 
 @functools.cache
