@@ -81,6 +81,7 @@ def frames_to_the_column_loop() -> list[str]:
     import fewbit
     from fewbit import demo
 
+    package = Path(fewbit.__file__).parent  # the source tree, or what is installed
     deepest: list[str] = []
 
     def profile(frame: FrameType | None, event: str, _: object) -> None:
@@ -90,9 +91,9 @@ def frames_to_the_column_loop() -> list[str]:
         found = []
         while frame is not None:
             code, file = frame.f_code, Path(frame.f_code.co_filename)
-            if file.is_relative_to(PACKAGE):
+            if file.is_relative_to(package):
                 name = getattr(code, "co_qualname", code.co_name)  # qualified from Python 3.11 on
-                found.append(f"{file.relative_to(PACKAGE)}: {name}")
+                found.append(f"{file.relative_to(package)}: {name}")
             frame = frame.f_back
         deepest = max(deepest, found[::-1], key=len)
 
