@@ -4,7 +4,7 @@ import os
 import pytest
 import torch
 
-from models import SMALL, TEXT, save_tiny
+from models import TEXT, save_tiny
 
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is defined: without a GPU, its interpreter runs them on CPU tensors.
@@ -35,19 +35,3 @@ def text_file(tmp_path):
 def model_folder(tmp_path):
     """A tiny Llama with its tokenizer."""
     return save_tiny(tmp_path / "model")
-
-
-@pytest.fixture(scope="session")
-def gptq_folder(tmp_path_factory):
-    """A tiny Llama as a GPTQ checkpoint, without a tokenizer. Shared by all tests: only read it."""
-    from tiny_gptq import llama, write_checkpoint
-
-    path = tmp_path_factory.mktemp("gptq")
-    write_checkpoint(path, llama())
-    return path
-
-
-@pytest.fixture
-def small():
-    """Settings that quantize a tiny model in a second."""
-    return dict(SMALL)
