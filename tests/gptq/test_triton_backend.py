@@ -32,7 +32,7 @@ def problem(m, n, group_size, bits, act_order):
 
 def check(W, H, found, grids, bits):
     """Every code is the rounded target, and the losses are those of the codes."""
-    codes, losses = round_columns(W, found, grids, bits, triton.BACKEND.round_block)
+    codes, losses = round_columns(W, found, grids, bits, triton.round_block)
     W, perm, groups = W.cpu(), found.perm.cpu(), grids.g_idx.long().cpu()
     damped = oracle.damped(H, 0.01)[perm][:, perm]
     for q, loss, s, z in zip(codes.cpu(), losses, grids.scales.cpu(), grids.zeros.cpu(), strict=True):
@@ -61,7 +61,7 @@ def test_grids_are_those_of_torch(n, group_size, bits, sym):
     every = candidates(bits, sym)
     some = Candidates(every.coarse[::11], every.fine[::5], every.offsets[::3])
     scales, zeros = search(W, D, starts, some, bits, sym)
-    ours = triton.BACKEND.search(W.to(DEVICE), D.to(DEVICE), starts, some, bits, sym)
+    ours = triton.search(W.to(DEVICE), D.to(DEVICE), starts, some, bits, sym)
     assert torch.equal(ours[0].cpu(), scales)
     assert torch.equal(ours[1].cpu(), zeros)
 
@@ -69,7 +69,7 @@ def test_grids_are_those_of_torch(n, group_size, bits, sym):
 def test_grids_are_as_good_as_a_dense_search_in_float64():
     generator = torch.Generator().manual_seed(1)
     W, D = torch.randn(7, 24, generator=generator), torch.rand(24, generator=generator) + 0.05
-    found = fit_grid(W.to(DEVICE), D.to(DEVICE), torch.zeros(24), 3, sym=True, search=triton.BACKEND.search)
+    found = fit_grid(W.to(DEVICE), D.to(DEVICE), torch.zeros(24), 3, sym=True, search=triton.search)
     error = oracle.grid_error(W, D, found.scales[:, 0].cpu(), found.zeros[:, 0].cpu(), 3)
     assert error.sum() < 1.01 * oracle.best_grid_error(W, D, 3, sym=True, steps=1000).sum()
 
@@ -125,5 +125,5 @@ def test_on_a_gpu_shapes_of_real_layers(bits):
     W, H, found, grids = problem(300, 1100, 128, bits, "full")
     check(W, H, found, grids, bits)
     D, group = torch.ones(1100, device="cuda"), torch.zeros(1100)
-    wide = fit_grid(W, D, group, bits, sym=True, search=triton.BACKEND.search)
+    wide = fit_grid(W, D, group, bits, sym=True, search=triton.search)
     assert (wide.scales == fit_grid(W, D, group, bits, sym=True).scales).float().mean() > 0.95
