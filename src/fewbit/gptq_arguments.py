@@ -21,8 +21,8 @@ from .atomic_io import write_whole
 from .config import FORMATS, QuantConfig
 from .context import resolve_device
 from .errors import CalibrationError, ConfigError, ModelError
-from .hf.gptq_config import kernel_name
 from .hf.quantized_layers import kernel_spec, prepare_layers
+from .hf.quantizer import kernel_name
 from .kernels import registry
 from .modeling.experts import unfuse
 from .modeling.layers import is_layer

@@ -23,8 +23,7 @@ from .checkpoint.writer import CONFIG, QUANTIZE_CONFIG, with_legacy_keys
 from .config import SKIP, QuantConfig
 from .errors import CalibrationError
 from .gptq_arguments import GPTQArguments, warn, write_json
-from .hf.gptq_config import METHOD, GPTQConfig
-from .hf.quantizer import FewbitQuantizer
+from .hf.quantizer import METHOD, FewbitQuantizer, GPTQConfig
 
 _NOT_NEEDED = {
     "use_exllama": "not needed: a kernel of another package runs only where backend asks for it",

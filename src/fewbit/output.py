@@ -52,7 +52,7 @@ class InPlace:
         run.model.train(was_training)
 
     def write(self, run: Preparation, plan: Plan, sink: ResultSink) -> None:
-        from .hf.replace import replace_layers
+        from .hf.quantizer import replace_layers
 
         settings = quantization_config(run.ctx.config, run.model, plan, run.meta)
         replace_layers(run.model, plan, sink.tensors, settings)

@@ -62,17 +62,8 @@ def attention_forward(
         )
         if not causal or query.shape[2] == key.shape[2]:
             return native.attention(query, key, value, scale, causal=causal), None
-    result: tuple[Tensor, None] = sdpa_attention_forward(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=dropout,
-        scaling=scaling,
-        is_causal=is_causal,
-        **kwargs,
-    )
+    kwargs |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+    result: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return result
 
 
@@ -91,7 +82,7 @@ def _is_supported(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def _fuse_attention(model: nn.Module) -> bool:
-    """Use `attention_forward` if the model and all its parts use torch's attention through transformers' interface."""
+    """Use `attention_forward` if all parts of the model use torch's attention through transformers' interface."""
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     if not isinstance(model, PreTrainedModel) or not all(map(uses_sdpa, parts)):
         return False

@@ -1,9 +1,7 @@
 """Text generation with transformers' ``generate``, in less time per token and with the same tokens.
 
-Sampling, stopping and masks are transformers' own. Two things are added around its ``generate``:
-
-- ``torch.inference_mode``: no autograd bookkeeping, which is costly for custom operators;
-- a key-value cache that is allocated once and written in place (`PreallocatedCache`).
+fewbit adds ``torch.inference_mode``, because autograd bookkeeping is costly for custom operators, and a key-value cache
+that is allocated once and written in place (`PreallocatedCache`).
 
     generation = generate(model, tokenizer(["Once"], return_tensors="pt"), max_new_tokens=200)
     print(tokenizer.decode(generation.tokens[0]), generation.decode_rate)
@@ -64,7 +62,7 @@ def generate(
 
     Args:
         model: a transformers model, quantized or not.
-        inputs: what its tokenizer returns; several prompts are padded on the left and have an attention mask.
+        inputs: the output of its tokenizer; several prompts are padded on the left and have an attention mask.
         max_new_tokens: maximum number of new tokens per prompt.
         streamer: gets the prompts, then one token per prompt and step.
         options: arguments of transformers' ``generate``, such as ``do_sample``, ``temperature`` and ``eos_token_id``.
@@ -102,7 +100,6 @@ class Clock:
         self.times: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        """Record the time and continue every text."""
         self.times.append(time.perf_counter())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
@@ -127,7 +124,6 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate the buffers; called with the first tokens, when the shapes are known."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self._buffers = [_buffer(states, self.capacity) for states in (key_states, value_states)]
         self.is_initialized = True
@@ -135,7 +131,6 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append tokens and return all keys and values."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, self.length = self.length, self.length + key_states.shape[-2]
@@ -145,7 +140,6 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
-        """Number of tokens in the cache."""
         return self.length
 
 

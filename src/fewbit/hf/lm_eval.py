@@ -71,13 +71,17 @@ def run_tasks(
         CalibrationError: a task's questions cannot be read.
     """
     require_harness()
-    folder = None if tasks_folder is None else _existing(tasks_folder)
+    folder = None
+    if tasks_folder is not None:
+        folder = Path(tasks_folder).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(f"there is no folder {folder} with task files")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings do not apply here
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=None if folder is None else str(folder))
+    manager = TaskManager(include_path=None if folder is None else str(folder.resolve()))
     _check_known(tasks, manager.all_tasks)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
@@ -99,22 +103,11 @@ def run_tasks(
 
 
 def require_harness() -> None:
-    """Check that the harness is installed.
-
-    Raises:
-        DependencyError: lm-evaluation-harness is not installed.
-    """
+    """Raise DependencyError if lm-evaluation-harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise DependencyError(
             "benchmark tasks need lm-evaluation-harness: pip install 'fewbit[lm-eval]' (or pip install lm_eval)"
         )
-
-
-def _existing(folder: str | Path) -> Path:
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(f"there is no folder {folder} with task files")
-    return folder.resolve()
 
 
 def _check_known(tasks: Sequence[str], known: Sequence[str]) -> None:

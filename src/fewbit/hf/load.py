@@ -12,19 +12,24 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import transformers
 from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..checkpoint import layout
 from ..checkpoint.reader import Checkpoint, open_checkpoint
 from ..errors import CheckpointError, ConfigError, DependencyError, FewbitError
 from ..kernels import registry
+from ..kernels.cpu.lm_head import add_int8_lm_head
 from ..modeling.source import download
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from .fuse import fuse as fuse_model
+from .model_check import UNBUILDABLE, check_numbers, expected, is_model_class
+from .quantized_layers import quantized_layers
+from .quantizer import offer
 
 _LOG = logging.getLogger(__name__)
 
@@ -74,10 +79,6 @@ def load(
             bits.
         DependencyError: a `device_map` is given and accelerate is not installed.
     """
-    from ..kernels.cpu.lm_head import add_int8_lm_head
-    from .fuse import fuse as fuse_model
-    from .quantizer import offer
-
     registry.resolve(kernel)
     folder = Path(path)
     folder = folder if folder.exists() else download(str(path), CheckpointError)
@@ -91,7 +92,8 @@ def load(
     if trust_remote_code:
         options["trust_remote_code"] = True
     if device_map is not None:
-        _check_accelerate()
+        if importlib.util.find_spec("accelerate") is None:
+            raise DependencyError("a device_map needs the package accelerate: pip install accelerate")
         options |= {"device_map": device_map, "max_memory": max_memory}
     model = _build(checkpoint, model_class, options)
     if hasattr(model.config, "transformers_weights"):
@@ -111,14 +113,7 @@ def load(
     return model
 
 
-def _check_accelerate() -> None:
-    if importlib.util.find_spec("accelerate") is None:
-        raise DependencyError("a device_map needs the package accelerate: pip install accelerate")
-
-
 def _build(checkpoint: Checkpoint, model_class: Any, options: Mapping[str, Any]) -> PreTrainedModel:
-    from .model_check import UNBUILDABLE
-
     try:
         model, info = model_class.from_pretrained(str(checkpoint.path), output_loading_info=True, **options)
     except FewbitError:
@@ -138,8 +133,6 @@ def _build(checkpoint: Checkpoint, model_class: Any, options: Mapping[str, Any])
 
 def _check_fit(checkpoint: Checkpoint) -> None:
     """Refuse a config.json of another model before transformers allocates that model."""
-    from .model_check import expected
-
     model = expected(checkpoint.path, checkpoint.config, checkpoint.tensors)
     for name, what in model.mismatches.items() if model else ():
         raise CheckpointError(
@@ -149,8 +142,6 @@ def _check_fit(checkpoint: Checkpoint) -> None:
 
 def kernels(model: nn.Module) -> list[str]:
     """Return the kernels of the quantized layers of `model`, one line per kernel and reason, most layers first."""
-    from .quantized_layers import quantized_layers
-
     counts: Counter[str] = Counter()
     for _, layer in quantized_layers(model):
         refused = "; ".join(f"{name}: {reason}" for name, reason in layer.kernel_reasons if reason)
@@ -174,10 +165,6 @@ def _dtype(dtype: torch.dtype | str | None, checkpoint: Checkpoint) -> torch.dty
 
 def _config(checkpoint: Checkpoint, kernel: str, trust_remote_code: bool) -> Any:
     """Return the model's configuration, with quant_method "fewbit" so that transformers uses fewbit's quantizer."""
-    from transformers import AutoConfig
-
-    from .model_check import UNBUILDABLE, check_numbers
-
     if not isinstance(checkpoint.config.get("model_type"), str):
         raise CheckpointError(
             f"{checkpoint.path} has no config.json that names a model_type: copy the original model's into it"
@@ -195,9 +182,6 @@ def _config(checkpoint: Checkpoint, kernel: str, trust_remote_code: bool) -> Any
 
 
 def _config_advice(checkpoint: Checkpoint, trust_remote_code: bool, error: Exception) -> str:
-    import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     model_type = checkpoint.config["model_type"]
     if checkpoint.config.get("auto_map") and not trust_remote_code:
         return (
@@ -215,10 +199,6 @@ def _config_advice(checkpoint: Checkpoint, trust_remote_code: bool, error: Excep
 
 def _model_class(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> Any:
     """Return the class that ``architectures`` names, from transformers or from the checkpoint's code."""
-    import transformers
-
-    from .model_check import is_model_class
-
     stated = getattr(config, "architectures", None)
     names = [str(name) for name in stated] if isinstance(stated, list) else []
     auto_map = getattr(config, "auto_map", None) or {}

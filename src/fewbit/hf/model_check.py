@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
@@ -49,7 +50,7 @@ class Expected:
     """Result of comparing a model with a checkpoint's tensors.
 
     Attributes:
-        class_name: class of the model.
+        class_name: name of the model class.
         missing: parameters that the checkpoint lacks, in the model's order.
         mismatches: tensor name → what is wrong with its shape or dtype.
         kinds: quantized layer → "linear" or "conv2d", for layers that the model has.
@@ -106,11 +107,7 @@ def is_model_class(found: object) -> bool:
 
 
 def check_numbers(config: Mapping[str, Any], tensors: int) -> None:
-    """Refuse block counts above the number of `tensors`, and counts that no model has.
-
-    Raises:
-        CheckpointError: before transformers makes lists or modules of that length.
-    """
+    """Refuse block counts above the number of `tensors`, and counts that no model has, before a model is built."""
     for key, value in _numbers(config):
         limit = tensors if _BLOCKS.search(key) else _MOST_LISTED if _LISTED.search(key) else None
         if limit is not None and value > max(limit, 200):
@@ -131,8 +128,6 @@ def _numbers(values: object, key: str = "") -> Iterator[tuple[str, float]]:
 
 
 def _meta_model(folder: Path, config: Mapping[str, Any], tensors: int) -> PreTrainedModel | None:
-    import transformers
-
     architectures = config.get("architectures")
     name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     model_class: Any = getattr(transformers, name, None)
@@ -178,11 +173,7 @@ def _limited(most: int) -> Iterator[None]:
 
 
 def _parameter_names(model: PreTrainedModel, names: list[str]) -> tuple[dict[str, list[str]], set[str]]:
-    """Map tensor names to parameter names, and find the tensors that transformers converts to another shape.
-
-    Returns:
-        Tensor name → parameter names, several if transformers splits the tensor; and the converted tensors.
-    """
+    """Return tensor name → parameter names, and the names of tensors that transformers converts to another shape."""
     suffix = f".{layout.QWEIGHT}"
     file_names = FileNames(model, [name.removesuffix(suffix) for name in names if name.endswith(suffix)])
     targets, converted = {}, set()

@@ -30,46 +30,25 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
 
 
 def prepare_layers(model: nn.Module, kernel: str, *, trainable: bool = False) -> None:
-    """Choose the kernel of every quantized layer again.
-
-    Args:
-        model: with quantized layers.
-        kernel: kernel name, as `fewbit.load` takes it.
-        trainable: whether gradients to the layers' inputs are needed.
+    """Choose the kernel of every quantized layer again; `trainable` asks for gradients to the inputs.
 
     Raises:
-        KernelError: the kernel asked for cannot run a layer.
+        KernelError: the requested kernel cannot run a layer.
     """
     for _, layer in quantized_layers(model):
         layer.fill_in_g_idx()
         layer.prepare(kernel, trainable=trainable)
 
 
-def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the module at `name`."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
 def kernel_spec(layer: LayerPlan, fmt: str, kind: str = "linear") -> KernelSpec:
-    """Return what a kernel must know about a planned layer; `fmt` is the checkpoint format."""
     shape = (layer.out_features, layer.in_features)
     return KernelSpec.of(quantization.LayerFormat.of(layer.settings), shape, fmt, kind)
-
-
-def kind_of(module: nn.Module) -> str:
-    """Return the kernel kind of a dense layer: "linear" or "conv2d"."""
-    return "conv2d" if isinstance(module, nn.Conv2d) else "linear"
 
 
 def quantized_like(
     old: nn.Module, spec: KernelSpec, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype
 ) -> QuantizedLayer:
-    """Build the quantized counterpart of a Linear, Conv1D or Conv2d.
-
-    Raises:
-        CheckpointError: the tensors do not fit the spec.
-    """
+    """Build the quantized counterpart of a Linear, Conv1D or Conv2d."""
     if isinstance(old, nn.Conv2d):
         return QuantConv2d(spec, tensors, old, bias, dtype)
     layer = QuantLinear(spec, tensors, bias, dtype)
@@ -84,14 +63,7 @@ def insert_empty_layer(
     settings: quantization.CheckpointSettings,
     infos: Mapping[str, TensorInfo],
 ) -> None:
-    """Replace a dense layer by an empty quantized one on the meta device.
-
-    Args:
-        model: on the meta device.
-        module_name: name of the layer in the model.
-        layer_name: name of the layer in the files.
-        settings: of the checkpoint.
-        infos: shapes and dtypes of the checkpoint's tensors.
+    """Replace the layer `module_name`, called `layer_name` in the files, by an empty quantized one on the meta device.
 
     Raises:
         CheckpointError: the module is not linear, or the tensors do not fit its shape.
@@ -111,7 +83,8 @@ def insert_empty_layer(
             f"layer {layer_name} of the checkpoint is {found.out_features} x {found.in_features} (out x in), "
             f"but the model has {out_features} x {in_features} there; config.json belongs to another model"
         )
-    spec = KernelSpec.of(found.layer_format, (out_features, in_features), found.format, kind_of(old))
+    kind = "conv2d" if isinstance(old, nn.Conv2d) else "linear"
+    spec = KernelSpec.of(found.layer_format, (out_features, in_features), found.format, kind)
     tensors = {
         part: torch.empty(info.shape, dtype=info.dtype, device="meta")
         for part in found.parts
@@ -120,7 +93,7 @@ def insert_empty_layer(
     has_bias = "bias" in found.parts or old.bias is not None
     dtype = old.get_parameter("weight").dtype
     bias = torch.empty(out_features, dtype=dtype, device="meta") if has_bias else None
-    set_module(model, module_name, quantized_like(old, spec, tensors, bias, dtype))
+    model.set_submodule(module_name, quantized_like(old, spec, tensors, bias, dtype))
 
 
 def untie_quantized(model: PreTrainedModel) -> None:
@@ -129,7 +102,7 @@ def untie_quantized(model: PreTrainedModel) -> None:
 
 
 def dense(layer: QuantizedLayer, dtype: torch.dtype) -> nn.Module:
-    """Build the dense layer with the dequantized weight of `layer` in `dtype`."""
+    """Build the dense layer with the dequantized weight of `layer`."""
     weight, bias = layer.dequantize(dtype), layer.bias
     result: nn.Module
     if isinstance(layer, QuantConv2d):
@@ -161,9 +134,7 @@ def dense(layer: QuantizedLayer, dtype: torch.dtype) -> nn.Module:
 class FileNames:
     """Names of a checkpoint's tensors → names in a model, through transformers' own conversion.
 
-    Args:
-        model: on the meta device. If the files hold quantized layers of single experts, its experts are unfused.
-        layers: names of the quantized layers in the files.
+    If the files hold quantized `layers` of single experts, the experts of `model` are unfused.
     """
 
     def __init__(self, model: PreTrainedModel, layers: Iterable[str]) -> None:
@@ -173,7 +144,7 @@ class FileNames:
             self._names = _weight_names(model)
 
     def rename(self, name: str) -> tuple[str, list[str]]:
-        """Map one tensor name; see `internals.WeightNames.rename`."""
+        """See `internals.WeightNames.rename`."""
         return self._names.rename(name)
 
     def _is_single_expert(self, layer: str, fused: Collection[str]) -> bool:

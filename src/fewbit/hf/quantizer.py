@@ -1,4 +1,4 @@
-"""Loading and saving GPTQ checkpoints through transformers' own quantizer interface.
+"""fewbit in transformers' own quantizer interface: configuration, loading, saving, and models quantized in memory.
 
 `fewbit.load` names the method "fewbit" in the configuration; `offer` adds that method to transformers and replaces
 nothing. `fewbit.register` (`fewbit.integration`) replaces transformers' own GPTQ quantizer.
@@ -6,13 +6,15 @@ nothing. `fewbit.register` (`fewbit.integration`) replaces transformers' own GPT
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import GPTQConfig as TransformersGPTQConfig
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
@@ -28,17 +30,117 @@ from ..errors import CheckpointError, ConfigError
 from ..kernels.linear import QuantizedLayer
 from ..modeling.experts import unfused_conversions, unfused_modules, why_fused
 from ..modeling.layers import LAYER_TYPES
-from .gptq_config import METHOD, OWN_METHOD, GPTQConfig, kernel_name, needs_gradients
+from ..planning import Plan
 from .quantized_layers import (
     FileNames,
     dense,
     insert_empty_layer,
+    kernel_spec,
     quantized_layers,
-    set_module,
+    quantized_like,
     untie_quantized,
 )
 
 _LOG = logging.getLogger("fewbit")
+
+METHOD = "gptq"
+OWN_METHOD = "fewbit"
+TRAINABLE = "auto_trainable"  # the backend with gradients to the inputs of the layers
+_FORMAT_KEYS = ("checkpoint_format", "format")
+
+
+class GPTQConfig(TransformersGPTQConfig):  # type: ignore[misc]
+    """A ``quantization_config`` that keeps every key it was given, known or not, and saves it again.
+
+    It has the name of the class that it replaces, because transformers compares names.
+
+    Attributes:
+        written: all keys and values as given.
+        backend: kernel name, as `fewbit.load` takes it.
+        format: checkpoint format that `save_pretrained` writes, "gptq" or "gptq_v2".
+    """
+
+    def __init__(self, **values: Any) -> None:
+        # transformers and `fewbit.load` add the backend; it is not part of the checkpoint.
+        self.written = {key: value for key, value in values.items() if key != "backend"}
+        if self.written.get("quant_method") == OWN_METHOD:
+            self.written["quant_method"] = METHOD
+        known = quantization.parse({"group_size": 128, **self.written}, default_method=METHOD)
+        super().__init__(
+            bits=known.bits,
+            group_size=known.group_size,
+            sym=known.sym,
+            desc_act=known.desc_act,
+            act_group_aware=not known.desc_act,
+            format=known.format,
+            meta=values.get("meta"),
+            backend=values.get("backend"),
+        )
+        # "fewbit" until transformers has looked up the quantizer; `FewbitQuantizer` then sets "gptq".
+        self.quant_method = values.get("quant_method", METHOD)
+
+    @property
+    def checkpoint_format(self) -> str:
+        """Older name of `format`."""
+        return self.format
+
+    @checkpoint_format.setter
+    def checkpoint_format(self, value: str) -> None:
+        self.format = value
+
+    def post_init(self) -> None:
+        """Set the backend; `quantization_config.parse` has checked the other values."""
+        self.backend: Any = self.backend or "auto"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all keys as they were given, with the format that is saved.
+
+        Raises:
+            ConfigError: `format` was set to an unknown name.
+        """
+        if self.format not in FORMATS:
+            raise ConfigError(f"format must be one of {', '.join(FORMATS)}; got {self.format!r}")
+        result = copy.deepcopy(self.written)
+        stated = [result[key] for key in _FORMAT_KEYS if result.get(key) is not None]
+        if (stated or [FORMATS[0]])[0] != self.format:
+            result |= {"checkpoint_format": self.format}
+            if "format" in result:
+                result["format"] = self.format
+        return result
+
+    def fix_rule_order(self, names: Iterable[str]) -> None:
+        """Make the rules in ``dynamic`` independent of their order for the layers `names`.
+
+        The first rule that matches decides, but transformers sorts the keys of the JSON that it writes. The rules are
+        rewritten only if sorting would change a layer's settings.
+        """
+        dynamic = self.written.get("dynamic") or {}
+        in_file = {**self.written, "group_size": self.group_size, "dynamic": dict(sorted(dynamic.items()))}
+        now = quantization.parse({**in_file, "dynamic": dynamic}, default_method=METHOD)
+        then = quantization.parse(in_file, default_method=METHOD)
+        if any(now.layer(name) != then.layer(name) for name in names):
+            self.written["dynamic"] = _exclusive(dynamic)
+
+
+def _exclusive(dynamic: Mapping[str, Any]) -> dict[str, Any]:
+    """Return rules whose patterns exclude what an earlier rule matches."""
+    result, earlier = {}, ""
+    for key, rule in dynamic.items():
+        sign = key[:2] if key[:2] in ("-:", "+:") else ""
+        pattern = key.removeprefix(sign)
+        result[f"{sign}{earlier}(?:{pattern})"] = rule
+        earlier += f"(?!{pattern})"
+    return result
+
+
+def kernel_name(backend: Any) -> str:
+    """Return the kernel that a `backend` (a name, or a member of an enumeration) asks for; "auto" for None."""
+    name = getattr(backend, "value", backend)
+    if name is None:
+        return "auto"
+    if not isinstance(name, str):
+        raise ConfigError(f"backend must be the name of a kernel, such as 'auto', not {backend!r}")
+    return name.lower()
 
 
 class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -83,8 +185,7 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
         return unfused_conversions(model, weight_conversions)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        backend = self.quantization_config.backend
-        kernel, trainable = kernel_name(backend), needs_gradients(backend)
+        kernel = kernel_name(self.quantization_config.backend)
         for name, layer in quantized_layers(model):
             missing = [
                 part
@@ -98,7 +199,7 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
                 )
             layer.fill_in_g_idx()
             try:
-                layer.prepare(kernel, trainable=trainable)
+                layer.prepare(kernel, trainable=kernel == TRAINABLE)
             except CheckpointError as error:
                 raise CheckpointError(f"layer {name}: {error}") from error
         self.quantization_config.format = FORMATS[0]  # the format that is saved, unless the user sets another
@@ -111,7 +212,7 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for name, layer in list(quantized_layers(model)):
-            set_module(model, name, dense(layer, dtype or layer.compute_dtype))
+            model.set_submodule(name, dense(layer, dtype or layer.compute_dtype))
         return model
 
     def get_state_dict_and_metadata(
@@ -135,7 +236,7 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
         config.fix_rule_order(
             name for name, module in model.named_modules() if isinstance(module, LAYER_TYPES)
         )
-        return state_dict_in(model, config.format), {}
+        return _state_dict_in(model, config.format), {}
 
     def is_serializable(self) -> bool:
         """Return True: the saved weights equal the loaded ones."""
@@ -188,11 +289,7 @@ def _refuse_merged_experts(model: PreTrainedModel, infos: Mapping[str, TensorInf
 def _modules_of(model: PreTrainedModel, names: list[str]) -> list[tuple[str, str]]:
     """Return (name in the file, name in the model) of every layer that the model class has.
 
-    Fused experts are unfused if the files hold single experts. Layers that the class lacks (a head, for a bare model)
-    are left to transformers, which reports them as unexpected.
-
-    Raises:
-        CheckpointError: transformers would merge the layers into one tensor.
+    transformers reports the layers that the class lacks, such as the head for a bare model, as unexpected.
     """
     file_names = FileNames(model, names)
     modules = {name for name, _ in model.named_modules()}
@@ -211,7 +308,7 @@ def _modules_of(model: PreTrainedModel, names: list[str]) -> list[tuple[str, str
     return result
 
 
-def state_dict_in(model: PreTrainedModel, fmt: str) -> dict[str, Any] | None:
+def _state_dict_in(model: PreTrainedModel, fmt: str) -> dict[str, Any] | None:
     """Return the state of `model` in checkpoint format `fmt`; None if it is in that format already.
 
     The dequantized weights stay bit-identical: only zero points are stored in another way, and where format "gptq"
@@ -240,3 +337,43 @@ def offer() -> None:
     """Add the method "fewbit" to transformers; nothing that exists is replaced."""
     internals.AUTO_QUANTIZER_MAPPING.setdefault(OWN_METHOD, FewbitQuantizer)
     internals.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(OWN_METHOD, GPTQConfig)
+
+
+def replace_layers(
+    model: nn.Module,
+    plan: Plan,
+    tensors_of: Callable[[str], dict[str, Tensor]],
+    config_values: Mapping[str, Any],
+) -> None:
+    """Replace the planned layers of `model` by quantized ones, each on the device of its weight.
+
+    Args:
+        model: changed in place.
+        plan: the layers that were quantized.
+        tensors_of: layer name → its packed tensors by their short names.
+        config_values: the ``quantization_config`` that describes them. A transformers model keeps it, so that
+            `save_pretrained` writes a complete checkpoint.
+    """
+    fmt = config_values["checkpoint_format"]
+    for layer in plan.layers:
+        old = model.get_submodule(layer.name)
+        weight, bias = old.get_parameter("weight"), old.bias
+        new = quantized_like(
+            old,
+            kernel_spec(layer, fmt, "conv2d" if isinstance(old, nn.Conv2d) else "linear"),
+            {part: tensor.to(weight.device) for part, tensor in tensors_of(layer.name).items()},
+            bias.detach() if isinstance(bias, Tensor) else None,
+            weight.dtype,
+        )
+        new.prepare()
+        model.set_submodule(layer.name, new.train(old.training))
+    for experts in unfused_modules(model).values():
+        experts.release_fused()
+    if isinstance(model, PreTrainedModel):
+        # transformers sets these attributes when it loads a quantized model.
+        config = GPTQConfig(**config_values)
+        model.config.quantization_config = config
+        model.hf_quantizer = FewbitQuantizer(config, pre_quantized=True)
+        model.is_quantized = True
+        model.quantization_method = config.quant_method
+        untie_quantized(model)

@@ -26,8 +26,7 @@ from ...gptq_arguments import (
     warn,
     write_json,
 )
-from ...hf.gptq_config import kernel_name
-from ...hf.replace import replace_layers
+from ...hf.quantizer import kernel_name, replace_layers
 from ...kernels.linear import QuantizedLayer, QuantLinear
 from ...modeling.experts import unfuse
 from ...modeling.layers import weight_matrix
