@@ -1,4 +1,4 @@
-"""GPTQ settings under the names of optimum, AutoGPTQ and transformers: checks, warnings, and their translation.
+"""Quantization arguments of older GPTQ tools: checks, warnings, and their translation to fewbit's settings.
 
 `GPTQArguments` takes the arguments that optimum's `GPTQQuantizer` and transformers' `GPTQConfig` share, and quantizes a
 model in memory with `fewbit.quantize`. An argument without effect here is logged once, with the reason.
@@ -8,60 +8,78 @@ from __future__ import annotations
 
 import json
 import logging
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .atomic_io import write_whole
 from .config import FORMATS, QuantConfig
 from .context import resolve_device
 from .errors import CalibrationError, ConfigError, ModelError
+from .hf.blocks import (
+    BLOCK_PATTERNS,
+    get_block_name_with_pattern,
+    get_preceding_modules,
+    get_seqlen,
+    restrict,
+)
 from .hf.quantized_layers import kernel_spec, prepare_layers
-from .hf.quantizer import kernel_name
+from .hf.quantizer import TRAINABLE, kernel_name
 from .kernels import registry
-from .modeling.experts import unfuse
-from .modeling.layers import is_layer
 from .modeling.source import load_tokenizer, open_source
-from .planning import Plan, make_plan, output_embedding_name
+from .planning import make_plan
 from .quantization import quantize
 
 LOG = logging.getLogger("fewbit")
 
-_KERNEL_ON_REQUEST = "a kernel of another package runs only where backend asks for it"
-NOT_NEEDED = {
+_ON_REQUEST = "a kernel of another package runs only where it is asked for"
+_WARM_UP = "kernels need no warm-up"
+_MAPPED = "weights are read from mapped files straight to their device"
+_NOT_NEEDED = {
     "module_name_preceding_first_block": "the model's own forward runs, so nothing before its blocks has to be named",
     "cache_block_outputs": "every batch runs through the model once, whether block outputs could be cached or not",
+    "cache_examples_on_gpu": "examples stay on the model's device; every batch runs through the model once",
     "max_input_length": "no kernel here has a buffer that depends on it",
+    "exllama_set_max_input_length": "no kernel here has a buffer that depends on the input's length",
     "use_cuda_fp16": "kernels follow the dtype of the activations",
-    "disable_exllama": _KERNEL_ON_REQUEST,
-    "exllama_config": _KERNEL_ON_REQUEST,
+    "use_triton": "the kernel is chosen from those that can run here",
+    "use_qigen": "fewbit has CPU kernels of its own",
+    "use_exllama": _ON_REQUEST,
+    "disable_exllama": _ON_REQUEST,
+    "disable_exllamav2": _ON_REQUEST,
+    "exllama_config": _ON_REQUEST,
+    "inject_fused_attention": "fewbit.load(fuse=True) fuses attention on CPUs; the results are the same",
+    "inject_fused_mlp": "fewbit.load(fuse=True) fuses feed-forward layers on CPUs; the results are the same",
+    "warmup_triton": _WARM_UP,
+    "autotune_warmup_after_quantized": _WARM_UP,
+    "no_split_module_classes": "transformers knows them for its models",
+    "low_cpu_mem_usage": _MAPPED,
+    "offload_folder": _MAPPED,
+    "offload_buffers": _MAPPED,
+    "offload_state_dict": _MAPPED,
 }
-# Names of transformers' lists of blocks, the most specific first.
-BLOCK_PATTERNS = (
-    "transformer.h",
-    "model.decoder.layers",
-    "gpt_neox.layers",
-    "model.layers",
-    "model.language_model.layers",
-    "h",
-    "decoder.layers",
-    "layers",
-)
-# What a model's configuration calls its maximum sequence length.
-SEQLEN_KEYS = ("max_position_embeddings", "seq_length", "n_positions")
-_DEFAULT_SEQLEN = 2048
 _MAX_SEQLEN = 4028  # optimum's limit for calibration sequences, whatever the model can take
 
 
-def warn(reasons: Mapping[str, str]) -> None:
-    """Log why each of these arguments has no effect, or another one."""
-    for argument, reason in reasons.items():
-        LOG.warning("%s: %s", argument, reason)
+def warn(argument: str, reason: str) -> None:
+    """Log why an argument has no effect, or another one."""
+    LOG.warning("%s: %s", argument, reason)
+
+
+def warn_not_needed(**given: Any) -> None:
+    """Log why each argument with a true value has no effect."""
+    for argument, value in given.items():
+        if value:
+            warn(argument, f"not needed: {_NOT_NEEDED[argument]}")
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a configuration file."""
+    write_whole(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 @dataclass(frozen=True)
@@ -69,136 +87,6 @@ class PadToken:
     """A tokenizer reduced to what batches of token ids need."""
 
     pad_token_id: int | None
-
-
-def quant_config(
-    *,
-    bits: int,
-    group_size: int,
-    damp_percent: float,
-    desc_act: bool,
-    act_group_aware: bool = True,
-    static_groups: bool = False,
-    **settings: Any,
-) -> QuantConfig:
-    """Translate the older tools' names; `settings` have the same name here.
-
-    Raises:
-        ConfigError: a value is out of range.
-    """
-    order = "full" if desc_act and not static_groups else "group" if desc_act or act_group_aware else "none"
-    return QuantConfig(bits=bits, group_size=group_size, damp=damp_percent, act_order=order, **settings)
-
-
-def note_order(desc_act: bool, static_groups: bool, true_sequential: bool) -> None:
-    """Log where columns or layers are quantized in another order than requested."""
-    if desc_act and static_groups:
-        warn(
-            {
-                "static_groups": "groups are always static here; with desc_act, columns are ordered inside their "
-                "groups, which needs no g_idx, so the checkpoint says desc_act: false"
-            }
-        )
-    if not true_sequential:
-        warn(
-            {
-                "true_sequential=False": "every layer sees its inputs through the quantized layers before it, "
-                "which costs nothing extra here"
-            }
-        )
-
-
-def check_in_memory(model: nn.Module) -> None:
-    """Refuse a model with parts that accelerate has offloaded.
-
-    Raises:
-        ConfigError: the message names the first part.
-    """
-    device_map = getattr(model, "hf_device_map", None) or {}
-    away = [name for name, device in device_map.items() if device == "disk"]
-    away += [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if away:
-        raise ConfigError(
-            f"device_map keeps {away[0] or 'the model'} offloaded, and a model in memory is quantized where it is. "
-            "Nothing needs to be offloaded: fewbit.quantize(FOLDER, output=OUT) streams the weights block by block"
-        )
-
-
-def note_device(model: nn.Module) -> None:
-    """Log how a model on the CPU could be quantized faster."""
-    parameter = next(model.parameters(), None)
-    if parameter is None or parameter.device.type != "cpu":
-        return
-    best = resolve_device("auto").type
-    if best != "cpu":
-        warn(
-            {
-                "device": f"the model is on the CPU and is quantized there. Move it first (model.to({best!r})), or let "
-                f"fewbit.quantize(FOLDER, output=OUT) stream it through the {best} device"
-            }
-        )
-    elif parameter.dtype == torch.float16:
-        warn(
-            {
-                "torch_dtype": "float16 is slow on CPUs: load the model in bfloat16, which is several times faster"
-            }
-        )
-
-
-def restrict(
-    config: QuantConfig, model: nn.Module, block_name: str | None, modules: Sequence[Sequence[str]] | None
-) -> QuantConfig:
-    """Return settings that ignore every layer outside the selected blocks and modules.
-
-    Args:
-        config: the settings.
-        model: its fused experts are unfused, as quantizing it would.
-        block_name: name of the list of blocks, such as "model.layers"; None for all blocks.
-        modules: layer names inside a block, in any grouping; None or empty for all.
-
-    Raises:
-        ConfigError: a name is not in the model.
-    """
-    listed = [name for names in modules or () for name in ([names] if isinstance(names, str) else names)]
-    if block_name is None and not listed:
-        return config
-    unfuse(model)
-    layers = [name for name, module in model.named_modules() if is_layer(module)]
-    blocks = r"(?:.*\.)?\d+" if block_name is None else rf"{re.escape(block_name)}\.\d+"
-    inside = [name for name in layers if re.match(rf"{blocks}\.", name)]
-    if not inside:
-        raise ConfigError(
-            f"block_name_to_quantize {block_name!r} is no list of blocks with linear layers in {type(model).__name__}; "
-            f"its layers are called {_some(layers)}"
-        )
-    for name in listed:
-        if not any(re.match(rf"{blocks}\.{re.escape(name)}$", layer) for layer in inside):
-            short = dict.fromkeys(re.sub(rf"^{blocks}\.", "", layer) for layer in inside)
-            raise ConfigError(
-                f"modules_in_block_to_quantize: no block of {type(model).__name__} has a linear layer {name!r}; "
-                f"they have {_some(short)}"
-            )
-    ending = rf"(?:{'|'.join(map(re.escape, listed))})$" if listed else ""
-    wanted = rf"{blocks}\.{ending}"
-    if config.lm_head and (head := output_embedding_name(model)):
-        wanted = rf"(?:{wanted}|{re.escape(head)}$)"
-    if not all(re.match(wanted, layer.name) for layer in make_plan(model, config).layers):
-        config = replace(config, ignore=(*config.ignore, f"^(?!{wanted})"))
-    if listed:
-        for item in make_plan(model, config).skipped:
-            if re.match(wanted, item.name):
-                warn({f"modules_in_block_to_quantize {item.name}": f"stays as it is: {item.reason}"})
-    return config
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:7]) + (", …" if len(names) > 7 else "") if names else "(it has none)"
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a configuration file."""
-    write_whole(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def require_pad_token(batch_size: int, pad_token_id: int | None) -> None:
@@ -209,49 +97,91 @@ def require_pad_token(batch_size: int, pad_token_id: int | None) -> None:
         )
 
 
-def get_block_name_with_pattern(model: nn.Module) -> str:
-    """Return the name of the list of transformer blocks, such as "model.layers".
+def quant_config(
+    *,
+    damp_percent: float,
+    desc_act: bool,
+    act_group_aware: bool = True,
+    static_groups: bool = False,
+    **same: Any,
+) -> QuantConfig:
+    """Translate the older tools' settings; those in `same` have the same name here."""
+    order = "full" if desc_act and not static_groups else "group" if desc_act or act_group_aware else "none"
+    return QuantConfig(damp=damp_percent, act_order=order, **same)
+
+
+def warn_about_order(desc_act: bool, static_groups: bool, true_sequential: bool) -> None:
+    """Log where columns or layers are quantized in another order than requested."""
+    if desc_act and static_groups:
+        warn(
+            "static_groups",
+            "groups are always static here; with desc_act, columns are ordered inside their groups, which needs no "
+            "g_idx, so the checkpoint says desc_act: false",
+        )
+    if not true_sequential:
+        warn(
+            "true_sequential=False",
+            "every layer sees its inputs through the quantized layers before it, which costs nothing extra here",
+        )
+
+
+def check_exllama(exllama_config: Mapping[str, Any] | None) -> None:
+    """Raise ConfigError unless the configuration names version 1 or 2."""
+    if exllama_config is not None and exllama_config.get("version") not in (1, 2):
+        raise ConfigError(f"exllama_config needs a version key that is 1 or 2; got {exllama_config!r}")
+
+
+def quantize_in_memory(
+    model: nn.Module,
+    config: QuantConfig,
+    dataset: Any,
+    tokenizer: Any,
+    *,
+    block_name: str | None,
+    modules: Sequence[Sequence[str]] | None,
+    kernel: str = "auto",
+) -> None:
+    """Quantize the selected layers of a model on its device; see `restrict` for the selection.
 
     Raises:
-        ConfigError: it has none of the usual names.
+        ConfigError: parts of the model are offloaded, or a selected name is not in it.
+        KernelError: the `kernel` could not run the result.
+        FewbitError: as `fewbit.quantize`.
     """
-    names = {name for name, _ in model.named_modules()}
-    for name in BLOCK_PATTERNS:
-        if name in names:
-            return name
-    raise ConfigError(
-        f"{type(model).__name__} has its blocks at none of {', '.join(BLOCK_PATTERNS)}: pass block_name_to_quantize"
-    )
+    _check_device(model)
+    config = restrict(config, model, block_name, modules)
+    if kernel != "auto":
+        like = next(model.parameters())
+        for layer in make_plan(model, config).layers:
+            registry.choose(kernel_spec(layer, config.format), like.device, like.dtype, kernel)
+    quantize(model, config, dataset=dataset, tokenizer=tokenizer)
 
 
-def get_preceding_modules(model: nn.Module, module_name: str) -> list[str]:
-    """Return the names of the modules before `module_name`, without those that contain it.
-
-    Raises:
-        ConfigError: there is no such module.
-    """
-    names = [name for name, _ in model.named_modules()]
-    if module_name not in names:
-        raise ConfigError(f"Module {module_name} was not found in {type(model).__name__}")
-    before = names[: names.index(module_name)]
-    return [name for name in before if name and not module_name.startswith(f"{name}.")]
-
-
-def get_seqlen(model: nn.Module) -> int:
-    """Return the maximum sequence length in the model's configuration; 2048 if there is none."""
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    for key in SEQLEN_KEYS:
-        value = getattr(config, key, None)
-        if isinstance(value, int):
-            return value
-    LOG.warning(
-        "%s names no longest sequence: %d is used; model_seqlen sets it",
-        type(model).__name__,
-        _DEFAULT_SEQLEN,
-    )
-    return _DEFAULT_SEQLEN
+def _check_device(model: nn.Module) -> None:
+    """Refuse parts that accelerate has offloaded, and log how a model on the CPU could be quantized faster."""
+    device_map = getattr(model, "hf_device_map", None) or {}
+    offloaded = [name for name, device in device_map.items() if device == "disk"]
+    offloaded += [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if offloaded:
+        raise ConfigError(
+            f"device_map keeps {offloaded[0] or 'the model'} offloaded, and a model in memory is quantized where it "
+            "is. Nothing needs to be offloaded: fewbit.quantize(FOLDER, output=OUT) streams the weights block by block"
+        )
+    parameter = next(model.parameters(), None)
+    if parameter is None or parameter.device.type != "cpu":
+        return
+    best = resolve_device("auto").type
+    if best != "cpu":
+        warn(
+            "device",
+            f"the model is on the CPU and is quantized there. Move it first (model.to({best!r})), or let "
+            f"fewbit.quantize(FOLDER, output=OUT) stream it through the {best} device",
+        )
+    elif parameter.dtype == torch.float16:
+        warn(
+            "torch_dtype",
+            "float16 is slow on CPUs: load the model in bfloat16, which is several times faster",
+        )
 
 
 class GPTQArguments:
@@ -342,12 +272,11 @@ class GPTQArguments:
         check_exllama(exllama_config)
         if str(getattr(quant_method, "value", quant_method)) != "gptq":
             raise ConfigError(f"quant_method must be 'gptq'; got {quant_method!r}")
-        kernel_name(backend)
+        kernel_name(backend)  # these two calls check the other values
         self._config()
         if desc_act and act_group_aware:
-            reason = "switched off, because desc_act orders the columns of all groups together"
-            warn({"act_group_aware": reason})
-        note_order(desc_act, static_groups=False, true_sequential=true_sequential)
+            warn("act_group_aware", "switched off: desc_act orders the columns of all groups together")
+        warn_about_order(desc_act, False, true_sequential)
 
     def quantize_model(self, model: nn.Module | str | Path, tokenizer: Any = None) -> nn.Module:
         """Quantize a model in place.
@@ -366,14 +295,18 @@ class GPTQArguments:
             source = open_source(model)
             tokenizer = tokenizer or source.load_tokenizer()
             model = source.load_model("auto", resolve_device("auto"))
-        check_in_memory(model)
-        note_device(model)
         self._check_preceding(model)
-        self._note_not_needed()
+        self._warn_not_needed()
         dataset, tokenizer = self._calibration(tokenizer)
-        config = self._for_model(model)
-        self._check_backend(make_plan(model, config), next(model.parameters()))
-        quantize(model.eval(), config, dataset=dataset, tokenizer=tokenizer)
+        quantize_in_memory(
+            model.eval(),
+            self._for_model(model),
+            dataset,
+            tokenizer,
+            block_name=self.block_name_to_quantize,
+            modules=self.modules_in_block_to_quantize,
+            kernel=kernel_name(self.backend),
+        )
         self._complete_config(model)
         return self.post_init_model(model)
 
@@ -381,9 +314,10 @@ class GPTQArguments:
         """Choose the kernels of all quantized layers.
 
         Raises:
-            KernelError: the `backend` asked for cannot run a layer; the message says why.
+            KernelError: the requested `backend` cannot run a layer; the message says why.
         """
-        prepare_layers(model, kernel_name(self.backend), trainable=self.backend == "auto_trainable")
+        kernel = kernel_name(self.backend)
+        prepare_layers(model, kernel, trainable=kernel == TRAINABLE)
         return model
 
     def _config(self, **settings: Any) -> QuantConfig:
@@ -408,11 +342,10 @@ class GPTQArguments:
             self.block_name_to_quantize = get_block_name_with_pattern(model)
         given = isinstance(self.dataset, (list, tuple)) and len(self.dataset) > 0
         samples = {"num_samples": len(self.dataset or ())} if given else {}
-        config = self._config(seq_len=self.model_seqlen, **samples)
-        return restrict(config, model, self.block_name_to_quantize, self.modules_in_block_to_quantize)
+        return self._config(seq_len=self.model_seqlen, **samples)
 
     def _calibration(self, tokenizer: Any) -> tuple[Any, Any]:
-        """Return the data set and the tokenizer for `fewbit.quantize`."""
+        """Return the dataset and the tokenizer for `fewbit.quantize`."""
         require_pad_token(self.batch_size, self.pad_token_id)
         if isinstance(tokenizer, (str, Path)):
             try:
@@ -434,25 +367,17 @@ class GPTQArguments:
                     f"Module {name} was not found in {type(model).__name__}; before its blocks come {found}"
                 )
 
-    def _check_backend(self, plan: Plan, like: Tensor) -> None:
-        """Refuse a kernel that could not run the result, before the work begins."""
-        kernel = kernel_name(self.backend)
-        if kernel != "auto":
-            for layer in plan.layers:
-                registry.choose(kernel_spec(layer, self.format), like.device, like.dtype, kernel)
-
-    def _note_not_needed(self) -> None:
-        given = {
-            "module_name_preceding_first_block": self.module_name_preceding_first_block is not None,
-            "cache_block_outputs": not self.cache_block_outputs,
-            "max_input_length": self.max_input_length is not None,
-            "use_cuda_fp16": self.use_cuda_fp16,
-            "disable_exllama": self.disable_exllama,
-            "exllama_config": self.exllama_config is not None,
-        }
-        warn({name: f"not needed: {NOT_NEEDED[name]}" for name, is_given in given.items() if is_given})
+    def _warn_not_needed(self) -> None:
+        warn_not_needed(
+            module_name_preceding_first_block=self.module_name_preceding_first_block is not None,
+            cache_block_outputs=not self.cache_block_outputs,
+            max_input_length=self.max_input_length is not None,
+            use_cuda_fp16=self.use_cuda_fp16,
+            disable_exllama=self.disable_exllama,
+            exllama_config=self.exllama_config is not None,
+        )
         if self.extra:
-            warn({", ".join(self.extra): "kept for to_dict, but unknown to GPTQQuantizer and without effect"})
+            warn(", ".join(self.extra), "kept for to_dict, but unknown to GPTQQuantizer and without effect")
 
     def _meta(self) -> dict[str, Any]:
         return {key: value for key, value in (self.meta or {}).items() if key != "quantizer"}
@@ -468,12 +393,6 @@ class GPTQArguments:
         if self.modules_in_block_to_quantize:
             values["modules_in_block_to_quantize"] = self.modules_in_block_to_quantize
         config.quantization_config = type(quantization)(**values)
-
-
-def check_exllama(exllama_config: Mapping[str, Any] | None) -> None:
-    """Raise ConfigError unless the configuration names version 1 or 2."""
-    if exllama_config is not None and exllama_config.get("version") not in (1, 2):
-        raise ConfigError(f"exllama_config needs a version key that is 1 or 2; got {exllama_config!r}")
 
 
 def _single_format(format: str | None, checkpoint_format: str | None) -> str:

@@ -22,15 +22,8 @@ from . import internals
 from .checkpoint.writer import CONFIG, QUANTIZE_CONFIG, with_legacy_keys
 from .config import SKIP, QuantConfig
 from .errors import CalibrationError
-from .gptq_arguments import GPTQArguments, warn, write_json
+from .gptq_arguments import GPTQArguments, warn, warn_not_needed, write_json
 from .hf.quantizer import METHOD, FewbitQuantizer, GPTQConfig
-
-_NOT_NEEDED = {
-    "use_exllama": "not needed: a kernel of another package runs only where backend asks for it",
-    "max_memory": "belongs to from_pretrained, beside device_map",
-}
-# GPTQModel's names for the settings of a layer, where fewbit has others.
-_LAYER_SETTINGS = {"damp_percent": "damp"}
 
 
 class OnTheFlyQuantizer(FewbitQuantizer):
@@ -39,7 +32,7 @@ class OnTheFlyQuantizer(FewbitQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         # Checked now, before any weight is read.
-        self._request = None if self.pre_quantized else _OnTheFly(_given(quantization_config))
+        self._request = None if self.pre_quantized else _OnTheFlyArguments(quantization_config)
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -57,32 +50,26 @@ class OnTheFlyQuantizer(FewbitQuantizer):
         return model
 
 
-def _given(config: Any) -> dict[str, Any]:
-    """Return the arguments of a configuration of either class, as they were given."""
-    if isinstance(config, GPTQConfig):
-        return {**config.written, "backend": config.backend}
-    return {key: value for key, value in vars(config).items() if not key.startswith("_")}
+class _OnTheFlyArguments(GPTQArguments):
+    """The arguments of transformers' `GPTQConfig`, of its older versions, and GPTQModel's ``dynamic``."""
 
-
-class _OnTheFly(GPTQArguments):
-    """The arguments of transformers' `GPTQConfig`, of its older versions, and GPTQModel's ``dynamic``.
-
-    Raises:
-        ConfigError: a value is out of range.
-        CalibrationError: there is no data set.
-    """
-
-    def __init__(self, given: Mapping[str, Any]) -> None:
+    def __init__(self, config: Any) -> None:
+        if isinstance(config, GPTQConfig):
+            given = {**config.written, "backend": config.backend}
+        else:
+            given = {key: value for key, value in vars(config).items() if not key.startswith("_")}
         if given.get("dataset") is None:
             raise CalibrationError(
                 "this model is not quantized, and quantizing it needs calibration text: pass "
                 "GPTQConfig(bits=4, dataset=…) with a list of texts, a .txt, .jsonl or .parquet file, or wikitext2"
             )
         known = set(inspect.signature(GPTQArguments).parameters) - {"kwargs"}
-        unknown = set(given) - known - {"tokenizer", "dynamic", "lm_head", *_NOT_NEEDED}
-        warn({key: reason for key, reason in _NOT_NEEDED.items() if given.get(key) is not None})
+        unknown = set(given) - known - {"tokenizer", "dynamic", "lm_head", "use_exllama", "max_memory"}
+        warn_not_needed(use_exllama=given.get("use_exllama") is not None)
+        if given.get("max_memory") is not None:
+            warn("max_memory", "belongs to from_pretrained, beside device_map")
         if unknown:
-            warn({", ".join(sorted(unknown)): "unknown to fewbit and without effect"})
+            warn(", ".join(sorted(unknown)), "unknown to fewbit and without effect")
         self._tokenizer = given.get("tokenizer")
         self._lm_head = given.get("lm_head") or False
         self._override = {
@@ -94,7 +81,7 @@ class _OnTheFly(GPTQArguments):
         super().__init__(**{key: value for key, value in given.items() if key in known})
 
     def run(self, model: PreTrainedModel) -> None:
-        """Quantize `model` in place; the default tokenizer is the one beside the model."""
+        """Quantize `model` in place; the default tokenizer is in the model's folder."""
         self.quantize_model(model, model.name_or_path if self._tokenizer is None else self._tokenizer)
 
     def _config(self, **settings: Any) -> QuantConfig:
@@ -102,9 +89,12 @@ class _OnTheFly(GPTQArguments):
 
 
 def _layer_settings(rule: Mapping[str, Any]) -> dict[str, Any]:
-    result = {_LAYER_SETTINGS.get(key, key): value for key, value in rule.items() if key != "desc_act"}
-    if "desc_act" in rule:
-        result["act_order"] = "full" if rule["desc_act"] else "group"
+    """Translate GPTQModel's names for the settings of a layer."""
+    result = dict(rule)
+    if "damp_percent" in result:
+        result["damp"] = result.pop("damp_percent")
+    if "desc_act" in result:
+        result["act_order"] = "full" if result.pop("desc_act") else "group"
     return result
 
 

@@ -1,36 +1,28 @@
-"""AutoGPTQ's settings and arguments: `BaseQuantizeConfig` and its files, checks, and translation."""
+"""AutoGPTQ's `BaseQuantizeConfig`, and the files of a checkpoint folder as AutoGPTQ names and completes them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+import os
+import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint.quantization_config import CheckpointSettings, parse
+from ...atomic_io import replacing
+from ...checkpoint.quantization_config import parse
 from ...checkpoint.safe_io import read_json
-from ...checkpoint.writer import CONFIG, QUANTIZE_CONFIG
+from ...checkpoint.writer import CONFIG, INDEX, QUANTIZE_CONFIG, SINGLE
 from ...config import QuantConfig
-from ...errors import CalibrationError, CheckpointError, ConfigError
-from ...gptq_arguments import LOG, PadToken, quant_config, warn, write_json
-from ..loading import local_folder
+from ...errors import CheckpointError, ConfigError, OutputError
+from ...gptq_arguments import LOG, quant_config, write_json
+from ...modeling.source import download
 
 _FILES = (QUANTIZE_CONFIG, "quant_config.json", CONFIG)
 _SYNONYMS = {"w_bit": "bits", "q_group_size": "group_size"}
-_ON_REQUEST = "a kernel of another package runs only where it is asked for"
-_NOT_NEEDED = {
-    "use_triton": "the kernel is chosen from those that can run here",
-    "use_qigen": "fewbit has CPU kernels of its own",
-    "use_cuda_fp16": "kernels follow the dtype of the activations",
-    "inject_fused_attention": "fewbit.load(fuse=True) fuses attention on CPUs; the results are the same",
-    "inject_fused_mlp": "fewbit.load(fuse=True) fuses feed-forward layers on CPUs; the results are the same",
-    "warmup_triton": "kernels need no warm-up",
-    "autotune_warmup_after_quantized": "kernels need no warm-up",
-    "cache_examples_on_gpu": "examples stay on the model's device; every batch runs through the model once",
-    "low_cpu_mem_usage": "weights are read from mapped files straight to their device",
-    "disable_exllama": _ON_REQUEST,
-    "disable_exllamav2": _ON_REQUEST,
-}
+# Arguments for downloading from the Hub.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
 @dataclass
@@ -118,11 +110,7 @@ class BaseQuantizeConfig:
 
     @classmethod
     def of(cls, values: Mapping[str, Any], file: Path) -> BaseQuantizeConfig:
-        """Make the settings from a checkpoint's quantization configuration; keys without a field are logged.
-
-        Args:
-            values: the JSON object.
-            file: its file, for messages.
+        """Make the settings from the quantization configuration in `file`; keys without a field are logged.
 
         Raises:
             CheckpointError: it does not describe GPTQ, or has an impossible value.
@@ -132,17 +120,23 @@ class BaseQuantizeConfig:
         values = {_SYNONYMS.get(key, key): value for key, value in values.items()}
         settings = parse(values, str(file), default_method="gptq")
         names = {field.name for field in fields(cls)}
-        _note_rest(settings, names, file)
+        rest = sorted(set(settings.extra) - names)
+        if rest:
+            LOG.warning("%s: BaseQuantizeConfig has no field for %s", file.name, ", ".join(rest))
+        if "sym" in settings.assumed:
+            LOG.warning("%s does not say sym: the zero points in the file are used as they are", file.name)
         known = {key: value for key, value in values.items() if key in names and value is not None}
         return cls(**known)
 
 
-def _note_rest(settings: CheckpointSettings, names: set[str], file: Path) -> None:
-    rest = sorted(set(settings.extra) - names)
-    if rest:
-        LOG.warning("%s: BaseQuantizeConfig has no field for %s", file.name, ", ".join(rest))
-    if "sym" in settings.assumed:
-        LOG.warning("%s does not say sym: the zero points in the file are used as they are", file.name)
+def local_folder(name: str | Path, subfolder: str = "", **hub: Any) -> Path:
+    """Return the folder `name`, or the local copy of the Hub repository with that name.
+
+    Raises:
+        CheckpointError: there is neither, or the download fails.
+    """
+    path = Path(name).expanduser()
+    return (path if path.exists() else download(str(name), CheckpointError, **hub)) / subfolder
 
 
 def settings_of(folder: Path, given: BaseQuantizeConfig | None) -> BaseQuantizeConfig:
@@ -167,40 +161,34 @@ def settings_of(folder: Path, given: BaseQuantizeConfig | None) -> BaseQuantizeC
     return given
 
 
-def dataset_of(examples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the entries of the examples that calibration needs.
+def text_metadata(metadata: Mapping[Any, Any] | None) -> dict[str, str]:
+    """Convert the metadata of a safetensors file to text."""
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, Mapping):
+        raise ConfigError(f"safetensors_metadata must be a dictionary, not {metadata!r}")
+    texts = {str(key): str(value) for key, value in metadata.items()}
+    if len(texts) < len(metadata):
+        raise ConfigError(f"safetensors_metadata has two keys that are the same as text: {list(metadata)}")
+    return texts
 
-    Raises:
-        CalibrationError: there are no examples, or one is not a dict of token ids.
-    """
-    if not isinstance(examples, Sequence) or not examples:
-        raise CalibrationError(
-            "no examples were given: pass a list of dicts with input_ids and attention_mask"
+
+def add_metadata(folder: Path, metadata: Mapping[str, str]) -> None:
+    """Add to the metadata of every safetensors file in `folder`."""
+    for path in sorted(folder.glob("*.safetensors")) if metadata else ():
+        with path.open("rb") as source, replacing(path) as target:
+            header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
+            header["__metadata__"] = {**metadata, **header.get("__metadata__", {})}
+            data = json.dumps(header, ensure_ascii=False).encode()
+            data += b" " * (-len(data) % 8)
+            target.write(len(data).to_bytes(8, "little") + data)
+            shutil.copyfileobj(source, target)
+
+
+def rename_weights(folder: Path, base_name: str) -> None:
+    """Rename the only weight file to `base_name`.safetensors."""
+    if (folder / INDEX).exists():
+        raise OutputError(
+            f"{folder} has its weights in several files, which keep their names: leave out model_file_base_name"
         )
-    for number, example in enumerate(examples):
-        if not isinstance(example, Mapping) or "input_ids" not in example:
-            raise CalibrationError(
-                f"example {number} must be a dict with input_ids and attention_mask, as a tokenizer returns it, not "
-                f"{type(example).__name__}"
-            )
-    return [{key: e[key] for key in ("input_ids", "attention_mask") if key in e} for e in examples]
-
-
-def rename_token(options: dict[str, Any]) -> None:
-    """Replace `use_auth_token` and `resume_download`, which transformers no longer accepts."""
-    token = options.pop("use_auth_token", None)
-    if token is not None:
-        options.setdefault("token", token)
-    options.pop("resume_download", None)
-
-
-def warn_not_needed(names: Iterable[str]) -> None:
-    """Log why the arguments called `names` have no effect."""
-    warn({name: f"not needed: {_NOT_NEEDED[name]}" for name in names})
-
-
-def pad_token_of(config: Any) -> PadToken:
-    """Return the pad token of a model's configuration, or its end token."""
-    pad, end = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
-    end = end[0] if isinstance(end, (list, tuple)) else end
-    return PadToken(end if pad is None else pad)
+    os.replace(folder / SINGLE, folder / f"{base_name}.safetensors")

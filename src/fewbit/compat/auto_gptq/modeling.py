@@ -15,28 +15,30 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ...checkpoint.reader import find_weights
+from ...checkpoint.safe_io import read_json
 from ...checkpoint.writer import QUANTIZE_CONFIG
-from ...errors import ConfigError, DependencyError, StateError
-from ...gptq_arguments import check_in_memory, get_seqlen, note_device, note_order, restrict, warn
-from ...hf.quantized_layers import prepare_layers, quantized_layers
-from ...quantization import quantize
-from ..loading import (
-    HUB_ARGUMENTS,
-    check_weights_name,
-    device_arguments,
-    load_quantized,
-    local_folder,
-    refuse_disk,
-)
-from .config import (
-    BaseQuantizeConfig,
-    dataset_of,
-    pad_token_of,
-    rename_token,
-    settings_of,
+from ...errors import CalibrationError, ConfigError, DependencyError, OutputError, StateError
+from ...gptq_arguments import (
+    PadToken,
+    quantize_in_memory,
+    warn,
+    warn_about_order,
     warn_not_needed,
+    write_json,
 )
-from .files import add_metadata, complete_config, rename_weights, text_metadata, upload
+from ...hf.blocks import get_seqlen
+from ...hf.load import load
+from ...hf.quantized_layers import prepare_layers, quantized_layers
+from ..loading import check_weights_name, device_arguments, refuse_disk
+from .config import (
+    HUB_ARGUMENTS,
+    BaseQuantizeConfig,
+    add_metadata,
+    local_folder,
+    rename_weights,
+    settings_of,
+    text_metadata,
+)
 
 
 class BaseGPTQForCausalLM(nn.Module):
@@ -104,9 +106,15 @@ class BaseGPTQForCausalLM(nn.Module):
         """
         options = {**model_init_kwargs, "dtype": torch_dtype, "trust_remote_code": trust_remote_code}
         options.pop("low_cpu_mem_usage", None)
-        rename_token(options)
         refuse_disk(options.get("device_map"), max_memory)
-        _refuse_quantized(pretrained_model_name_or_path, options)
+        hub = _take_hub_arguments(options)
+        values, _ = PreTrainedConfig.get_config_dict(str(pretrained_model_name_or_path), **hub)
+        if values.get("quantization_config"):
+            raise StateError(
+                f"{pretrained_model_name_or_path} is quantized already: load it with "
+                "AutoGPTQForCausalLM.from_quantized"
+            )
+        options |= hub
         if max_memory:
             options = {"device_map": "auto", "max_memory": max_memory, **options}
         model = AutoModelForCausalLM.from_pretrained(str(pretrained_model_name_or_path), **options)
@@ -160,46 +168,45 @@ class BaseGPTQForCausalLM(nn.Module):
             ConfigError: a device does not exist, or `quantize_config` contradicts the checkpoint.
             KernelError: Marlin was asked for and cannot run; the message says why.
         """
-        given = {
-            "low_cpu_mem_usage": low_cpu_mem_usage,
-            "use_triton": use_triton,
-            "use_qigen": use_qigen,
-            "inject_fused_attention": inject_fused_attention,
-            "inject_fused_mlp": inject_fused_mlp,
-            "use_cuda_fp16": not use_cuda_fp16,
-            "warmup_triton": warmup_triton,
-            "disable_exllama": disable_exllama is not None,
-            "disable_exllamav2": disable_exllamav2,
-        }
-        warn_not_needed(name for name, is_given in given.items() if is_given)
+        warn_not_needed(
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            use_triton=use_triton,
+            use_qigen=use_qigen,
+            inject_fused_attention=inject_fused_attention,
+            inject_fused_mlp=inject_fused_mlp,
+            use_cuda_fp16=not use_cuda_fp16,
+            warmup_triton=warmup_triton,
+            disable_exllama=disable_exllama is not None,
+            disable_exllamav2=disable_exllamav2,
+        )
         if not use_safetensors:
-            warn({"use_safetensors=False": "safetensors files are read; opening pickles can run code"})
-        rename_token(kwargs)
-        hub = {name: kwargs.pop(name) for name in (*HUB_ARGUMENTS, "subfolder") if name in kwargs}
+            warn("use_safetensors=False", "safetensors files are read; opening pickles can run code")
+        hub = _take_hub_arguments(kwargs)
         if kwargs:
-            warn({", ".join(kwargs): "unknown to from_quantized and without effect"})
+            warn(", ".join(kwargs), "unknown to from_quantized and without effect")
         where = device_arguments(device, device_map, max_memory)
         folder = local_folder(model_name_or_path, **hub)
         settings = settings_of(folder, quantize_config)
         if model_basename is not None:
             usual = f"gptq_model-{settings.bits}bit-{settings.group_size}g"
-            check_weights_name(folder, model_basename, (usual,))
+            check_weights_name(folder, model_basename, [usual])
         index, files = find_weights(folder, settings.model_file_base_name)
         kernel = "marlin" if use_marlin else "auto"
         on_cpu = getattr(where.get("device"), "type", None) == "cpu"
-        model = load_quantized(
+        model = load(
             folder,
-            where,
-            kernel=kernel,
-            trainable=trainable,
             dtype=torch_dtype or (torch.bfloat16 if on_cpu else torch.float16),
+            kernel=kernel,
             trust_remote_code=trust_remote_code,
             quantization_config=settings.to_dict(),
+            **where,
         )
         settings.model_name_or_path = str(model_name_or_path)
         settings.model_file_base_name = (index or files[0]).name.partition(".safetensors")[0]
-        loaded = cls(model, True, settings, trainable=trainable)
+        loaded = cls(model, True, settings)
         loaded._kernel = kernel
+        if trainable:
+            loaded.enable_trainable_mode()
         return loaded
 
     # Quantizing.
@@ -231,20 +238,22 @@ class BaseGPTQForCausalLM(nn.Module):
             raise ConfigError(
                 "is_marlin_format: fewbit writes the format that every engine reads, Marlin kernels too; leave it out"
             )
-        given = {
-            "use_triton": use_triton,
-            "use_cuda_fp16": not use_cuda_fp16,
-            "autotune_warmup_after_quantized": autotune_warmup_after_quantized,
-            "cache_examples_on_gpu": not cache_examples_on_gpu,
-        }
-        warn_not_needed(name for name, is_given in given.items() if is_given)
-        note_order(settings.desc_act, settings.static_groups, settings.true_sequential)
-        check_in_memory(self.model)
-        note_device(self.model)
-        dataset = dataset_of(examples)
-        config = settings.quant_config(num_samples=len(dataset), seq_len=self.seqlen, batch_size=batch_size)
-        config = restrict(config, self.model, self.layers_block_name, self.inside_layer_modules)
-        quantize(self.model, config, dataset=dataset, tokenizer=pad_token_of(self.config))
+        warn_not_needed(
+            use_triton=use_triton,
+            use_cuda_fp16=not use_cuda_fp16,
+            autotune_warmup_after_quantized=autotune_warmup_after_quantized,
+            cache_examples_on_gpu=not cache_examples_on_gpu,
+        )
+        warn_about_order(settings.desc_act, settings.static_groups, settings.true_sequential)
+        dataset = _dataset(examples)
+        quantize_in_memory(
+            self.model,
+            settings.quant_config(num_samples=len(dataset), seq_len=self.seqlen, batch_size=batch_size),
+            dataset,
+            _pad_token(self.config),
+            block_name=self.layers_block_name,
+            modules=self.inside_layer_modules,
+        )
         self._quantized = True
 
     # Saving.
@@ -270,7 +279,7 @@ class BaseGPTQForCausalLM(nn.Module):
         if not self.quantized:
             raise StateError("this model is not quantized yet: call quantize first, then save it")
         if not use_safetensors:
-            warn({"use_safetensors=False": "safetensors files are written; opening pickles can run code"})
+            warn("use_safetensors=False", "safetensors files are written; opening pickles can run code")
         metadata = text_metadata(safetensors_metadata)
         folder, settings = Path(save_dir), self.quantize_config
         self.model.save_pretrained(folder)
@@ -280,7 +289,8 @@ class BaseGPTQForCausalLM(nn.Module):
         add_metadata(folder, metadata)
         settings.model_file_base_name = base_name
         settings.save_pretrained(folder)
-        complete_config(folder / QUANTIZE_CONFIG, self.config.quantization_config.to_dict())
+        file, written = folder / QUANTIZE_CONFIG, self.config.quantization_config.to_dict()
+        write_json(file, {**read_json(file), **written, "model_name_or_path": None})  # paths are private
         settings.model_name_or_path = str(save_dir)
 
     def save_pretrained(
@@ -325,14 +335,24 @@ class BaseGPTQForCausalLM(nn.Module):
         saved = self.quantize_config.model_name_or_path
         if saved is None or not Path(saved).is_dir():
             raise StateError("the model was not saved yet: call save_quantized first, or pass save_dir")
-        return upload(
-            Path(saved),
-            repo_id,
-            private=private,
-            token=token if token is not None else use_auth_token,
-            message=commit_message,
-            create_pr=create_pr,
-        )
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        hub, token = HfApi(), use_auth_token if token is None else token
+        try:
+            made = hub.create_repo(repo_id, private=private, token=token, exist_ok=True)
+            return hub.upload_folder(
+                repo_id=made.repo_id,
+                folder_path=Path(saved),
+                commit_message=commit_message,
+                token=token,
+                create_pr=bool(create_pr),
+            )
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise OutputError(
+                f"{saved} is complete, but could not be uploaded to {repo_id}: {error}. Log in with `hf auth login` or "
+                "pass a token, then try again"
+            ) from error
 
     # Running.
     @property
@@ -343,8 +363,7 @@ class BaseGPTQForCausalLM(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the model's inputs."""
-        device: torch.device = self.model.device
-        return device
+        return self.model.device
 
     @property
     def hf_device_map(self) -> Any:
@@ -385,7 +404,7 @@ class BaseGPTQForCausalLM(nn.Module):
     def warmup_triton(self, enabled: bool = True) -> None:
         """Do nothing: kernels need no warm-up."""
         if enabled:
-            warn_not_needed(["warmup_triton"])
+            warn_not_needed(warmup_triton=True)
 
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})
@@ -394,11 +413,34 @@ class BaseGPTQForCausalLM(nn.Module):
         return getattr(modules["model"], name)
 
 
-def _refuse_quantized(name: str | Path, options: Mapping[str, Any]) -> None:
-    hub = {key: options[key] for key in (*HUB_ARGUMENTS, "subfolder") if key in options}
-    values, _ = PreTrainedConfig.get_config_dict(str(name), **hub)
-    if values.get("quantization_config"):
-        raise StateError(f"{name} is quantized already: load it with AutoGPTQForCausalLM.from_quantized")
+def _take_hub_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Remove the arguments for downloads from `options`, and return them under their present names."""
+    token = options.pop("use_auth_token", None)
+    options.pop("resume_download", None)
+    hub = {name: options.pop(name) for name in (*HUB_ARGUMENTS, "subfolder") if name in options}
+    return hub if token is None else {"token": token, **hub}
+
+
+def _dataset(examples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the entries of the examples that calibration needs."""
+    if not isinstance(examples, Sequence) or not examples:
+        raise CalibrationError(
+            "no examples were given: pass a list of dicts with input_ids and attention_mask"
+        )
+    for number, example in enumerate(examples):
+        if not isinstance(example, Mapping) or "input_ids" not in example:
+            raise CalibrationError(
+                f"example {number} must be a dict with input_ids and attention_mask, as a tokenizer returns it, not "
+                f"{type(example).__name__}"
+            )
+    return [{key: e[key] for key in ("input_ids", "attention_mask") if key in e} for e in examples]
+
+
+def _pad_token(config: Any) -> PadToken:
+    """Return the pad token of a model's configuration, or its end token."""
+    pad, end = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
+    end = end[0] if isinstance(end, (list, tuple)) else end
+    return PadToken(end if pad is None else pad)
 
 
 class AutoGPTQForCausalLM:
@@ -416,11 +458,7 @@ class AutoGPTQForCausalLM:
 
 def exllama_set_max_input_length(model: Any, max_input_length: int) -> Any:
     """Return the model unchanged: no kernel here has a buffer for the longest input."""
-    warn(
-        {
-            "exllama_set_max_input_length": "not needed: no kernel here has a buffer that depends on the input's length"
-        }
-    )
+    warn_not_needed(exllama_set_max_input_length=True)
     return model
 
 

@@ -16,24 +16,18 @@ from ...calibration.sources import NAMED
 from ...checkpoint import layout
 from ...checkpoint.safe_io import read_json
 from ...checkpoint.writer import QUANTIZE_CONFIG as GPTQ_CONFIG
-from ...config import LayerSettings
 from ...errors import CheckpointError, ConfigError, ModelError
-from ...gptq_arguments import (
-    NOT_NEEDED,
-    GPTQArguments,
-    check_exllama,
-    get_block_name_with_pattern,
-    warn,
-    write_json,
-)
+from ...gptq_arguments import GPTQArguments, check_exllama, warn, warn_not_needed, write_json
+from ...hf.blocks import get_block_name_with_pattern, restrict
+from ...hf.load import load
 from ...hf.quantizer import kernel_name, replace_layers
 from ...kernels.linear import QuantizedLayer, QuantLinear
 from ...modeling.experts import unfuse
 from ...modeling.layers import weight_matrix
 from ...output import quantization_config
 from ...planning import LayerPlan, Plan, Skipped, make_plan
-from ...quantized_matrix import QuantizedMatrix, group_count, sequential_groups
-from ..loading import check_weights_name, device_arguments, load_quantized
+from ...quantized_matrix import QuantizedMatrix, sequential_groups
+from ..loading import check_weights_name, device_arguments
 
 
 class GPTQQuantizer(GPTQArguments):
@@ -103,8 +97,8 @@ class GPTQQuantizer(GPTQArguments):
         plan = _only(plan, quantizers)
         quantization = quantization_config(self._config(), model, plan, self._meta())
         packed = {
-            layer.name: _packed_tensors(
-                model.get_submodule(layer.name), quantizers[layer.name], layer.settings, self.format
+            layer.name: self._pack(
+                layer, weight_matrix(model.get_submodule(layer.name)), quantizers[layer.name]
             )
             for layer in plan.layers
         }
@@ -148,7 +142,7 @@ class GPTQQuantizer(GPTQArguments):
         if quantization is None:
             raise ModelError(f"this {type(model).__name__} is not quantized: call quantize_model first")
         if not safe_serialization:
-            warn({"safe_serialization=False": "safetensors files are written; opening pickles can run code"})
+            warn("safe_serialization=False", "safetensors files are written; opening pickles can run code")
         saveable.save_pretrained(save_dir, max_shard_size=max_shard_size)
         settings = {**self.to_dict(), **quantization.to_dict()}
         if settings["dataset"] not in NAMED:
@@ -157,52 +151,35 @@ class GPTQQuantizer(GPTQArguments):
 
     def _planned(self, model: nn.Module) -> tuple[Plan, dict[str, Any]]:
         config = self._for_model(model)
+        config = restrict(config, model, self.block_name_to_quantize, self.modules_in_block_to_quantize)
         unfuse(model)
         plan = make_plan(model, config)
         return plan, quantization_config(config, model, plan, self._meta())
 
-
-def _packed_tensors(
-    layer: nn.Module, parts: Sequence[Any], settings: LayerSettings, fmt: str
-) -> dict[str, Tensor]:
-    """Pack a layer whose weight is already on a grid.
-
-    Args:
-        layer: has the rounded weight.
-        parts: (anything, scales (out, groups), zero points (out, groups), g_idx (in,)).
-        settings: bits and group size of the layer.
-        fmt: checkpoint format, "gptq" or "gptq_v2".
-
-    Raises:
-        CheckpointError: the grid does not fit the settings.
-    """
-    scales, zeros, g_idx = (torch.as_tensor(part).cpu() for part in parts[1:4])
-    groups = g_idx.long()
-    weight = weight_matrix(layer).cpu().float()
-    codes = weight / scales.float()[:, groups] + zeros.float()[:, groups]
-    result = QuantizedMatrix(
-        codes.round_().clamp_(0, 2**settings.bits - 1).to(torch.uint8),
-        scales.to(torch.float16),
-        zeros.round().to(torch.int16),
-        g_idx.to(torch.int32),
-        settings.bits,
-        settings.group_size,
-    )
-    return layout.pack(layout.without_zero_point_0(result) if fmt == "gptq" else result, fmt)
+    def _pack(self, layer: LayerPlan, weight: Tensor, parts: Sequence[Any]) -> dict[str, Tensor]:
+        """Pack a weight that is already on a grid; `parts` as in `pack_model`."""
+        bits = layer.settings.bits
+        scales, zeros, g_idx = (torch.as_tensor(part).cpu() for part in parts[1:4])
+        groups = g_idx.long()
+        codes = weight.cpu().float() / scales.float()[:, groups] + zeros.float()[:, groups]
+        result = QuantizedMatrix(
+            codes.round_().clamp_(0, 2**bits - 1).to(torch.uint8),
+            scales.to(torch.float16),
+            zeros.round().to(torch.int16),
+            g_idx.to(torch.int32),
+            bits,
+            layer.settings.group_size,
+        )
+        return layout.pack(
+            layout.without_zero_point_0(result) if self.format == "gptq" else result, self.format
+        )
 
 
 def _empty_tensors(layer: LayerPlan) -> dict[str, Tensor]:
-    """Allocate the packed tensors of a layer."""
-    out_features, in_features, settings = layer.out_features, layer.in_features, layer.settings
-    groups = group_count(in_features, settings.group_size)
-    return {
-        layout.QWEIGHT: torch.zeros(
-            layout.word_count(in_features, settings.bits), out_features, dtype=torch.int32
-        ),
-        layout.QZEROS: torch.zeros(groups, layout.word_count(out_features, settings.bits), dtype=torch.int32),
-        layout.SCALES: torch.zeros(groups, out_features, dtype=torch.float16),
-        layout.G_IDX: sequential_groups(in_features, settings.group_size),
-    }
+    bits, group_size = layer.settings.bits, layer.settings.group_size
+    shapes = layout.empty_layer(bits, group_size, layer.in_features, layer.out_features)
+    tensors = {part: torch.zeros_like(tensor, device="cpu") for part, tensor in shapes.items()}
+    return {**tensors, layout.G_IDX: sequential_groups(layer.in_features, group_size)}
 
 
 def _only(plan: Plan, names: Mapping[str, Any]) -> Plan:
@@ -257,28 +234,25 @@ def load_quantized_model(
             f"load_quantized_model builds transformers models, not a {type(model).__name__}: convert_model, "
             "load_state_dict and post_init_model of GPTQQuantizer load any other"
         )
-    once = "weights are read from mapped files straight to their device"
-    given = {
-        "no_split_module_classes": (no_split_module_classes, "transformers knows them for its models"),
-        "offload_folder": (offload_folder, once),
-        "offload_buffers": (offload_buffers, once),
-        "offload_state_dict": (offload_state_dict, once),
-        "max_input_length": (max_input_length, NOT_NEEDED["max_input_length"]),
-        "disable_exllama": (disable_exllama, NOT_NEEDED["disable_exllama"]),
-        "exllama_config": (exllama_config, NOT_NEEDED["exllama_config"]),
-    }
-    warn({name: f"not needed: {reason}" for name, (value, reason) in given.items() if value})
+    warn_not_needed(
+        no_split_module_classes=no_split_module_classes,
+        offload_folder=offload_folder,
+        offload_buffers=offload_buffers,
+        offload_state_dict=offload_state_dict,
+        max_input_length=max_input_length,
+        disable_exllama=disable_exllama,
+        exllama_config=exllama_config,
+    )
     folder = Path(save_folder)
     if state_dict_name is not None:
-        check_weights_name(folder, state_dict_name, ())
+        check_weights_name(folder, state_dict_name)
     own = folder / quant_config_name
-    loaded = load_quantized(
+    loaded = load(
         folder,
-        device_arguments(None, device_map, max_memory),
-        kernel=kernel_name(backend),
-        trainable=backend == "auto_trainable",
         dtype=model.dtype,
+        kernel=kernel_name(backend),
         quantization_config=read_json(own) if own.exists() else None,
+        **device_arguments(None, device_map, max_memory),
     )
     if type(loaded) is not type(model):
         raise CheckpointError(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...gptq_arguments import get_block_name_with_pattern, get_preceding_modules, get_seqlen
+from ...hf.blocks import get_block_name_with_pattern, get_preceding_modules, get_seqlen
 from ...kernels.linear import QuantizedLayer
 
 __all__ = ["get_block_name_with_pattern", "get_layers", "get_preceding_modules", "get_seqlen"]
