@@ -20,13 +20,7 @@ from .atomic_io import write_whole
 from .config import FORMATS, QuantConfig
 from .context import resolve_device
 from .errors import CalibrationError, ConfigError, ModelError
-from .hf.blocks import (
-    BLOCK_PATTERNS,
-    get_block_name_with_pattern,
-    get_preceding_modules,
-    get_seqlen,
-    restrict,
-)
+from .hf import blocks
 from .hf.quantized_layers import kernel_spec, prepare_layers
 from .hf.quantizer import TRAINABLE, kernel_name
 from .kernels import registry
@@ -78,7 +72,6 @@ def warn_not_needed(**given: Any) -> None:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a configuration file."""
     write_whole(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
 
 
@@ -141,15 +134,14 @@ def quantize_in_memory(
     modules: Sequence[Sequence[str]] | None,
     kernel: str = "auto",
 ) -> None:
-    """Quantize the selected layers of a model on its device; see `restrict` for the selection.
+    """Quantize the selected layers of a model on its device; see `blocks.restrict` for the selection.
 
     Raises:
         ConfigError: parts of the model are offloaded, or a selected name is not in it.
         KernelError: the `kernel` could not run the result.
-        FewbitError: as `fewbit.quantize`.
     """
     _check_device(model)
-    config = restrict(config, model, block_name, modules)
+    config = blocks.restrict(config, model, block_name, modules)
     if kernel != "auto":
         like = next(model.parameters())
         for layer in make_plan(model, config).layers:
@@ -201,10 +193,9 @@ class GPTQArguments:
         block_name_to_quantize: name of the list of blocks; the default is the first of `BLOCK_PATTERNS` that exists,
             otherwise all numbered blocks.
         module_name_preceding_first_block: checked, but not needed.
+        max_input_length, cache_block_outputs: not needed.
         batch_size: sequences per forward pass.
         pad_token_id: needed for a `batch_size` above 1.
-        max_input_length: not needed.
-        cache_block_outputs: not needed.
         modules_in_block_to_quantize: layer names inside the blocks; the default is all layers.
         format: "gptq" or "gptq_v2".
         meta: entries that are kept in the checkpoint.
@@ -311,11 +302,7 @@ class GPTQArguments:
         return self.post_init_model(model)
 
     def post_init_model(self, model: nn.Module) -> nn.Module:
-        """Choose the kernels of all quantized layers.
-
-        Raises:
-            KernelError: the requested `backend` cannot run a layer; the message says why.
-        """
+        """Choose the kernels of all quantized layers; raise KernelError if `backend` cannot run one."""
         kernel = kernel_name(self.backend)
         prepare_layers(model, kernel, trainable=kernel == TRAINABLE)
         return model
@@ -336,10 +323,10 @@ class GPTQArguments:
     def _for_model(self, model: nn.Module) -> QuantConfig:
         """Return the settings for this model, and set the arguments that are inferred from it."""
         if self.model_seqlen is None:
-            self.model_seqlen = min(_MAX_SEQLEN, get_seqlen(model))
+            self.model_seqlen = min(_MAX_SEQLEN, blocks.get_seqlen(model))
         names = {name for name, _ in model.named_modules()}
-        if self.block_name_to_quantize is None and names & set(BLOCK_PATTERNS):
-            self.block_name_to_quantize = get_block_name_with_pattern(model)
+        if self.block_name_to_quantize is None and names & set(blocks.BLOCK_PATTERNS):
+            self.block_name_to_quantize = blocks.get_block_name_with_pattern(model)
         given = isinstance(self.dataset, (list, tuple)) and len(self.dataset) > 0
         samples = {"num_samples": len(self.dataset or ())} if given else {}
         return self._config(seq_len=self.model_seqlen, **samples)
@@ -354,15 +341,20 @@ class GPTQArguments:
                 raise CalibrationError(f"{error}; pass the tokenizer itself, or its folder") from error
         if self.batch_size == 1 or not isinstance(self.dataset, list):
             return self.dataset, tokenizer
-        tokens = [_tokens(item, tokenizer) for item in self.dataset]
+        if tokenizer is None and any(isinstance(item, str) for item in self.dataset):
+            raise CalibrationError("the dataset is text, so a tokenizer is needed: pass it to quantize_model")
+        tokens = [
+            {"input_ids": tokenizer(item)["input_ids"]} if isinstance(item, str) else item
+            for item in self.dataset
+        ]
         return tokens, PadToken(self.pad_token_id)
 
     def _check_preceding(self, model: nn.Module) -> None:
         names = {name for name, _ in model.named_modules()}
         for name in self.module_name_preceding_first_block or ():
             if name not in names:
-                block = self.block_name_to_quantize or get_block_name_with_pattern(model)
-                found = ", ".join(get_preceding_modules(model, block))
+                block = self.block_name_to_quantize or blocks.get_block_name_with_pattern(model)
+                found = ", ".join(blocks.get_preceding_modules(model, block))
                 raise ConfigError(
                     f"Module {name} was not found in {type(model).__name__}; before its blocks come {found}"
                 )
@@ -404,11 +396,3 @@ def _single_format(format: str | None, checkpoint_format: str | None) -> str:
             f"{checkpoint_format!r}"
         )
     return given.pop() if given else "gptq"
-
-
-def _tokens(item: Any, tokenizer: Any) -> Any:
-    if not isinstance(item, str):
-        return item
-    if tokenizer is None:
-        raise CalibrationError("the dataset is text, so a tokenizer is needed: pass it to quantize_model")
-    return {"input_ids": tokenizer(item)["input_ids"]}

@@ -1,11 +1,11 @@
-"""AutoGPTQ's `BaseQuantizeConfig`, and the files of a checkpoint folder as AutoGPTQ names and completes them."""
+"""AutoGPTQ's `BaseQuantizeConfig`, its other arguments, and its names and metadata of saved files."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,13 @@ from ...checkpoint.quantization_config import parse
 from ...checkpoint.safe_io import read_json
 from ...checkpoint.writer import CONFIG, INDEX, QUANTIZE_CONFIG, SINGLE
 from ...config import QuantConfig
-from ...errors import CheckpointError, ConfigError, OutputError
-from ...gptq_arguments import LOG, quant_config, write_json
+from ...errors import CalibrationError, CheckpointError, ConfigError, OutputError
+from ...gptq_arguments import LOG, PadToken, quant_config, write_json
 from ...modeling.source import download
 
 _FILES = (QUANTIZE_CONFIG, "quant_config.json", CONFIG)
 _SYNONYMS = {"w_bit": "bits", "q_group_size": "group_size"}
-# Arguments for downloading from the Hub.
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token", "subfolder")
 
 
 @dataclass
@@ -161,6 +160,36 @@ def settings_of(folder: Path, given: BaseQuantizeConfig | None) -> BaseQuantizeC
     return given
 
 
+def take_hub_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Remove the arguments for downloads from `options`, and return them under their present names."""
+    token = options.pop("use_auth_token", None)
+    options.pop("resume_download", None)
+    hub = {name: options.pop(name) for name in _HUB_ARGUMENTS if name in options}
+    return hub if token is None else {"token": token, **hub}
+
+
+def calibration_examples(examples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the entries of the examples that calibration needs."""
+    if not isinstance(examples, Sequence) or not examples:
+        raise CalibrationError(
+            "no examples were given: pass a list of dicts with input_ids and attention_mask"
+        )
+    for number, example in enumerate(examples):
+        if not isinstance(example, Mapping) or "input_ids" not in example:
+            raise CalibrationError(
+                f"example {number} must be a dict with input_ids and attention_mask, as a tokenizer returns it, not "
+                f"{type(example).__name__}"
+            )
+    return [{key: e[key] for key in ("input_ids", "attention_mask") if key in e} for e in examples]
+
+
+def pad_token_of(config: Any) -> PadToken:
+    """Return the pad token of a model's configuration, or its end token."""
+    pad, end = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
+    end = end[0] if isinstance(end, (list, tuple)) else end
+    return PadToken(end if pad is None else pad)
+
+
 def text_metadata(metadata: Mapping[Any, Any] | None) -> dict[str, str]:
     """Convert the metadata of a safetensors file to text."""
     if metadata is None:
@@ -192,3 +221,27 @@ def rename_weights(folder: Path, base_name: str) -> None:
             f"{folder} has its weights in several files, which keep their names: leave out model_file_base_name"
         )
     os.replace(folder / SINGLE, folder / f"{base_name}.safetensors")
+
+
+def upload(
+    folder: Path, repo_id: str, message: str | None, *, token: Any, private: bool | None, create_pr: bool
+) -> Any:
+    """Upload a folder to the Hub, and return the `CommitInfo` of huggingface_hub.
+
+    Raises:
+        OutputError: the upload failed; the folder is complete.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    hub = HfApi()
+    try:
+        made = hub.create_repo(repo_id, private=private, token=token, exist_ok=True)
+        return hub.upload_folder(
+            repo_id=made.repo_id, folder_path=folder, commit_message=message, token=token, create_pr=create_pr
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise OutputError(
+            f"{folder} is complete, but could not be uploaded to {repo_id}: {error}. Log in with `hf auth login` or "
+            "pass a token, then try again"
+        ) from error

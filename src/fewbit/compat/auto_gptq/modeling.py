@@ -17,27 +17,23 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ...checkpoint.reader import find_weights
 from ...checkpoint.safe_io import read_json
 from ...checkpoint.writer import QUANTIZE_CONFIG
-from ...errors import CalibrationError, ConfigError, DependencyError, OutputError, StateError
-from ...gptq_arguments import (
-    PadToken,
-    quantize_in_memory,
-    warn,
-    warn_about_order,
-    warn_not_needed,
-    write_json,
-)
+from ...errors import ConfigError, StateError
+from ...gptq_arguments import quantize_in_memory, warn, warn_about_order, warn_not_needed, write_json
 from ...hf.blocks import get_seqlen
 from ...hf.load import load
-from ...hf.quantized_layers import prepare_layers, quantized_layers
+from ...hf.quantized_layers import prepare_layers
 from ..loading import check_weights_name, device_arguments, refuse_disk
 from .config import (
-    HUB_ARGUMENTS,
     BaseQuantizeConfig,
     add_metadata,
+    calibration_examples,
     local_folder,
+    pad_token_of,
     rename_weights,
     settings_of,
+    take_hub_arguments,
     text_metadata,
+    upload,
 )
 
 
@@ -107,17 +103,14 @@ class BaseGPTQForCausalLM(nn.Module):
         options = {**model_init_kwargs, "dtype": torch_dtype, "trust_remote_code": trust_remote_code}
         options.pop("low_cpu_mem_usage", None)
         refuse_disk(options.get("device_map"), max_memory)
-        hub = _take_hub_arguments(options)
-        values, _ = PreTrainedConfig.get_config_dict(str(pretrained_model_name_or_path), **hub)
+        hub = take_hub_arguments(options)
+        name = str(pretrained_model_name_or_path)
+        values, _ = PreTrainedConfig.get_config_dict(name, **hub)
         if values.get("quantization_config"):
-            raise StateError(
-                f"{pretrained_model_name_or_path} is quantized already: load it with "
-                "AutoGPTQForCausalLM.from_quantized"
-            )
-        options |= hub
+            raise StateError(f"{name} is quantized already: load it with AutoGPTQForCausalLM.from_quantized")
         if max_memory:
             options = {"device_map": "auto", "max_memory": max_memory, **options}
-        model = AutoModelForCausalLM.from_pretrained(str(pretrained_model_name_or_path), **options)
+        model = AutoModelForCausalLM.from_pretrained(name, **options, **hub)
         return cls(model.eval(), False, quantize_config)
 
     @classmethod
@@ -181,15 +174,16 @@ class BaseGPTQForCausalLM(nn.Module):
         )
         if not use_safetensors:
             warn("use_safetensors=False", "safetensors files are read; opening pickles can run code")
-        hub = _take_hub_arguments(kwargs)
+        hub = take_hub_arguments(kwargs)
         if kwargs:
             warn(", ".join(kwargs), "unknown to from_quantized and without effect")
         where = device_arguments(device, device_map, max_memory)
         folder = local_folder(model_name_or_path, **hub)
         settings = settings_of(folder, quantize_config)
         if model_basename is not None:
-            usual = f"gptq_model-{settings.bits}bit-{settings.group_size}g"
-            check_weights_name(folder, model_basename, [usual])
+            check_weights_name(
+                folder, model_basename, [f"gptq_model-{settings.bits}bit-{settings.group_size}g"]
+            )
         index, files = find_weights(folder, settings.model_file_base_name)
         kernel = "marlin" if use_marlin else "auto"
         on_cpu = getattr(where.get("device"), "type", None) == "cpu"
@@ -245,12 +239,12 @@ class BaseGPTQForCausalLM(nn.Module):
             cache_examples_on_gpu=not cache_examples_on_gpu,
         )
         warn_about_order(settings.desc_act, settings.static_groups, settings.true_sequential)
-        dataset = _dataset(examples)
+        dataset = calibration_examples(examples)
         quantize_in_memory(
             self.model,
             settings.quant_config(num_samples=len(dataset), seq_len=self.seqlen, batch_size=batch_size),
             dataset,
-            _pad_token(self.config),
+            pad_token_of(self.config),
             block_name=self.layers_block_name,
             modules=self.inside_layer_modules,
         )
@@ -322,9 +316,8 @@ class BaseGPTQForCausalLM(nn.Module):
             save_dir: folder to save the model in first; required if it was not saved before.
             use_safetensors, safetensors_metadata: arguments of `save_quantized`.
             commit_message, create_pr: options of the upload.
-            use_auth_token: older name of `token`.
             private: whether a new repository is private.
-            token: Hub token.
+            token, use_auth_token: Hub token; the second name is the older one.
 
         Raises:
             StateError: the model was not saved, and there is no `save_dir`.
@@ -335,24 +328,10 @@ class BaseGPTQForCausalLM(nn.Module):
         saved = self.quantize_config.model_name_or_path
         if saved is None or not Path(saved).is_dir():
             raise StateError("the model was not saved yet: call save_quantized first, or pass save_dir")
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-        hub, token = HfApi(), use_auth_token if token is None else token
-        try:
-            made = hub.create_repo(repo_id, private=private, token=token, exist_ok=True)
-            return hub.upload_folder(
-                repo_id=made.repo_id,
-                folder_path=Path(saved),
-                commit_message=commit_message,
-                token=token,
-                create_pr=bool(create_pr),
-            )
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise OutputError(
-                f"{saved} is complete, but could not be uploaded to {repo_id}: {error}. Log in with `hf auth login` or "
-                "pass a token, then try again"
-            ) from error
+        token = use_auth_token if token is None else token
+        return upload(
+            Path(saved), repo_id, commit_message, token=token, private=private, create_pr=bool(create_pr)
+        )
 
     # Running.
     @property
@@ -363,7 +342,7 @@ class BaseGPTQForCausalLM(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the model's inputs."""
-        return self.model.device
+        return torch.device(self.model.device)
 
     @property
     def hf_device_map(self) -> Any:
@@ -385,12 +364,9 @@ class BaseGPTQForCausalLM(nn.Module):
         return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model's `generate` without gradients."""
+        """Call the model's `generate` in inference mode."""
         with torch.inference_mode():
             return self.model.generate(*args, **kwargs)
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model.prepare_inputs_for_generation(*args, **kwargs)
 
     def enable_trainable_mode(self, enabled: bool = True) -> None:
         """Pass gradients through the quantized layers, for adapters."""
@@ -407,40 +383,11 @@ class BaseGPTQForCausalLM(nn.Module):
             warn_not_needed(warmup_triton=True)
 
     def __getattr__(self, name: str) -> Any:
+        # Every other attribute, such as prepare_inputs_for_generation, is the model's.
         modules = self.__dict__.get("_modules", {})
         if name == "model" or "model" not in modules:
             return super().__getattr__(name)
         return getattr(modules["model"], name)
-
-
-def _take_hub_arguments(options: dict[str, Any]) -> dict[str, Any]:
-    """Remove the arguments for downloads from `options`, and return them under their present names."""
-    token = options.pop("use_auth_token", None)
-    options.pop("resume_download", None)
-    hub = {name: options.pop(name) for name in (*HUB_ARGUMENTS, "subfolder") if name in options}
-    return hub if token is None else {"token": token, **hub}
-
-
-def _dataset(examples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the entries of the examples that calibration needs."""
-    if not isinstance(examples, Sequence) or not examples:
-        raise CalibrationError(
-            "no examples were given: pass a list of dicts with input_ids and attention_mask"
-        )
-    for number, example in enumerate(examples):
-        if not isinstance(example, Mapping) or "input_ids" not in example:
-            raise CalibrationError(
-                f"example {number} must be a dict with input_ids and attention_mask, as a tokenizer returns it, not "
-                f"{type(example).__name__}"
-            )
-    return [{key: e[key] for key in ("input_ids", "attention_mask") if key in e} for e in examples]
-
-
-def _pad_token(config: Any) -> PadToken:
-    """Return the pad token of a model's configuration, or its end token."""
-    pad, end = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
-    end = end[0] if isinstance(end, (list, tuple)) else end
-    return PadToken(end if pad is None else pad)
 
 
 class AutoGPTQForCausalLM:
@@ -454,48 +401,3 @@ class AutoGPTQForCausalLM:
 
     from_pretrained = BaseGPTQForCausalLM.from_pretrained
     from_quantized = BaseGPTQForCausalLM.from_quantized
-
-
-def exllama_set_max_input_length(model: Any, max_input_length: int) -> Any:
-    """Return the model unchanged: no kernel here has a buffer for the longest input."""
-    warn_not_needed(exllama_set_max_input_length=True)
-    return model
-
-
-def get_gptq_peft_model(
-    model: BaseGPTQForCausalLM,
-    peft_config: Any = None,
-    model_id: str | None = None,
-    adapter_name: str = "default",
-    auto_find_all_linears: bool = True,
-    train_mode: bool = False,
-) -> Any:
-    """Return the model with a new adapter, or with a saved one.
-
-    Args:
-        model: a quantized model.
-        peft_config: configuration of the new adapter.
-        model_id: folder or Hub id of a saved adapter.
-        adapter_name: name of the adapter.
-        auto_find_all_linears: whether the new adapter covers every quantized layer.
-        train_mode: whether to make a new adapter.
-
-    Raises:
-        ConfigError: the argument that the mode requires is missing.
-        DependencyError: peft is not installed.
-    """
-    if train_mode and peft_config is None:
-        raise ConfigError("train_mode makes a new adapter: pass its peft_config")
-    if not train_mode and model_id is None:
-        raise ConfigError("pass model_id, the adapter to load, or train_mode=True to make a new one")
-    try:
-        import peft
-    except ImportError as error:
-        raise DependencyError("adapters need the package peft: pip install peft") from error
-    if not train_mode:
-        return peft.PeftModel.from_pretrained(model.model, model_id, adapter_name)
-    model.enable_trainable_mode()
-    if auto_find_all_linears and hasattr(peft_config, "target_modules"):
-        names = {name.rpartition(".")[2] for name, _ in quantized_layers(model.model)}
-        peft_config.target_modules = sorted(names)
-    return peft.get_peft_model(model.model, peft_config, adapter_name=adapter_name)
