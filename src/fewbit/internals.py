@@ -7,11 +7,11 @@ break only this file. ``tests/test_internals.py`` checks each entry against the 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -190,3 +190,35 @@ def expert_activation(experts: nn.Module) -> Callable[[Tensor], Tensor]:
 def has_adapter(model: PreTrainedModel) -> bool:
     """Return whether an adapter was loaded with transformers' own ``load_adapter``."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+class EveryOperation(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Calls `before` and `after` around every operation of torch, with the storages that it uses."""
+
+    def __init__(
+        self,
+        before: Callable[[Any, list[UntypedStorage]], None],
+        after: Callable[[list[UntypedStorage], list[UntypedStorage]], None],
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._before, self._after = before, after
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        inputs = list(_storages((*args, *kwargs.values())))
+        self._before(func, inputs)
+        result = func(*args, **kwargs)
+        self._after(inputs, list(_storages((result,))))
+        return result
+
+
+def _storages(values: Iterable[object]) -> Iterator[UntypedStorage]:
+    """Yield the storages of all plain tensors; tensor subclasses have none."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided:
+                yield value.untyped_storage()
+        elif isinstance(value, (list, tuple)):
+            yield from _storages(value)

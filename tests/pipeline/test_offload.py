@@ -15,10 +15,9 @@ from torch import nn
 
 import fewbit
 from fewbit.errors import CalibrationError, OutputError
-from fewbit.pipeline import offload, offload_store, quantize_layers
+from fewbit.pipeline import offload, quantize_layers
 from fewbit.pipeline.memory import ActivationBudget
-from fewbit.pipeline.offload import NoOffload, Offloader, make_offloader
-from fewbit.pipeline.offload_store import DiskStore, HostStore
+from fewbit.pipeline.offload import DiskStore, HostStore, NoOffload, Offloader, make_offloader
 from fewbit.profiling import Profiler
 from models import random_sequences, save_tiny, tiny_model, tiny_tokenizer
 
@@ -40,8 +39,7 @@ def offloader(tmp_path, everything):
 
 def on_other_devices(monkeypatch):
     """Take the CPU's memory for that of a device, to which kernels are given addresses."""
-    for module in (offload, offload_store):
-        monkeypatch.setattr(module, "is_on_cpu", lambda storage: False)
+    monkeypatch.setattr(offload, "is_on_cpu", lambda storage: False)
 
 
 def bytes_of(tensor):
@@ -366,7 +364,7 @@ def test_too_little_host_memory(device, monkeypatch):
             raise RuntimeError("CUDA error: out of memory\nand more")
         return torch.zeros(*arguments, **options)
 
-    monkeypatch.setattr(offload_store.torch, "empty", refuse)
+    monkeypatch.setattr(offload.torch, "empty", refuse)
     offloader = Offloader(HostStore(pinned=True), Profiler())
     with (
         offloader,

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage, nn
 
+from ..internals import EveryOperation
 from ..modeling.experts import UnfusedExperts, unfused_modules
 from ..modeling.layers import input_rows
 from ..pipeline.expert_calibration import ExpertCalibration
-from ..pipeline.offload import EveryOperation
 from ..pipeline.quantize_layers import without_cache
 from ..pipeline.scheduler import BlockCall, Hooks, LayerInput, Scheduler
 from ..pipeline.statistics import CACHED_HESSIANS, BatchMasks

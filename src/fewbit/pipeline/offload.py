@@ -1,60 +1,186 @@
 """Activations of paused batches, offloaded to disk or, from a GPU, to pinned host memory.
 
-Whenever the pass pauses, each batch holds its activations, so with many calibration tokens they take most of the
-memory. `Offloader` keeps as many in memory as fit: on the CPU the activations of the running job, on a GPU as many as
-its budget allows. Other storages that a job's operations made, and that are alive when it pauses, are evicted to a
-store. The first operation that touches an evicted tensor reloads it.
+`Offloader` sees every operation of torch. It records the storages that a job makes, and evicts them to a store when
+the paused jobs exceed a budget. Eviction resizes a storage to zero bytes, so every tensor and view of it stays valid.
+The first operation that needs an evicted storage reloads it. Jobs run in a fixed order. So the storages that came into
+memory last are evicted first: the first jobs stay in memory.
 
-`Offloader` sees every operation of torch: outputs are what a job made, inputs are what must be in memory. Eviction
-resizes the storage below a tensor to zero bytes. The tensor, its views, its identity and its version stay, wherever
-references to it are (local variables, containers, Python's stack).
-
-On the CPU every access to a tensor goes through torch. So a storage is reloaded when an operation needs it, and
-written again only if an operation changed it. On other devices kernels are also launched by address. There a job gets
-all of its storages back before it runs, and they count as changed afterwards.
-
-Jobs run in the same order again and again. So the storages that came into memory last are evicted first: the first
-jobs stay in memory, and only the others are moved.
+On the CPU every access goes through torch, so a storage is written again only if an operation changed it. Other devices
+also launch kernels by address. There a job gets all of its storages back before it runs, and they count as changed.
 """
 
 from __future__ import annotations
 
+import ctypes
+import tempfile
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, UntypedStorage, nn
+from torch import UntypedStorage
 
+from ..errors import CalibrationError, OutputError
 from ..formatting import size
-from ..internals import TorchDispatchMode, is_mutating
+from ..internals import EveryOperation, is_mutating, without_dispatch_modes
 from ..profiling import Profiler
 from .memory import RESIDENT_STORAGES, ActivationBudget
-from .offload_store import DiskStore, HostStore, is_on_cpu
 from .streaming import release_freed_memory
 
 _SMALLEST = 1 << 16  # bytes; smaller storages stay in memory
 _FREED = 1 << 25  # bytes after which freed memory is returned to the system
 
 
-class NoOffload:
+class HostStore:
+    """Host memory for storages of a GPU, pinned so that copies are asynchronous.
+
+    The first `put` of a storage makes a slot, which is used until `release`. `size` is the maximum of the bytes in all
+    slots. The store is not `synchronous`: the device performs `put` and `get` in the order of its other work.
+    """
+
+    synchronous = False
+    name = "in host memory"
+
+    def __init__(self, *, pinned: bool) -> None:
+        self.size = self._held = 0
+        self._pinned = pinned
+
+    def accepts(self, storage: UntypedStorage) -> bool:
+        return not is_on_cpu(storage)
+
+    def put(self, storage: UntypedStorage, slot: UntypedStorage | None) -> UntypedStorage:
+        with without_dispatch_modes():
+            slot = self._new(storage.nbytes()) if slot is None else slot
+            slot.copy_(storage, True)
+        return slot
+
+    def get(self, slot: UntypedStorage, storage: UntypedStorage) -> None:
+        with without_dispatch_modes():
+            storage.copy_(slot, True)
+
+    def release(self, slot: UntypedStorage) -> None:
+        self._held -= slot.nbytes()  # torch frees the memory once the device is done with it
+
+    def close(self) -> None:
+        self._held = 0
+
+    def _new(self, count: int) -> UntypedStorage:
+        try:
+            memory = torch.empty(count, dtype=torch.uint8, pin_memory=self._pinned)
+        except RuntimeError as error:  # torch has no more specific class for host memory
+            raise CalibrationError(
+                f"the activations of paused batches fit neither on the device nor in host memory, of which they had "
+                f"{size(self._held)}: {str(error).splitlines()[0]}. Use fewer calibration sequences (--num-samples), "
+                "--fast, or keep them on disk (--offload-dir FOLDER)"
+            ) from error
+        self._held += count
+        self.size = max(self.size, self._held)
+        return memory.untyped_storage()
+
+
+class DiskStore:
+    """A file without a name, which disappears when it is closed or the process ends.
+
+    A slot is an offset and a size. Released slots are used again for the same size: shapes repeat in every block.
+    """
+
+    synchronous = True
+    name = "on disk"
+
+    def __init__(self, folder: Path) -> None:
+        self.size = 0
+        self._folder = folder
+        self._free: defaultdict[int, list[int]] = defaultdict(list)
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder, prefix="fewbit-", buffering=0)  # noqa: SIM115 (closed by close)
+        except OSError as error:
+            raise OutputError(
+                f"activations cannot be kept in {folder}: {error.strerror or error}. Create the folder, make it "
+                "writable, or name another one (--offload-dir)"
+            ) from error
+
+    def accepts(self, storage: UntypedStorage) -> bool:
+        return True
+
+    def put(self, storage: UntypedStorage, slot: tuple[int, int] | None) -> tuple[int, int]:
+        start, count = self._new(storage.nbytes()) if slot is None else slot
+        with without_dispatch_modes():
+            source: UntypedStorage = storage if is_on_cpu(storage) else storage.cpu()  # type: ignore[no-untyped-call]
+        self._write(start, _memory(source))
+        return start, count
+
+    def get(self, slot: tuple[int, int], storage: UntypedStorage) -> None:
+        start, count = slot
+        if is_on_cpu(storage):
+            self._read(start, _memory(storage))
+            return
+        with without_dispatch_modes():
+            loaded = torch.empty(count, dtype=torch.uint8).untyped_storage()
+            self._read(start, _memory(loaded))
+            storage.copy_(loaded)
+
+    def release(self, slot: tuple[int, int]) -> None:
+        start, count = slot
+        self._free[count].append(start)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _new(self, count: int) -> tuple[int, int]:
+        if self._free[count]:
+            return self._free[count].pop(), count
+        start, self.size = self.size, self.size + count
+        return start, count
+
+    def _write(self, start: int, data: memoryview) -> None:
+        try:
+            self._file.seek(start)
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            raise OutputError(
+                f"activations cannot be written to {self._folder}: {error.strerror or error}, after "
+                f"{size(self.size)}. Name a folder with more space (--offload-dir), or use fewer or shorter "
+                "calibration sequences (--num-samples, --seq-len)"
+            ) from error
+
+    def _read(self, start: int, into: memoryview) -> None:
+        try:
+            self._file.seek(start)
+            while into:
+                if not (count := self._file.readinto(into)):
+                    raise OutputError(f"the activations in {self._folder} are shorter than they were written")
+                into = into[count:]
+        except OSError as error:
+            raise OutputError(
+                f"activations cannot be read back from {self._folder}: {error.strerror or error}. Name a folder on "
+                "another disk (--offload-dir)"
+            ) from error
+
+
+def is_on_cpu(storage: UntypedStorage) -> bool:
+    return storage.device.type == "cpu"
+
+
+def _memory(storage: UntypedStorage) -> memoryview:
+    """Return the bytes of a CPU storage, which the caller keeps alive. A numpy view would prevent resizing."""
+    return memoryview((ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())).cast("B")
+
+
+class NoOffload(nullcontext[None]):
     """Activations stay where they are."""
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
     def running(self, job: int) -> AbstractContextManager[None]:
-        """Return a context for the time in which the job with number `job` computes."""
+        """Enter while the job with number `job` computes."""
         return nullcontext()
 
     def paused(self) -> AbstractContextManager[None]:
-        """Return a context in which new tensors do not belong to the job, such as weights that are loaded."""
+        """Enter to make tensors that do not belong to the job, such as weights."""
         return nullcontext()
 
     def notes(self) -> list[str]:
@@ -67,13 +193,8 @@ def make_offloader(
 ) -> NoOffload:
     """Choose where the activations of paused jobs are kept.
 
-    Args:
-        folder: Folder for evicted storages; None for host memory, which is used if the device lacks memory.
-        profiler: Gets the seconds of synchronous stores, as "offload".
-        budget: Budget of the device; None on the CPU, where only a folder is of use, and gets all activations.
-
-    Raises:
-        OutputError: `folder` cannot be written.
+    Without a folder it is host memory, where a device has less memory than the activations need. `budget` is None on
+    the CPU, where a folder gets all activations.
     """
     kept = 0 if budget is None else budget.bytes
     if folder is not None:
@@ -90,42 +211,21 @@ def check_offload_dir(folder: str | Path) -> None:
 
 @dataclass(eq=False)
 class _Record:
-    """A storage that a job made.
-
-    Attributes:
-        storage: Reference to the storage, which does not keep it alive.
-        on_cpu: True if all accesses to the storage go through torch.
-        bytes: Size of the storage while it is resident.
-        slot: Slot in the store; None if the storage was never evicted.
-        resident: True if the bytes are in the storage.
-        clean: True if the slot has the same bytes as the storage.
-    """
+    """A storage that a job made."""
 
     storage: weakref.ref[UntypedStorage]
-    on_cpu: bool
-    bytes: int
-    slot: Any = None
+    on_cpu: bool  # all accesses go through torch
+    bytes: int  # while it is resident
+    slot: Any = None  # in the store, after the first eviction
     resident: bool = True
-    clean: bool = False
+    clean: bool = False  # the slot has the same bytes
 
 
 class Offloader(NoOffload):
     """Evicts activations of paused jobs to a store, as far as they exceed a budget.
 
-    Enter it around the whole pass. On exit, everything that is still alive is restored and the store is closed, after
-    errors too.
-
-    Args:
-        store: Store for evicted storages.
-        profiler: Gets the seconds of a synchronous store, as "offload".
-        budget: Bytes that may stay in memory while a job is paused.
-
-    Attributes:
-        written: Bytes written to the store so far.
-        read: Bytes read from the store so far.
-
-    Raises:
-        FewbitError: The errors of the store.
+    Enter it around the whole pass. On exit, also after an error, everything alive is restored and the store is closed.
+    `budget` is the number of bytes that may stay in memory while a job is paused.
     """
 
     def __init__(self, store: DiskStore | HostStore, profiler: Profiler, budget: int = 0) -> None:
@@ -137,10 +237,9 @@ class Offloader(NoOffload):
         self._records: dict[int, _Record] = {}  # by id of the storage, for all that are alive
         self._resident: dict[int, _Record] = {}  # the last to come into memory is at the end
         self._held = 0  # bytes of the resident storages
-        self._touched: dict[
-            int, _Record
-        ] = {}  # storages of the running job that must be restored before it runs again
-        self._paused: dict[int, list[_Record]] = {}  # the same for paused jobs
+        # Storages that must be restored before a job runs again: of the running job, and of each paused job.
+        self._touched: dict[int, _Record] = {}
+        self._paused: dict[int, list[_Record]] = {}
         self._recording = False
         self._freed = 0  # bytes evicted since freed memory was last returned to the system
 
@@ -207,7 +306,7 @@ class Offloader(NoOffload):
                 for record in needed.values():
                     self._restore(record)
         for record in needed.values():
-            record.clean = record.clean and not is_mutating(func)
+            record.clean &= not is_mutating(func)
             if self._recording:
                 self._touch(record)
         if not self._recording and len(self._resident) > RESIDENT_STORAGES and self._held > self._budget:
@@ -229,7 +328,7 @@ class Offloader(NoOffload):
                 and storage.resizable()
                 and self._store.accepts(storage)
             ):
-                reference = weakref.ref(storage, self._forgetting(key))
+                reference = weakref.ref(storage, partial(self._forget, key))
                 record = _Record(reference, is_on_cpu(storage), storage.nbytes())
                 self._records[key] = record
                 self._add_resident(record, storage)
@@ -240,10 +339,7 @@ class Offloader(NoOffload):
         if not record.on_cpu and storage is not None:
             self._touched[id(storage)] = record
 
-    def _forgetting(self, key: int) -> Callable[[object], None]:
-        return lambda _: self._forget(key)
-
-    def _forget(self, key: int) -> None:
+    def _forget(self, key: int, _: object = None) -> None:
         """Release the slot of a storage that was freed."""
         record = self._records.pop(key, None)
         self._touched.pop(key, None)
@@ -303,35 +399,3 @@ class Offloader(NoOffload):
         self._store.get(record.slot, storage)
         self.read += record.bytes
         self._add_resident(record, storage)
-
-
-class EveryOperation(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Calls `before` and `after` around every operation of torch, with the storages that it uses."""
-
-    def __init__(
-        self,
-        before: Callable[[Any, list[UntypedStorage]], None],
-        after: Callable[[list[UntypedStorage], list[UntypedStorage]], None],
-    ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._before, self._after = before, after
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        inputs = list(_storages((*args, *kwargs.values())))
-        self._before(func, inputs)
-        result = func(*args, **kwargs)
-        self._after(inputs, list(_storages((result,))))
-        return result
-
-
-def _storages(values: Iterable[object]) -> Iterator[UntypedStorage]:
-    """Yield the storages of all plain tensors; tensor subclasses have none."""
-    for value in values:
-        if isinstance(value, Tensor):
-            if type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided:
-                yield value.untyped_storage()
-        elif isinstance(value, (list, tuple)):
-            yield from _storages(value)
