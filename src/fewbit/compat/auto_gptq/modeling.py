@@ -340,11 +340,6 @@ class BaseGPTQForCausalLM(nn.Module):
         return self._quantized
 
     @property
-    def device(self) -> torch.device:
-        """Device of the model's inputs."""
-        return torch.device(self.model.device)
-
-    @property
     def hf_device_map(self) -> Any:
         """The model's device map; None for a model on one device."""
         return getattr(self.model, "hf_device_map", None)
@@ -383,7 +378,7 @@ class BaseGPTQForCausalLM(nn.Module):
             warn_not_needed(warmup_triton=True)
 
     def __getattr__(self, name: str) -> Any:
-        # Every other attribute, such as prepare_inputs_for_generation, is the model's.
+        # Every other attribute, such as device and prepare_inputs_for_generation, belongs to the model.
         modules = self.__dict__.get("_modules", {})
         if name == "model" or "model" not in modules:
             return super().__getattr__(name)
