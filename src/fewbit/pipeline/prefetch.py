@@ -2,14 +2,13 @@
 
 One thread reads one shard at a time into host memory, which is pinned for a CUDA device so that copies to it are
 asynchronous. An error in the thread is raised where the tensors are taken. A shard that is not used costs only the
-reading. The thread ends with the ``with`` block of `prefetching`.
+reading.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from threading import Event
 
 from torch import Tensor
@@ -20,17 +19,9 @@ HostTensors = Mapping[FileTensor, Tensor]
 
 
 class Prefetcher:
-    """Reads one shard after the other in a background thread.
-
-    Args:
-        pinned: True for page-locked host memory.
-
-    Attributes:
-        used: Number of prefetched shards that were taken.
-    """
+    """Reads one shard after the other in a background thread, into page-locked memory if `pinned`."""
 
     def __init__(self, thread: ThreadPoolExecutor, *, pinned: bool) -> None:
-        self.used = 0
         self._thread = thread
         self._pinned = pinned
         self._shard = ""
@@ -54,26 +45,13 @@ class Prefetcher:
         if self._reading is None or self._shard != shard:
             return {}
         try:
-            tensors = self._reading.result()
+            return self._reading.result()
         finally:  # after an interrupt the thread stops at the next tensor
             self.cancel()
-        self.used += 1
-        return tensors
 
     def cancel(self) -> None:
         self._cancelled.set()
         self._reading = None
-
-
-@contextmanager
-def prefetching(*, pinned: bool) -> Iterator[Prefetcher]:
-    """Provide a `Prefetcher` while entered."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="fewbit-prefetch") as thread:
-        prefetcher = Prefetcher(thread, pinned=pinned)
-        try:
-            yield prefetcher
-        finally:
-            prefetcher.cancel()
 
 
 def _read(tensors: Collection[FileTensor], cancelled: Event, pinned: bool) -> HostTensors:

@@ -96,20 +96,12 @@ class BatchMasks:
 
 @dataclass(frozen=True)
 class ExpertRows:
-    """The rows of an expert's input in one batch.
+    """The rows of an expert's input in one batch."""
 
-    Attributes:
-        tokens: row numbers among the rows of the whole layer's input, int64 (rows,), on the CPU.
-        total: number of rows of the whole layer's input.
-        routed: number of rows, the first ones, that the router sent; the rest are borrowed because the expert received
-            too few tokens.
-        paired: whether the same rows come first on the full-precision path.
-    """
-
-    tokens: Tensor
-    total: int
-    routed: int
-    paired: bool
+    tokens: Tensor  # row numbers in the whole layer's input, int64 (rows,), on the CPU
+    total: int  # rows of the whole layer's input
+    routed: int  # rows, the first ones, that the router sent; the others are borrowed
+    paired: bool  # the same rows come first on the full-precision path
 
 
 def split_holdout(batches: Sequence[BatchMasks]) -> list[BatchMasks]:
@@ -126,22 +118,13 @@ def split_holdout(batches: Sequence[BatchMasks]) -> list[BatchMasks]:
 
 @dataclass
 class SharedHessian:
-    """One Hessian with its factorizations and hold-out rows, shared by layers with the same input.
+    """One Hessian with its factorizations and hold-out rows, shared by layers with the same input."""
 
-    Attributes:
-        inputs: this process's input tensors: job, weak reference and version of each.
-        hessian: H, and C where there is a full-precision path.
-        masked: number of padding rows, which are not in H.
-        borrowed: number of rows in H that the router did not send to the expert.
-        holdout: hold-out rows of both paths.
-        cache: factorizations of H.
-    """
-
-    inputs: list[tuple[int, weakref.ref[Tensor], int]]
-    hessian: Hessian
-    masked: int = 0
-    borrowed: int = 0
-    holdout: Holdout | None = None
+    inputs: list[tuple[int, weakref.ref[Tensor], int]]  # of this process: job, weak reference, version
+    hessian: Hessian  # H, and C where there is a full-precision path
+    masked: int = 0  # padding rows, which are not in H
+    borrowed: int = 0  # rows in H that the router did not send to the expert
+    holdout: Holdout | None = None  # rows of both paths
 
     @functools.cached_property
     def group(self) -> InputGroup:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -29,7 +30,7 @@ from ..internals import WeightNames, conversions, load_converted
 from ..modeling.source import without_progress_bars
 from ..planning import block_of, output_embedding_name
 from ..profiling import Profiler
-from .prefetch import HostTensors, Prefetcher, prefetching
+from .prefetch import HostTensors, Prefetcher
 
 Restore = Callable[[str], None]
 Reading = Callable[[], AbstractContextManager[None]]
@@ -42,12 +43,7 @@ _ADAPTIVE_MAXIMUM = 32 << 20  # bytes; largest value of glibc's adaptive thresho
 
 
 class Weights:
-    """Weights of a model that is in memory as a whole.
-
-    Attributes:
-        model: The model.
-        device: Device of its weights.
-    """
+    """Weights of a model that is in memory as a whole."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -80,9 +76,7 @@ class Weights:
     def on_demand(self, restore: Restore, reading: Reading = nullcontext) -> Iterator[None]:
         """Load shards when the forward pass reaches them, while entered.
 
-        Args:
-            restore: Called with the name of each shard that was read.
-            reading: Returns a context that is entered for reading and restoring.
+        `restore` is called with the name of each shard that was read, inside a context that `reading` returns.
         """
         yield
 
@@ -91,11 +85,7 @@ class Weights:
         return [list(self.model.state_dict())]
 
     def shards(self, without: Collection[str] = ()) -> Iterator[list[str]]:
-        """Yield the names of the model's state, shard by shard; the current shard is in memory.
-
-        Args:
-            without: Tensors that need not be read.
-        """
+        """Yield the names of the model's state, shard by shard, each in memory except for the tensors `without`."""
         yield from self.state_by_shard()
 
 
@@ -133,8 +123,8 @@ class StreamedWeights(Weights):
         self._aliases = _aliases(state, {*self._plain, *self._converted})
         self._converted = _with_split(set(self._names) - {*self._plain, *self._aliases}, self._converted)
         self._embeddings = _embeddings(model)
-        modules = {name for name, _ in model.named_modules()}
-        self._shard_of = {name: self._shard(self._aliases.get(name, name), modules) for name in self._names}
+        self._modules = {name for name, _ in model.named_modules()}
+        self._shard_of = {name: self._shard(self._aliases.get(name, name)) for name in self._names}
         self._members: dict[str, list[str]] = {}
         for name in self._names:
             if name not in self._aliases:
@@ -177,7 +167,7 @@ class StreamedWeights(Weights):
         if owner is None:
             return
         self._plain[name] = self._plain[owner]
-        shard = self._shard(name, {module for module, _ in self.model.named_modules()})
+        shard = self._shard(name)
         self._shard_of[name] = shard
         self._members.setdefault(shard, []).append(name)
 
@@ -206,8 +196,10 @@ class StreamedWeights(Weights):
                 handle = self.model.get_submodule(name).register_forward_pre_hook(hook(sorted(shards)))
                 stack.callback(handle.remove)
             if self._prefetches:
-                self._prefetcher = stack.enter_context(prefetching(pinned=self.device.type == "cuda"))
-                stack.callback(self._stop_prefetching, self._prefetcher)
+                thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="fewbit-prefetch"))
+                self._prefetcher = Prefetcher(thread, pinned=self.device.type == "cuda")
+                stack.callback(self._prefetcher.cancel)
+                stack.callback(setattr, self, "_prefetcher", None)
             self._load(REST)
             yield
 
@@ -224,10 +216,6 @@ class StreamedWeights(Weights):
             yield names
         self.release_except([])
 
-    def _stop_prefetching(self, prefetcher: Prefetcher) -> None:
-        self.prefetched_shards += prefetcher.used
-        self._prefetcher = None
-
     def _shards_at(self, name: str) -> set[str]:
         """Find the shards of a parameter, of the parameters directly in a module, or of the block around it."""
         if name in self._shard_of:
@@ -237,16 +225,18 @@ class StreamedWeights(Weights):
             return {block}
         return {self._shard_of[own] for own in self._names if own.rpartition(".")[0] == name}
 
-    def _shard(self, name: str, modules: Collection[str]) -> str:
+    def _shard(self, name: str) -> str:
         block, module = block_of(name), name.rpartition(".")[0]
-        if block != name and block in modules:
+        if block != name and block in self._modules:
             return block
         return module if module in self._embeddings else REST
 
     def _load(self, shard: str, without: Collection[str] = ()) -> None:
         if shard not in self._loaded:
             with self._profiler.time("load"):
-                self._read(shard, without, self._prefetcher.take(shard) if self._prefetcher else {})
+                prefetched = self._prefetcher.take(shard) if self._prefetcher else {}
+                self.prefetched_shards += bool(prefetched)
+                self._read(shard, without, prefetched)
             self._prefetch_after(shard)
             if self._restore is not None:
                 self._restore(shard)
@@ -272,7 +262,11 @@ class StreamedWeights(Weights):
                 tensor = prefetched.get(source)
                 tensor = source[...] if tensor is None else tensor.to(self.device, non_blocking=True)
                 self._set(name, tensor.to(self.device, dtype))
-        self._convert({source for name in members for source in self._converted.get(name, ())}, prefetched)
+        sources = {source for name in members for source in self._converted.get(name, ())}
+        if sources:
+            with without_progress_bars():
+                files = {name: prefetched.get(self._files[name], self._files[name]) for name in sources}
+                load_converted(self.model, files, self.device)
         tensors = {name: self._get(name) for name in members}
         check_all_finite(tensors)
         self._tie(shard)
@@ -281,14 +275,6 @@ class StreamedWeights(Weights):
         self.read_bytes += size
         self.resident_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.resident_bytes)
-
-    def _convert(self, sources: Collection[str], prefetched: HostTensors) -> None:
-        """Let transformers read these tensors of the source, and merge and split them."""
-        if not sources:
-            return
-        tensors = {name: prefetched.get(self._files[name], self._files[name]) for name in sources}
-        with without_progress_bars():
-            load_converted(self.model, tensors, self.device)
 
     def _release(self, shard: str) -> None:
         for name in self._members.get(shard, ()):
@@ -320,12 +306,7 @@ class StreamedWeights(Weights):
 def _sources(
     model: nn.Module, files: Mapping[str, FileTensor]
 ) -> tuple[dict[str, FileTensor], dict[str, set[str]]]:
-    """Match parameters with the tensors of the files.
-
-    Returns:
-        Parameter → its tensor in the files, where transformers keeps it as it is; and parameter → names of all tensors
-        that it is converted from.
-    """
+    """Map parameters to their tensors in the files, or to the names of all tensors they are converted from."""
     assert isinstance(model, PreTrainedModel)
     names, unconverted = WeightNames(model, conversions(model) or []), WeightNames(model, [])
     state = model.state_dict()
