@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import fewbit
 from checkpoint_samples import edit_json, rewrite
 from fewbit.checkpoint.safetensors_file import TensorInfo
-from fewbit.hf.model_check import expected
+from fewbit.hf.model_check import UNBUILDABLE, check_numbers, expected
 from fewbit.verification import uneven_blocks, verify
 from models import FAMILIES, random_sequences, save_tiny, tiny_model
 from tiny_gptq import FAMILIES as PEER_FAMILIES
@@ -140,3 +140,26 @@ def test_convolutions_are_told_from_linear_layers(tmp_path: Path) -> None:
     assert found.missing == []
     conv = [name for name, kind in found.kinds.items() if kind == "conv2d"]
     assert conv == ["vit.embeddings.patch_embeddings.projection"]
+
+
+# Keys of published configurations with a count in their name and a width or a size as their value.
+WIDTHS = {
+    "vocab_size_per_layer_input": 262_144,
+    "block_ff_dim": 18_432,
+    "layer_rope_theta": 1e7,
+    "block_size": 32_768,
+}
+
+
+def test_the_configuration_of_no_architecture_is_refused() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    checked = 0
+    for config_class in set(CONFIG_MAPPING.values()):
+        try:
+            values = config_class().to_dict()
+        except (*UNBUILDABLE, ImportError):  # needs arguments, or a package that is not here
+            continue
+        check_numbers({**values, **WIDTHS})
+        checked += 1
+    assert checked > 300
