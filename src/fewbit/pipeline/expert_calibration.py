@@ -47,9 +47,8 @@ class ExpertCalibration:
         self._experts = unfused_modules(model)
         self._batches = batches
         self._comm = comm or Communicator()
-        self._rows: dict[
-            str, dict[int, list[ExpertRows]]
-        ] = {}  # module of the latest point → job → per expert
+        # Module of the latest point → job → rows of each expert.
+        self._rows: dict[str, dict[int, list[ExpertRows]]] = {}
         self.points: dict[str, RoutingPoint] = {
             f"{name}.{ROUTING}": module.routing for name, module in self._experts.items()
         }

@@ -60,17 +60,11 @@ PINNED_BYTES = 2
 
 @dataclass(frozen=True)
 class ActivationBudget:
-    """Memory of a device for the activations of paused batches.
+    """Memory of a device for the activations of paused batches."""
 
-    Attributes:
-        bytes: Bytes that the activations may take.
-        needed: Upper bound on the bytes of all activations.
-        pinned: True if host memory must be pinned for asynchronous copies.
-    """
-
-    bytes: int
-    needed: int
-    pinned: bool
+    bytes: int  # that the activations may take
+    needed: int  # upper bound on the bytes of all activations
+    pinned: bool  # host memory must be pinned for asynchronous copies
 
 
 def activation_budget(
@@ -78,14 +72,8 @@ def activation_budget(
 ) -> ActivationBudget | None:
     """Compute the budget of a GPU; None for devices that do not report their free memory.
 
-    The budget is what remains when the weights, the solver and the forward pass of one batch have their memory.
-
-    Args:
-        model: Model whose weights may still be on the meta device.
-        plan: Plan of the layers.
-        weights: Weights of the model.
-        batches: Row masks and token counts of the batches of this process.
-        paths: Forward passes of every batch, 1 or 2.
+    The budget is what remains when the weights, the solver and the forward pass of one batch have their memory. The
+    model's weights may still be on the meta device. `paths` is the number of forward passes of every batch, 1 or 2.
     """
     free = free_device_bytes(weights.device)
     if free is None:

@@ -39,8 +39,8 @@ _FREED = 1 << 25  # bytes after which freed memory is returned to the system
 class HostStore:
     """Host memory for storages of a GPU, pinned so that copies are asynchronous.
 
-    The first `put` of a storage makes a slot, which is used until `release`. `size` is the maximum of the bytes in all
-    slots. The store is not `synchronous`: the device performs `put` and `get` in the order of its other work.
+    The first `put` of a storage makes a slot for it, until `release`. `size` is the maximum of the bytes in all slots.
+    The device performs `put` and `get` in the order of its other work: they are not `synchronous`.
     """
 
     synchronous = False
@@ -191,10 +191,9 @@ class NoOffload(nullcontext[None]):
 def make_offloader(
     folder: str | Path | None, profiler: Profiler, budget: ActivationBudget | None = None
 ) -> NoOffload:
-    """Choose where the activations of paused jobs are kept.
+    """Choose where the activations of paused jobs are kept: in `folder`, in host memory, or where they are.
 
-    Without a folder it is host memory, where a device has less memory than the activations need. `budget` is None on
-    the CPU, where a folder gets all activations.
+    `budget` is None on the CPU, where a folder gets all activations.
     """
     kept = 0 if budget is None else budget.bytes
     if folder is not None:
