@@ -7,10 +7,9 @@ import torch
 
 from fewbit.config import LayerSettings
 from fewbit.estimate import predict
-from fewbit.estimate.measure import DiskRate, LayerRate
 from fewbit.estimate.predict import InputCost, Sizes, device_memory, host_memory, predict_seconds, run_moments
 from fewbit.estimate.trial import LiveBytes, Trial
-from fewbit.estimate.work import LayerWork, Work, of_one_process
+from fewbit.estimate.work import DiskRate, LayerRate, LayerWork, Work, of_one_process
 from fewbit.gptq import Hessian, Holdout, InputGroup, quantize_weight
 from fewbit.pipeline.memory import HOST_FRAGMENTATION
 from fewbit.planning import LayerPlan
@@ -92,18 +91,18 @@ def test_on_a_gpu_the_work_counts_there():
     assert "activations" not in memory.parts
 
 
-@pytest.mark.parametrize(("free", "spilled"), [(None, 0), (10**8, 0), (6_000_000, 4_100_000)])
-def test_activations_without_space_on_a_gpu_are_in_host_memory(free, spilled):
+@pytest.mark.parametrize(("free", "on_host"), [(None, 0), (10**8, 0), (6_000_000, 4_100_000)])
+def test_activations_without_space_on_a_gpu_are_in_host_memory(free, on_host):
     memory = on_gpu(work(layer_work("b.x", 64, 32, held=10_000_000)), baseline=5, free=free)
-    assert memory.spilled == memory.parts.get("activations", 0) == pytest.approx(spilled, rel=0.02)
-    assert memory.peak == memory.spilled + 5 + 4000
-    assert not spilled or memory.device_peak == free
+    assert memory.host_activations == memory.parts.get("activations", 0) == pytest.approx(on_host, rel=0.02)
+    assert memory.peak == memory.host_activations + 5 + 4000
+    assert not on_host or memory.device_peak == free
 
 
 def test_only_activations_can_leave_a_gpu():
     works = work(layer_work("b.x", 64, 32, held=10_000_000))
     memory = on_gpu(works, {"": 1000, "b": 10**7}, free=5_000_000)
-    assert memory.spilled == 10_000_000
+    assert memory.host_activations == 10_000_000
     assert memory.device_peak > 10**7
 
 

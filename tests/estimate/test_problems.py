@@ -220,7 +220,9 @@ def test_too_little_memory_on_the_gpu(monkeypatch):
 def test_activations_that_fit_into_neither_memory(monkeypatch):
     monkeypatch.setattr(limits, "device_left", lambda device: Limit(9000, f"free on {device}"))
     monkeypatch.setattr(limits, "memory_left", lambda: Limit(1000, "available"))
-    memory = Memory("reading weights", {"libraries": 10, "activations": 5000}, device_peak=5000, spilled=5000)
+    memory = Memory(
+        "reading weights", {"libraries": 10, "activations": 5000}, device_peak=5000, host_activations=5000
+    )
     [problem] = memory_problems(memory, 10, RunContext(CONFIG, torch.device("cuda:0")))
     assert "memory is too small: the run takes 5.01 kB while reading weights" in problem
     assert "What helps: a GPU with more memory; " in problem

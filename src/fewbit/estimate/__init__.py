@@ -1,9 +1,14 @@
 """What a run would do, need and take, before any work: every module, memory, disk, time, and what cannot work.
 
-    preparation ─ trial (one batch through the first blocks) ─ rates of this machine ─ disk, memory, time
+    preparation ─ trial ─ work, rates ─ predict ─ limits
 
-The preparation is that of `fewbit.quantize`, and so are its checks: if one of them refuses, its message becomes a
-problem of the estimate, and what does not depend on it goes on.
+- `trial`: one calibration batch runs through the first blocks: the bytes that it holds, seconds of a forward pass;
+- `work`: scales this to all blocks and batches, and measures the rates of this machine;
+- `predict`: disk, memory and time of the run;
+- `limits`: compares memory and disk with what this machine has left.
+
+The preparation and its checks are the same as in `fewbit.quantize`. If a check refuses, its message becomes a problem
+of the estimate, and everything that does not depend on it continues.
 """
 
 from __future__ import annotations
@@ -16,13 +21,13 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from .. import formatting
 from ..checkpoint.safetensors_file import TensorInfo, read_header
 from ..checkpoint.writer import parse_size
 from ..config import QuantConfig
 from ..context import RunContext, resolve_device
 from ..distributed import threads_per_process
 from ..errors import FewbitError
+from ..formatting import size
 from ..mixed_precision import check_budget
 from ..modeling.source import Source, open_source
 from ..pipeline.journal import Journal, check_output
@@ -34,10 +39,9 @@ from ..planning import Plan, output_embedding_name
 from ..preparation import Preparation, check_processes
 from ..profiling import Profiler, memory_in_use_bytes
 from . import limits, predict
-from .measure import LayerBenchmark, measure_disk
 from .predict import InputCost, Memory, Sizes
 from .trial import run_trial, tokens_of
-from .work import Work, of_one_process, offloaded, work_of
+from .work import LayerBenchmark, Work, measure_disk, of_one_process, offloaded, work_of
 
 __all__ = ["Estimate", "estimate"]
 
@@ -50,7 +54,7 @@ class Estimate:
     """What a run would do and take.
 
     Attributes:
-        processes: processes that share the run; memory and seconds are those of each.
+        processes: processes that share the run; memory and seconds are for each of them.
         plan: every weight matrix with its settings, or why it stays; None if the model cannot be opened.
         memory: peak memory; None if a problem keeps it from being known.
         sizes: bytes on disk; None if a problem keeps them from being known.
@@ -97,15 +101,12 @@ class Estimate:
         """Every weight matrix: what will happen to it, or why it stays as it is."""
         if self.plan is None:
             return []
+        settings = ("bits", "group_size", "sym", "act_order", "method")
         planned = [
             {
                 "name": layer.name,
                 "shape": [layer.out_features, layer.in_features],
-                "bits": layer.settings.bits,
-                "group_size": layer.settings.group_size,
-                "sym": layer.settings.sym,
-                "act_order": layer.settings.act_order,
-                "method": layer.settings.method,
+                **{key: getattr(layer.settings, key) for key in settings},
                 "bytes": self.sizes.layers[layer.name] if self.sizes else None,
                 "reason": None,
             }
@@ -159,7 +160,7 @@ def estimate(
 ) -> Estimate:
     """Estimate what `fewbit.quantize` would do with the same arguments. Writes nothing that stays.
 
-    With several `processes` memory and time are those of each. All run on this machine: without GPUs they share its
+    With several `processes` memory and time are for each of them. All run on this machine: without GPUs they share its
     cores and its memory.
 
     Takes a few seconds: one calibration batch runs through the first blocks, and a layer of every width is solved.
@@ -199,15 +200,15 @@ def estimate(
 
 
 def _prepare(found: Estimate, run: Preparation) -> bool:
-    """Make everything that a run needs; whether calibration data can be had."""
+    """Make everything that a run needs; return whether there is calibration data."""
     found.attempt(lambda: run.evaluation)
     calibration = found.attempt(lambda: run.calibration)
     if found.attempt(lambda: run.opened) is None:
         return False
     found.plan = found.attempt(lambda: run.plan)
-    notes = [*(calibration.notes if calibration else ()), *run.source.notes]
-    found.notes += [*notes, *(found.plan.notes if found.plan else ())]
+    found.notes += [*(calibration.notes if calibration else ()), *run.source.notes]
     if found.plan is not None:
+        found.notes += found.plan.notes
         found.attempt(check_budget, found.plan, run.ctx.config)
     return calibration is not None
 
@@ -252,7 +253,7 @@ def _predict(found: Estimate, run: Preparation, folder: Path | None, *, known_te
     if ctx.offload_dir is not None:
         work = offloaded(work, trial, dtype)
         found.problems += limits.offload_problems(ctx.offload_dir, work.disk * found.processes)
-    file, tensor = largest_tensor(source)
+    file, tensor = _largest_tensor(source)
     found.memory = _memory(found, run, work, shards, (baseline, tensor.nbytes if tensor else 0))
     found.problems += limits.memory_problems(found.memory, memory_in_use_bytes(), ctx, found.processes)
     disk = found.attempt(measure_disk, limits.existing(folder or Path()), file, tensor)
@@ -272,15 +273,15 @@ def _predict(found: Estimate, run: Preparation, folder: Path | None, *, known_te
 def _memory(
     found: Estimate, run: Preparation, work: Work, shards: Mapping[str, int], process: tuple[int, int]
 ) -> Memory:
-    """The worst moment; `process`: bytes of this process now, and of the largest tensor that it reads."""
+    """The worst moment. `process` has the bytes of this process now, and of the largest tensor that it reads."""
     model, config, device = run.model, run.ctx.config, run.weights.device
     moments = predict.run_moments(work, shards, next(model.parameters()).dtype)
     moments |= predict.option_moments(model, config, run.calibration, work, shards)
     evaluation = run.__dict__.get("evaluation")
     if evaluation is not None:
         moments["evaluation"] = predict.evaluation_moment(model, evaluation.windows.shape[1])
-    left_out = [name for name in ("target_bits", "tune") if getattr(config, name)]
-    left_out += ["evaluation"] * (evaluation is not None)
+    options = {"target_bits": config.target_bits, "tune": config.tune, "evaluation": evaluation is not None}
+    left_out = [name for name, used in options.items() if used]
     if left_out:
         found.notes.append(f"the time of {' and '.join(left_out)} is not included")
     if device.type == "cpu":
@@ -288,23 +289,19 @@ def _memory(
     left = limits.device_left(device)
     free = round((1 - DEVICE_FRAGMENTATION) * left.bytes) if left else None
     memory = predict.device_memory(moments, shards, *process, free)
-    if memory.spilled:
+    if memory.host_activations:
         found.notes.append(
-            f"{formatting.size(memory.spilled)} of activations have no room on the device and will wait in host "
+            f"{size(memory.host_activations)} of activations have no room on the device and will wait in host "
             "memory; the time to move them is not included"
         )
     return memory
 
 
-def largest_tensor(source: Source) -> tuple[Path, TensorInfo | None]:
+def _largest_tensor(source: Source) -> tuple[Path, TensorInfo | None]:
     """The file with the largest tensor of the source, and that tensor; None for files without a header."""
     files = source.weight_files()
-    found = [
-        (path, info)
-        for path in files
-        if path.suffix == ".safetensors"
-        for info in read_header(path)[0].values()
-    ]
+    readable = (path for path in files if path.suffix == ".safetensors")
+    found = [(path, info) for path in readable for info in read_header(path)[0].values()]
     return max(found, key=lambda item: item[1].nbytes) if found else (files[0], None)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from .. import formatting as words
 from ..context import RunContext
+from ..formatting import size
 from .predict import Memory, Sizes
 
 _MEMINFO = Path("/proc/meminfo")
@@ -23,12 +23,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit of this machine.
-
-    Attributes:
-        bytes: bytes that are left.
-        name: what limits them, in words.
-    """
+    """The bytes that are left of a resource, and what limits them, in words."""
 
     bytes: int
     name: str
@@ -120,19 +115,19 @@ def disk_problems(output: Path, sizes: Sizes) -> list[str]:
     if sizes.disk <= left.bytes:
         return []
     return [
-        f"the disk is too small: {words.size(sizes.disk)} are needed while the result is written "
-        f"({words.size(sizes.output)} of them for the result), {words.size(left.bytes)} are {left.name}: make room, or "
+        f"the disk is too small: {size(sizes.disk)} are needed while the result is written "
+        f"({size(sizes.output)} of them for the result), {size(left.bytes)} are {left.name}: make room, or "
         "give an output folder on another disk"
     ]
 
 
-def offload_problems(folder: Path, size: int) -> list[str]:
+def offload_problems(folder: Path, needed: int) -> list[str]:
     """Whether the activations fit on the disk of the offload folder."""
     left = disk_left(folder)
-    if size <= left.bytes:
+    if needed <= left.bytes:
         return []
     return [
-        f"the disk for activations is too small: {words.size(size)} are needed, {words.size(left.bytes)} are "
+        f"the disk for activations is too small: {size(needed)} are needed, {size(left.bytes)} are "
         f"{left.name}. Use fewer calibration sequences (--num-samples), --fast, or another --offload-dir"
     ]
 
@@ -144,20 +139,16 @@ def shard_problems(shards: Mapping[str, int], device: torch.device) -> list[str]
     if left is None or shards[largest] <= left.bytes:
         return []
     return [
-        f"memory is too small for the weights of {largest or 'the model'}: {words.size(shards[largest])} are needed, "
-        f"{words.size(left.bytes)} are {left.name}. One block must fit: read it in another --dtype, or use a machine "
+        f"memory is too small for the weights of {largest or 'the model'}: {size(shards[largest])} are needed, "
+        f"{size(left.bytes)} are {left.name}. One block must fit: read it in another --dtype, or use a machine "
         "with more memory"
     ]
 
 
 def memory_problems(memory: Memory, used: int, ctx: RunContext, processes: int = 1) -> list[str]:
-    """Whether the worst moment fits into what is left of the machine and of a GPU.
+    """Whether the worst moment of each process fits into the memory of the machine and of a GPU.
 
-    Args:
-        memory: worst moment of each process.
-        used: bytes of this process now.
-        ctx: the run.
-        processes: processes on this machine.
+    This process already uses `used` bytes.
     """
     found = []
     left = memory_left()
@@ -165,15 +156,15 @@ def memory_problems(memory: Memory, used: int, ctx: RunContext, processes: int =
     if left is not None and more > left.bytes:
         each = f"each of {processes} processes" if processes > 1 else "the run"
         found.append(
-            f"memory is too small: {each} takes {words.size(memory.peak)} while {memory.moment}, "
-            f"{words.size(more)} more than now, and {words.size(left.bytes)} are {left.name}. "
+            f"memory is too small: {each} takes {size(memory.peak)} while {memory.moment}, "
+            f"{size(more)} more than now, and {size(left.bytes)} are {left.name}. "
             + _advice(memory, (more - left.bytes) // processes, ctx)
         )
     on_device = device_left(ctx.device)
     if on_device is not None and (memory.device_peak or 0) > on_device.bytes:
         found.append(
             f"the GPU's memory is too small: without the activations of waiting batches the run takes "
-            f"{words.size(memory.device_peak)}, and {words.size(on_device.bytes)} are {on_device.name}. Use a smaller "
+            f"{size(memory.device_peak)}, and {size(on_device.bytes)} are {on_device.name}. Use a smaller "
             "--batch-size, shorter sequences (--seq-len), --fast, or --device cpu"
         )
     return found
@@ -184,7 +175,7 @@ def _advice(memory: Memory, missing: int, ctx: RunContext) -> str:
     config = ctx.config
     activations = memory.parts.get("activations", 0) + memory.parts.get("allocator", 0)
     ways = []
-    if memory.spilled:
+    if memory.host_activations:
         ways.append("a GPU with more memory")
     if activations > missing:
         fitting = int(config.num_samples * (activations - missing) / activations)

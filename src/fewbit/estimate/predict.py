@@ -1,6 +1,7 @@
-"""What a run takes: sizes, memory and time of all layers, computed from the trial of a few and from measured rates.
+"""What a run takes: sizes, memory and time, computed from its `Work` and from measured rates. Arithmetic only.
 
-Arithmetic only. Memory is that of the worst moment, part by part:
+The memory of a run is its worst moment: each layer's solve, the end of each block, and what options add. The parts of a
+moment are:
 
     libraries       this process before the work, and what libraries load at their first use
     weights         what stays in memory, and one or two blocks of the model
@@ -11,8 +12,8 @@ Arithmetic only. Memory is that of the worst moment, part by part:
     holdout         holdout rows of both paths
     allocator       what the C library's arena takes beyond its contents
 
-On a GPU these are in its memory, except activations for which it has no space: they are in host memory, pinned, beside
-the block that is prefetched.
+On a GPU the parts are in its memory. Activations for which it has no space are in pinned host memory, beside the block
+that is prefetched.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..calibration import Calibration
 from ..checkpoint.assemble import checkpoint_tensors
@@ -32,7 +33,6 @@ from ..checkpoint.safetensors_file import encode_header
 from ..config import QuantConfig
 from ..distributed import largest_shard
 from ..mixed_precision.sensitivity import ROWS, measured_batches
-from ..mixed_precision.settings_groups import Choice, stored_bytes
 from ..modeling.source import Source
 from ..pipeline.memory import (
     FACTORING_MATRICES,
@@ -44,10 +44,9 @@ from ..pipeline.memory import (
     solver_bytes,
 )
 from ..pipeline.streaming import REST, Weights
-from ..planning import LayerPlan, Plan, output_embedding_name
-from .measure import DiskRate, Kind, LayerRate
+from ..planning import Plan, output_embedding_name
 from .trial import ARENA_BYTES, Trial, tokens_of
-from .work import LayerWork, Work
+from .work import DiskRate, Kind, LayerRate, LayerWork, Work
 
 Parts = dict[str, int]
 
@@ -89,16 +88,16 @@ class Sizes:
 
 def sizes_of(model: nn.Module, plan: Plan, config: QuantConfig, source: Source) -> Sizes:
     """Sizes of the result; weights may be on the meta device. With `target_bits` the budget counts as quantized."""
-    packed = {layer.name: _packed(layer) for layer in plan.layers}
-    states = Weights(model).state_by_shard()
-    tensors = checkpoint_tensors(model, list(packed), packed.__getitem__, states, values=False)
-    entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
-    layers = {
-        layer.name: stored_bytes(
-            layer.out_features, layer.in_features, Choice(layer.settings.bits, layer.settings.group_size)
+    packed = {
+        layer.name: empty_layer(
+            layer.settings.bits, layer.settings.group_size, layer.in_features, layer.out_features
         )
         for layer in plan.layers
     }
+    states = Weights(model).state_by_shard()
+    tensors = checkpoint_tensors(model, list(packed), packed.__getitem__, states, values=False)
+    entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
+    layers = {name: sum(tensor.nbytes for tensor in parts.values()) for name, parts in packed.items()}
     quantized = sum(layers.values())
     plain = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in entries) - quantized
     if config.target_bits is not None:
@@ -110,12 +109,6 @@ def sizes_of(model: nn.Module, plan: Plan, config: QuantConfig, source: Source) 
     return Sizes(quantized, plain, output, quantized + 600 * len(plan.layers), layers)
 
 
-def _packed(layer: LayerPlan) -> dict[str, Tensor]:
-    """The packed tensors of a layer without their values."""
-    settings = layer.settings
-    return empty_layer(settings.bits, settings.group_size, layer.in_features, layer.out_features)
-
-
 @dataclass(frozen=True)
 class Memory:
     """Memory of the process at its worst moment.
@@ -124,13 +117,13 @@ class Memory:
         moment: what happens at that moment.
         parts: bytes of each part; they add up to `peak`.
         device_peak: bytes of the GPU's memory; None if the work runs on the CPU.
-        spilled: bytes of activations in host memory because the GPU has no space for them.
+        host_activations: bytes of activations in host memory because the GPU has no space for them.
     """
 
     moment: str
     parts: Parts
     device_peak: int | None = None
-    spilled: int = 0
+    host_activations: int = 0
 
     @property
     def peak(self) -> int:
@@ -143,11 +136,7 @@ def host_memory(
 ) -> Memory:
     """The worst moment of a run on the CPU.
 
-    Args:
-        moments: name of each moment → its parts.
-        shards: bytes of the weights' shards.
-        baseline: bytes of this process before the work.
-        tensor: bytes of the largest tensor in the files.
+    The process has `baseline` bytes before the work; the largest tensor in the files has `tensor` bytes.
     """
     writing = {"weights": max(shards.values(), default=0), "reading": tensor}
     moments = {**moments, "writing the checkpoint": writing}
@@ -159,17 +148,19 @@ def device_memory(
     moments: Mapping[str, Parts], shards: Mapping[str, int], baseline: int, tensor: int, free: int | None
 ) -> Memory:
     """The worst moment of a run on a GPU with `free` bytes, None if unknown; the host's is while it reads weights."""
-    needed = {name: sum(parts.values()) for name, parts in moments.items()}
-    lacking = {name: 0 if free is None else max(0, size - free) for name, size in needed.items()}
-    spilled = {name: min(moments[name].get("activations", 0), size) for name, size in lacking.items()}
-    most = max(spilled.values())
+    device_peak = on_host = 0
+    for parts in moments.values():
+        needed = sum(parts.values())
+        excess = 0 if free is None else max(0, needed - free)
+        moved = min(parts.get("activations", 0), excess)
+        device_peak, on_host = max(device_peak, needed - moved), max(on_host, moved)
     reading = tensor + PINNED_BYTES * max(shards.values(), default=0)
-    host = {"libraries": baseline, "reading": reading, **({"activations": most} if most else {})}
-    return Memory("reading weights", host, max(needed[name] - spilled[name] for name in moments), most)
+    host = {"libraries": baseline, "reading": reading, **({"activations": on_host} if on_host else {})}
+    return Memory("reading weights", host, device_peak, on_host)
 
 
 def run_moments(work: Work, shards: Mapping[str, int], dtype: torch.dtype) -> dict[str, Parts]:
-    """What is in memory while each layer is solved, and while the batches go on to the next block."""
+    """What is in memory while each layer is solved, and while the batches continue to the next block."""
     blocks: dict[str, list[LayerWork]] = {}
     for one in work.layers:
         blocks.setdefault(one.layer.block, []).append(one)

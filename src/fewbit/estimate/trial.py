@@ -1,8 +1,8 @@
 """The trial: one calibration batch through the first blocks, by the model's own code and the pipeline's scheduler.
 
-It measures what shapes do not tell: how many bytes a paused batch holds at every layer, which layers get the same
-input, how long the forward pass of a block takes, how fast weights are read. One block of every kind runs, and what
-lies before it; the model is not changed.
+It measures what shapes do not tell: the bytes that a paused batch holds at every layer, the layers with the same input,
+the seconds of a block's forward pass and of reading its weights. One block of every kind runs, after everything in
+front of it. The model does not change. `work` scales the result to all blocks and all batches.
 """
 
 from __future__ import annotations
@@ -146,14 +146,13 @@ def run_trial(
             weights.load(next(iter(kinds)))
         weights.release_except([])
         return trial
-    experts = unfused_modules(model)
-    layers = [layer for layer in plan.layers if layer.block in kinds and not is_expert(layer, experts)]
-    modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
-    routing = ExpertCalibration(model, [BatchMasks.of(batch)])
-    tried = (layer.name for layer in plan.layers if layer.block in kinds)
-    points = routing.with_points({name: modules.get(name) or model.get_submodule(name) for name in tried})
-    points = {name: module for name, module in points.items() if name in modules or name in routing.points}
-    blocks = {b: model.get_submodule(b) for b in kinds if any(n.startswith(f"{b}.") for n in modules)}
+    experts, routing = unfused_modules(model), ExpertCalibration(model, [BatchMasks.of(batch)])
+    tried = [layer for layer in plan.layers if layer.block in kinds]
+    layers = {layer.name: layer for layer in tried if not is_expert(layer, experts)}
+    points = routing.with_points({layer.name: model.get_submodule(layer.name) for layer in tried})
+    points = {name: module for name, module in points.items() if name in layers or name in routing.points}
+    inside = (layer.block for layer in layers.values() if layer.block != layer.name)
+    blocks = {name: model.get_submodule(name) for name in inside}
     extra = without_cache(model)
 
     def job() -> object:
@@ -166,11 +165,11 @@ def run_trial(
     with torch.no_grad(), weights.on_demand(lambda shard: None):
         with _load_rate(weights, trial, profiler):
             Scheduler(points, [job], Hooks(lambda name, inputs: None, on_block_end), blocks=blocks).run()
-        second = _first_of_second_block(trial, layers, plan)
+        second = _first_of_second_block(kinds, list(layers.values()), plan)
         for name in second:
             weights.load(name)  # before counting begins
         with LiveBytes(ARENA_BYTES * trial.tokens // whole) as live:
-            observer = _Observer(trial, modules, live, second)
+            observer = _Observer(trial, {name: points[name] for name in layers}, live, second)
             points |= {name: model.get_submodule(name) for name in second}
             Scheduler(points, [job], Hooks(observer.on_layer)).run()
         trial.transient = max(0, live.peak - max((pause.held for pause in trial.pauses.values()), default=0))
@@ -197,15 +196,20 @@ def block_kinds(plan: Plan) -> dict[str, list[str]]:
     return {same[0]: same for same in kinds.values()}
 
 
-def is_expert(layer: LayerPlan, experts: Mapping[str, UnfusedExperts]) -> bool:
-    """Whether a layer belongs to an expert of these modules."""
-    return layer.name.rsplit(".", 2)[0] in experts
-
-
 def tokens_of(batch: Mapping[str, Tensor]) -> int:
     """Tokens in a batch, padding included; 1 if it holds none."""
-    counts = [value.numel() for key, value in batch.items() if key.endswith("input_ids")]
-    return max(counts, default=1)
+    return max((value.numel() for key, value in batch.items() if key.endswith("input_ids")), default=1)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has finished its work."""
+    if device.type in ("cuda", "xpu"):
+        getattr(torch, device.type).synchronize(device)
+
+
+def is_expert(layer: LayerPlan, experts: Mapping[str, UnfusedExperts]) -> bool:
+    """Return whether a layer belongs to one of these mixtures of experts."""
+    return layer.name.rsplit(".", 2)[0] in experts
 
 
 def _shortened(
@@ -254,19 +258,20 @@ class _Observer:
         self.trial.pauses[name] = Pause(rows, held, arena, new, first)
 
     def _add_to_first_block(self, counterpart: str, held: int, arena: int) -> None:
-        before = self.trial.pauses[counterpart]
-        more, more_arena = max(0, held - before.held), max(0, arena - before.arena)
-        for name, pause in self.trial.pauses.items():
+        pauses = self.trial.pauses
+        more = max(0, held - pauses[counterpart].held)
+        more_arena = max(0, arena - pauses[counterpart].arena)
+        for name, pause in pauses.items():
             if block_of(name) == block_of(counterpart):
-                self.trial.pauses[name] = replace(
-                    pause, held=pause.held + more, arena=pause.arena + more_arena
-                )
+                pauses[name] = replace(pause, held=pause.held + more, arena=pause.arena + more_arena)
 
 
-def _first_of_second_block(trial: Trial, tried: Sequence[LayerPlan], plan: Plan) -> dict[str, str]:
+def _first_of_second_block(
+    kinds: Mapping[str, list[str]], tried: Sequence[LayerPlan], plan: Plan
+) -> dict[str, str]:
     """The first layer of the second block → its counterpart in the first; empty if no second block is of that kind."""
     block = tried[0].block if tried else ""
-    same = trial.kinds.get(block, [])
+    same = kinds.get(block, [])
     name = tried[0].name.replace(block, same[1], 1) if len(same) > 1 else ""
     return {layer.name: tried[0].name for layer in plan.layers if layer.name == name}
 
@@ -281,20 +286,13 @@ def _median_seconds(block: nn.Module, call: BlockCall, device: torch.device) -> 
     return statistics.median(found)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has finished its work."""
-    if device.type in ("cuda", "xpu"):
-        getattr(torch, device.type).synchronize(device)
-
-
 @contextmanager
 def _load_rate(weights: Weights, trial: Trial, profiler: Profiler) -> Iterator[None]:
     """Measure the seconds for each byte of weights that is read while entered."""
-    seconds, read = profiler.seconds.get("load", 0.0), _read_bytes(weights)
+    if not isinstance(weights, StreamedWeights):
+        yield
+        return
+    seconds, read = profiler.seconds.get("load", 0.0), weights.read_bytes
     yield
-    read = _read_bytes(weights) - read
+    read = weights.read_bytes - read
     trial.load_rate = (profiler.seconds["load"] - seconds) / read if read else None
-
-
-def _read_bytes(weights: Weights) -> int:
-    return weights.read_bytes if isinstance(weights, StreamedWeights) else 0

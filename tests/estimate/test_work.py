@@ -8,8 +8,8 @@ from fewbit import QuantConfig
 from fewbit.checkpoint.safetensors_file import read_header
 from fewbit.config import LayerSettings
 from fewbit.errors import ModelError
-from fewbit.estimate import measure
-from fewbit.estimate.measure import LayerBenchmark, LayerRate, measure_disk
+from fewbit.estimate import work
+from fewbit.estimate.work import LayerBenchmark, LayerRate, measure_disk
 from fewbit.planning import LayerPlan
 
 SETTINGS = LayerSettings(4, 16, True, "group", 0.01, "gptq")
@@ -39,7 +39,7 @@ def test_rounding_needs_no_hessian():
 
 
 def test_large_widths_are_carried_over(monkeypatch):
-    monkeypatch.setattr(measure, "LARGEST_WIDTH", 64)
+    monkeypatch.setattr(work, "LARGEST_WIDTH", 64)
     asked = []
 
     def rate(self, n, m, settings, holdout):
