@@ -2,8 +2,8 @@
 
 A plan is made before any work. It needs no definition of the architecture: the layers inside
 numbered blocks (``model.layers.3.…``) are quantized, everything else is left alone and listed
-with its reason. In a model without numbered blocks every layer is quantized. Beside a language
-model, towers that read images or sound are left alone.
+with its reason. In a model without numbered blocks every layer is quantized. Parts of a model that
+read images or sound instead of text are left alone.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from .modeling.layers import is_layer, matrix_shape
 from .modeling.multimodal import parts_of
 
 _BLOCK = re.compile(r"^(?:.*?\.)?\d+(?=\.|$)")
-_ROUTER_REASON = "router of a mixture of experts"
-_OUTSIDE = "outside the repeated blocks (name it in an override to quantize it)"
 _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")
+_ROUTER_REASON = "router of a mixture of experts"
+_HEAD_REASON = "output embedding (quantized with lm_head=True, --lm-head)"
+_OUTSIDE_REASON = "outside the repeated blocks (name it in an override to quantize it)"
 
 
 @dataclass(frozen=True)
@@ -91,26 +92,29 @@ def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
     candidates = {name: module for name, module in model.named_modules() if is_layer(module)}
     _check_patterns(config, candidates)
     head = output_embedding_name(model)
-    has_blocks = any(_BLOCK.match(name) for name in candidates)
-    parts = parts_of(model)
-    ordinary = [n for n in candidates if n != head and (_BLOCK.match(n) or not has_blocks)]
-    asked = _asked_for(config, [name for name in ordinary if parts.why_not(name) is None])
+    defaults = _default_reasons(model, candidates, head)
+    # An override asks for special layers (head, routers …) if it matches no others; a broad one does not.
+    ordinary = [name for name, reason in defaults.items() if reason is None]
+    special = [p for p in config.override if not any(re.search(p, name) for name in ordinary)]
     layers: list[LayerPlan] = []
     skipped: list[Skipped] = []
     for name, module in candidates.items():
         settings = config.layer(name)
-        explicit = any(re.search(pattern, name) for pattern in asked) or (config.lm_head and name == head)
-        outside = parts.why_not(name) or (None if _BLOCK.match(name) or not has_blocks else _OUTSIDE)
-        reason = _why_not(name, module, name == head, explicit, outside)
+        asked = (config.lm_head and name == head) or any(re.search(pattern, name) for pattern in special)
         if settings is None:
-            reason = "asked to stay as it is (ignore or override)"
-        if reason is not None or settings is None:
+            reason: str | None = "asked to stay as it is (ignore or override)"
+        else:
+            reason = _unsupported(module) or (None if asked else defaults[name])
+        if settings is None or reason is not None:
             skipped.append(Skipped(name, tuple(module.weight.shape), reason or ""))
             continue
         out_features, in_features = matrix_shape(module)
         layers.append(LayerPlan(name, out_features, in_features, settings, block_of(name)))
     skipped.extend(_routers(model, candidates))
-    skipped.extend(_fused_experts(model))
+    skipped.extend(
+        Skipped(name, tuple(model.get_parameter(name).shape), reason)
+        for name, reason in why_fused(model).items()
+    )
     if not layers:
         reasons = Counter(item.reason for item in skipped)
         listed = (
@@ -139,51 +143,49 @@ def output_embedding_name(model: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if module is head), None)
 
 
-def _why_not(name: str, module: nn.Module, is_head: bool, asked: bool, outside: str | None) -> str | None:
-    """Why a layer stays as it is; `outside` is the reason, if there is one, that its place gives."""
+def _default_reasons(model: nn.Module, names: Collection[str], head: str | None) -> dict[str, str | None]:
+    """Layer → why it stays as it is unless the configuration asks for it; None if it is quantized."""
+    has_blocks, parts = any(_BLOCK.match(name) for name in names), parts_of(model)
+    reasons: dict[str, str | None] = {}
+    for name in names:
+        if name == head:
+            reasons[name] = _HEAD_REASON
+        elif _ROUTER.search(name):
+            reasons[name] = _ROUTER_REASON
+        else:
+            outside = has_blocks and not _BLOCK.match(name)
+            reasons[name] = parts.why_not(name) or (_OUTSIDE_REASON if outside else None)
+    return reasons
+
+
+def _unsupported(module: nn.Module) -> str | None:
+    """Why a layer cannot be quantized, whatever the configuration asks for."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "its weight is used directly, not through its forward"
     if isinstance(module, nn.Conv2d) and module.groups != 1:
         return "convolution with groups"
-    if asked:
-        return None
-    if is_head:
-        return "output embedding (quantized with lm_head=True, --lm-head)"
-    if _ROUTER.search(name):
-        return _ROUTER_REASON
-    return outside
-
-
-def _asked_for(config: QuantConfig, ordinary: Iterable[str]) -> list[str]:
-    """Overrides that are about special layers only (heads, routers …) ask for them; broad ones do not."""
-    names = [name for name in ordinary if not _ROUTER.search(name)]
-    return [pattern for pattern in config.override if not any(re.search(pattern, name) for name in names)]
+    return None
 
 
 def _routers(model: nn.Module, layers: Collection[str]) -> Iterable[Skipped]:
-    """Routers that are no linear layers but hold a matrix of their own."""
+    """Routers that are no linear layers but hold a matrix."""
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         if name not in layers and _ROUTER.search(name) and weight is not None and weight.ndim == 2:
             yield Skipped(name, tuple(weight.shape), _ROUTER_REASON)
 
 
-def _fused_experts(model: nn.Module) -> Iterable[Skipped]:
-    for name, reason in why_fused(model).items():
-        yield Skipped(name, tuple(model.get_parameter(name).shape), reason)
-
-
-def _check_patterns(config: QuantConfig, names: Iterable[str]) -> None:
-    names = list(names)
+def _check_patterns(config: QuantConfig, names: Collection[str]) -> None:
     for pattern in (*config.ignore, *config.override):
         if not any(re.search(pattern, name) for name in names):
-            shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+            shown = ", ".join(list(names)[:4]) + (", …" if len(names) > 4 else "")
             raise ConfigError(
                 f"the pattern {pattern!r} matches no layer of this model; its layers are called {shown or '(none)'}"
             )
 
 
 def _notes(layers: Iterable[LayerPlan]) -> Iterable[str]:
+    """What other engines may not read."""
     uneven = Counter(
         (layer.in_features, layer.settings.group_size)
         for layer in layers

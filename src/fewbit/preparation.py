@@ -106,7 +106,7 @@ class Preparation:
             FewbitError: the run cannot work.
         """
         check_processes(self.dataset, self.ctx.comm.world_size)
-        self.evaluation  # noqa: B018 - made here, so that what is wrong is found now
+        self.evaluation  # noqa: B018 - made now, so that errors come early
         self.origin  # noqa: B018
         check_budget(self.plan, self.ctx.config)
         if self.ctx.comm.world_size > 1:
@@ -145,7 +145,7 @@ class Preparation:
     @cached_property
     def calibration(self) -> Calibration:
         with self.ctx.profiler.time("calibration"):
-            model_config = self.source.load_config()
+            model_config = self.source.load_config()  # first: its errors are clearer than the tokenizer's
             return calibrate(self.ctx.config, self.dataset, self.text_tokenizer, model_config)
 
     @cached_property
@@ -201,7 +201,7 @@ class Preparation:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """What the checkpoint notes about the calibration."""
+        """What the checkpoint says about the calibration."""
         return {"calibration": self.calibration.fingerprint}
 
 

@@ -1,14 +1,13 @@
-"""What a run costs, by phase: seconds, and what can honestly be said about memory.
+"""What a run costs, by phase: seconds and memory.
 
-Phases may lie inside one another (a solve inside the walk): `Phase.own_seconds` leaves out what inner phases took,
-so own times add up to the total.
+Phases can lie inside one another (a solve inside the calibration pass). `Phase.own_seconds` leaves out inner phases, so
+own times add up to the total.
 
-A GPU works behind the program's back. So it is waited for where a phase begins and where it ends: each is charged for
-its own kernels. That is twice for every layer and phase, never for every batch; copies on other streams go on.
+A GPU computes asynchronously, so a phase waits for it at its begin and end. Each phase is then charged for its own
+kernels. This happens twice for every layer and phase, never for every batch; copies on side streams continue.
 
-A process knows its memory now and its highest ever, not its highest within a stretch of time. So `Memory.bytes` is
-exact where the highest ever was reached inside the phase. Elsewhere it is the larger of the readings at both ends:
-at least that much was in use, and never more than in the phases where it is exact.
+A process knows its memory now and its highest ever, not the highest within a phase. So `Memory.bytes` is exact where
+the highest ever was reached inside the phase. Elsewhere it is the larger of the readings at both ends, a lower bound.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,22 +53,15 @@ class Phase:
     device_memory: Memory | None = None
 
 
-@dataclass(frozen=True)
-class _Gauge:
-    """Reads one kind of memory, in bytes: in use now (0 where the system does not say), and the most ever in use."""
-
-    now: Callable[[], int]
-    highest: Callable[[], int]
-
-    def read(self) -> tuple[int, int]:
-        return self.now(), self.highest()
+# Bytes in use now (0 where the system does not say), and the most ever in use.
+_Reading = tuple[int, int]
 
 
 @dataclass
 class _Entry:
     phase: Phase
     start: float
-    before: list[tuple[int, int] | None]
+    before: tuple[_Reading | None, _Reading | None]  # of the process and of the device
     inner: float = 0.0
 
 
@@ -77,8 +69,7 @@ class Profiler:
     """Seconds and memory by phase.
 
     Args:
-        device: where the work runs. On a GPU its memory is read too, and a phase begins when the kernels before it have
-            ended, and ends when its own have.
+        device: where the work runs. On a GPU its memory is read too, and a phase waits for kernels at both ends.
 
     Attributes:
         phases: by name, in the order of first entry.
@@ -90,7 +81,6 @@ class Profiler:
         self._open: list[_Entry] = []
         self._device = device
         self._gpu: Any = getattr(torch, device.type) if device and device.type in ("cuda", "xpu") else None
-        self._gauges = (_process_gauge(), _gpu_gauge(self._gpu, device))
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
@@ -120,7 +110,7 @@ class Profiler:
         return [asdict(phase) for phase in self.phases.values()]
 
     def _wait(self) -> None:
-        """Until the GPU has done what it was given, other streams than the walk's left aside."""
+        """Wait for the kernels on the GPU's current stream."""
         if self._gpu is not None:
             self._gpu.current_stream(self._device).synchronize()
 
@@ -135,14 +125,18 @@ class Profiler:
         if self._open:
             self._open[-1].inner += seconds
 
-    def _read(self) -> list[tuple[int, int] | None]:
-        return [gauge.read() if gauge else None for gauge in self._gauges]
+    def _read(self) -> tuple[_Reading | None, _Reading | None]:
+        process = device = None
+        if sys.platform != "win32":
+            process = _resident_bytes(), _highest_resident_bytes()
+        if self._gpu is not None:
+            gpu = self._gpu
+            device = int(gpu.memory_allocated(self._device)), int(gpu.max_memory_allocated(self._device))
+        return process, device
 
 
-def _larger(
-    known: Memory | None, start: tuple[int, int] | None, end: tuple[int, int] | None
-) -> Memory | None:
-    """What is known about a phase after one more entry, from (now, highest ever) at both its ends."""
+def _larger(known: Memory | None, start: _Reading | None, end: _Reading | None) -> Memory | None:
+    """What is known about a phase after one more entry, from the readings at both its ends."""
     if start is None or end is None:
         return known
     if end[1] > start[1]:  # the highest ever was reached inside
@@ -159,16 +153,6 @@ def peak_memory_bytes() -> int | None:
 def memory_in_use_bytes() -> int:
     """Resident size of this process now; where the system does not say, its largest so far, or 0."""
     return _resident_bytes() or peak_memory_bytes() or 0
-
-
-def _process_gauge() -> _Gauge | None:
-    return None if sys.platform == "win32" else _Gauge(_resident_bytes, _highest_resident_bytes)
-
-
-def _gpu_gauge(gpu: Any, device: torch.device | None) -> _Gauge | None:
-    if gpu is None:
-        return None
-    return _Gauge(lambda: int(gpu.memory_allocated(device)), lambda: int(gpu.max_memory_allocated(device)))
 
 
 def _highest_resident_bytes() -> int:
