@@ -28,6 +28,7 @@ RUN_ELSEWHERE = {
 # Commands for several machines, and for benchmarks that take hours. Whole pages, because others are made by scripts.
 NOT_RUN = {"scale.md", "accuracy.md", "performance.md", "compatibility.md"}
 RUN = [page for page in pages() if page.name not in {*RUN_ELSEWHERE, *NOT_RUN} and blocks(page)]
+LONG = {"choosing", "big-models", "mixed-precision"}  # minutes of quantization
 COMMANDS = typer.main.get_command(app).commands
 # How many blocks of the other pages are only shown. They cannot be kept true by a test: let them stay few.
 SHOWN_ONLY = 10
@@ -40,7 +41,10 @@ def prepared(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in LONG else []) for p in RUN],
+)
 def test_the_code_of_a_page_runs(page, prepared, tmp_path, monkeypatch):
     shutil.copytree(prepared, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")

@@ -466,7 +466,7 @@ def test_ignored_experts_keep_their_names(tmp_path, text_file):
 def test_a_bad_evaluation_text_is_refused_first(tmp_path, text_file, model_folder):
     refused(
         CalibrationError,
-        "nothing.txt",
+        "there is no dataset",
         tmp_path,
         model_folder,
         dataset=text_file,

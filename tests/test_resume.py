@@ -264,7 +264,7 @@ Journal.remove = told
 """
 
 
-@pytest.mark.parametrize("stride", [16, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [48, pytest.param(1, marks=pytest.mark.slow)])
 def test_disk_full_from_any_step_on(tmp_path, inputs, stride):
     out = tmp_path / "out"
     undisturbed = inputs.runs.run(inputs.command(out), prelude=full_disk(10**6))
@@ -352,7 +352,9 @@ def test_damaged_files_are_made_again_or_refused(tmp_path, inputs, phase, count)
         shutil.rmtree(out)
 
 
-@pytest.mark.parametrize("kind", ["flip", "cut", "none"])
+@pytest.mark.parametrize(
+    "kind", ["flip", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("cut", "none"))]
+)
 def test_a_damaged_choice_of_bits_is_made_again(tmp_path, inputs, kind):
     options = ("--target-bits", "4.9", "--fast")
     whole, out = tmp_path / "whole" / "out", tmp_path / "out"

@@ -49,10 +49,10 @@ needs_limit = pytest.mark.skipif(
 
 
 @needs_limit
-def test_a_model_several_times_larger_than_memory(tmp_path):
-    # 12 blocks of 76 MB; one small layer of each is solved, all the others only pass through.
-    size = random_llama(tmp_path / "model", 12, hidden=1024, intermediate=4736, dtype="float32")
-    assert size > 800e6
+def test_a_model_larger_than_memory(tmp_path):
+    # 7 blocks of 76 MB; one small layer of each is solved, all the others only pass through.
+    size = random_llama(tmp_path / "model", 7, hidden=1024, intermediate=4736, dtype="float32")
+    assert size > 480e6
     headroom = 380_000_000
     settings = {"override": {"q_proj|o_proj|v_proj|mlp": "skip"}, "group_size": 128}
     # The limit is real: the same process cannot load the model.
@@ -60,7 +60,7 @@ def test_a_model_several_times_larger_than_memory(tmp_path):
     assert refused.returncode != 0
     assert "done" not in refused.stdout
     found = run_limited(tmp_path / "model", tmp_path / "out", headroom, whole=False, **settings)
-    assert found.stdout.split() == ["done", "12"], found.stderr[-2000:]
+    assert found.stdout.split() == ["done", "7"], found.stderr[-2000:]
     # Byte for byte what it is without a limit.
     import torch
 

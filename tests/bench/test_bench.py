@@ -45,6 +45,7 @@ def test_short_work_is_averaged():
     assert len(calls) - before > 10
 
 
+@pytest.mark.slow
 def test_each_model_has_its_own_process(folder):
     quantized = Candidate(str(folder / "quantized"), "float32", "cpu")
     candidates = {

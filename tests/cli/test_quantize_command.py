@@ -207,9 +207,9 @@ def test_import_has_no_effects_and_is_light():
 @pytest.mark.parametrize(
     "effect",
     [
-        "torch.set_num_threads(torch.get_num_threads() + 1)",
-        "torch.set_default_dtype(torch.float64)",
-        "torch.set_grad_enabled(False)",
+        pytest.param("torch.set_num_threads(torch.get_num_threads() + 1)", marks=pytest.mark.slow),
+        pytest.param("torch.set_default_dtype(torch.float64)", marks=pytest.mark.slow),
+        pytest.param("torch.set_grad_enabled(False)", marks=pytest.mark.slow),
         "logging.getLogger('fewbit').addHandler(logging.StreamHandler())",
         "import rich",
     ],

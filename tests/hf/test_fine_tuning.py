@@ -15,6 +15,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 BLOCKS = re.findall(r"```python\n(.*?)```", (DOCS / "fine-tuning.md").read_text(), re.DOTALL)
 
 peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.slow  # trains an adapter
 
 
 @pytest.fixture(scope="module")

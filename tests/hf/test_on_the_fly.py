@@ -315,6 +315,7 @@ adapted(input_ids=torch.arange(9)[None], labels=torch.arange(9)[None]).loss.back
 """
 
 
+@pytest.mark.slow
 def test_where_optimum_and_gptqmodel_are_installed_too(source, tmp_path):
     environment = {"PYTHONPATH": str(Path(fewbit.__file__).parents[1]), "PATH": "", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", STUBS, str(source), str(tmp_path)]

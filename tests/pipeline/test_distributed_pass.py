@@ -158,7 +158,7 @@ def outliers(model):
     return model
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("make", "options"),
     [

@@ -72,7 +72,7 @@ def quantized(family, folder, **options):
     ("family", "options"),
     [
         ("llama", {}),
-        ("llama", {"tune": True, "tune_steps": 3}),
+        pytest.param("llama", {"tune": True, "tune_steps": 3}, marks=pytest.mark.slow),
         ("llama", {"fast": True, "batch_size": 4}),
         ("gpt2", {"correction": 0.5}),
         ("t5", {}),
@@ -443,6 +443,7 @@ print(quantize(num_samples=64) - before)
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_is_one_batch(tmp_path):
     process = subprocess.run(
         [sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, timeout=120, check=True

@@ -15,7 +15,7 @@ from fewbit.pipeline.journal import Journal
 from fewbit.pipeline.tune_block import tune_block
 from models import random_sequences, tiny_model, tiny_tokenizer
 
-OPTIONS = {"bits": 2, "group_size": 64, "sym": False, "num_samples": 32, "seq_len": 128}
+OPTIONS = {"bits": 2, "group_size": 64, "sym": False, "num_samples": 16, "seq_len": 64}
 
 
 def run(output, **options):
@@ -39,6 +39,7 @@ def test_every_block_improves(tuned):
     assert "tune" in report.seconds_by_phase
 
 
+@pytest.mark.slow
 def test_the_tuned_model_is_closer_to_the_original(tuned, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -83,6 +83,7 @@ def demo_reports(tmp_path_factory):
     return reports
 
 
+@pytest.mark.slow
 def test_auto_correction_lowers_true_error(demo_reports):
     def mean(report):
         return sum(layer["true_error"] for layer in report.layers) / len(report.layers)
@@ -94,6 +95,7 @@ def test_auto_correction_lowers_true_error(demo_reports):
     assert max(alphas) > 0.3
 
 
+@pytest.mark.slow
 def test_auto_correction_lowers_kl(demo_reports):
     kl = {name: report.evaluation["quantized"]["kl"] for name, report in demo_reports.items()}
     assert kl["auto"] < kl["none"]
