@@ -6,7 +6,7 @@ Both destinations have the same methods, in the order of a run: `check`, `open`,
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import __version__
 from .checkpoint import manifest
 from .checkpoint.assemble import checkpoint_tensors, names_on_disk
-from .checkpoint.layout import empty_layer
+from .checkpoint.layout import Shaped, empty_layer
 from .checkpoint.quantization_config import build
 from .checkpoint.writer import CONFIG, MARKER, CheckpointWriter, parse_size
 from .config import QuantConfig
@@ -139,12 +139,20 @@ class CheckpointFolder:
             extra.update(_saved_files(run.text_tokenizer, getattr(model, "generation_config", None)))
         packed = {layer.name: _packed(layer) for layer in plan.layers}
         states = run.weights.state_by_shard()
-        planned = checkpoint_tensors(model, names, packed.__getitem__, states, values=False)
+        planned: dict[str, Shaped] = dict(
+            checkpoint_tensors(model, names, packed.__getitem__, states, values=False)
+        )
+        copied = {name: tensor for name, tensor in run.weights.unused.items() if name not in planned}
+        planned |= {name: tensor.info for name, tensor in copied.items()}
         shards = run.weights.shards(without=[f"{name}.weight" for name in names])
-        with CheckpointWriter(self.folder, dict(planned), self._shard_bytes) as writer:
+        with CheckpointWriter(self.folder, planned, self._shard_bytes) as writer:
             for name, tensor in checkpoint_tensors(model, names, sink.tensors, shards):
                 writer.add(name, tensor)
-            writer.finish(values, quantization_config(run.ctx.config, model, plan, run.meta), extra)
+            for name, file_tensor in copied.items():
+                writer.add(name, file_tensor.read())
+            dense = [name.removesuffix(".weight") for name, t in copied.items() if len(t.info.shape) > 1]
+            settings = quantization_config(run.ctx.config, model, plan, run.meta, dense)
+            writer.finish(values, settings, extra)
 
     def publish(self, report: Report) -> None:
         """Write the report and the model card."""
@@ -165,9 +173,12 @@ def _packed(layer: LayerPlan) -> dict[str, Tensor]:
 
 
 def quantization_config(
-    config: QuantConfig, model: nn.Module, plan: Plan, meta: dict[str, Any]
+    config: QuantConfig, model: nn.Module, plan: Plan, meta: dict[str, Any], copied: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What config.json says about a model before its layers are replaced, in the names of the original files."""
+    """What config.json says about a model before its layers are replaced, in the names of the original files.
+
+    `copied` names matrices of the files that belong to no layer of the model.
+    """
     names = [layer.name for layer in plan.layers] + [item.name for item in plan.skipped]
     on_disk = names_on_disk(model, names)
     if config.target_bits is not None:
@@ -176,7 +187,7 @@ def quantization_config(
     return build(
         config,
         {name: layer.settings for layer in plan.layers for name in on_disk[layer.name]},
-        [name for item in plan.skipped for name in on_disk[item.name]],
+        [*(name for item in plan.skipped for name in on_disk[item.name]), *copied],
         meta,
     )
 

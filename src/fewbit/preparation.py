@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,7 +65,7 @@ class Origin:
         hub_id: Hub id, if the model was downloaded.
         architecture: class of the model.
         dtype: dtype in which the model was read.
-        parameters: number of parameters.
+        parameters: number of parameters, tensors of the files that the class does not use included.
         bytes: size of all parameters in that dtype.
         file_bytes: size of the weight files; None for a model in memory.
     """
@@ -156,7 +157,13 @@ class Preparation:
             if isinstance(source, Source) and source.streams:
                 model, files = source.build_model(ctx.config.dtype)
                 unfuse(model)
-                return model, StreamedWeights(model, files, ctx.device, ctx.profiler)
+                weights = StreamedWeights(model, files, ctx.device, ctx.profiler)
+                if weights.unused:
+                    source.notes.append(
+                        f"{len(weights.unused)} tensors of the source belong to no layer of {type(model).__name__} and "
+                        f"are copied as they are, for example {next(iter(weights.unused))}"
+                    )
+                return model, weights
             model = source.load_model(ctx.config.dtype, ctx.device)
             check_weights(model)
             unfuse(model)
@@ -183,13 +190,15 @@ class Preparation:
     def origin(self) -> Origin:
         """The model before the run; asked for before the model is changed."""
         files, parameters = self.source.weight_files(), list(self.model.parameters())
+        unused = [tensor.info for tensor in self.weights.unused.values()]
         return Origin(
             name=self.source.name,
             hub_id=self.source.hub_id,
             architecture=type(self.model).__name__,
             dtype=str(parameters[0].dtype).removeprefix("torch."),
-            parameters=sum(parameter.numel() for parameter in parameters),
-            bytes=sum(parameter.nbytes for parameter in parameters),
+            parameters=sum(parameter.numel() for parameter in parameters)
+            + sum(math.prod(t.shape) for t in unused),
+            bytes=sum(parameter.nbytes for parameter in parameters) + sum(t.nbytes for t in unused),
             file_bytes=None if files is None else sum(path.stat().st_size for path in files),
         )
 

@@ -177,7 +177,7 @@ class Source:
                 f"{self.folder} lacks {len(missing)} weights of {type(model).__name__}, for example {missing[0]}: "
                 "the download may be incomplete, or the architecture in config.json is wrong"
             )
-        if info["unexpected_keys"]:
+        if info["unexpected_keys"] and folder is not None:  # `build_model` leaves them to the caller
             extra = sorted(info["unexpected_keys"])
             self.notes.append(
                 f"{len(extra)} tensors of the source have no place in {type(model).__name__} and are not in the "

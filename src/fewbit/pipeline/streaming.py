@@ -43,10 +43,16 @@ _ADAPTIVE_MAXIMUM = 32 << 20  # bytes; largest value of glibc's adaptive thresho
 
 
 class Weights:
-    """Weights of a model that is in memory as a whole."""
+    """Weights of a model that is in memory as a whole.
+
+    Attributes:
+        unused: Tensors of the source that the model has no parameter for, by their names in the files, such as the
+            layers for multi-token prediction. The checkpoint gets a copy.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.unused: dict[str, FileTensor] = {}
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def load(self, name: str) -> None:
@@ -119,7 +125,7 @@ class StreamedWeights(Weights):
         _move_computed(model, device)
         state = model.state_dict(keep_vars=True)
         self._names = [name for name, tensor in state.items() if tensor.is_meta]
-        self._plain, self._converted = _sources(model, files)
+        self._plain, self._converted, self.unused = _sources(model, files)
         self._aliases = _aliases(state, {*self._plain, *self._converted})
         self._converted = _with_split(set(self._names) - {*self._plain, *self._aliases}, self._converted)
         self._embeddings = _embeddings(model)
@@ -305,24 +311,28 @@ class StreamedWeights(Weights):
 
 def _sources(
     model: nn.Module, files: Mapping[str, FileTensor]
-) -> tuple[dict[str, FileTensor], dict[str, set[str]]]:
-    """Map parameters to their tensors in the files, or to the names of all tensors they are converted from."""
+) -> tuple[dict[str, FileTensor], dict[str, set[str]], dict[str, FileTensor]]:
+    """Map parameters to their tensors in the files, or to the names of all tensors they are converted from.
+
+    The third result is the tensors that belong to no parameter.
+    """
     assert isinstance(model, PreTrainedModel)
     names, unconverted = WeightNames(model, conversions(model) or []), WeightNames(model, [])
     state = model.state_dict()
     plain: dict[str, FileTensor] = {}
     converted: dict[str, set[str]] = {}
+    unused: dict[str, FileTensor] = {}
     for source, tensor in files.items():
         name, merged_into = names.rename(source)
         if name not in state and source in state:
             name, merged_into = unconverted.rename(source)
         if name not in state:
-            continue
-        if merged_into:
+            unused[source] = tensor
+        elif merged_into:
             converted.setdefault(name, set()).add(source)
         else:
             plain[name] = tensor
-    return plain, converted
+    return plain, converted, unused
 
 
 def _with_split(orphans: Collection[str], converted: Mapping[str, set[str]]) -> dict[str, set[str]]:
