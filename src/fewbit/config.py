@@ -89,9 +89,9 @@ class QuantConfig:
         override: regular expression → settings for the layers it matches, or "skip". The first match
             decides. Settings: bits, group_size, sym, act_order, damp, method.
         correction: how far each layer's target is moved towards the full-precision outputs, 0 to 1, or "auto":
-            chosen per layer on held-out calibration sequences. Above 0 a second, full-precision stream runs
-            beside the quantized one.
-        fast: one stream only: no correction, in half the time. Excludes tune.
+            chosen per layer on held-out calibration sequences. Above 0 every batch also runs on the full-precision
+            path.
+        fast: run the quantized path only: no correction, in half the time. Excludes tune.
         target_bits: average stored bits per weight (codes, scales and zero points); bits and group sizes are then
             chosen per layer to meet it, and `bits` and `group_size` are not used. None: no budget.
         tune: after a block is solved, optimise its rounding and scales by gradient against the full-precision

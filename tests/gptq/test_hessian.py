@@ -129,9 +129,9 @@ def test_tiny_and_huge_inputs_stay_in_range(scale):
     assert relative(hessian_of(X.split(100)).matrix(), oracle.hessian(X)) < 1e-6
 
 
-def test_tokens_that_were_not_foreseen_are_refused():
+def test_tokens_that_were_not_announced_are_refused():
     H = hessian_of([torch.randn(5, 8)])
-    with pytest.raises(SolverError, match="made for the 5 tokens that it has: foresee all batches first"):
+    with pytest.raises(SolverError, match="made for the 5 tokens that it has: observe all batches first"):
         H.add(torch.randn(1, 8))
     with pytest.raises(SolverError, match="has its units already"):
         H.observe_range(torch.randn(1, 8))
@@ -289,7 +289,7 @@ def test_no_value_is_looked_at_before_it_is_asked_for(dtype, monkeypatch, like_a
             Hessian(640).observe_range(X)
 
 
-def test_foreseen_without_a_look_and_then_with_one():
+def test_announced_without_a_look_and_then_with_one():
     X = [torch.randn(20, 8) for _ in range(3)]
     X[1][4, 2] = float("inf")
     H = Hessian(8)

@@ -77,7 +77,7 @@ def prepare(
         batch_size: sequences per batch.
         seed: of the choice.
         max_positions: the model's longest sequence; `seq_len` is capped to it.
-        vocab_size: the model's; ids outside are refused, but for `placeholders` of images and the like.
+        vocab_size: size of the model's vocabulary; larger ids are refused, except `placeholders` for images and sound.
         decoder_start_token_id: given for encoder-decoder models: batches get ``decoder_input_ids``.
 
     Raises:

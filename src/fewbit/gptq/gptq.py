@@ -8,8 +8,8 @@ and ŵ_i the i-th column after rounding:
     t_i = w_i + Σ_{j<i} (w_j − ŵ_j) F_ji
     ŵ_i = Q(t_i)                    (LDLQ, arXiv:2307.13304, equation 2)
 
-The codes are those of the inverse-Cholesky form in the GPTQ paper (arXiv:2210.17323), with one factorization instead of
-three. With E = W − Ŵ the residuals t_i − ŵ_i are the columns of E F, hence
+The codes equal the ones of the inverse-Cholesky form in the GPTQ paper (arXiv:2210.17323), with one factorization
+instead of three. With E = W − Ŵ the residuals t_i − ŵ_i are the columns of E F, hence
 
     tr(E H_λ Eᵀ) = Σ_i d_i ‖t_i − ŵ_i‖²
 

@@ -1,12 +1,12 @@
-"""The products that a Hessian is made of: Xᵀ X of one batch, rounded and added to integers.
+"""The products that make a Hessian: Xᵀ X of one batch, rounded and added to integers.
 
-Contract: torch alone, on any device; the same every time for one device and batch. Units are those of `hessian`.
+Contract: torch alone, on any device; deterministic for one device and batch. `hessian` defines the units.
 
-Each batch is multiplied with itself once, and the product rounded once. Multiplied are x_i 2¹⁵ / s_i, which differ from
-x_i in the exponent alone. In float32 (CPU) and on the tensor cores of an NVIDIA GPU the products of 16-bit inputs are
-exact: two factors of 8 bits (bfloat16) or 11 (float16) make one of 22 at most, and sums are float32. What leaves
-bfloat16's exponents on the way is below 2⁻¹¹¹ of a unit. float16 has too few exponents for the division: there the sums
-are divided, which have float32's.
+Each batch is multiplied with itself once, and the product is rounded once. The factors are x_i 2¹⁵ / s_i, which differ
+from x_i in the exponent only. In float32 (CPU) and on the tensor cores of an NVIDIA GPU, products of 16-bit inputs are
+exact: two significands of 8 bits (bfloat16) or 11 bits (float16) give at most 22 bits, and sums are float32. Values
+that leave bfloat16's exponent range are below 2⁻¹¹¹ of a unit. float16 has too few exponents for the division, so
+there the float32 sums are divided instead.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ ROOT = 2.0**15  # units in s_i
 _PIECE_BYTES = 1 << 26
 _LARGE_PIECE_BYTES = 1 << 29
 
-# Rows of H whose products are computed together. On the CPU few enough that they are still in its cache when they
-# are rounded. A GPU wants few large products: so many of them, of whole tiles, leave out 41% of a symmetric one.
-_ROWS_TOGETHER = 192
+# Rows of H that one product computes. On the CPU they must still be in the cache when they are rounded. A GPU needs few
+# large products: six panels of whole tiles skip 41% of a symmetric product.
+_PANEL_ROWS = 192
 _PANELS = 6
 _TILE = 128
 
@@ -75,7 +75,7 @@ class Scaled:
 
 
 def scaled(X: Tensor, powers: Tensor) -> Scaled:
-    """X times powers of two, by column: the same values but for their exponents."""
+    """Multiply the columns of X by powers of two, which changes only the exponents."""
     if X.dtype == torch.float16:
         return Scaled(X, powers)
     return Scaled(X * powers.to(X.dtype), None)
@@ -106,8 +106,8 @@ def add_rounded(C: Tensor, A: Scaled, B: Scaled, *, upper: bool) -> None:
 def panel_rows(n: int, device: torch.device) -> int:
     """Rows of an n × n product that are computed together."""
     if device.type == "cpu":
-        return _ROWS_TOGETHER
-    return max(_ROWS_TOGETHER, -(-n // (_PANELS * _TILE)) * _TILE)
+        return _PANEL_ROWS
+    return max(_PANEL_ROWS, -(-n // (_PANELS * _TILE)) * _TILE)
 
 
 def _multiply(A: Tensor, B: Tensor, product: Tensor) -> None:

@@ -1,9 +1,8 @@
-"""The Hessian of a linear layer, H = X Xᵀ, and the drift of its inputs, C = (X̃ − X) Xᵀ.
+"""The Hessian of a linear layer, H = X Xᵀ, and the input-error covariance, C = (X̃ − X) Xᵀ.
 
-X are the inputs that the layer gets in the quantized model, X̃ those it gets in the original one. Contract:
-sums over calibration tokens, never averages. Tokens come in batches; the sum over batches is exact, so the same
-batches give the same bytes in any order, and wherever each of them is added. Knows nothing of models, layers or
-weights.
+X are the layer's inputs in the quantized model, X̃ its inputs in the original model. Contract: sums over calibration
+tokens, never averages. Tokens come in batches. The sum over batches is exact, so the same batches give the same bytes
+in any order and on any rank. This file knows nothing about models, layers or weights.
 
 H_ij is kept as an integer in units of 2⁻³⁰ s_i s_j, where s_i is the smallest power of two with H_ii ≤ s_i². As
 |H_ij| ≤ √(H_ii H_jj), nothing overflows, and a unit is less than 2⁻²⁸ √(H_ii H_jj): finer than the rounding of a
@@ -26,8 +25,8 @@ LARGEST_ACTIVATION = 2.0**50
 # Float32: what is added to the exponent, and the bits below it.
 _BIAS, _MANTISSA = 127, 23
 
-# In the compiled module batches smaller than this wait for others, until together they have so many tokens: one
-# by one they would go through the whole matrix every time.
+# For the compiled module, batches smaller than `_SMALL_BATCH` wait until `_JOINED_TOKENS` tokens have come: each call
+# goes through the whole matrix.
 _SMALL_BATCH = 256
 _JOINED_TOKENS = 4096
 
@@ -56,7 +55,7 @@ class Hessian:
         self._H = torch.zeros(n, n, dtype=torch.int32, device=device)  # float32 once finished
         self._P: Tensor | None = None  # C once finished
         self._squares: list[Tensor] = []
-        self._foreseen = 0
+        self._announced = 0
         self._clean = True
         self._s: Tensor | None = None
         self._waiting: list[list[Tensor]] = []
@@ -65,7 +64,7 @@ class Hessian:
     def observe_range(
         self, X: Tensor, mask: Tensor | None = None, full: Tensor | None = None, *, check_finite: bool = True
     ) -> None:
-        """Announce tokens that will be added; the other arguments are those of `add`.
+        """Announce tokens that will be added; `add` documents the other arguments.
 
         Args:
             check_finite: leave out tokens that are not finite. With False, ask `in_range` after the last batch: a GPU
@@ -76,7 +75,7 @@ class Hessian:
         """
         if self._s is not None:
             raise SolverError(
-                "this Hessian has its units already: foresee all batches before the first is added"
+                "this Hessian has its units already: observe_range of all batches comes before the first add"
             )
         both = self._both(X, mask, full)
         squares = _squares(both)
@@ -84,7 +83,7 @@ class Hessian:
             self._clean = False
             both = [part[_good_rows(both)] for part in both]
             squares = _squares(both)
-        self._foreseen += both[0].shape[0]
+        self._announced += both[0].shape[0]
         self._squares.append(squares if full is not None else torch.cat([squares, torch.zeros_like(squares)]))
 
     @property
@@ -93,13 +92,13 @@ class Hessian:
         return _in_range(self.range_stats)
 
     def reset(self) -> None:
-        """Nothing has been foreseen."""
+        """Forget every announced batch."""
         self._squares.clear()
-        self._foreseen = 0
+        self._announced = 0
 
     @property
     def range_stats(self) -> Tensor:
-        """Σ x_i² and Σ x̃_i² of each batch that was foreseen, float32 (batches, 2n)."""
+        """Σ x_i² and Σ x̃_i² of each announced batch, float32 (batches, 2n)."""
         return (
             torch.stack(self._squares)
             if self._squares
@@ -129,7 +128,7 @@ class Hessian:
 
         Raises:
             SolverError: the last dimension of X is not n, the mask has another number of rows, `full` another
-                shape; more tokens than were foreseen, or the matrix was taken already.
+                shape; more tokens than were announced, or the matrix was taken already.
         """
         if self._s is None:
             if not self._squares:
@@ -141,9 +140,9 @@ class Hessian:
             self.dropped += int((~good).sum())
             both = [part[good] for part in both]
         self.tokens += both[0].shape[0]
-        if self.tokens > self._foreseen or self._finished:
+        if self.tokens > self._announced or self._finished:
             raise SolverError(
-                f"this Hessian was made for the {self._foreseen} tokens that it has: foresee all batches first, and "
+                f"this Hessian was made for the {self._announced} tokens that it has: observe all batches first, and "
                 "add them before the matrix is taken"
             )
         if full is not None and self._P is None:

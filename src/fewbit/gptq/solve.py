@@ -215,9 +215,9 @@ def _round_rows(
 def _scaled(grid: Grid, multipliers: tuple[float, ...]) -> Grid:
     """Candidate grids (B, m, G): multiples of the fitted scales.
 
-    The grid that fits the weights best clips the largest of them. While columns are rounded, each takes the errors of
-    others on top of its own weight, and a clipped one cannot. Where inputs are strongly correlated, a wider and coarser
-    grid therefore ends with the lower loss.
+    The grid that fits the weights best clips the largest ones. While columns are rounded, each target also absorbs the
+    errors of earlier columns, which a clipped weight cannot. So with strongly correlated inputs a wider and coarser
+    grid ends with the lower loss.
     """
     scales = torch.stack([storable(grid.scales.float() * by).half() for by in multipliers])
     return Grid(scales, grid.zeros.expand(scales.shape), grid.g_idx)

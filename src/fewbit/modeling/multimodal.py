@@ -1,8 +1,8 @@
-"""Which parts of a model are its language model, and which are towers: encoders of images or sound beside it.
+"""The parts of a multimodal model: its language models, and its encoders of images or sound.
 
-transformers says it: a model of several parts holds models of their own, with configurations of another class than
-its own, and each says what it reads. A part that reads text alone is language; one that reads images or sound is a
-tower; one that reads both and holds such parts is looked into.
+transformers describes both: a multimodal model contains models with another class of configuration than its own, and
+each of them declares its input modalities. A part that reads only text is language. A part that reads images or sound
+is an encoder. A part that reads both and contains such parts is divided further.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 # The last resort, for code that does not come with transformers and says nothing.
-_TOWER_NAME = re.compile(r"(^|[._])(vision|visual|vit|image|video|audio|speech)([._]|$)")
+_ENCODER_NAME = re.compile(r"(^|[._])(vision|visual|vit|image|video|audio|speech)([._]|$)")
 
 
 @dataclass(frozen=True)
@@ -24,36 +24,36 @@ class Parts:
     """Names of modules.
 
     Attributes:
-        language: empty where the language model is no part of its own, but all that is in no tower.
-        towers: name → what it reads, in words.
+        language: language models; empty if everything outside of the encoders is the language model.
+        encoders: name → what it reads, in words.
     """
 
     language: tuple[str, ...] = ()
-    towers: tuple[tuple[str, str], ...] = ()
+    encoders: tuple[tuple[str, str], ...] = ()
 
     def why_not(self, name: str) -> str | None:
         """Why the module `name` is not taken for the language model; None if it is."""
-        for tower, reads in self.towers:
-            if _is_in(name, tower):
-                return f"in {tower}, which reads {reads} (name it in an override to quantize it)"
-        if self.towers and self.language and not any(_is_in(name, part) for part in self.language):
+        for encoder, reads in self.encoders:
+            if _is_in(name, encoder):
+                return f"in {encoder}, which reads {reads} (name it in an override to quantize it)"
+        if self.encoders and self.language and not any(_is_in(name, part) for part in self.language):
             return "outside the language model (name it in an override to quantize it)"
         return None
 
 
 def parts_of(model: nn.Module) -> Parts:
-    """The language models and towers of `model`. One that reads no text at all is a single part."""
+    """Find the language models and encoders of `model`. A model that reads no text is a single part."""
     if not isinstance(model, PreTrainedModel) or "text" not in _modalities(model):
         return Parts()
     language: list[str] = []
-    towers: list[tuple[str, str]] = []
+    encoders: list[tuple[str, str]] = []
     for name, part, is_text in _leaves("", model):
         if is_text:
             language.append(name)
         else:
             reads = [modality for modality in _modalities(part) if modality != "text"]
-            towers.append((name, " and ".join(_PLURALS.get(m, m) for m in reads) or "no text"))
-    return Parts(tuple(language), tuple(towers))
+            encoders.append((name, " and ".join(_PLURALS.get(m, m) for m in reads) or "no text"))
+    return Parts(tuple(language), tuple(encoders))
 
 
 _PLURALS = {"image": "images", "video": "videos", "audio": "sound"}
@@ -72,7 +72,7 @@ def _leaves(prefix: str, model: PreTrainedModel) -> Iterator[tuple[str, PreTrain
 def _own_models(
     prefix: str, module: nn.Module, whole: PreTrainedModel
 ) -> Iterator[tuple[str, PreTrainedModel]]:
-    """The outermost models inside `module` whose configuration is of another class than that of `whole`."""
+    """Yield the outermost models inside `module` with another class of configuration than `whole`."""
     for key, child in module.named_children():
         name = f"{prefix}.{key}" if prefix else key
         if isinstance(child, PreTrainedModel) and type(child.config) is not type(whole.config):
@@ -85,7 +85,7 @@ def _is_language(name: str, part: PreTrainedModel, whole: PreTrainedModel) -> bo
     if part.config is getattr(whole.config, "text_config", None):
         return True
     reads_tokens = part.main_input_name == "input_ids" and _modalities(part) == ("text",)
-    return reads_tokens and not _TOWER_NAME.search(name)
+    return reads_tokens and not _ENCODER_NAME.search(name)
 
 
 def _modalities(model: Any) -> tuple[str, ...]:

@@ -322,7 +322,7 @@ def _dtype(name: str) -> Any:
 
 
 def _auto_class(config: Any) -> str:
-    """The automatic class of transformers that a model with code of its own is registered for."""
+    """Find the auto class of transformers for which a model with its own code is registered."""
     known = [key for key in config.auto_map if key.startswith("AutoModel")]
     return known[0] if known else "AutoModelForCausalLM"
 
@@ -394,7 +394,7 @@ def load_tokenizer(name: str | Path, **options: Any) -> Any:
 def download(
     name: str, error_class: type[FewbitError], *, allow_pickle: bool = False, **options: Any
 ) -> Path:
-    """The files of a Hub repository, in the local cache; `options` are those of `snapshot_download`.
+    """Download a Hub repository into the local cache; `options` are passed to `snapshot_download`.
 
     Raises:
         FewbitError: of `error_class`: `name` is no Hub id, or cannot be downloaded.

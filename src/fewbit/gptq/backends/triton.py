@@ -1,8 +1,8 @@
 """The solver's two loops on a GPU, as Triton kernels.
 
 Rows of a weight are independent, so programs take rows and exchange nothing. Divisions and roundings are IEEE's, and
-ŵ = s (q − z) is exact in float32, because s has the 11 significant bits of a float16. So the codes are those of torch,
-except where sums of float32 round differently.
+ŵ = s (q − z) is exact in float32, because s has the 11 significant bits of a float16. So the codes equal torch's,
+except where float32 sums round differently.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models with towers beside the language model, from folder to checkpoint and back."""
+"""Models with encoders beside the language model, from folder to checkpoint and back."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize(
-    ("family", "language", "towers"),
+    ("family", "language", "encoders"),
     [
         ("llava", ["model.language_model"], {"model.vision_tower": "images"}),
         ("qwen3_vl", ["model.language_model"], {"model.visual": "images and videos"}),
@@ -48,19 +48,19 @@ def relative(a, b):
         ("kosmos-2", ["text_model"], {"vision_model": "images"}),
     ],
 )
-def test_parts_of_a_model_are_known_by_what_they_read(family, language, towers):
+def test_parts_of_a_model_are_known_by_what_they_read(family, language, encoders):
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(family))
     parts = parts_of(model)
     assert list(parts.language) == language
-    assert dict(parts.towers) == towers
+    assert dict(parts.encoders) == encoders
 
 
-def test_models_of_one_part_have_no_towers():
+def test_models_of_one_part_have_no_encoders():
     with torch.device("meta"):
         vision = AutoModel.from_config(AutoConfig.for_model("vit", num_hidden_layers=1))
     for model in (vision, tiny_whisper(), tiny_model("llama"), tiny_model("t5"), torch.nn.Linear(4, 4)):
-        assert parts_of(model).towers == ()
+        assert parts_of(model).encoders == ()
     assert make_plan(vision, fewbit.QuantConfig(group_size=16)).layers
 
 
@@ -115,7 +115,7 @@ def test_an_override_reaches_a_tower(tmp_path):
         assert relative(logits, original(**sample).logits) < 0.2
 
 
-def test_a_broad_override_does_not_reach_towers():
+def test_a_broad_override_does_not_reach_encoders():
     plan = make_plan(tiny_llava(), fewbit.QuantConfig(group_size=16, override={"q_proj": {"bits": 8}}))
     assert not any("vision_tower" in layer.name for layer in plan.layers)
     assert {layer.settings.bits for layer in plan.layers if "q_proj" in layer.name} == {8}
