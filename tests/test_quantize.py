@@ -542,30 +542,24 @@ def test_a_tokenizer_by_path(tmp_path, text_file, model_folder):
     refused(ModelError, "no tokenizer can be loaded from .*bare", tmp_path, model_folder, **options)
 
 
-def test_personal_files_are_not_copied(tmp_path, text_file, model_folder):
-    (model_folder / "notes.txt").write_text("private")
-    (model_folder / "LICENSE").write_text("terms")
-    fewbit.quantize(model_folder, fewbit.QuantConfig(**SMALL), dataset=text_file, output=tmp_path / "out")
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert "LICENSE" in names
-    assert "notes.txt" not in names
-
-
-def test_tensors_that_the_model_lacks_are_noted(tmp_path, text_file, model_folder):
-    from safetensors.torch import save_file
-
-    stored = load_file(model_folder / "model.safetensors")
-    save_file(
-        {**stored, "mtp.head.weight": torch.ones(3)},
-        model_folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+def test_files_that_go_along(tmp_path, text_file, model_folder):
+    along = [
+        "LICENSE", "tekken.json", "modules.json", "1_Pooling/config.json",
+        "additional_chat_templates/tool_use.jinja",
+    ]  # fmt: skip
+    own = ["notes.txt", "modeling_own.py", "trainer_state.json"]
+    hidden = [".git/config.json", "__pycache__/x.json", "onnx/model.onnx", "2_Dense/model.safetensors"]
+    for name in (*along, *own, *hidden):
+        (model_folder / name).parent.mkdir(exist_ok=True)
+        (model_folder / name).write_text("content")
     report = fewbit.quantize(
         model_folder, fewbit.QuantConfig(**SMALL), dataset=text_file, output=tmp_path / "out"
     )
-    assert any(
-        "1 tensors of the source have no place" in note and "mtp.head" in note for note in report.notes
-    )
+    assert all((tmp_path / "out" / name).read_text() == "content" for name in along)
+    assert not any((tmp_path / "out" / name).exists() for name in (*own, *hidden))
+    assert any(note.startswith("3 files beside the weights are not copied") for note in report.notes)
+    fewbit.checkpoint.convert.convert(tmp_path / "out", tmp_path / "converted", "gptq_v2")
+    assert all((tmp_path / "converted" / name).exists() for name in along)
 
 
 def test_pickled_weights_when_asked(tmp_path, text_file, model_folder):

@@ -158,6 +158,11 @@ class Preparation:
                 model, files = source.build_model(ctx.config.dtype)
                 unfuse(model)
                 weights = StreamedWeights(model, files, ctx.device, ctx.profiler)
+                if left_out := source.files_left_out():
+                    source.notes.append(
+                        f"{len(left_out)} files beside the weights are not copied, for example {left_out[0]}: copy "
+                        "what belongs to the model (its Python code goes along with --trust-remote-code)"
+                    )
                 if weights.unused:
                     source.notes.append(
                         f"{len(weights.unused)} tensors of the source belong to no layer of {type(model).__name__} and "

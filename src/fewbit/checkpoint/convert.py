@@ -190,10 +190,12 @@ def _refuse_non_empty(output: Path) -> None:
 
 def _other_files(folder: Path) -> Iterator[tuple[str, Path]]:
     """Tokenizer, generation config, model code and so on: everything but weights and what is rewritten."""
-    for path in sorted(folder.iterdir()):
-        rewritten = path.name in (CONFIG, QUANTIZE_CONFIG, MARKER, manifest.NAME)
-        if path.is_file() and not rewritten and not path.name.endswith(_WEIGHT_ENDINGS):
-            yield path.name, path
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        rewritten = str(name) in (CONFIG, QUANTIZE_CONFIG, manifest.NAME)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if path.is_file() and not (rewritten or hidden or path.name.endswith(_WEIGHT_ENDINGS)):
+            yield str(name), path
 
 
 def _open_source(folder: Path, base_name: str | None, allow_pickle: bool) -> _Source:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -24,11 +24,13 @@ from ..checkpoint.safetensors_file import FileTensor, TensorInfo, scan
 from ..errors import CheckpointError, DependencyError, FewbitError, ModelError
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-_NOT_COPIED = ("README.md", ".gitattributes", "config.json", "quantize_config.json", "fewbit_manifest.json")
+# Files that go along with the weights: tokenizers, templates, processors, settings of parts such as 1_Pooling.
 _COPIED = (
-    "*token*.json", "*config*.json", "*template*", "vocab.*", "merges.txt", "*.model", "*.jinja", "*.tiktoken",
-    "*.spm", "LICENSE*", "NOTICE*", "USE_POLICY*",
+    "*.json", "*.jinja", "*template*", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "*.spm", "LICENSE*", "NOTICE*",
+    "USE_POLICY*",
 )  # fmt: skip
+_REPLACED = ("README.md", "config.json", "quantize_config.json", "fewbit_manifest.json", "fewbit_report.*")
+_NOT_COPIED = ("*.index.json", "trainer_state.json")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -211,17 +213,33 @@ class Source:
         return values
 
     def files_to_copy(self) -> dict[str, Path]:
-        """Tokenizer, generation config, chat template, processor and, if it was trusted, the model's code."""
-        if self.gguf is not None:
-            return {}
+        """Find the files that the checkpoint gets too, in subfolders as well, by relative name.
+
+        Python code is copied only if it was trusted.
+        """
         patterns = (*_COPIED, "*.py") if self.trust_remote_code else _COPIED
         return {
-            path.name: path
-            for path in sorted(self.folder.iterdir())
+            name: path
+            for name, path in self._other_files().items()
+            if _matches(path, patterns) and not _matches(path, _NOT_COPIED)
+        }
+
+    def files_left_out(self) -> list[str]:
+        """Return the names of the files that are neither copied nor written anew; they may be private."""
+        return sorted(self._other_files().keys() - self.files_to_copy().keys())
+
+    def _other_files(self) -> dict[str, Path]:
+        """All files but weights, hidden files, and files that the checkpoint has its own version of."""
+        if self.gguf is not None:
+            return {}
+        files = {str(path.relative_to(self.folder)): path for path in sorted(self.folder.rglob("*"))}
+        return {
+            name: path
+            for name, path in files.items()
             if path.is_file()
-            and any(fnmatch(path.name, pattern) for pattern in patterns)
-            and path.name not in _NOT_COPIED
+            and not any(part.startswith((".", "__")) for part in Path(name).parts)
             and path.suffix not in _WEIGHT_SUFFIXES
+            and not (path.parent == self.folder and _matches(path, _REPLACED))
         }
 
     def _model_class(self, config: Any) -> Any:
@@ -310,6 +328,10 @@ class _Placeholder:
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(self.info.shape, dtype=dtype or self.info.dtype, device="meta")
+
+
+def _matches(path: Path, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(path.name, pattern) for pattern in patterns)
 
 
 def _first_float(tensors: Mapping[str, FileTensor]) -> torch.dtype:
