@@ -264,7 +264,7 @@ Journal.remove = told
 """
 
 
-@pytest.mark.parametrize("stride", [48, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [16, pytest.param(1, marks=pytest.mark.slow)])
 def test_disk_full_from_any_step_on(tmp_path, inputs, stride):
     out = tmp_path / "out"
     undisturbed = inputs.runs.run(inputs.command(out), prelude=full_disk(10**6))

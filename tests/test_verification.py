@@ -164,6 +164,10 @@ def shuffle_groups(tensors) -> None:
         (config(group_size=64), "quantize_config.json: group_size is 32, but config.json says 64"),
         (config(format="gptq_v2"), "config.json: checkpoint_format is 'gptq' but format is 'gptq_v2'"),
         (config(dynamic={f"-:{Q}$": {}}), f"{Q}: is quantized, but the configuration says that it is not"),
+        (
+            lambda f: (config(desc_act=True)(f), change_tensors(lambda t: t.pop(f"{Q}.g_idx"))(f)),
+            f"{Q}.g_idx: is missing, although the configuration says desc_act",
+        ),
         (config(quant_method="awq"), "says quant_method 'awq'"),
         (
             lambda f: (f / "quantize_config.json").write_text("{"),

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from . import internals
 from .checkpoint.writer import CONFIG, QUANTIZE_CONFIG, with_legacy_keys
 from .config import SKIP, QuantConfig
-from .errors import CalibrationError
+from .errors import CalibrationError, ConfigError
 from .gptq_arguments import GPTQArguments, warn, warn_not_needed, write_json
 from .hf.quantizer import METHOD, FewbitQuantizer, GPTQConfig
 
@@ -75,7 +75,7 @@ class _OnTheFlyArguments(GPTQArguments):
         self._override = {
             f"^(?:{pattern.removeprefix('-:').removeprefix('+:')})": SKIP
             if pattern.startswith("-:")
-            else _layer_settings(rule)
+            else _layer_settings(pattern, rule)
             for pattern, rule in (given.get("dynamic") or {}).items()
         }
         super().__init__(**{key: value for key, value in given.items() if key in known})
@@ -88,8 +88,13 @@ class _OnTheFlyArguments(GPTQArguments):
         return replace(super()._config(**settings), override=self._override, lm_head=self._lm_head)
 
 
-def _layer_settings(rule: Mapping[str, Any]) -> dict[str, Any]:
+def _layer_settings(pattern: str, rule: object) -> dict[str, Any]:
     """Translate GPTQModel's names for the settings of a layer."""
+    if not isinstance(rule, Mapping):
+        raise ConfigError(
+            f"dynamic {pattern!r} must hold settings, such as {{'bits': 8}}, not {rule!r}; '-:' before the pattern "
+            "leaves its layers as they are"
+        )
     result = dict(rule)
     if "damp_percent" in result:
         result["damp"] = result.pop("damp_percent")

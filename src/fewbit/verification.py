@@ -258,6 +258,12 @@ def _check_layer(checkpoint: Checkpoint, spec: LayerSpec) -> Iterator[Problem]:
     yield from _check_zeros(checkpoint.tensor(f"{spec.name}.{QZEROS}"), spec, checkpoint.settings)
     if spec.has_g_idx:
         yield from _check_g_idx(checkpoint.tensor(f"{spec.name}.{G_IDX}"), spec)
+    elif spec.desc_act and spec.groups > 1:
+        yield Problem(
+            f"{spec.name}.{G_IDX}",
+            "is missing, although the configuration says desc_act: groups are taken as consecutive, which is right "
+            "only if the writer used static groups",
+        )
 
 
 def _check_scales(scales: Tensor, spec: LayerSpec) -> Iterator[Problem]:

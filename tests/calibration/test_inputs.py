@@ -7,6 +7,7 @@ from transformers import BatchFeature
 
 from fewbit.calibration import prepare
 from fewbit.errors import CalibrationError
+from models import tiny_tokenizer
 
 IMAGE = {
     "input_ids": [[5, 9, 9, 6]],
@@ -110,3 +111,37 @@ def test_placeholders_need_no_embedding():
 def test_what_is_no_batch(changes, message):
     with pytest.raises(CalibrationError, match=message):
         prepare([{**IMAGE, **changes}])
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        np.arange(60).reshape(3, 20),
+        np.arange(60, dtype=np.uint16).reshape(3, 20),
+        [np.arange(i, i + 20) for i in (0, 20, 40)],
+        torch.arange(60).view(3, 20),
+    ],
+    ids=["2-D array", "uint16", "list of arrays", "tensor"],
+)
+def test_arrays_of_token_ids(dataset):
+    found = prepare(dataset, None, num_samples=3, seq_len=20)
+    expected = prepare([list(range(i, i + 20)) for i in (0, 20, 40)], None, num_samples=3, seq_len=20)
+    assert found.fingerprint == expected.fingerprint
+
+
+def test_an_array_of_strings_is_a_list_of_strings():
+    texts = ["one text", "another text"]
+    found = prepare(np.array(texts), tiny_tokenizer(), seq_len=20)
+    assert found.fingerprint == prepare(texts, tiny_tokenizer(), seq_len=20).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ({"a text", "another"}, "a set has another order in every run"),
+        (np.arange(20), "dataset element 0 is int64"),
+    ],
+)
+def test_what_has_no_order_or_no_sequences_is_refused(dataset, message):
+    with pytest.raises(CalibrationError, match=message):
+        prepare(dataset, tiny_tokenizer(), seq_len=20)

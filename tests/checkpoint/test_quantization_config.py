@@ -59,8 +59,18 @@ def test_the_keys_of_an_ordinary_checkpoint() -> None:
     json.dumps(result)
 
 
+def test_whole_rows_have_no_order() -> None:
+    config = QuantConfig(group_size=-1, act_order="full", override={"v_proj": {"group_size": 16}})
+    result = build(
+        config, {"h.0.q_proj": config.layer("q_proj"), "h.0.v_proj": config.layer("v_proj")}, [], {}
+    )
+    assert result["desc_act"] is False
+    assert list(result["dynamic"].values()) == [{"group_size": 16, "desc_act": True}]
+    assert parse(result).layer("h.0.v_proj").desc_act
+
+
 def test_full_act_order_is_desc_act() -> None:
-    config = QuantConfig(act_order="full", format="gptq_v2", bits=3, group_size=-1)
+    config = QuantConfig(act_order="full", format="gptq_v2", bits=3, group_size=64)
     result = build(config, dict.fromkeys(names(), config.defaults), [], {})
     assert (result["desc_act"], result["checkpoint_format"], result["format"]) == (True, "gptq_v2", "gptq_v2")
     assert parse(result).format == "gptq_v2"
@@ -70,7 +80,7 @@ def test_one_projection_in_every_block() -> None:
     wide = dataclasses.replace(CONFIG.defaults, bits=8, group_size=32)
     layers = with_settings({name: wide for name in names() if name.endswith("down_proj")})
     dynamic = build(CONFIG, layers, [], {})["dynamic"]
-    assert dynamic == {r"model\.layers\.\d+\.mlp\.down_proj(?:\.|$)": {"bits": 8, "group_size": 32}}
+    assert dynamic == {r"+:model\.layers\.\d+\.mlp\.down_proj(?:\.|$)": {"bits": 8, "group_size": 32}}
 
 
 def test_one_block_takes_few_patterns() -> None:
@@ -99,7 +109,7 @@ def test_lm_head_has_its_own_key() -> None:
         "lm_head": True,
     }
     wide = build(CONFIG, {"lm_head": dataclasses.replace(CONFIG.defaults, bits=8)}, [], {})
-    assert wide["dynamic"] == {r"lm_head(?:\.|$)": {"bits": 8}}
+    assert wide["dynamic"] == {r"+:lm_head(?:\.|$)": {"bits": 8}}
     settings = parse(wide)
     assert settings.layer("lm_head").bits == 8
     assert parse(build(CONFIG, {}, ["lm_head"], {})).layer("lm_head") is None

@@ -146,6 +146,17 @@ def test_rules_per_layer(source, tmp_path):
         quantized(source, dynamic={".*": {"mse": 2.4}})
 
 
+@pytest.mark.parametrize("rule", [None, "skip", [4]])
+def test_a_rule_that_holds_no_settings_is_refused(source, rule):
+    with pytest.raises(ConfigError, match=r"dynamic '.\*q_proj' must hold settings"):
+        quantized(source, dynamic={".*q_proj": rule})
+
+
+def test_a_rule_for_the_output_embedding_asks_for_it(source):
+    model = quantized(source, dynamic={"lm_head": {"bits": 8}})
+    assert model.lm_head.spec.bits == 8
+
+
 @pytest.mark.parametrize("tie", [False, True])
 def test_the_output_embedding_too(tie, tmp_path):
     source = save_tiny(tmp_path / "source", tie_word_embeddings=tie)

@@ -125,3 +125,19 @@ def test_control_characters_are_shown_escaped(folder):
     assert "\x1b" not in result.output
     assert r"[/red]\x1b]0;owned\x07" in result.output
     assert r"[link=x]\x1b[2J" in result.output
+
+
+def test_an_order_without_g_idx_is_said(folder, caplog):
+    """A writer with static groups may leave g_idx out; with any other the weights are wrong."""
+
+    def lose(tensors):
+        for name in [name for name in tensors if name.endswith(".g_idx")]:
+            del tensors[name]
+
+    rewrite(folder, lose)
+    fewbit.load(folder)
+    assert "no g_idx" not in caplog.text
+    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
+    change_config(folder, quantization_config={**quantization, "desc_act": True})
+    fewbit.load(folder)
+    assert "layers have no g_idx although the configuration says desc_act" in caplog.text

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -37,7 +38,7 @@ def read_item(item: Any, position: int, tokenizer: Any) -> Iterator[Batch]:
                 f"{where} is a string, so a tokenizer is needed: pass tokenizer=, or token ids"
             )
         item = {"input_ids": tokenizer(item, verbose=False)["input_ids"]}
-    elif isinstance(item, Tensor) or (
+    elif isinstance(item, (Tensor, np.ndarray)) or (
         isinstance(item, (list, tuple)) and all(isinstance(i, int) for i in item)
     ):
         item = {"input_ids": item}

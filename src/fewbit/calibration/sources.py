@@ -86,6 +86,10 @@ def open_source(dataset: Any, tokenizer: Any = None, *, split: str = "train") ->
         return _open_file(dataset, tokenizer)
     if hasattr(dataset, "column_names"):
         return _open_hub_dataset(dataset, tokenizer)
+    if isinstance(dataset, (set, frozenset)):
+        raise CalibrationError(
+            "a set has another order in every run: pass a list, for example sorted(dataset)"
+        )
     if isinstance(dataset, Iterable) and not isinstance(dataset, (bytes, Mapping)):
         return Sequences("a list of sequences", iter(dataset))
     raise CalibrationError(

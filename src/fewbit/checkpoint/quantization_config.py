@@ -66,7 +66,8 @@ class LayerFormat(NamedTuple):
 
     @classmethod
     def of(cls, settings: LayerSettings) -> LayerFormat:
-        return cls(settings.bits, settings.group_size, settings.sym, settings.act_order == "full")
+        ordered = settings.act_order == "full" and settings.group_size != -1  # one group has no order
+        return cls(settings.bits, settings.group_size, settings.sym, ordered)
 
 
 @dataclass(frozen=True)
@@ -137,19 +138,16 @@ def build(
         skipped: full names of the linear layers that stay as they are.
         meta: goes under ``meta`` beside the quantizer; must hold no texts, paths or times.
     """
+    base = LayerFormat.of(config.defaults)
     result: dict[str, Any] = {
         "quant_method": "gptq",
-        "bits": config.bits,
-        "group_size": config.group_size,
-        "sym": config.sym,
-        "desc_act": config.act_order == "full",
+        **base._asdict(),
         "damp_percent": config.damp,
         "true_sequential": True,
         "checkpoint_format": config.format,
         "format": config.format,
         "lm_head": any(name.rpartition(".")[2] in OUTPUT_EMBEDDINGS for name in layers),
     }
-    base = LayerFormat.of(config.defaults)
     rules: dict[str, _Rule] = {}
     for name, settings in layers.items():
         mine = LayerFormat.of(settings)._asdict()
@@ -236,7 +234,8 @@ def _dynamic(rules: Mapping[str, _Rule]) -> dict[str, dict[str, Any]]:
         if rule == ():
             continue
         pattern = _pattern(stem, names, whole=all_endings[stem] == set(names))
-        dynamic[pattern if rule is not None else f"-:{pattern}"] = dict(rule or ())
+        sign = "-:" if rule is None else "+:"  # some engines ignore rules without a sign
+        dynamic[f"{sign}{pattern}"] = dict(rule or ())
     return dynamic
 
 

@@ -98,7 +98,9 @@ def restrict(
     _check_names(model, blocks, block_name, listed)
     ending = rf"(?:{'|'.join(map(re.escape, listed))})$" if listed else ""
     wanted = rf"{blocks}\.{ending}"
-    if config.lm_head and (head := output_embedding_name(model)):
+    head = output_embedding_name(model)
+    asked = config.lm_head or any(re.search(pattern, head or "") for pattern in config.override)
+    if head is not None and asked:
         wanted = rf"(?:{wanted}|{re.escape(head)}$)"
     if not all(re.match(wanted, layer.name) for layer in make_plan(model, config).layers):
         config = replace(config, ignore=(*config.ignore, f"^(?!{wanted})"))

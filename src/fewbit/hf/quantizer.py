@@ -186,6 +186,7 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         kernel = kernel_name(self.quantization_config.backend)
+        self._warn_without_order([layer for _, layer in quantized_layers(model)])
         for name, layer in quantized_layers(model):
             missing = [
                 part
@@ -204,6 +205,20 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
                 raise CheckpointError(f"layer {name}: {error}") from error
         self.quantization_config.format = FORMATS[0]  # the format that is saved, unless the user sets another
         return model
+
+    def _warn_without_order(self, layers: list[QuantizedLayer]) -> None:
+        """Say what is assumed where the configuration says desc_act, and the files have no g_idx."""
+        ordered = self.quantization_config.desc_act
+        count = sum(
+            layout.G_IDX in internals.non_persistent_buffers(layer) and layer.spec.group_size != -1
+            for layer in layers
+        )
+        if ordered and count:
+            _LOG.warning(
+                "%d layers have no g_idx although the configuration says desc_act: their groups are taken as "
+                "consecutive, which is right only if the writer used static groups",
+                count,
+            )
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Keep the dtype of packed tensors."""
