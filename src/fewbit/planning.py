@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .checkpoint.assemble import names_on_disk
 from .config import LayerSettings, QuantConfig
 from .errors import ConfigError, ModelError
 from .internals import NonDynamicallyQuantizableLinear
@@ -96,6 +97,7 @@ def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
     # An override asks for special layers (head, routers …) if it matches no others; a broad one does not.
     ordinary = [name for name, reason in defaults.items() if reason is None]
     special = [p for p in config.override if not any(re.search(p, name) for name in ordinary)]
+    merged = _merged_on_disk(model, candidates)
     layers: list[LayerPlan] = []
     skipped: list[Skipped] = []
     for name, module in candidates.items():
@@ -104,7 +106,7 @@ def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
         if settings is None:
             reason: str | None = "asked to stay as it is (ignore or override)"
         else:
-            reason = _unsupported(module) or (None if asked else defaults[name])
+            reason = _unsupported(module) or merged.get(name) or (None if asked else defaults[name])
         if settings is None or reason is not None:
             skipped.append(Skipped(name, tuple(module.weight.shape), reason or ""))
             continue
@@ -141,6 +143,17 @@ def output_embedding_name(model: nn.Module) -> str | None:
     if head is None:
         return None
     return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def _merged_on_disk(model: nn.Module, names: Collection[str]) -> dict[str, str]:
+    """Layer → reason, for layers without a tensor of their own in the files, such as parts of a fused q/k/v."""
+    on_disk = names_on_disk(model, names)
+    layers_in = Counter(stored for found in on_disk.values() for stored in found)
+    return {
+        name: f"the files hold it in another form ({', '.join(found) or 'unknown'}), which has no GPTQ layout here"
+        for name, found in on_disk.items()
+        if len(found) != 1 or layers_in[found[0]] > 1
+    }
 
 
 def _default_reasons(model: nn.Module, names: Collection[str], head: str | None) -> dict[str, str | None]:
