@@ -146,7 +146,7 @@ def output_embedding_name(model: nn.Module) -> str | None:
 
 
 def _merged_on_disk(model: nn.Module, names: Collection[str]) -> dict[str, str]:
-    """Layer → reason, for layers without a tensor of their own in the files, such as parts of a fused q/k/v."""
+    """Layer → reason, for layers that have no separate tensor in the files, such as parts of a fused q/k/v."""
     on_disk = names_on_disk(model, names)
     layers_in = Counter(stored for found in on_disk.values() for stored in found)
     return {
