@@ -197,7 +197,7 @@ def of_plan(plan: Plan, config: QuantConfig) -> Contents:
     bits, group_size = (
         (config.bits, config.group_size) if config.target_bits is None else choices[layers[0][0]][0]
     )
-    base = LayerFormat(bits, group_size, config.sym, config.act_order == "full")
+    base = LayerFormat(bits, group_size, config.sym, config.act_order == "full" and group_size != -1)
     return Contents(base, layers, [item.name for item in plan.skipped])
 
 
