@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fewbit
+from fewbit.checkpoint.convert import convert
 from fewbit.checkpoint.layout import unpack
 from fewbit.errors import CalibrationError, ConfigError, ModelError, OutputError, SolverError
 from models import FAMILIES, SMALL, TEXT, random_sequences, save_tiny, tiny_model, tiny_tokenizer
@@ -558,7 +559,7 @@ def test_files_that_go_along(tmp_path, text_file, model_folder):
     assert all((tmp_path / "out" / name).read_text() == "content" for name in along)
     assert not any((tmp_path / "out" / name).exists() for name in (*own, *hidden))
     assert any(note.startswith("3 files beside the weights are not copied") for note in report.notes)
-    fewbit.checkpoint.convert.convert(tmp_path / "out", tmp_path / "converted", "gptq_v2")
+    convert(tmp_path / "out", tmp_path / "converted", "gptq_v2")
     assert all((tmp_path / "converted" / name).exists() for name in along)
 
 
