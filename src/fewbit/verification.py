@@ -26,14 +26,15 @@ from .checkpoint.layout import G_IDX, PARTS, QZEROS, SCALES
 from .checkpoint.quantization_config import CheckpointSettings
 from .checkpoint.reader import (
     Checkpoint,
+    Configuration,
     LayerSpec,
     WeightFiles,
-    find_config,
     find_weights,
     layer_names,
     layer_spec,
     open_weights,
     overwritten_words,
+    read_config,
     read_weight_map,
 )
 from .checkpoint.safe_io import read_json
@@ -86,23 +87,24 @@ def verify(path: str | Path, against: str | Path | None = None) -> VerifyResult:
     base = open_weights(Path(against)) if against is not None else None
 
     problems = [Problem(*found) for found in manifest.problems(folder)]
-    settings, config_problems = _check_config(folder)
-    weights, file_problems = _check_files(folder, settings)
+    config, config_problems = _check_config(folder)
+    weights, file_problems = _check_files(folder, config)
     problems += config_problems + file_problems
-    if settings is None or weights is None:
+    if config is None or weights is None:
         return VerifyResult(problems)
 
     specs: dict[str, LayerSpec] = {}
-    for name in layer_names(weights.tensors):
+    names = layer_names(weights.tensors)
+    for name in names:
         try:
-            specs[name] = layer_spec(name, settings, weights.tensors)
+            specs[name] = layer_spec(name, config.settings, weights.tensors)
         except CheckpointError as error:
             problems.append(Problem(name, str(error)))
-    if not layer_names(weights.tensors):
+    if not names:
         problems.append(Problem(str(folder), f"has no tensor named *.{layout.QWEIGHT}: nothing is quantized"))
     problems += _left_over(weights.tensors)
-    problems += _missing(folder, weights)
-    checkpoint = Checkpoint(folder, {}, {}, settings, weights, specs)
+    problems += _missing(folder, config, weights)
+    checkpoint = Checkpoint(folder, config.model, config.quantization, config.settings, weights, specs)
     errors: dict[str, float] = {}
     for spec in specs.values():
         problems += _check_layer(checkpoint, spec)
@@ -112,21 +114,19 @@ def verify(path: str | Path, against: str | Path | None = None) -> VerifyResult:
     return VerifyResult(problems, len(specs), errors)
 
 
-def _check_config(folder: Path) -> tuple[CheckpointSettings | None, list[Problem]]:
+def _check_config(folder: Path) -> tuple[Configuration | None, list[Problem]]:
     try:
-        _, found, where = find_config(folder)
-        default_method = "gptq" if where.name == QUANTIZE_CONFIG else None
-        settings = quantization.parse(found, where.name, default_method)
+        config = read_config(folder)
     except CheckpointError as error:
         return None, [Problem(str(folder), str(error))]
     problems = []
-    if found.get("format", settings.format) != settings.format:
-        contradiction = f"checkpoint_format is {settings.format!r} but format is {found['format']!r}"
-        problems.append(Problem(where.name, contradiction))
+    stated, used = config.quantization.get("format"), config.settings.format
+    if "format" in config.quantization and stated != used:
+        problems.append(Problem(config.file.name, f"checkpoint_format is {used!r} but format is {stated!r}"))
     beside = folder / QUANTIZE_CONFIG
-    if where != beside and beside.exists():
-        problems += _compare_configs(settings, beside, where.name)
-    return settings, problems
+    if config.file != beside and beside.exists():
+        problems += _compare_configs(config.settings, beside, config.file.name)
+    return config, problems
 
 
 def _compare_configs(settings: CheckpointSettings, beside: Path, main: str) -> Iterator[Problem]:
@@ -144,12 +144,11 @@ def _compare_configs(settings: CheckpointSettings, beside: Path, main: str) -> I
             yield Problem(beside.name, f"{key} is {its!r}, but {main} says {mine!r}")
 
 
-def _check_files(
-    folder: Path, settings: CheckpointSettings | None
-) -> tuple[WeightFiles | None, list[Problem]]:
+def _check_files(folder: Path, config: Configuration | None) -> tuple[WeightFiles | None, list[Problem]]:
     """The tensors of all files that can be read, and what is wrong with files and index."""
     try:
-        index, files = find_weights(folder, settings.extra.get("model_file_base_name") if settings else None)
+        base_name = config.quantization.get("model_file_base_name") if config else None
+        index, files = find_weights(folder, base_name)
     except CheckpointError as error:
         return None, [Problem(str(folder), str(error))]
     problems: list[Problem] = []
@@ -202,11 +201,10 @@ def _left_over(tensors: dict[str, TensorInfo]) -> Iterator[Problem]:
             yield Problem(name, f"is left over: {layer} is quantized")
 
 
-def _missing(folder: Path, weights: WeightFiles) -> Iterator[Problem]:
+def _missing(folder: Path, config: Configuration, weights: WeightFiles) -> Iterator[Problem]:
     """What the model needs and no file has; if transformers does not know it, what its blocks lack."""
-    config = find_config(folder)[0]
     try:
-        model = expected(folder, config, weights.tensors)
+        model = expected(folder, config.model, weights.tensors)
     except CheckpointError as error:
         yield Problem("config.json", str(error))
         return

@@ -19,17 +19,17 @@ from .. import __version__
 from ..config import FORMATS
 from ..errors import CheckpointError, ConfigError, OutputError
 from . import layout, manifest
-from . import quantization_config as quantization
 from .layout import PARTS, QWEIGHT, QZEROS, SCALES, Shaped
 from .quantization_config import CheckpointSettings
 from .reader import (
     LayerSpec,
-    find_config,
     layer_names,
     layer_spec,
     open_weights,
     overwritten_words,
+    read_config,
     read_weight_map,
+    unpack_layer,
 )
 from .safetensors_file import TensorInfo
 from .writer import CONFIG, MARKER, QUANTIZE_CONFIG, CheckpointWriter
@@ -99,8 +99,7 @@ def convert(
     source_folder, output_folder = Path(path), Path(output)
     if fmt not in FORMATS:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}; got {fmt!r}")
-    config, found, where = find_config(source_folder)
-    settings = quantization.parse(found, str(where), "gptq" if where.name == QUANTIZE_CONFIG else None)
+    config, found, settings, _ = read_config(source_folder)
     if not config:
         raise CheckpointError(f"{source_folder} has no {CONFIG}; copy the original model's into it")
     _refuse_non_empty(output_folder)
@@ -140,13 +139,8 @@ def _converted(
     source: _Source, spec: LayerSpec, settings: CheckpointSettings, fmt: str, seen: _Seen
 ) -> dict[str, Tensor]:
     """Pack the layer in format `fmt`; where the format cannot store zero point 0, the grid is turned round."""
-    tensors = {part: source.tensor(f"{spec.name}.{part}") for part in spec.parts if part in PARTS}
-    sizes = (spec.in_features, spec.out_features)
-    try:
-        codes = layout.unpack(tensors, spec.bits, spec.group_size, spec.format, *sizes)
-    except CheckpointError as error:
-        raise CheckpointError(f"layer {spec.name}: {error}") from error
-    lost = overwritten_words(tensors[QZEROS], spec, settings)
+    codes = unpack_layer(spec, source.tensor, f"layer {spec.name}")
+    lost = overwritten_words(source.tensor(f"{spec.name}.{QZEROS}"), spec, settings)
     if lost:
         raise CheckpointError(
             f"layer {spec.name}: {lost} words of qzeros look overwritten, so that zero points are lost; "

@@ -7,10 +7,10 @@ that exist. A contradiction is refused here with a `CheckpointError`; `fewbit.ve
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -145,14 +145,16 @@ class Checkpoint:
         """
         if layer not in self.layers:
             raise CheckpointError(f"{self.path} has no quantized layer {layer}")
-        spec = self.layers[layer]
-        tensors = {part: self.tensor(f"{layer}.{part}") for part in spec.parts if part in PARTS}
-        try:
-            return layout.unpack(
-                tensors, spec.bits, spec.group_size, spec.format, spec.in_features, spec.out_features
-            )
-        except CheckpointError as error:
-            raise CheckpointError(f"layer {layer} of {self.path}: {error}") from error
+        return unpack_layer(self.layers[layer], self.tensor, f"layer {layer} of {self.path}")
+
+
+class Configuration(NamedTuple):
+    """The configurations of `Checkpoint`, and the file that holds the one of the quantization."""
+
+    model: dict[str, Any]
+    quantization: dict[str, Any]
+    settings: CheckpointSettings
+    file: Path
 
 
 def open_checkpoint(path: str | Path, quantization_config: Mapping[str, Any] | None = None) -> Checkpoint:
@@ -166,9 +168,7 @@ def open_checkpoint(path: str | Path, quantization_config: Mapping[str, Any] | N
         CheckpointError: it is not a GPTQ checkpoint, is unfinished, or contradicts itself.
     """
     folder = Path(path)
-    config, found, where = find_config(folder, quantization_config)
-    default_method = "gptq" if where.name == QUANTIZE_CONFIG else None
-    settings = quantization.parse(found, str(where), default_method)
+    config, found, settings, _ = read_config(folder, quantization_config)
     weights = open_weights(folder, found.get("model_file_base_name"))
     layers = {name: layer_spec(name, settings, weights.tensors) for name in layer_names(weights.tensors)}
     if not layers:
@@ -176,37 +176,47 @@ def open_checkpoint(path: str | Path, quantization_config: Mapping[str, Any] | N
     return Checkpoint(folder, config, found, settings, weights, layers)
 
 
-def find_config(
-    folder: Path, given: Mapping[str, Any] | None = None
-) -> tuple[dict[str, Any], dict[str, Any], Path]:
-    """(model configuration, quantization configuration, the file of the latter).
-
-    Where there is none of the latter, it is the one that is `given`.
+def unpack_layer(spec: LayerSpec, tensor: Callable[[str], Tensor], where: str) -> QuantizedMatrix:
+    """Unpack one layer, whose tensors `tensor` returns by their full names.
 
     Raises:
-        CheckpointError: no folder, no quantization configuration, or unreadable JSON.
+        CheckpointError: Its contents are damaged; the message begins with `where`.
+    """
+    tensors = {part: tensor(f"{spec.name}.{part}") for part in spec.parts if part in PARTS}
+    try:
+        return layout.unpack(
+            tensors, spec.bits, spec.group_size, spec.format, spec.in_features, spec.out_features
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def read_config(folder: Path, given: Mapping[str, Any] | None = None) -> Configuration:
+    """Read the configuration files. `given` is used where no file has a quantization configuration.
+
+    Raises:
+        CheckpointError: no folder, no quantization configuration, one that is not GPTQ, or unreadable JSON.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the folder of a quantized checkpoint")
-    config_path, legacy_path = folder / CONFIG, folder / QUANTIZE_CONFIG
-    if not config_path.exists() and (folder / MARKER).exists():
+    file, legacy = folder / CONFIG, folder / QUANTIZE_CONFIG
+    if not file.exists() and (folder / MARKER).exists():
         raise CheckpointError(f"{folder} is unfinished: fewbit was interrupted; run the same command again")
-    config = read_json(config_path) if config_path.exists() else {}
-    found = config.get("quantization_config")
-    if found is None and legacy_path.exists():
-        return config, read_json(legacy_path), legacy_path
-    if found is None and given is not None:
-        return config, dict(given), config_path
+    model = read_json(file) if file.exists() else {}
+    found = model.get("quantization_config")
+    if found is None and legacy.exists():
+        file, found = legacy, read_json(legacy)
+    elif found is None and given is not None:
+        found = dict(given)
     if found is None:
         raise CheckpointError(
             f"{folder} is not a quantized checkpoint: neither {CONFIG} has a quantization_config "
             f"nor is there a {QUANTIZE_CONFIG}. Quantize it with: fewbit quantize {folder} -o OUT"
         )
     if not isinstance(found, dict):
-        raise CheckpointError(
-            f"{config_path} has a quantization_config that is no JSON object: {shown(found)}"
-        )
-    return config, found, config_path
+        raise CheckpointError(f"{file} has a quantization_config that is no JSON object: {shown(found)}")
+    default_method = "gptq" if file == legacy else None
+    return Configuration(model, found, quantization.parse(found, str(file), default_method), file)
 
 
 def open_weights(folder: Path, base_name: str | None = None) -> WeightFiles:
