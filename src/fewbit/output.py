@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 
 from . import __version__
@@ -198,9 +200,6 @@ def upload(folder: Path, repository: str) -> None:
     Raises:
         OutputError: the Hub refuses, or cannot be reached.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
     hub = HfApi()
     try:
         hub.create_repo(repository, exist_ok=True)

@@ -12,7 +12,7 @@ transformers applies in both directions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -196,7 +196,7 @@ def unfuse(model: nn.Module) -> dict[str, UnfusedExperts]:
     """
     if not isinstance(model, PreTrainedModel):
         return {}
-    conversions = conversions_of(model)
+    conversions = _conversions_of(model)
     modules = {}
     for name, fused in _fused_modules(model):
         if unsupported_reason(name, fused, conversions) is None:
@@ -215,14 +215,20 @@ def unfused_modules(model: nn.Module) -> dict[str, UnfusedExperts]:
 
 def unfused_conversions(model: nn.Module, conversions: list[WeightTransform]) -> list[WeightTransform]:
     """Adapt `conversions`, made for the model's class, to this model with unfused experts."""
-    return without_fusing(
-        conversions, {name: module.fused_parameters for name, module in unfused_modules(model).items()}
-    )
+    replaced: dict[int, list[WeightRenaming]] = {}
+    for name, module in unfused_modules(model).items():
+        for parameter in module.fused_parameters:
+            converter = _converter_of(f"{name}.{parameter}", conversions)
+            if converter is not None and id(converter) not in replaced:
+                replaced[id(converter)] = _renamings(converter, PARTS[parameter]) or []
+    # Converters act after all renamings, so their replacements come last.
+    kept = [entry for entry in conversions if id(entry) not in replaced]
+    return [*kept, *(entry for entries in replaced.values() for entry in entries)]
 
 
 def why_fused(model: nn.Module) -> dict[str, str]:
     """Return every parameter that is still fused → why it cannot be unfused."""
-    conversions = conversions_of(model) if isinstance(model, PreTrainedModel) else []
+    conversions = _conversions_of(model) if isinstance(model, PreTrainedModel) else []
     return {
         f"{name}.{parameter}": unsupported_reason(name, module, conversions)
         or "experts that were not taken apart"
@@ -249,12 +255,12 @@ def unsupported_reason(name: str, fused: nn.Module, conversions: list[WeightTran
     if not _has_known_shapes(fused, gated=bool(fused.has_gate)):
         return f"{kind} holds other weights than gate_up_proj (E, 2I, H) and down_proj (E, H, I)"
     for parameter in fused._parameters:
-        converter = converter_of(f"{name}.{parameter}", conversions)
+        converter = _converter_of(f"{name}.{parameter}", conversions)
         if converter is None or not any("*" in source for source in converter.source_patterns):
             return (
                 "the original files hold these experts fused in one tensor, for which there is no GPTQ layout"
             )
-        if renamings(converter, PARTS[parameter]) is None:
+        if _renamings(converter, PARTS[parameter]) is None:
             return "transformers makes these experts from the files in a way that fewbit does not know"
     return None
 
@@ -295,7 +301,7 @@ def _layers(fused: nn.Module, number: int) -> dict[str, nn.Linear]:
     return layers
 
 
-def conversions_of(model: PreTrainedModel) -> list[WeightTransform]:
+def _conversions_of(model: PreTrainedModel) -> list[WeightTransform]:
     """Return the conversion `model` was loaded with, or the one of its class if it was not loaded."""
     used = internals.conversions(model)
     if used is not None:
@@ -305,22 +311,18 @@ def conversions_of(model: PreTrainedModel) -> list[WeightTransform]:
     return [entry for entry in default if not isinstance(entry, PrefixChange)]
 
 
-def converter_of(parameter: str, conversions: Iterable[WeightTransform]) -> WeightConverter | None:
+def _converter_of(parameter: str, conversions: Sequence[WeightTransform]) -> WeightConverter | None:
     """Return the conversion that makes the fused `parameter` (full name) from tensors of the files, if any."""
-    for entry in reversed(list(conversions)):
+    for entry in reversed(conversions):
         if isinstance(entry, WeightConverter) and entry.reverse_transform().rename_source_key(parameter)[1]:
             return entry
     return None
 
 
-def renamings(converter: WeightConverter, parts: Sequence[str]) -> list[WeightRenaming] | None:
-    """Return the renamings that replace `converter` for unfused experts.
+def _renamings(converter: WeightConverter, parts: Sequence[str]) -> list[WeightRenaming] | None:
+    """Return the renamings that replace `converter`, which makes a parameter of the projections `parts`.
 
-    Args:
-        parts: projections in the fused parameter.
-
-    Returns:
-        None unless the conversion is "stack the experts, then concatenate the projections".
+    None unless the conversion is "stack the experts, then concatenate the projections".
     """
     stacks = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
     expected = [(MergeModulelist, 0), (Concatenate, 1)][: min(len(parts), 2)]
@@ -338,28 +340,7 @@ def renamings(converter: WeightConverter, parts: Sequence[str]) -> list[WeightRe
     for source, part in zip(sources, parts, strict=True):
         on_disk = source.removesuffix(".weight").replace(_ANY_EXPERT, _EXPERT_NUMBER)
         renaming = WeightRenaming(on_disk, rf"{experts}.\1.{part}")
-        renaming.scope_prefix, renaming.base_model_prefix = (
-            converter.scope_prefix,
-            converter.base_model_prefix,
-        )
+        renaming.scope_prefix = converter.scope_prefix
+        renaming.base_model_prefix = converter.base_model_prefix
         result.append(renaming)
     return result
-
-
-def without_fusing(
-    conversions: Sequence[WeightTransform], unfused: Mapping[str, Iterable[str]]
-) -> list[WeightTransform]:
-    """Return the conversions for a model with unfused experts.
-
-    Args:
-        unfused: module → names of the fused parameters that it had.
-    """
-    replaced: dict[int, list[WeightRenaming]] = {}
-    for module, parameters in unfused.items():
-        for parameter in parameters:
-            converter = converter_of(f"{module}.{parameter}", conversions)
-            if converter is not None and id(converter) not in replaced:
-                replaced[id(converter)] = renamings(converter, PARTS[parameter]) or []
-    # Converters act after all renamings, so their replacements come last.
-    kept = [entry for entry in conversions if id(entry) not in replaced]
-    return [*kept, *(entry for entries in replaced.values() for entry in entries)]

@@ -15,8 +15,14 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, ClassVar
 
+import huggingface_hub
 import torch
+import transformers  # classes by attribute: each is imported at its first use
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from torch import nn
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import logging
 
 from .. import internals
 from ..checkpoint.reader import open_weights
@@ -103,12 +109,10 @@ class Source:
 
     def load_config(self) -> Any:
         """The transformers configuration."""
-        from transformers import AutoConfig
-
         if self.gguf is not None:
             _gguf_dequantize()  # says so if the package is missing
         try:
-            return AutoConfig.from_pretrained(self.folder, **self._options)
+            return transformers.AutoConfig.from_pretrained(self.folder, **self._options)
         except (ValueError, OSError, KeyError) as error:
             code = "trust_remote_code" in str(error)
             advice = ". If you trust the code that comes with it, pass --trust-remote-code" if code else ""
@@ -167,8 +171,6 @@ class Source:
         return model.eval(), tensors
 
     def _from_pretrained(self, model_class: Any, folder: Path | None, options: dict[str, Any]) -> Any:
-        from safetensors import SafetensorError
-
         try:
             model, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
         except (SafetensorError, UnpicklingError, OSError, ValueError, RuntimeError) as error:
@@ -243,8 +245,6 @@ class Source:
         }
 
     def _model_class(self, config: Any) -> Any:
-        import transformers
-
         if getattr(config, "quantization_config", None) and self.gguf is None:
             method = config.quantization_config
             method = method.get("quant_method") if isinstance(method, dict) else method.quant_method
@@ -260,8 +260,6 @@ class Source:
 
     def _concrete_class(self, config: Any) -> Any:
         """The class itself, where `_model_class` leaves the choice to an automatic one."""
-        from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
         found = self._model_class(config)
         mapping = internals.class_mapping(found)
         if mapping is None:
@@ -401,10 +399,8 @@ def load_tokenizer(name: str | Path, **options: Any) -> Any:
     Raises:
         ModelError: it cannot be found or loaded.
     """
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(str(name), **options)
+        return transformers.AutoTokenizer.from_pretrained(str(name), **options)
     except Exception as error:  # the tokenizers library raises no narrower class than Exception itself
         if type(error) is not Exception and not isinstance(
             error, (ValueError, OSError, KeyError, TypeError, ImportError)
@@ -421,14 +417,11 @@ def download(
     Raises:
         FewbitError: of `error_class`: `name` is no Hub id, or cannot be downloaded.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     ignored = [f"*{suffix}" for suffix in _WEIGHT_SUFFIXES if suffix != ".safetensors"]
     if allow_pickle:
         ignored = [pattern for pattern in ignored if pattern[1:] not in _PICKLE_SUFFIXES]
     try:
-        return Path(snapshot_download(name, ignore_patterns=ignored, **options))
+        return Path(huggingface_hub.snapshot_download(name, ignore_patterns=ignored, **options))
     except HFValidationError as error:
         raise error_class(f"{name} is neither a folder, a .gguf file nor a Hub id") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -440,8 +433,6 @@ def download(
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
     """Switch transformers' progress bars off while entered."""
-    from transformers.utils import logging
-
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -458,9 +449,7 @@ def _gguf_dequantize() -> Any:
         raise DependencyError(
             "reading .gguf files needs the gguf package: pip install 'fewbit[gguf]'"
         ) from error
-    from transformers import GgufConfig
-
-    return GgufConfig(dequantize=True)
+    return transformers.GgufConfig(dequantize=True)
 
 
 def _first_line(error: BaseException) -> str:
