@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -576,9 +577,12 @@ def test_pickled_weights_when_asked(tmp_path, text_file, model_folder):
 
 def test_upload(tmp_path, text_file, model_folder, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        "huggingface_hub.HfApi.create_repo", lambda self, repo, **k: calls.append(("create", repo))
-    )
+
+    def create(self, repo, **k):
+        calls.append(("create", repo))
+        return SimpleNamespace(repo_id=repo)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create)
     monkeypatch.setattr(
         "huggingface_hub.HfApi.upload_folder",
         lambda self, **k: calls.append(("upload", k["repo_id"], k["folder_path"])),

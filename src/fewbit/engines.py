@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from .checkpoint.quantization_config import OUTPUT_EMBEDDINGS, LayerFormat
@@ -197,7 +197,7 @@ def of_plan(plan: Plan, config: QuantConfig) -> Contents:
     bits, group_size = (
         (config.bits, config.group_size) if config.target_bits is None else choices[layers[0][0]][0]
     )
-    base = LayerFormat(bits, group_size, config.sym, config.act_order == "full" and group_size != -1)
+    base = LayerFormat.of(replace(config.defaults, bits=bits, group_size=group_size))
     return Contents(base, layers, [item.name for item in plan.skipped])
 
 

@@ -12,14 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
-from torch import Tensor, nn
+from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from torch import nn
 
 from . import __version__
 from .checkpoint import manifest
 from .checkpoint.assemble import checkpoint_tensors, names_on_disk
-from .checkpoint.layout import Shaped, empty_layer
+from .checkpoint.layout import Shaped
 from .checkpoint.quantization_config import build
 from .checkpoint.writer import CONFIG, MARKER, CheckpointWriter, parse_size
 from .config import QuantConfig
@@ -29,7 +29,7 @@ from .mixed_precision import BudgetStore, base_settings
 from .modeling.source import Source
 from .pipeline.journal import Journal, check_output
 from .pipeline.layer_quantizer import MemorySink, NonLeaderSink, ResultSink
-from .planning import LayerPlan, Plan, output_embedding_name
+from .planning import Plan, output_embedding_name
 from .preparation import Preparation
 from .report.model_card import CARD_NAME, model_card
 from .report.report import PAGE_NAME, REPORT_NAME, Report, write_text
@@ -139,7 +139,7 @@ class CheckpointFolder:
         extra: dict[str, Path | bytes] = dict(source.files_to_copy())
         if source.gguf is not None:
             extra.update(_saved_files(run.text_tokenizer, getattr(model, "generation_config", None)))
-        packed = {layer.name: _packed(layer) for layer in plan.layers}
+        packed = {layer.name: layer.packed() for layer in plan.layers}
         states = run.weights.state_by_shard()
         planned: dict[str, Shaped] = dict(
             checkpoint_tensors(model, names, packed.__getitem__, states, values=False)
@@ -167,13 +167,6 @@ class CheckpointFolder:
         self._journal.remove()
 
 
-def _packed(layer: LayerPlan) -> dict[str, Tensor]:
-    """The layer's tensors without values, in the order in which the journal returns them."""
-    settings = layer.settings
-    packed = empty_layer(settings.bits, settings.group_size, layer.in_features, layer.out_features)
-    return dict(sorted(packed.items()))
-
-
 def quantization_config(
     config: QuantConfig, model: nn.Module, plan: Plan, meta: dict[str, Any], copied: Sequence[str] = ()
 ) -> dict[str, Any]:
@@ -194,25 +187,35 @@ def quantization_config(
     )
 
 
-def upload(folder: Path, repository: str) -> None:
-    """Copy a finished folder to a Hub repository.
+def upload(
+    folder: Path,
+    repository: str,
+    message: str | None = f"Quantized with fewbit {__version__}",
+    *,
+    token: bool | str | None = None,
+    private: bool | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Copy a finished folder to a Hub repository, which is created if it is missing.
 
     Raises:
         OutputError: the Hub refuses, or cannot be reached.
     """
     hub = HfApi()
     try:
-        hub.create_repo(repository, exist_ok=True)
-        hub.upload_folder(
-            repo_id=repository,
+        made = hub.create_repo(repository, private=private, token=token, exist_ok=True)
+        return hub.upload_folder(
+            repo_id=made.repo_id,
             folder_path=folder,
-            commit_message=f"Quantized with fewbit {__version__}",
+            commit_message=message,
+            token=token,
+            create_pr=create_pr,
             ignore_patterns=[REPORT_NAME, PAGE_NAME],  # they contain paths of this machine
         )
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise OutputError(
             f"{folder} is complete, but could not be uploaded to {repository}: {error}. "
-            "Log in with `hf auth login` and upload the folder, or try again."
+            "Log in with `hf auth login` or pass a token, then upload the folder or try again."
         ) from error
 
 

@@ -14,9 +14,10 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoint.assemble import names_on_disk
+from .checkpoint.layout import empty_layer
 from .config import LayerSettings, QuantConfig
 from .errors import ConfigError, ModelError
 from .internals import NonDynamicallyQuantizableLinear
@@ -45,6 +46,12 @@ class LayerPlan:
     def weights(self) -> int:
         """Number of weights."""
         return self.out_features * self.in_features
+
+    def packed(self) -> dict[str, Tensor]:
+        """Its packed tensors without values, in the order of the journal."""
+        settings = self.settings
+        tensors = empty_layer(settings.bits, settings.group_size, self.in_features, self.out_features)
+        return dict(sorted(tensors.items()))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 import fewbit
+from fewbit.estimate import estimate
 from fewbit.verification import verify
 
 UNUSED = {
@@ -24,8 +25,13 @@ def test_they_are_copied_and_noted(model_folder, text_file, tmp_path, monkeypatc
     path = model_folder / "model.safetensors"
     save_file({**load_file(path), **UNUSED}, path, metadata={"format": "pt"})
     config = fewbit.QuantConfig(group_size=16, seq_len=32, num_samples=4)
+    expected = estimate(model_folder, config, dataset=text_file, output=tmp_path / "out")
     report = fewbit.quantize(model_folder, config, dataset=text_file, output=tmp_path / "out")
     written = load_file(tmp_path / "out" / "model.safetensors")
+    assert expected.sizes.quantized + expected.sizes.plain == sum(
+        tensor.nbytes for tensor in written.values()
+    )
+    assert report.result_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
     for name, tensor in UNUSED.items():
         assert written[name].dtype == tensor.dtype
         assert torch.equal(written[name], tensor)

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -216,7 +217,9 @@ def test_upload_names_the_hub_id_and_excludes_the_report(inputs, tmp_path, monke
     model, text = inputs
     uploaded = {}
     monkeypatch.setattr("fewbit.modeling.source.download", lambda name, error, allow_pickle: model)
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, repo, **k: None)
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.create_repo", lambda self, repo, **k: SimpleNamespace(repo_id=repo)
+    )
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **k: uploaded.update(k))
     report = fewbit.quantize(
         "ann/tiny",

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import ModelError
 from ..internals import revert_weight_conversion
 
 
@@ -32,9 +31,6 @@ def checkpoint_tensors(
         layer_tensors: Returns a layer's packed tensors by their short names.
         shards: Names of the model's state in parts; while a part is the current one, its tensors are in memory.
         values: False for tensors on the meta device: dtypes and shapes of the checkpoint, without reading weights.
-
-    Raises:
-        ModelError: The original files store a quantized layer in a form that has no GPTQ counterpart.
     """
     quantized = {f"{name}.weight": name for name in layers}
     on_disk = names_on_disk(model, layers)
@@ -45,7 +41,7 @@ def checkpoint_tensors(
         for key in shard:
             if key in quantized:
                 name = quantized[key]
-                prefix = _only_name(name, on_disk[name])
+                (prefix,) = on_disk[name]  # `make_plan` skips layers that share a tensor
                 for short, tensor in layer_tensors(name).items():
                     yield f"{prefix}.{short}", tensor
             elif key in saved:
@@ -94,12 +90,3 @@ def names_on_disk(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]
         stored = [known] if known is not None else list(_disk_layout(model, {key: empty[key]}))
         found[name] = [stored_key.removesuffix(".weight") for stored_key in stored]
     return found
-
-
-def _only_name(name: str, on_disk: list[str]) -> str:
-    if len(on_disk) != 1:
-        raise ModelError(
-            f"layer {name} is stored on disk as {', '.join(on_disk) or 'nothing'}, "
-            "which fewbit cannot write quantized yet; exclude it with --ignore"
-        )
-    return on_disk[0]

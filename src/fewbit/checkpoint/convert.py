@@ -7,7 +7,7 @@ point 0; the grid of such groups is reversed (see `layout.without_zero_point_0`)
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,12 @@ from .reader import (
     read_weight_map,
     unpack_layer,
 )
+from .safe_io import files_beside_weights
 from .safetensors_file import TensorInfo
 from .writer import CONFIG, MARKER, QUANTIZE_CONFIG, CheckpointWriter
 
 _PICKLE_INDEX = "pytorch_model.bin.index.json"
-_WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
+_REWRITTEN = (CONFIG, QUANTIZE_CONFIG, manifest.NAME)
 # Paths on the machine of the writer, which are private and useless elsewhere.
 _PRIVATE_KEYS = ("model_name_or_path", "model_file_base_name", "is_marlin_format")
 
@@ -116,7 +117,8 @@ def convert(
                 for short, tensor in _converted(source, specs[layer], settings, fmt, seen).items():
                     writer.add(f"{layer}.{short}", tensor)
         restated = _restated(found, settings, fmt, seen)
-        writer.finish(config, restated, dict(_other_files(source_folder)))
+        others = files_beside_weights(source_folder)
+        writer.finish(config, restated, {n: path for n, path in others.items() if n not in _REWRITTEN})
     return ConvertResult(output_folder, fmt, len(specs), seen.turned_groups)
 
 
@@ -180,16 +182,6 @@ def _refuse_non_empty(output: Path) -> None:
         raise OutputError(f"{output} is a file; give a folder")
     if output.is_dir() and not (output / MARKER).exists() and any(output.iterdir()):
         raise OutputError(f"{output} is not empty; choose another output folder")
-
-
-def _other_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Tokenizer, generation config, model code and so on: everything but weights and what is rewritten."""
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        rewritten = str(name) in (CONFIG, QUANTIZE_CONFIG, manifest.NAME)
-        hidden = any(part.startswith(".") for part in name.parts)
-        if path.is_file() and not (rewritten or hidden or path.name.endswith(_WEIGHT_ENDINGS)):
-            yield str(name), path
 
 
 def _open_source(folder: Path, base_name: str | None, allow_pickle: bool) -> _Source:

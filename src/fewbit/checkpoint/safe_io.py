@@ -14,6 +14,8 @@ from typing import Any, BinaryIO
 from ..errors import CheckpointError
 
 LARGEST_JSON = 100_000_000  # bytes; the limit that the safetensors library has for a header
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+_INDEX_SUFFIX = ".index.json"
 _DEEPEST = 64
 _LONGEST_NAME = 1000
 
@@ -76,6 +78,19 @@ def parse_json(data: bytes, where: str, pairs: Pairs | None = None) -> dict[str,
 def read_json(path: Path) -> dict[str, Any]:
     """Read the JSON object in a file. Raise CheckpointError if it cannot be read or holds something else."""
     return parse_json(read_bytes(path), str(path))
+
+
+def files_beside_weights(folder: Path) -> dict[str, Path]:
+    """Find the files of a model folder and its subfolders by relative name, without weights and hidden files."""
+    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
+    return {
+        str(name): path
+        for name, path in files.items()
+        if path.is_file()
+        and not any(part.startswith((".", "__")) for part in name.parts)
+        and not path.name.endswith(WEIGHT_SUFFIXES)
+        and not path.name.endswith(_INDEX_SUFFIX)
+    }
 
 
 def is_plain_name(name: object) -> bool:

@@ -237,7 +237,7 @@ def _predict(found: Estimate, run: Preparation, folder: Path | None, *, known_te
     shards, baseline = weights.shard_sizes(), memory_in_use_bytes()
     if not isinstance(weights, StreamedWeights) and device.type == "cpu":
         baseline -= sum(shards.values())  # counted as weights
-    found.sizes = sizes = found.attempt(predict.sizes_of, model, plan, ctx.config, source)
+    found.sizes = sizes = found.attempt(predict.sizes_of, weights, plan, ctx.config, source)
     if folder is not None and sizes is not None:
         found.problems += limits.disk_problems(folder, sizes)
     too_large = limits.shard_problems(shards, device) if source.streams else []

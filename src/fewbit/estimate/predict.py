@@ -28,7 +28,7 @@ from torch import nn
 
 from ..calibration import Calibration
 from ..checkpoint.assemble import checkpoint_tensors
-from ..checkpoint.layout import empty_layer
+from ..checkpoint.layout import Shaped
 from ..checkpoint.safetensors_file import encode_header
 from ..config import QuantConfig
 from ..distributed import largest_shard
@@ -86,17 +86,14 @@ class Sizes:
         return self.output + self.journal
 
 
-def sizes_of(model: nn.Module, plan: Plan, config: QuantConfig, source: Source) -> Sizes:
+def sizes_of(weights: Weights, plan: Plan, config: QuantConfig, source: Source) -> Sizes:
     """Sizes of the result; weights may be on the meta device. With `target_bits` the budget counts as quantized."""
-    packed = {
-        layer.name: empty_layer(
-            layer.settings.bits, layer.settings.group_size, layer.in_features, layer.out_features
-        )
-        for layer in plan.layers
-    }
-    states = Weights(model).state_by_shard()
-    tensors = checkpoint_tensors(model, list(packed), packed.__getitem__, states, values=False)
-    entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
+    model = weights.model
+    packed = {layer.name: layer.packed() for layer in plan.layers}
+    states = weights.state_by_shard()
+    tensors: dict[str, Shaped] = {name: tensor.info for name, tensor in weights.unused.items()}
+    tensors |= checkpoint_tensors(model, list(packed), packed.__getitem__, states, values=False)
+    entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     layers = {name: sum(tensor.nbytes for tensor in parts.values()) for name, parts in packed.items()}
     quantized = sum(layers.values())
     plain = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in entries) - quantized

@@ -208,12 +208,13 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _warn_without_order(self, layers: list[QuantizedLayer]) -> None:
         """Say what is assumed where the configuration says desc_act, and the files have no g_idx."""
-        ordered = self.quantization_config.desc_act
         count = sum(
-            layout.G_IDX in internals.non_persistent_buffers(layer) and layer.spec.group_size != -1
+            layout.G_IDX in internals.non_persistent_buffers(layer)
+            and layer.spec.act_order
+            and layer.spec.group_size != -1
             for layer in layers
         )
-        if ordered and count:
+        if count:
             _LOG.warning(
                 "%d layers have no g_idx although the configuration says desc_act: their groups are taken as "
                 "consecutive, which is right only if the writer used static groups",

@@ -26,17 +26,17 @@ from transformers.utils import logging
 
 from .. import internals
 from ..checkpoint.reader import open_weights
+from ..checkpoint.safe_io import WEIGHT_SUFFIXES, files_beside_weights
 from ..checkpoint.safetensors_file import FileTensor, TensorInfo, scan
 from ..errors import CheckpointError, DependencyError, FewbitError, ModelError
 
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 # Files that go along with the weights: tokenizers, templates, processors, settings of parts such as 1_Pooling.
 _COPIED = (
     "*.json", "*.jinja", "*template*", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "*.spm", "LICENSE*", "NOTICE*",
     "USE_POLICY*",
 )  # fmt: skip
 _REPLACED = ("README.md", "config.json", "quantize_config.json", "fewbit_manifest.json", "fewbit_report.*")
-_NOT_COPIED = ("*.index.json", "trainer_state.json")
+_NOT_COPIED = ("trainer_state.json",)
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -231,17 +231,12 @@ class Source:
         return sorted(self._other_files().keys() - self.files_to_copy().keys())
 
     def _other_files(self) -> dict[str, Path]:
-        """All files but weights, hidden files, and files that the checkpoint has its own version of."""
-        if self.gguf is not None:
-            return {}
-        files = {str(path.relative_to(self.folder)): path for path in sorted(self.folder.rglob("*"))}
+        """All files beside the weights, without those that the checkpoint has its own version of."""
+        files = {} if self.gguf is not None else files_beside_weights(self.folder)
         return {
             name: path
             for name, path in files.items()
-            if path.is_file()
-            and not any(part.startswith((".", "__")) for part in Path(name).parts)
-            and path.suffix not in _WEIGHT_SUFFIXES
-            and not (path.parent == self.folder and _matches(path, _REPLACED))
+            if not (path.parent == self.folder and _matches(path, _REPLACED))
         }
 
     def _model_class(self, config: Any) -> Any:
@@ -417,7 +412,7 @@ def download(
     Raises:
         FewbitError: of `error_class`: `name` is no Hub id, or cannot be downloaded.
     """
-    ignored = [f"*{suffix}" for suffix in _WEIGHT_SUFFIXES if suffix != ".safetensors"]
+    ignored = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors"]
     if allow_pickle:
         ignored = [pattern for pattern in ignored if pattern[1:] not in _PICKLE_SUFFIXES]
     try:

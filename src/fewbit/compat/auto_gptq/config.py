@@ -221,27 +221,3 @@ def rename_weights(folder: Path, base_name: str) -> None:
             f"{folder} has its weights in several files, which keep their names: leave out model_file_base_name"
         )
     os.replace(folder / SINGLE, folder / f"{base_name}.safetensors")
-
-
-def upload(
-    folder: Path, repo_id: str, message: str | None, *, token: Any, private: bool | None, create_pr: bool
-) -> Any:
-    """Upload a folder to the Hub, and return the `CommitInfo` of huggingface_hub.
-
-    Raises:
-        OutputError: the upload failed; the folder is complete.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    hub = HfApi()
-    try:
-        made = hub.create_repo(repo_id, private=private, token=token, exist_ok=True)
-        return hub.upload_folder(
-            repo_id=made.repo_id, folder_path=folder, commit_message=message, token=token, create_pr=create_pr
-        )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise OutputError(
-            f"{folder} is complete, but could not be uploaded to {repo_id}: {error}. Log in with `hf auth login` or "
-            "pass a token, then try again"
-        ) from error

@@ -22,6 +22,7 @@ from ...gptq_arguments import quantize_in_memory, warn, warn_about_order, warn_n
 from ...hf.blocks import get_seqlen
 from ...hf.load import load
 from ...hf.quantized_layers import prepare_layers
+from ...output import upload
 from ..loading import check_weights_name, device_arguments, refuse_disk
 from .config import (
     BaseQuantizeConfig,
@@ -33,7 +34,6 @@ from .config import (
     settings_of,
     take_hub_arguments,
     text_metadata,
-    upload,
 )
 
 
