@@ -39,7 +39,8 @@ def calibration_pass(layers, jobs, on_layer):
     for name, module in layers.items():
         module.forward = pausing(name)
     tasks = [greenlet(job) for job in jobs]
-    waiting = {task: task.switch() for task in tasks}  # run every batch up to its first layer
+    # `switch` runs a batch up to its next layer and returns (name, input); a batch that is through is dead.
+    waiting = {task: task.switch() for task in tasks}
     while waiting := {task: call for task, call in waiting.items() if not task.dead}:
         name = min((name for name, _ in waiting.values()), key=order.index)  # the earliest layer waited for
         here = {task: x for task, (at, x) in waiting.items() if at == name}
@@ -51,7 +52,7 @@ def calibration_pass(layers, jobs, on_layer):
 
 
 def grid(W, bits):
-    """Return the scale of each weight, (m, n): symmetric, one per row and group, spanning the largest weight."""
+    """Return the scale of each weight, (m, n): symmetric, one per row and group: 2^b - 1 steps are 2 max|w|."""
     groups = W.unflatten(1, (-1, GROUP))
     scale = groups.abs().amax(-1, keepdim=True) * 2 / (2**bits - 1)
     return scale.clamp(min=1e-8).expand_as(groups).flatten(1)

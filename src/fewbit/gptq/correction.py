@@ -5,7 +5,7 @@ Earlier layers are quantized already, so the layer receives X instead of X̃. Wi
     ‖W X̃ − Ŵ X‖² = ‖Ŵ − T‖²_H + const,   T = W + W C H⁻¹.
 
 The exact T follows the calibration tokens too closely. Therefore H is strongly damped, and only a part α of the step is
-taken: T = W + α W C (H + λI)⁻¹. GPTAQ (arXiv:2504.02692), QEP (arXiv:2504.09629) and Qronos (arXiv:2505.11695) are
+taken: T = W + α W C (H + ρI)⁻¹. GPTAQ (arXiv:2504.02692), QEP (arXiv:2504.09629) and Qronos (arXiv:2505.11695) are
 special cases.
 """
 
@@ -24,7 +24,7 @@ from .hessian import Hessian
 # processes contribute theirs, always in the same order.
 RowReduce = Callable[[Tensor], Tensor]
 
-# λ of the correction, as a fraction of mean(diag H). Chosen by measurement: docs/accuracy.md.
+# ρ of the correction, as a fraction of mean(diag H). Chosen by measurement: docs/accuracy.md.
 RIDGE = 0.1
 
 # Share of the best α on the held-out tokens: input errors on other text resemble those on the calibration text less
@@ -55,7 +55,7 @@ class InputErrorCovariance:
 
     Attributes:
         C: float32 (n, n), (X̃ − X) Xᵀ.
-        L: float32 (n, n), the Cholesky factor of H + λI; None where it cannot be factored.
+        L: float32 (n, n), the Cholesky factor of H + ρI; None where it cannot be factored.
     """
 
     C: Tensor
@@ -63,7 +63,7 @@ class InputErrorCovariance:
 
 
 def input_error_covariance(hessian: Hessian) -> InputErrorCovariance:
-    """Factor H + λI for the correction; the Hessian has full-precision inputs."""
+    """Factor H + ρI for the correction; the Hessian has full-precision inputs."""
     A = hessian.matrix().clone()
     A.diagonal().add_(RIDGE * A.diagonal().mean())
     L, info = torch.linalg.cholesky_ex(A)
@@ -73,7 +73,7 @@ def input_error_covariance(hessian: Hessian) -> InputErrorCovariance:
 
 
 def correction_step(W: Tensor, error: InputErrorCovariance) -> Tensor:
-    """W C (H + λI)⁻¹, float32 (m, n)."""
+    """W C (H + ρI)⁻¹, float32 (m, n)."""
     assert error.L is not None
     step = W @ error.C
     return step.copy_(torch.cholesky_solve(step.T, error.L).T)

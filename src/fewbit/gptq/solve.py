@@ -176,7 +176,7 @@ def quantize_weight(
 def _target(
     W: Tensor, group: InputGroup, H: FactoredHessian, correction: float | str, reduce: RowReduce
 ) -> tuple[Tensor, float | None, tuple[str, ...]]:
-    """T = W + α W C (H + λI)⁻¹, α, and the names of the fallbacks."""
+    """T = W + α W C (H + ρI)⁻¹, α, and the names of the fallbacks."""
     if not group.hessian.has_full:
         return W, None, H.fallbacks
     if correction == 0 or H.factor is None or (correction == "auto" and group.holdout is None):
