@@ -10,15 +10,18 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from .errors import ConfigError
 
+ActOrder = Literal["group", "none", "full"]
+Method = Literal["gptq", "rtn"]
+Format = Literal["gptq", "gptq_v2"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
 BITS = (2, 3, 4, 8)
-ACT_ORDERS = ("group", "none", "full")
-METHODS = ("gptq", "rtn")
-FORMATS = ("gptq", "gptq_v2")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+ACT_ORDERS, METHODS, FORMATS, DTYPES = map(get_args, (ActOrder, Method, Format, Dtype))
+WITHOUT_CALIBRATION = ("rtn",)  # methods that need no inputs of the layers
 AUTO = "auto"
 SKIP = "skip"
 
@@ -69,6 +72,11 @@ class LayerSettings:
                 f"damp must lie between 0 and 1 (both excluded); got {self.damp}. Usual: 0.01 to 0.1."
             )
 
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether the method needs the inputs of the layer."""
+        return self.method not in WITHOUT_CALIBRATION
+
 
 LAYER_KEYS = tuple(f.name for f in dataclasses.fields(LayerSettings))
 
@@ -84,7 +92,7 @@ class QuantConfig:
         act_order: column order of the solver. "group" sorts inside and between groups and needs no
             g_idx; "full" is the classic desc_act and writes one; "none" keeps the order.
         damp: λ as a fraction of the mean of diag(H).
-        method: "gptq", or "rtn" for round-to-nearest on the same grid without calibration.
+        method: "gptq", or "rtn": round to nearest on the same grid, without calibration.
         ignore: regular expressions; a layer whose full name one of them matches (`re.search`) stays as it is.
         override: regular expression → settings for the layers it matches, or "skip". The first match
             decides. Settings: bits, group_size, sym, act_order, damp, method.
@@ -166,21 +174,31 @@ class QuantConfig:
                 "target_bits is the average number of stored bits per weight, scales and zero points counted: "
                 f"above 2, at most 9; got {self.target_bits!r}"
             )
-        if self.target_bits is not None and self.method != "gptq":
+        if self.target_bits is not None and self.method in WITHOUT_CALIBRATION:
             raise ConfigError(
                 f"target_bits measures the layers on calibration text, which method {self.method!r} has none of: use "
                 "method gptq, or choose bits with override"
             )
         wants_activations = self.tune or self.correction not in (AUTO, 0)
-        methods = [s.get("method") for s in self.override.values() if isinstance(s, Mapping)]
-        if self.method == "rtn" and wants_activations and "gptq" not in methods:
+        if wants_activations and not self.needs_calibration:
             raise ConfigError(
-                "method rtn looks at no activations, which correction and tune need: leave them out, or use gptq"
+                f"method {self.method} looks at no activations, which correction and tune need: leave them out, or "
+                "use gptq"
             )
         if self.fast and (self.tune or self.correction not in (AUTO, 0)):
             raise ConfigError(
-                "fast runs no full-precision stream, which correction and tune need: leave out fast or those"
+                "fast runs no full-precision path, which correction and tune need: leave out fast or those"
             )
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a layer may have a method that needs inputs."""
+        own = [
+            rule["method"]
+            for rule in self.override.values()
+            if isinstance(rule, Mapping) and "method" in rule
+        ]
+        return any(method not in WITHOUT_CALIBRATION for method in (self.method, *own))
 
     @property
     def effective_correction(self) -> float | str:

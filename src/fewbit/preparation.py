@@ -225,10 +225,7 @@ def calibrate(config: QuantConfig, dataset: Any, tokenizer: Any, model_config: A
     Raises:
         CalibrationError: no text was given, or it cannot be used.
     """
-    methods = {config.method} | {
-        s["method"] for s in config.override.values() if isinstance(s, dict) and "method" in s
-    }
-    if methods == {"rtn"}:
+    if not config.needs_calibration:
         return Calibration(batches=[], fingerprint="none", tokens=0, sequences=0, source="none")
     if dataset is None:
         raise CalibrationError(

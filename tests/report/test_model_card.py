@@ -83,15 +83,21 @@ def test_limits_follow_from_the_plan():
 
 
 def test_round_to_nearest_and_mixed_bits():
-    layers = [layer(f"h.{i}.x", bits=bits, output_error=None) for i, bits in enumerate((2, 3, 4, 8))]
+    layers = [
+        layer(f"h.{i}.x", bits=bits, method="rtn", output_error=None) for i, bits in enumerate((2, 3, 4, 8))
+    ]
     mixed = report(layers, calibration={"source": "none", "sequences": 0, "tokens": 0})
-    mixed["config"]["method"] = "rtn"
     card = model_card(mixed)
     assert "| bits | 4 settings, see `config.json`; symmetric |" in card
     assert "| method | round-to-nearest |" in card
     assert "| calibration | none |" in card
     assert "| output error of a layer | not measured |" in card
     assert header(card)["tags"] == ["gptq", "fewbit", "2-bit", "3-bit", "4-bit", "8-bit"]
+
+
+def test_a_method_for_some_layers():
+    card = model_card(report([layer("h.0.x"), layer("h.1.x", method="rtn")]))
+    assert "; 1 layer round-to-nearest |" in card
 
 
 def test_error_without_a_full_precision_path():

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..config import Dtype
 from .display import console, examples, plain, progress_bar, quiet_libraries
-from .options import AsJson, Dtype, TrustRemoteCode
+from .options import AsJson, TrustRemoteCode
 
 if TYPE_CHECKING:
     import torch

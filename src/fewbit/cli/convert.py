@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 
 from .. import formatting
+from ..config import Format
 from .display import examples
-from .options import AsJson, Format
+from .options import AsJson
 
 
 @examples(

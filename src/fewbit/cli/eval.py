@@ -10,9 +10,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..config import Dtype
 from ..errors import CalibrationError, ConfigError
 from .display import console, examples, plain, progress_bar, quiet_libraries
-from .options import AsJson, Dtype, TrustRemoteCode
+from .options import AsJson, TrustRemoteCode
 
 if TYPE_CHECKING:
     import torch

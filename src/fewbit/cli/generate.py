@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..config import Dtype
 from ..errors import ConfigError, ModelError
 from .display import console, examples, quiet_libraries
-from .options import Dtype, TrustRemoteCode
+from .options import TrustRemoteCode
 
 if TYPE_CHECKING:
     from ..hf.generate import Generation

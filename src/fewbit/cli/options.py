@@ -11,17 +11,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from ..config import QuantConfig, parse_overrides
+from ..config import ActOrder, Dtype, Format, Method, QuantConfig, parse_overrides
 from ..engines import ENGINES
 
-ActOrder = Literal["group", "none", "full"]
-Method = Literal["gptq", "rtn"]
-Format = Literal["gptq", "gptq_v2"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _ENGINES = [entry.name for entry in ENGINES]
 
 

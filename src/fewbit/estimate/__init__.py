@@ -181,7 +181,7 @@ def estimate(
     if source is None or where is None:
         return found
     text = dataset
-    if dataset is None and config.method != "rtn":
+    if dataset is None and config.needs_calibration:
         text = [{"input_ids": torch.arange(config.seq_len) % 16}] * config.num_samples
         found.notes.append(
             f"no dataset was given: planned with {config.num_samples} sequences of {config.seq_len} tokens"

@@ -289,7 +289,7 @@ def predict_seconds(
     The exchange between processes, `target_bits`, `tune` and an evaluation are not included.
     """
     rated = [(one, rates[one.layer.in_features, one.layer.settings]) for one in work.layers]
-    own = [(one, rate) for one, rate in rated if one.layer.settings.method != "rtn" and not one.shares]
+    own = [(one, rate) for one, rate in rated if one.layer.settings.needs_inputs and not one.shares]
     blocks = len({one.layer.block for one in work.layers})
     per_byte = trial.load_rate or 0.0
     rows = [largest_shard(one.layer.out_features, work.processes) for one in work.layers]

@@ -219,7 +219,7 @@ class LayerBenchmark:
         """The rate of layers with `n` inputs, measured on at most `m` rows."""
         m = min(m, max(64, int(_WEIGHT_OPERATIONS / (6 * n * n))))
         W = self._random(m, n)
-        if settings.method == "rtn":
+        if not settings.needs_inputs:
             seconds, solution = self._timed(partial(quantize_weight, W, None, settings))
             packing, _ = self._timed(partial(self._finish, solution.codes))
             return LayerRate(0.0, 0.0, seconds / m, packing / m)

@@ -135,7 +135,7 @@ def quantize_weight(
 
     Args:
         W: (out, in), any float dtype, on the device of the Hessian; computed in float32.
-        group: the layer's input; None for round-to-nearest. Ignored by the method "rtn".
+        group: the layer's input; None for round-to-nearest. Ignored by methods without calibration.
         settings: bits, group size, and so on.
         correction: α, 0 to 1, or "auto": the best on the held-out tokens; without them no correction.
         reduce: sums statistics of rows over all rows of the layer, where W holds only some of them. α, loss and true
@@ -146,7 +146,7 @@ def quantize_weight(
     """
     _check(W, group)
     W = W.detach().float()
-    if group is None or settings.method == "rtn":
+    if group is None or not settings.needs_inputs:
         return _round_to_nearest(W, settings, reduce)
     H, backend = group.factored(settings), select(W.device)
     T, alpha, fallbacks = _target(W, group, H, correction, reduce)

@@ -198,9 +198,9 @@ class LayerQuantizer:
         [has_no_inputs] = self.comm.all_reduce_and(not inputs)
         shared: SharedHessian | None = None
         group: InputGroup | None = None  # None: round to nearest
-        if settings.method == "gptq" and has_no_inputs:
+        if settings.needs_inputs and has_no_inputs:
             group = InputGroup(Hessian(layer.in_features, device=W.device))
-        elif settings.method == "gptq":
+        elif settings.needs_inputs:
             with self.profiler.time("hessian"):
                 shared = self.hessians.get(name, module, inputs)
                 group = shared.group

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..config import WITHOUT_CALIBRATION
 from ..planning import block_of
 
 Record = Mapping[str, Any]  # a `pipeline.layer_quantizer.LayerRecord` in plain JSON types
@@ -161,7 +162,10 @@ def _kind_row(stack: str, kind: str, group: Sequence[Record], measure: str) -> K
         correction=mean(layer["correction"] for layer in group),
         fewest=min(tokens),
         most=max(tokens),
-        thin=sum(layer["tokens"] < layer["in_features"] and layer["method"] == "gptq" for layer in group),
+        thin=sum(
+            layer["tokens"] < layer["in_features"] and layer["method"] not in WITHOUT_CALIBRATION
+            for layer in group
+        ),
     )
 
 

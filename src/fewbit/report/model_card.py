@@ -5,14 +5,18 @@ It is a pure function of the report and contains no times and no paths: the same
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .. import formatting
+from ..config import WITHOUT_CALIBRATION
 from .layer_stats import error_measure, mean, setting
 
 CARD_NAME = "README.md"
 _PLACEHOLDER = "path/to/this/folder"
+
+_METHOD_NAMES = {"gptq": "GPTQ", "rtn": "round-to-nearest"}
 
 
 def model_card(report: Mapping[str, Any], repository: str | None = None) -> str:
@@ -77,12 +81,22 @@ def _settings(layers: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _method(config: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> str:
-    if config["method"] == "rtn":
-        return "round-to-nearest"
+    calibrated = [layer for layer in layers if layer["method"] not in WITHOUT_CALIBRATION]
+    others = Counter(layer["method"] for layer in layers if layer["method"] in WITHOUT_CALIBRATION)
+    if not calibrated:
+        return ", ".join(_METHOD_NAMES.get(name, name) for name in others)
+    counted = [
+        f"{formatting.plural(n, 'layer')} {_METHOD_NAMES.get(name, name)}" for name, n in others.items()
+    ]
+    return "; ".join([_calibrated(config, calibrated), *counted])
+
+
+def _calibrated(config: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> str:
+    method = " and ".join(dict.fromkeys(_METHOD_NAMES.get(x["method"], x["method"]) for x in layers))
     correction = mean(layer["correction"] for layer in layers)
     corrected = "" if correction is None else f", correction α = {formatting.alpha(correction)} on average"
     tuned = f", tuned for {config['tune_steps']} steps per block" if config["tune"] else ""
-    return f"GPTQ, act-order {config['act_order']}, damp {config['damp']:g}{corrected}{tuned}"
+    return f"{method}, act-order {config['act_order']}, damp {config['damp']:g}{corrected}{tuned}"
 
 
 def _calibration(calibration: Mapping[str, Any]) -> str:

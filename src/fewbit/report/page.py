@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from .. import formatting
-from ..config import QuantConfig
+from ..config import WITHOUT_CALIBRATION, QuantConfig
 from ..planning import block_of
 from .explain import explain
 from .heat_map import SHADES, heat_maps
@@ -120,7 +120,10 @@ def view(report: Mapping[str, Any]) -> dict[str, Any]:
         "sizes": sizes(report),
         "settings": settings(layers),
         "corrections": corrections(layers),
-        "tokens_differ": len({layer["tokens"] for layer in layers if layer["method"] == "gptq"}) > 1,
+        "tokens_differ": len(
+            {layer["tokens"] for layer in layers if layer["method"] not in WITHOUT_CALIBRATION}
+        )
+        > 1,
         "fallbacks": fallbacks(layers),
         "skipped": skipped_groups(report["skipped"]),
         "phases": phases(report),
