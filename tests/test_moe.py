@@ -15,6 +15,7 @@ from fewbit.cli.main import app
 from fewbit.errors import CheckpointError, SolverError
 from fewbit.gptq import cholesky as fallback
 from fewbit.kernels.linear import QuantLinear
+from fewbit.modeling.expert_names import InFiles
 from fewbit.verification import verify
 from models import random_sequences
 from moe_models import EXPERTS, MOE_SHAPES, UNDER_ROUTED, UNREACHED, save_tiny_moe, tiny_moe
@@ -234,7 +235,9 @@ def test_resumed_run_writes_the_same_bytes(run, tmp_path):
 
 
 def test_loading_names_experts_that_cannot_be_unfused(run, monkeypatch):
-    monkeypatch.setattr("fewbit.modeling.experts.unsupported_reason", lambda *_: "they are not known")
+    monkeypatch.setattr(
+        "fewbit.modeling.experts.in_files", lambda *_: InFiles(fused=False, reason="they are not known")
+    )
     message = r"layer .*experts\.0\.\w+ is stored by itself, but .* take apart: they are not known"
     with pytest.raises(CheckpointError, match=message):
         fewbit.load(run[2])

@@ -112,6 +112,8 @@ class WeightNames:
         renamed, pattern = rename_source_key(
             name, self._renamings, self._converters, self._prefix, self._state
         )
+        if renamed not in self._state and name in self._state:
+            return name, []  # a pattern for one part of the model that also fits the name of another
         return renamed, self._targets[pattern] if pattern is not None else []
 
 
@@ -124,6 +126,15 @@ def conversions(model: nn.Module) -> list[WeightTransform] | None:
 def set_conversions(model: nn.Module, value: list[WeightTransform] | None) -> None:
     """Set the conversions that ``save_pretrained`` reverts."""
     model._weight_conversions = value  # type: ignore[assignment]
+
+
+def with_prefix(converter: WeightConverter, prefix: str) -> WeightConverter:
+    """Return a converter whose source patterns begin with the regular expression `prefix`."""
+    sources = [prefix + pattern for pattern in converter._original_source_patterns]
+    changed: WeightConverter = converter.copy(
+        sources, list(converter._original_target_patterns), operations=list(converter.operations)
+    )
+    return changed
 
 
 def load_converted(model: nn.Module, tensors: Mapping[str, Any], device: torch.device) -> None:

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .checkpoint.assemble import names_on_disk
+from .checkpoint.assemble import tensors_on_disk
 from .checkpoint.layout import empty_layer
 from .config import LayerSettings, QuantConfig
 from .errors import ConfigError, ModelError
 from .internals import NonDynamicallyQuantizableLinear
-from .modeling.experts import why_fused
-from .modeling.layers import is_layer, matrix_shape
+from .modeling.experts import unfused_modules, why_fused
+from .modeling.layers import has_plain_forward, is_layer, matrix_shape
 from .modeling.multimodal import parts_of
 
 _BLOCK = re.compile(r"^(?:.*?\.)?\d+(?=\.|$)")
@@ -65,11 +65,19 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will happen to every weight matrix of a model."""
+    """What will happen to every weight matrix of a model.
+
+    Attributes:
+        layers: the layers that will be quantized.
+        skipped: the other linear layers, and fused experts.
+        notes: sentences for the user.
+        others: tensors inside blocks that have several dimensions and belong to no linear layer, such as convolutions.
+    """
 
     layers: tuple[LayerPlan, ...]
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]
+    others: tuple[Skipped, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -104,7 +112,7 @@ def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
     # An override asks for special layers (head, routers …) if it matches no others; a broad one does not.
     ordinary = [name for name, reason in defaults.items() if reason is None]
     special = [p for p in config.override if not any(re.search(p, name) for name in ordinary)]
-    merged = _merged_on_disk(model, candidates)
+    merged = _shared(candidates) | _merged_on_disk(model, candidates)
     layers: list[LayerPlan] = []
     skipped: list[Skipped] = []
     for name, module in candidates.items():
@@ -113,7 +121,7 @@ def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
         if settings is None:
             reason: str | None = "asked to stay as it is (ignore or override)"
         else:
-            reason = _unsupported(module) or merged.get(name) or (None if asked else defaults[name])
+            reason = (None if asked else defaults[name]) or _unsupported(module) or merged.get(name)
         if settings is None or reason is not None:
             skipped.append(Skipped(name, tuple(module.weight.shape), reason or ""))
             continue
@@ -130,7 +138,8 @@ def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
             "; ".join(f"{count} × {reason}" for reason, count in reasons.items()) or "it has no linear layers"
         )
         raise ModelError(f"nothing to quantize in {type(model).__name__}: {listed}")
-    return Plan(tuple(layers), tuple(skipped), tuple(_notes(layers)))
+    others = [item for item in _others(model) if all(item.name != other.name for other in skipped)]
+    return Plan(tuple(layers), tuple(skipped), (*_notes(layers), *_expert_notes(model)), tuple(others))
 
 
 def with_settings(plan: Plan, chosen: Mapping[str, tuple[int, int]]) -> Plan:
@@ -140,7 +149,7 @@ def with_settings(plan: Plan, chosen: Mapping[str, tuple[int, int]]) -> Plan:
         bits, group_size = chosen[layer.name]
         settings = dataclasses.replace(layer.settings, bits=bits, group_size=group_size)
         layers.append(dataclasses.replace(layer, settings=settings))
-    return Plan(tuple(layers), plan.skipped, tuple(_notes(layers)))
+    return dataclasses.replace(plan, layers=tuple(layers), notes=tuple(_notes(layers)))
 
 
 def output_embedding_name(model: nn.Module) -> str | None:
@@ -154,12 +163,25 @@ def output_embedding_name(model: nn.Module) -> str | None:
 
 def _merged_on_disk(model: nn.Module, names: Collection[str]) -> dict[str, str]:
     """Layer → reason, for layers that have no separate tensor in the files, such as parts of a fused q/k/v."""
-    on_disk = names_on_disk(model, names)
+    on_disk = tensors_on_disk(model, names)
     layers_in = Counter(stored for found in on_disk.values() for stored in found)
     return {
         name: f"the files hold it in another form ({', '.join(found) or 'unknown'}), which has no GPTQ layout here"
         for name, found in on_disk.items()
-        if len(found) != 1 or layers_in[found[0]] > 1
+        if len(found) != 1 or layers_in[found[0]] > 1 or not found[0].endswith(".weight")
+    }
+
+
+def _shared(layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Layer → reason, for layers that share one weight."""
+    names: dict[int, list[str]] = {}
+    for name, module in layers.items():
+        names.setdefault(id(module.get_parameter("weight")), []).append(name)
+    return {
+        name: f"it shares its weight with {next(other for other in same if other != name)}"
+        for same in names.values()
+        if len(same) > 1
+        for name in same
     }
 
 
@@ -182,6 +204,8 @@ def _unsupported(module: nn.Module) -> str | None:
     """Why a layer cannot be quantized, whatever the configuration asks for."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "its weight is used directly, not through its forward"
+    if not has_plain_forward(module):
+        return f"a {type(module).__name__} uses its weight in its own way"
     if isinstance(module, nn.Conv2d) and module.groups != 1:
         return "convolution with groups"
     return None
@@ -195,6 +219,21 @@ def _routers(model: nn.Module, layers: Collection[str]) -> Iterable[Skipped]:
             yield Skipped(name, tuple(weight.shape), _ROUTER_REASON)
 
 
+def _others(model: nn.Module) -> Iterable[Skipped]:
+    """Tensors inside blocks that have several dimensions and belong to no linear layer."""
+    for name, module in model.named_modules():
+        if not _BLOCK.match(name) or is_layer(module):
+            continue
+        kind = type(module).__name__
+        for key, tensor in module.named_parameters(recurse=False):
+            if tensor.ndim >= 2 and key == "weight":
+                yield Skipped(name, tuple(tensor.shape), f"a {kind} is not a linear layer")
+            elif tensor.ndim >= 2:
+                yield Skipped(
+                    f"{name}.{key}", tuple(tensor.shape), f"a parameter that {kind} uses in its own way"
+                )
+
+
 def _check_patterns(config: QuantConfig, names: Collection[str]) -> None:
     for pattern in (*config.ignore, *config.override):
         if not any(re.search(pattern, name) for name in names):
@@ -202,6 +241,17 @@ def _check_patterns(config: QuantConfig, names: Collection[str]) -> None:
             raise ConfigError(
                 f"the pattern {pattern!r} matches no layer of this model; its layers are called {shown or '(none)'}"
             )
+
+
+def _expert_notes(model: nn.Module) -> Iterable[str]:
+    """Experts that the result holds in another form than the original files."""
+    fused = {name: module for name, module in unfused_modules(model).items() if module.stored_fused}
+    for name, module in list(fused.items())[:1]:
+        yield (
+            f"the original files hold the experts of {len(fused)} modules in fused tensors; the result holds each "
+            f"expert by itself ({name}.0 … {module.num_experts - 1}). fewbit reads that, and transformers after "
+            "fewbit.register(); another engine does if its own model class takes experts one by one."
+        )
 
 
 def _notes(layers: Iterable[LayerPlan]) -> Iterable[str]:

@@ -13,12 +13,13 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from fewbit.checkpoint.assemble import names_on_disk
 from fewbit.config import QuantConfig
+from fewbit.modeling.expert_layouts import layout_of
+from fewbit.modeling.expert_names import in_files
 from fewbit.modeling.experts import (
-    UnfusedExperts,
+    RoutedExperts,
     routes_of,
     unfuse,
     unfused_modules,
-    unsupported_reason,
     why_fused,
 )
 from fewbit.planning import make_plan
@@ -109,21 +110,16 @@ def test_routers_are_not_quantized():
     assert any("shared_expert.gate_proj" in layer.name for layer in plan.layers)
 
 
-def test_gpt_oss_stays_fused():
-    model = tiny_moe("gpt_oss")
-    assert unfuse(model) == {}
-    plan = make_plan(model, QuantConfig(group_size=16))
-    reasons = {item.reason for item in plan.skipped if "experts" in item.name}
-    assert reasons == {
-        "fused experts with a bias, transposed weights, interleaved gate and up: no GPTQ layout is known for them"
-    }
-
-
-def test_experts_fused_in_the_files_stay_fused(tmp_path):
+def test_experts_fused_in_the_files_are_saved_one_by_one(tmp_path):
     model = tiny_moe("qwen3_moe")
     model._weight_conversions = []  # as after loading a file to which no conversion applied
-    assert unfuse(model) == {}
-    assert all("original files hold these experts fused" in reason for reason in why_fused(model).values())
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+    modules = unfuse(model)
+    assert all(module.stored_fused for module in modules.values())
+    assert set(expert_names(model)) == set(expert_names(model).values())
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS).logits, expected)
 
 
 def test_model_without_experts_is_unchanged():
@@ -161,7 +157,7 @@ def test_experts_without_a_gate():
         nn.init.normal_(parameter, std=0.2)
     x, index, weights = expert_inputs()
     expected = fused(x, index, weights)
-    unfused = UnfusedExperts(fused)
+    unfused = RoutedExperts(fused, layout_of(fused))
     assert set(dict(unfused.get_submodule("0").named_children())) == {"up_proj", "down_proj"}
     torch.testing.assert_close(unfused(x, index, weights), expected)
 
@@ -192,17 +188,19 @@ def test_custom_activation_is_kept():
             for t, e in enumerate(index[:, 0].tolist())
         ]
     )
-    torch.testing.assert_close(UnfusedExperts(fused)(x, index, weights), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        RoutedExperts(fused, layout_of(fused))(x, index, weights), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_unsupported_structures_have_a_reason():
     fused = ClampedExperts(SimpleNamespace())
-    assert "original files" in unsupported_reason("x", fused, [])
+    assert in_files("x", layout_of(fused), []).fused
     fused.extra = nn.Parameter(torch.zeros(1))
-    assert "other weights" in unsupported_reason("x", fused, [])
+    assert "other weights" in layout_of(fused)
     unknown = nn.Module()
     unknown.weight = nn.Parameter(torch.zeros(2, 3, 4))
-    assert "not one of transformers' fused experts" in unsupported_reason("x", unknown, [])
+    assert "not one of transformers' fused experts" in layout_of(unknown)
 
 
 def test_gradients_reach_every_chosen_expert():

@@ -79,6 +79,12 @@ def _disk_layout(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
 
 def names_on_disk(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
     """Find the names of modules or bare parameters in the original files: several where transformers merged them."""
+    found = tensors_on_disk(model, names)
+    return {name: [key.removesuffix(".weight") for key in stored] for name, stored in found.items()}
+
+
+def tensors_on_disk(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
+    """Find the tensors of the original files that hold the weights of modules, or bare parameters."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     keys = {name: f"{name}.weight" if f"{name}.weight" in parameters else name for name in names}
     empty = {key: torch.empty_like(parameters[key], device="meta") for key in keys.values()}
@@ -87,6 +93,5 @@ def names_on_disk(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]
     found = {}
     for name, key in keys.items():
         known = renamed.get(id(empty[key]))
-        stored = [known] if known is not None else list(_disk_layout(model, {key: empty[key]}))
-        found[name] = [stored_key.removesuffix(".weight") for stored_key in stored]
+        found[name] = [known] if known is not None else list(_disk_layout(model, {key: empty[key]}))
     return found

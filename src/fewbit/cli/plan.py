@@ -140,7 +140,7 @@ def _kept_table(found: Estimate, plan: Plan) -> Table:
     table.title, table.title_justify = f"to stay as they are{total}", "left"
     kinds: Counter[tuple[str, str]] = Counter()
     weights: Counter[tuple[str, str]] = Counter()
-    for item in plan.skipped:
+    for item in (*plan.skipped, *plan.others):
         kind = (re.sub(r"\d+", "N", item.name), item.reason)
         kinds[kind] += 1
         weights[kind] += math.prod(item.shape)

@@ -114,7 +114,7 @@ class Estimate:
         ]
         kept = [
             dict.fromkeys(planned[0]) | {"name": item.name, "shape": list(item.shape), "reason": item.reason}
-            for item in self.plan.skipped
+            for item in (*self.plan.skipped, *self.plan.others)
         ]
         return planned + kept
 
@@ -246,7 +246,9 @@ def _predict(found: Estimate, run: Preparation, folder: Path | None, *, known_te
     batch = found.attempt(arguments_for, model, longest, device)
     if too_large or sizes is None or batch is None:
         return
-    trial = run_trial(model, weights, plan, batch, ctx.profiler)
+    trial = found.attempt(run_trial, model, weights, plan, batch, ctx.profiler)
+    if trial is None:
+        return
     work, dtype = work_of(model, plan, ctx.config, calibration, trial), next(model.parameters()).dtype
     if found.processes > 1:
         work = of_one_process(work, found.processes, len(calibration.batches))

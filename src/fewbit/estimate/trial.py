@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 
 from ..internals import EveryOperation
-from ..modeling.experts import UnfusedExperts, unfused_modules
+from ..modeling.experts import RoutedExperts, routed_modules
 from ..modeling.layers import input_rows
 from ..pipeline.expert_calibration import ExpertCalibration
-from ..pipeline.quantize_layers import without_cache
+from ..pipeline.quantize_layers import UnchangedWeights, forward_job
 from ..pipeline.scheduler import BlockCall, Hooks, LayerInput, Scheduler
 from ..pipeline.statistics import CACHED_HESSIANS, BatchMasks
 from ..pipeline.streaming import StreamedWeights, Weights
@@ -146,25 +146,24 @@ def run_trial(
             weights.load(next(iter(kinds)))
         weights.release_except([])
         return trial
-    experts, routing = unfused_modules(model), ExpertCalibration(model, [BatchMasks.of(batch)])
+    experts, routing = routed_modules(model), ExpertCalibration(model, [BatchMasks.of(batch)])
     tried = [layer for layer in plan.layers if layer.block in kinds]
     layers = {layer.name: layer for layer in tried if not is_expert(layer, experts)}
     points = routing.with_points({layer.name: model.get_submodule(layer.name) for layer in tried})
     points = {name: module for name, module in points.items() if name in layers or name in routing.points}
     inside = (layer.block for layer in layers.values() if layer.block != layer.name)
     blocks = {name: model.get_submodule(name) for name in inside}
-    extra = without_cache(model)
-
-    def job() -> object:
-        return model(**batch, **extra)
+    job = forward_job(model, batch)
 
     def on_block_end(name: str, calls: list[BlockCall]) -> dict[int, Any]:
         trial.seconds[name] = _median_seconds(blocks[name], calls[0], weights.device)
         return {}
 
+    unchanged = UnchangedWeights(model)
     with torch.no_grad(), weights.on_demand(lambda shard: None):
         with _load_rate(weights, trial, profiler):
             Scheduler(points, [job], Hooks(lambda name, inputs: None, on_block_end), blocks=blocks).run()
+            unchanged.check()
         second = _first_of_second_block(kinds, list(layers.values()), plan)
         for name in second:
             weights.load(name)  # before counting begins
@@ -207,7 +206,7 @@ def synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize(device)
 
 
-def is_expert(layer: LayerPlan, experts: Mapping[str, UnfusedExperts]) -> bool:
+def is_expert(layer: LayerPlan, experts: Mapping[str, RoutedExperts]) -> bool:
     """Return whether a layer belongs to one of these mixtures of experts."""
     return layer.name.rsplit(".", 2)[0] in experts
 

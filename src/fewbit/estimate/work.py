@@ -25,7 +25,7 @@ from ..checkpoint.safetensors_file import TensorInfo, check_finite
 from ..config import LayerSettings, QuantConfig
 from ..errors import ModelError, OutputError
 from ..gptq import Hessian, Holdout, InputGroup, quantize_weight
-from ..modeling.experts import UnfusedExperts, unfused_modules
+from ..modeling.experts import RoutedExperts, routed_modules
 from ..pipeline.expert_calibration import TOKENS_PER_FEATURE
 from ..pipeline.memory import RESIDENT_STORAGES
 from ..pipeline.quantize_layers import needs_full_precision
@@ -101,7 +101,7 @@ def work_of(
     tokens = sum(tokens_of(batch) for batch in calibration.batches)
     batches, paths = tokens / trial.tokens, 2 if needs_full_precision(config) else 1
     held_out = _holdout_share(calibration) if paths == 2 else 0.0
-    experts = unfused_modules(model)
+    experts = routed_modules(model)
     tried = {block: first for first, blocks in trial.kinds.items() for block in blocks}
     most = max(((pause.held, pause.arena) for pause in trial.pauses.values()), default=(0, 0))
     layers = []
@@ -150,7 +150,7 @@ def offloaded(work: Work, trial: Trial, dtype: torch.dtype) -> Work:
     return replace(work, layers=layers, disk=disk, offloaded=round(new * passes))
 
 
-def _expert_rows(experts: UnfusedExperts, tokens: int, choices: int) -> int:
+def _expert_rows(experts: RoutedExperts, tokens: int, choices: int) -> int:
     """Tokens that reach an expert under balanced routing; an under-routed expert also sees tokens of others."""
     sent = tokens * choices // experts.num_experts
     return max(sent, min(tokens, TOKENS_PER_FEATURE * experts.hidden_size))

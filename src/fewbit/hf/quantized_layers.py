@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from ..errors import CheckpointError
 from ..kernels.conv import QuantConv2d
 from ..kernels.linear import QuantizedLayer, QuantLinear
 from ..kernels.spec import KernelSpec
-from ..modeling.experts import unfuse, unfused_conversions, why_fused
+from ..modeling.experts import fused_modules, unfuse, unfused_conversions
 from ..modeling.layers import LAYER_TYPES, matrix_shape
 from ..planning import LayerPlan
 
@@ -139,7 +139,7 @@ class FileNames:
 
     def __init__(self, model: PreTrainedModel, layers: Iterable[str]) -> None:
         self._names = _weight_names(model)
-        fused = {name.rpartition(".")[0] for name in why_fused(model)}
+        fused = fused_modules(model)
         if fused and any(self._is_single_expert(layer, fused) for layer in layers) and unfuse(model):
             self._names = _weight_names(model)
 
@@ -147,10 +147,10 @@ class FileNames:
         """See `internals.WeightNames.rename`."""
         return self._names.rename(name)
 
-    def _is_single_expert(self, layer: str, fused: Collection[str]) -> bool:
+    def _is_single_expert(self, layer: str, fused: set[str]) -> bool:
         name, merged = self.rename(f"{layer}.weight")
         # Some tools write transformers' module names: experts.3.gate_proj also for Mixtral.
-        return bool(merged) or name.rsplit(".", 3)[0] in fused
+        return bool(merged) or not fused.isdisjoint((name.rsplit(".", 3)[0], name.rsplit(".", 2)[0]))
 
 
 def _weight_names(model: PreTrainedModel) -> internals.WeightNames:

@@ -1,50 +1,33 @@
 """Mixtures of experts, unfused: one module with ordinary linear layers for each expert.
 
-transformers holds the weights of all experts of a layer in two fused parameters, ``gate_up_proj`` (E, 2I, H) and
-``down_proj`` (E, H, I). `unfuse` replaces each such module by one that computes the same from ``0.gate_proj``,
-``0.up_proj``, ``0.down_proj``, ``1.gate_proj`` ...: ordinary layers for the pipeline, the files and the kernels. This
-file knows nothing about quantization.
+transformers holds the weights of all experts of a layer in a few fused parameters (`expert_layouts`). `unfuse` replaces
+each such module by one that computes the same from ``0.gate_proj``, ``0.up_proj``, ``0.down_proj``, ``1.gate_proj``
+...: ordinary layers for the pipeline, the files and the kernels. This file knows nothing about quantization.
 
-Checkpoint files hold one matrix for each expert and projection. transformers' conversion merges them into the fused
-tensors when it loads, and splits them when it saves. For unfused experts the conversion becomes a renaming, which
-transformers applies in both directions.
+Most checkpoints hold one matrix for each expert and projection, which transformers merges into the fused parameters
+when it loads. Then the layers get the names of the files (`expert_names`). Others hold the fused parameters
+themselves. Then `fused_for_loading` brings these back while the files are read, and single experts are saved under the
+names of their modules, which no original file has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import internals
-from ..internals import (
-    Concatenate,
-    MergeModulelist,
-    PrefixChange,
-    WeightConverter,
-    WeightRenaming,
-    WeightTransform,
-    get_model_conversion_mapping,
-)
+from ..internals import WeightTransform
+from .expert_layouts import Activation, ExpertLayout, layout_of
+from .expert_names import conversions_of, in_files, unfused_conversions_of
 
-ROUTING = "routing"  # attribute name of the `RoutingPoint` in `UnfusedExperts`
-
-# Fused parameter → the projections that it concatenates.
-PARTS = {
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "up_proj": ("up_proj",),
-    "down_proj": ("down_proj",),
-}
-
-_ANY_EXPERT = ".*."
-_EXPERT_NUMBER = r"\.(\d+)\."
-
-# Attributes that transformers defines on every class of fused experts.
-_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+ROUTING = "routing"  # attribute name of the `RoutingPoint` in `RoutedExperts`
 
 
 @dataclass(frozen=True)
@@ -107,102 +90,245 @@ class RoutingPoint(nn.Module):
 
 
 class Expert(nn.Module):
-    """One expert: a feed-forward network with or without a gate.
+    """One expert: a feed-forward network with or without a gate, or a single linear layer.
 
     Args:
-        layers: ``gate_proj`` (where there is one), ``up_proj``, ``down_proj``.
-        activation: function from the concatenated outputs of gate and up, or of up alone, to the input of down.
+        layers: the linear layers by name: ``gate_proj`` (where there is one), ``up_proj``, ``down_proj``.
+        activation: function from the outputs of the layers before ``down_proj`` to its input.
+        interleaved: whether `activation` takes them interleaved; otherwise they are concatenated.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Linear], activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, layers: Mapping[str, nn.Linear], activation: Activation, *, interleaved: bool = False
+    ) -> None:
         super().__init__()
-        self._activation = activation
+        self._activation = partial(activation)  # a module would become a child
+        self._interleaved = interleaved
         for name, layer in layers.items():
             self.add_module(name, layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """(tokens, H) → (tokens, H)."""
-        inner = [layer(x) for name, layer in self.named_children() if name != "down_proj"]
-        h = self._activation(inner[0] if len(inner) == 1 else torch.cat(inner, dim=-1))
-        y: Tensor = self.get_submodule("down_proj")(h)
+        outputs = [layer(x) for name, layer in self.named_children() if name != "down_proj"]
+        h = torch.stack(outputs, dim=-1).flatten(-2) if self._interleaved else torch.cat(outputs, dim=-1)
+        y: Tensor = self.get_submodule("down_proj")(self._activation(h))
         return y
 
 
 class UnfusedExperts(nn.Module):
-    """The experts ``0`` … ``E−1`` of one layer, with the forward of the fused module.
+    """The experts ``0`` … ``E−1`` of one module, each with ordinary linear layers.
 
     Args:
-        fused: module to unfuse, for which `unsupported_reason` is None. The new parameters are views of its
-            parameters, which it loses.
+        fused: module to unfuse, whose layout is known. The new parameters are views of its parameters, which it loses.
+        layout: its layout.
 
     Attributes:
-        fused_parameters: parameter names of the fused module.
+        layout: the layout of the fused module.
+        stored_fused: whether the original files hold the fused parameters.
         num_experts: E.
         hidden_size: H.
+    """
+
+    def __init__(self, fused: nn.Module, layout: ExpertLayout, *, stored_fused: bool = False) -> None:
+        super().__init__()
+        self.layout, self.stored_fused = layout, stored_fused
+        self.num_experts, self.hidden_size = layout.experts, layout.hidden_size
+        for number in range(self.num_experts):
+            layers = {
+                name: _empty_layer(matrix, bias) for name, matrix, bias in _matrices(fused, layout, number)
+            }
+            self.add_module(str(number), self._expert(layers))
+        self._empty = {
+            name: torch.empty_like(p, device="meta") for name, p in _fused_parameters(fused, layout)
+        }
+        self._set_views(fused)
+        if layout.norm is not None:
+            self.add_module(layout.norm, fused.get_submodule(layout.norm))
+        # Empty now. It is alive for the settings of its activation, and hidden, because it is no part of the model.
+        self._fused = [fused]
+        self._remove_fused()
+        self.train(fused.training)
+
+    @property
+    def fused_parameters(self) -> tuple[str, ...]:
+        """Parameter names of the fused module."""
+        return tuple(self._empty)
+
+    def expert(self, number: int) -> nn.Module:
+        return self.get_submodule(str(number))
+
+    def release_fused(self) -> None:
+        """Copy weights that are still views of the fused ones, so that those are freed."""
+        for module in self.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in list(tensors.items()):
+                    if tensor is not None and tensor.untyped_storage().nbytes() > tensor.nbytes:
+                        copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+                        trained = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+                        own: Any = nn.Parameter(copy, trained) if isinstance(tensor, nn.Parameter) else copy
+                        tensors[name] = own
+
+    @contextmanager
+    def fused_for_loading(self) -> Iterator[None]:
+        """While entered, the module has the fused parameters, empty at first.
+
+        The layers become views of those that have been set at the end.
+        """
+        (fused,) = self._fused
+        for name, empty in self._empty.items():
+            owner, _, key = name.rpartition(".")
+            fused.get_submodule(owner)._parameters[key] = nn.Parameter(empty, requires_grad=False)
+        self._parameters.update(fused._parameters)
+        children = {name: child for name, child in fused.named_children() if name != self.layout.norm}
+        self._modules.update(children)
+        try:
+            yield
+            fused._parameters.update({name: self._parameters[name] for name in fused._parameters})
+            self._set_views(fused, only_loaded=True)
+        finally:
+            for name in fused._parameters:
+                self._parameters.pop(name, None)
+            for name in children:
+                self._modules.pop(name)
+            self._remove_fused()
+
+    def sources(self) -> dict[str, str]:
+        """Return parameter of a layer → fused parameter that it is a view of."""
+        found = {}
+        for number in range(self.num_experts):
+            for parameter in self.layout.parameters:
+                for part in parameter.parts:
+                    layer = self._layer_name(number, part)
+                    found[f"{layer}.weight"] = parameter.name
+                    if parameter.bias is not None:
+                        found[f"{layer}.bias"] = parameter.bias
+        return found
+
+    def _expert(self, layers: Mapping[str, nn.Linear]) -> nn.Module:
+        assert self.layout.activation is not None
+        return Expert(layers, self.layout.activation, interleaved=self.layout.parameters[0].interleaved)
+
+    def _layer_name(self, number: int, part: str) -> str:
+        return f"{number}.{part}"
+
+    def _set_views(self, fused: nn.Module, *, only_loaded: bool = False) -> None:
+        """Let the layers be views of the parameters of `fused`."""
+        trained = any(parameter.requires_grad for _, parameter in _fused_parameters(fused, self.layout))
+        for number in range(self.num_experts):
+            for part, matrix, bias in _matrices(fused, self.layout, number):
+                layer = self.get_submodule(self._layer_name(number, part))
+                if not (only_loaded and matrix.is_meta):
+                    layer._parameters["weight"] = nn.Parameter(matrix, trained)
+                if bias is not None and not (only_loaded and bias.is_meta):
+                    layer._parameters["bias"] = nn.Parameter(bias, trained)
+
+    def _remove_fused(self) -> None:
+        for name in self._empty:
+            owner, _, key = name.rpartition(".")
+            self._fused[0].get_submodule(owner)._parameters.pop(key, None)
+
+
+class RoutedExperts(UnfusedExperts):
+    """Experts that get all tokens with the router's choice.
+
+    Attributes:
         routing: sync point between the router and the experts.
     """
 
-    def __init__(self, fused: nn.Module) -> None:
-        super().__init__()
-        self.fused_parameters = tuple(fused._parameters)
-        self.num_experts, _, self.hidden_size = fused.get_parameter(self.fused_parameters[0]).shape
+    def __init__(self, fused: nn.Module, layout: ExpertLayout, *, stored_fused: bool = False) -> None:
+        super().__init__(fused, layout, stored_fused=stored_fused)
         self.routing = RoutingPoint(self.num_experts)
-        # The old module, now empty, stays alive for the settings of its activation.
-        activation = partial(_activation, fused)
-        for number in range(self.num_experts):
-            self.add_module(str(number), Expert(_layers(fused, number), activation))
-        fused._parameters.clear()
-        self.train(fused.training)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum of the chosen experts' outputs.
 
         Args:
-            hidden_states: (tokens, H).
-            top_k_index: experts chosen for each token, int64 (tokens, k); E or more means none.
-            top_k_weights: (tokens, k).
+            hidden_states: (..., H), N tokens.
+            top_k_index: experts chosen for each token, int64 (N, k); E or more means none.
+            top_k_weights: (N, k).
         """
-        output = torch.zeros_like(hidden_states)
+        x = hidden_states.reshape(-1, self.hidden_size)
+        output = torch.zeros_like(x)
         routes: list[Route] = self.routing(top_k_index)
         for number, route in enumerate(routes):
             if len(route.tokens) == 0:
                 continue
-            y = self.expert(number)(hidden_states[route.tokens])
+            y = self.expert(number)(x[route.tokens])
+            if self.layout.norm is not None:
+                y = self.get_submodule(self.layout.norm)(y)
             y = y if route.routed is None else y[route.routed]  # borrowed tokens only feed Hessians
             weighted = y * top_k_weights[route.chosen, route.slots, None]
             output.index_add_(0, route.chosen, weighted.to(output.dtype))
-        return output
+        if self.layout.identities:
+            share = top_k_weights.masked_fill(top_k_index < self.num_experts, 0).sum(-1, keepdim=True)
+            output += (x * share).to(output.dtype)
+        return output.view(hidden_states.shape)
 
-    def expert(self, number: int) -> Expert:
-        expert = self.get_submodule(str(number))
-        assert isinstance(expert, Expert)
-        return expert
 
-    def release_fused(self) -> None:
-        """Copy weights that are still views of the fused ones, so that those are freed."""
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear) and layer.weight.untyped_storage().nbytes() > layer.weight.nbytes:
-                layer.weight = nn.Parameter(layer.weight.detach().clone(), layer.weight.requires_grad)
+class BatchedExperts(UnfusedExperts):
+    """Experts that get one row of all tokens each; tokens that were not sent to an expert are 0 in its row."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(E · tokens, H) → (E · tokens, H)."""
+        rows = hidden_states.view(self.num_experts, -1, self.hidden_size)
+        output = torch.zeros_like(rows)
+        for number, row in enumerate(rows):
+            sent = row.any(dim=-1).nonzero()[:, 0]  # an expert has no bias: 0 stays 0
+            if len(sent):
+                output[number, sent] = self.expert(number)(row[sent])
+        return output.view(hidden_states.shape)
+
+
+class SortedExperts(UnfusedExperts):
+    """Single linear layers that get the tokens sorted by expert."""
+
+    def forward(self, inputs: Tensor, expert_size: Sequence[int]) -> Tensor:
+        """Return the outputs (rows, out).
+
+        Args:
+            inputs: (rows, in), sorted by expert.
+            expert_size: number of rows of each expert.
+        """
+        outputs = [
+            self.expert(number)(rows)
+            for number, rows in enumerate(torch.split(inputs, list(expert_size)))
+            if len(rows)
+        ]
+        return torch.cat(outputs) if outputs else inputs.new_zeros(0, self._outputs())
+
+    def _outputs(self) -> int:
+        return self._empty["weight"].shape[1]
+
+    def _expert(self, layers: Mapping[str, nn.Linear]) -> nn.Module:
+        return layers["linear"]
+
+    def _layer_name(self, number: int, part: str) -> str:
+        return str(number)
+
+
+_CLASSES = {"routed": RoutedExperts, "batched": BatchedExperts, "sorted": SortedExperts}
 
 
 def unfuse(model: nn.Module) -> dict[str, UnfusedExperts]:
     """Unfuse every supported mixture of experts. The others stay fused; `why_fused` says why.
 
     With weights the new layers become views of them; without weights (on the meta device) it works too. From now on
-    transformers saves and loads the model with the names of the original files.
+    transformers saves and loads the model with the names of the original files, where these hold single experts.
 
     Returns:
         The new modules by name.
     """
     if not isinstance(model, PreTrainedModel):
         return {}
-    conversions = _conversions_of(model)
+    conversions = conversions_of(model)
     modules = {}
-    for name, fused in _fused_modules(model):
-        if unsupported_reason(name, fused, conversions) is None:
-            parent, _, own = name.rpartition(".")
-            modules[name] = UnfusedExperts(fused)
-            setattr(model.get_submodule(parent), own, modules[name])
+    for name, fused, layout in list(_fused_modules(model)):
+        known = in_files(name, layout, conversions)
+        if not isinstance(layout, ExpertLayout) or known.reason is not None:
+            continue
+        parent, _, own = name.rpartition(".")
+        modules[name] = _CLASSES[layout.forward](fused, layout, stored_fused=known.fused)
+        setattr(model.get_submodule(parent), own, modules[name])
     if modules:
         internals.set_conversions(model, unfused_conversions(model, conversions))
     return modules
@@ -213,134 +339,65 @@ def unfused_modules(model: nn.Module) -> dict[str, UnfusedExperts]:
     return {name: module for name, module in model.named_modules() if isinstance(module, UnfusedExperts)}
 
 
+def routed_modules(model: nn.Module) -> dict[str, RoutedExperts]:
+    """Return the modules that `unfuse` made and that have a routing point, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, RoutedExperts)}
+
+
 def unfused_conversions(model: nn.Module, conversions: list[WeightTransform]) -> list[WeightTransform]:
     """Adapt `conversions`, made for the model's class, to this model with unfused experts."""
-    replaced: dict[int, list[WeightRenaming]] = {}
-    for name, module in unfused_modules(model).items():
-        for parameter in module.fused_parameters:
-            converter = _converter_of(f"{name}.{parameter}", conversions)
-            if converter is not None and id(converter) not in replaced:
-                replaced[id(converter)] = _renamings(converter, PARTS[parameter]) or []
-    # Converters act after all renamings, so their replacements come last.
-    kept = [entry for entry in conversions if id(entry) not in replaced]
-    return [*kept, *(entry for entries in replaced.values() for entry in entries)]
+    layouts = {
+        name: module.layout for name, module in unfused_modules(model).items() if not module.stored_fused
+    }
+    return unfused_conversions_of(layouts, conversions)
+
+
+def fused_modules(model: nn.Module) -> set[str]:
+    """Return the names of the modules that hold fused experts."""
+    return {name for name, _, _ in _fused_modules(model)}
 
 
 def why_fused(model: nn.Module) -> dict[str, str]:
     """Return every parameter that is still fused → why it cannot be unfused."""
-    conversions = _conversions_of(model) if isinstance(model, PreTrainedModel) else []
-    return {
-        f"{name}.{parameter}": unsupported_reason(name, module, conversions)
-        or "experts that were not taken apart"
-        for name, module in _fused_modules(model)
-        for parameter, weight in module._parameters.items()
-        if weight is not None and weight.ndim == 3
-    }
+    conversions = conversions_of(model) if isinstance(model, PreTrainedModel) else []
+    reasons = {}
+    for name, module, layout in _fused_modules(model):
+        reason = layout if isinstance(layout, str) else in_files(name, layout, conversions).reason
+        for parameter, weight in module.named_parameters():
+            if weight.ndim == 3 or (isinstance(layout, ExpertLayout) and weight.ndim == 2):
+                reasons[f"{name}.{parameter}"] = reason or "experts that were not taken apart"
+    return reasons
 
 
-def unsupported_reason(name: str, fused: nn.Module, conversions: list[WeightTransform]) -> str | None:
-    """Return why the fused experts at `name` cannot be unfused; None if they can."""
-    kind = type(fused).__name__
-    if any(not hasattr(fused, flag) for flag in _FLAGS):
-        return f"{kind} holds a weight of three dimensions that is not one of transformers' fused experts"
-    features = {
-        "a bias": fused.has_bias,
-        "transposed weights": fused.is_transposed,
-        "interleaved gate and up": not fused.is_concatenated,
-        "a norm after each expert": getattr(fused, "has_post_expert_norm", False),
-    }
-    listed = ", ".join(feature for feature, present in features.items() if present)
-    if listed:
-        return f"fused experts with {listed}: no GPTQ layout is known for them"
-    if not _has_known_shapes(fused, gated=bool(fused.has_gate)):
-        return f"{kind} holds other weights than gate_up_proj (E, 2I, H) and down_proj (E, H, I)"
-    for parameter in fused._parameters:
-        converter = _converter_of(f"{name}.{parameter}", conversions)
-        if converter is None or not any("*" in source for source in converter.source_patterns):
-            return (
-                "the original files hold these experts fused in one tensor, for which there is no GPTQ layout"
-            )
-        if _renamings(converter, PARTS[parameter]) is None:
-            return "transformers makes these experts from the files in a way that fewbit does not know"
-    return None
+def _fused_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, ExpertLayout | str]]:
+    for name, module in model.named_modules():
+        layout = None if isinstance(module, UnfusedExperts) else layout_of(module)
+        if layout is not None:
+            yield name, module, layout
 
 
-def _has_known_shapes(fused: nn.Module, *, gated: bool) -> bool:
-    first = "gate_up_proj" if gated else "up_proj"
-    parameters = dict(fused.named_parameters())
-    if set(parameters) != {first, "down_proj"} or any(p.ndim != 3 for p in parameters.values()):
-        return False
-    E, inner, H = parameters[first].shape
-    return (
-        parameters["down_proj"].shape == (E, H, inner // len(PARTS[first])) and inner % len(PARTS[first]) == 0
+def _fused_parameters(fused: nn.Module, layout: ExpertLayout) -> Iterator[tuple[str, Tensor]]:
+    for parameter in layout.parameters:
+        for name in (parameter.name, parameter.bias):
+            if name is not None:
+                yield name, fused.get_parameter(name)
+
+
+def _matrices(
+    fused: nn.Module, layout: ExpertLayout, number: int
+) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Yield name, matrix (out, in) and bias (out,) of every layer of an expert: views of the fused parameters."""
+    for parameter in layout.parameters:
+        weight = fused.get_parameter(parameter.name)
+        matrices = parameter.matrices(weight.detach(), layout.experts, number)
+        biases: Sequence[Tensor | None] = [None] * len(matrices)
+        if parameter.bias is not None:
+            biases = parameter.divide(fused.get_parameter(parameter.bias).detach()[number])
+        for (name, matrix), bias in zip(matrices.items(), biases, strict=True):
+            yield name, matrix, bias
+
+
+def _empty_layer(matrix: Tensor, bias: Tensor | None) -> nn.Linear:
+    return nn.Linear(
+        matrix.shape[1], matrix.shape[0], bias=bias is not None, device="meta", dtype=matrix.dtype
     )
-
-
-def _fused_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Conv1d) and any(
-            p is not None and p.ndim == 3 for p in module._parameters.values()
-        ):
-            yield name, module
-
-
-def _activation(fused: nn.Module, first: Tensor) -> Tensor:
-    """Map the concatenated outputs of gate and up, or of up alone, to the input of down."""
-    return internals.expert_activation(fused)(first)
-
-
-def _layers(fused: nn.Module, number: int) -> dict[str, nn.Linear]:
-    """Return the layers of one expert; their weights are views of the fused ones."""
-    layers = {}
-    for parameter, weight in fused.named_parameters(recurse=False):
-        parts = PARTS[parameter]
-        for part, matrix in zip(parts, weight.detach()[number].chunk(len(parts)), strict=True):
-            layer = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
-            layer.weight = nn.Parameter(matrix, requires_grad=weight.requires_grad)
-            layers[part] = layer
-    return layers
-
-
-def _conversions_of(model: PreTrainedModel) -> list[WeightTransform]:
-    """Return the conversion `model` was loaded with, or the one of its class if it was not loaded."""
-    used = internals.conversions(model)
-    if used is not None:
-        return list(used)
-    # As in transformers' own saving: without a file, prefixes are unknown.
-    default = get_model_conversion_mapping(model, add_legacy=False)
-    return [entry for entry in default if not isinstance(entry, PrefixChange)]
-
-
-def _converter_of(parameter: str, conversions: Sequence[WeightTransform]) -> WeightConverter | None:
-    """Return the conversion that makes the fused `parameter` (full name) from tensors of the files, if any."""
-    for entry in reversed(conversions):
-        if isinstance(entry, WeightConverter) and entry.reverse_transform().rename_source_key(parameter)[1]:
-            return entry
-    return None
-
-
-def _renamings(converter: WeightConverter, parts: Sequence[str]) -> list[WeightRenaming] | None:
-    """Return the renamings that replace `converter`, which makes a parameter of the projections `parts`.
-
-    None unless the conversion is "stack the experts, then concatenate the projections".
-    """
-    stacks = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
-    expected = [(MergeModulelist, 0), (Concatenate, 1)][: min(len(parts), 2)]
-    sources, targets = converter.source_patterns, converter.target_patterns
-    one_matrix_each = all(
-        source.count("*") == 1 == source.count(_ANY_EXPERT)
-        and source.endswith(".weight")
-        and "(" not in source
-        for source in sources
-    )
-    if stacks != expected or len(sources) != len(parts) or len(targets) != 1 or not one_matrix_each:
-        return None
-    experts = targets[0].rpartition(".")[0]
-    result = []
-    for source, part in zip(sources, parts, strict=True):
-        on_disk = source.removesuffix(".weight").replace(_ANY_EXPERT, _EXPERT_NUMBER)
-        renaming = WeightRenaming(on_disk, rf"{experts}.\1.{part}")
-        renaming.scope_prefix = converter.scope_prefix
-        renaming.base_model_prefix = converter.base_model_prefix
-        result.append(renaming)
-    return result

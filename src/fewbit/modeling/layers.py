@@ -6,6 +6,9 @@ into the inputs.
 
 from __future__ import annotations
 
+import copy
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers.pytorch_utils import Conv1D
@@ -16,6 +19,34 @@ LAYER_TYPES = (nn.Linear, Conv1D, nn.Conv2d)
 def is_layer(module: nn.Module) -> bool:
     """Whether `module` is a quantizable type with a plain weight."""
     return isinstance(module, LAYER_TYPES) and isinstance(getattr(module, "weight", None), nn.Parameter)
+
+
+def has_plain_forward(module: nn.Module) -> bool:
+    """Whether the forward of a layer is the product with its weight, also in a subclass with another forward.
+
+    Such a forward is tried on a small random weight.
+    """
+    kind = type(module)
+    if kind.forward in [base.forward for base in LAYER_TYPES]:
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    weight, bias, x = (
+        torch.linspace(-1, 1, 15).view(3, 5),
+        torch.ones(3),
+        torch.linspace(-1, 2, 10).view(1, 2, 5),
+    )
+    small = copy.copy(module)
+    small._parameters = {"weight": nn.Parameter(weight, False), "bias": None}
+    if module.bias is not None:
+        small._parameters["bias"] = nn.Parameter(bias, False)
+    try:
+        y = kind.forward(small, x)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False
+    return (
+        isinstance(y, Tensor) and y.shape == (1, 2, 3) and torch.allclose(y, F.linear(x, weight, small.bias))
+    )
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:

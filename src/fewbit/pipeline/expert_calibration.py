@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import Communicator
-from ..modeling.experts import ROUTING, Route, RoutingPoint, routes_of, unfused_modules
+from ..modeling.experts import ROUTING, Route, RoutingPoint, routed_modules, routes_of
 from .scheduler import LayerInput
 from .statistics import BatchMasks, ExpertRows
 
@@ -44,7 +44,7 @@ class ExpertCalibration:
     def __init__(
         self, model: nn.Module, batches: Sequence[BatchMasks], comm: Communicator | None = None
     ) -> None:
-        self._experts = unfused_modules(model)
+        self._experts = routed_modules(model)
         self._batches = batches
         self._comm = comm or Communicator()
         # Module of the latest point → job → rows of each expert.
@@ -187,8 +187,12 @@ def _not_routed(choice: Tensor, counted: Tensor, expert: int, picks: Tensor) -> 
 
 
 def _tokens_per_expert(choice: Tensor, experts: int) -> Tensor:
-    """Return the number of tokens routed to each expert, int64 (E,), on the CPU."""
-    return torch.bincount(choice.reshape(-1), minlength=experts)[:experts].cpu()
+    """Return the number of tokens routed to each expert, int64 (E,), on the CPU.
+
+    A router may choose an expert twice for one token, which is one token.
+    """
+    chosen = torch.zeros(len(choice), experts + 1, dtype=torch.bool, device=choice.device)
+    return chosen.scatter_(1, choice.clamp(max=experts), True)[:, :experts].sum(0).cpu()
 
 
 def _evenly_spaced(wanted: int, total: int, before: int, here: int) -> Tensor:

@@ -23,7 +23,7 @@ from ..checkpoint.safetensors_file import check_finite
 from ..config import QuantConfig
 from ..context import RunContext
 from ..distributed import Communicator
-from ..errors import CalibrationError, FewbitError
+from ..errors import CalibrationError, FewbitError, ModelError
 from ..gptq import fallback_reason
 from ..planning import Plan, output_embedding_name
 from ..profiling import Profiler
@@ -87,9 +87,12 @@ def quantize_layers(
     # Jobs 0 ... N−1 run the quantized path; with a full-precision path, jobs N ... 2N−1 run the same batches on it.
     two_paths = needs_full_precision(config)
     references = range(len(batches), 2 * len(batches) if two_paths else len(batches))
-    jobs = [_job(model, batch) for batch in batches] * (2 if two_paths else 1)
+    jobs = [forward_job(model, batch) for batch in batches] * (2 if two_paths else 1)
+
+    unchanged = UnchangedWeights(model)
 
     def on_layer(name: str, inputs: list[LayerInput]) -> None:
+        unchanged.check()
         if name in experts.points:
             experts.on_routing(name, inputs)
             return
@@ -300,7 +303,11 @@ def arguments_for(model: nn.Module, batch: Mapping[str, Tensor], device: torch.d
     }
 
 
-def _job(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], object]:
+def forward_job(model: nn.Module, batch: Mapping[str, Tensor]) -> Callable[[], object]:
+    """Return a function that runs `batch` through the model.
+
+    It raises CalibrationError if the model's forward does not work with this batch.
+    """
     extra = without_cache(model)
 
     def forward() -> object:
@@ -316,6 +323,29 @@ def _job(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], object]:
             ) from error
 
     return forward
+
+
+class UnchangedWeights:
+    """Checks that a model's forward does not change its weights, which would also change the quantized ones."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._versions = {id(p): (p, p._version) for p in model.parameters()}
+
+    def check(self) -> None:
+        """Compare once, after the model has begun to run.
+
+        Raises:
+            ModelError: a weight has been changed in place.
+        """
+        for name, parameter in self._model.named_parameters() if self._versions else ():
+            if parameter._version != self._versions.get(id(parameter), (None, parameter._version))[1]:
+                raise ModelError(
+                    f"{type(self._model).__name__} changes its weights while it runs, {name} first; that is not "
+                    "possible with quantized weights. If a setting in config.json controls it, such as rescale_every of RWKV "
+                    "models, set it to 0"
+                )
+        self._versions.clear()
 
 
 def without_cache(model: nn.Module) -> dict[str, bool]:

@@ -28,6 +28,7 @@ from typing import Any
 
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
+from transformers import Cache
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class BlockCall:
     Attributes:
         job: number of the job.
         args: positional arguments of the block's forward.
-        kwargs: keyword arguments of the block's forward.
+        kwargs: keyword arguments of the block's forward, without caches of keys and values.
         output: return value of the block's forward.
         intact: whether no in-place operation has changed the argument tensors.
     """
@@ -226,7 +227,7 @@ class Scheduler:
     def _end_block(self, name: str, jobs: Sequence[int]) -> None:
         """Call `on_block_end`, and resume each job with the block's output, old or new."""
         pauses = [(job, self.paused.pop(job)) for job in jobs]
-        calls = [BlockCall(job, p.args, p.kwargs, p.output, p.intact) for job, p in pauses]
+        calls = [BlockCall(job, p.args, _without_caches(p.kwargs), p.output, p.intact) for job, p in pauses]
         outputs: dict[int, Callable[[], Any]] = {call.job: partial(_same, call.output) for call in calls}
         if name in self.pending and self.hooks.on_block_end is not None:
             outputs |= self.hooks.on_block_end(name, calls)
@@ -237,6 +238,11 @@ class Scheduler:
                 return
             with self.hooks.running(job):
                 self._switch(job, outputs.pop(job)())
+
+
+def _without_caches(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out the cache of keys and values, which a repeated call would fill again."""
+    return {key: None if isinstance(value, Cache) else value for key, value in kwargs.items()}
 
 
 def _same(output: Any) -> Any:

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.safetensors_file import FileTensor, check_all_finite
 from ..internals import WeightNames, conversions, load_converted
+from ..modeling.experts import UnfusedExperts, unfused_modules
 from ..modeling.source import without_progress_bars
 from ..planning import block_of, output_embedding_name
 from ..profiling import Profiler
@@ -125,9 +127,19 @@ class StreamedWeights(Weights):
         _move_computed(model, device)
         state = model.state_dict(keep_vars=True)
         self._names = [name for name, tensor in state.items() if tensor.is_meta]
-        self._plain, self._converted, self.unused = _sources(model, files)
+        self._experts = {
+            name: module for name, module in unfused_modules(model).items() if module.stored_fused
+        }
+        self._fused = {
+            f"{name}.{own}": f"{name}.{fused}"
+            for name, module in self._experts.items()
+            for own, fused in module.sources().items()
+        }
+        with _fused_for_loading(self._experts.values()):
+            self._plain, self._converted, self.unused = _sources(model, files)
         self._aliases = _aliases(state, {*self._plain, *self._converted})
-        self._converted = _with_split(set(self._names) - {*self._plain, *self._aliases}, self._converted)
+        orphans = set(self._names) - {*self._plain, *self._aliases, *self._fused}
+        self._converted = _with_split(orphans, self._converted)
         self._embeddings = _embeddings(model)
         self._modules = {name for name, _ in model.named_modules()}
         self._shard_of = {name: self._shard(self._aliases.get(name, name)) for name in self._names}
@@ -201,6 +213,10 @@ class StreamedWeights(Weights):
             for name, shards in owners.items():
                 handle = self.model.get_submodule(name).register_forward_pre_hook(hook(sorted(shards)))
                 stack.callback(handle.remove)
+            for name in self._embeddings:
+                if name in self._members and hasattr(self.model.get_submodule(name), "weight"):
+                    module = self.model.get_submodule(name)
+                    stack.enter_context(_load_when_read(module, partial(self._load, name)))
             if self._prefetches:
                 thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="fewbit-prefetch"))
                 self._prefetcher = Prefetcher(thread, pinned=self.device.type == "cuda")
@@ -254,7 +270,7 @@ class StreamedWeights(Weights):
             return
         following = blocks[blocks.index(shard) + 1 :] if shard in blocks else blocks
         if following and following[0] not in self._loaded:
-            names = self._members[following[0]]
+            names = self._with_fused(self._members[following[0]])
             plain = [self._plain[name] for name in names if name in self._plain]
             merged = [self._files[source] for name in names for source in self._converted.get(name, ())]
             self._prefetcher.start(following[0], list(dict.fromkeys([*plain, *merged])))
@@ -262,17 +278,22 @@ class StreamedWeights(Weights):
     def _read(self, shard: str, without: Collection[str], prefetched: HostTensors) -> None:
         """Put a shard's tensors on the device, from host memory if they are `prefetched`, else from the files."""
         members = [name for name in self._members.get(shard, ()) if name not in without]
-        for name in members:
-            if name in self._plain:
-                source, dtype = self._plain[name], self._get(name).dtype
-                tensor = prefetched.get(source)
-                tensor = source[...] if tensor is None else tensor.to(self.device, non_blocking=True)
-                self._set(name, tensor.to(self.device, dtype))
-        sources = {source for name in members for source in self._converted.get(name, ())}
-        if sources:
-            with without_progress_bars():
-                files = {name: prefetched.get(self._files[name], self._files[name]) for name in sources}
-                load_converted(self.model, files, self.device)
+        fused = [name for name in self._with_fused(members) if name not in self._members[shard]]
+        experts = [
+            module for name, module in self._experts.items() if any(f.startswith(f"{name}.") for f in fused)
+        ]
+        with _fused_for_loading(experts):
+            for name in (*members, *fused):
+                if name in self._plain:
+                    source, dtype = self._plain[name], self._get(name).dtype
+                    tensor = prefetched.get(source)
+                    tensor = source[...] if tensor is None else tensor.to(self.device, non_blocking=True)
+                    self._set(name, tensor.to(self.device, dtype))
+            sources = {source for name in (*members, *fused) for source in self._converted.get(name, ())}
+            if sources:
+                with without_progress_bars():
+                    files = {name: prefetched.get(self._files[name], self._files[name]) for name in sources}
+                    load_converted(self.model, files, self.device)
         tensors = {name: self._get(name) for name in members}
         check_all_finite(tensors)
         self._tie(shard)
@@ -281,6 +302,11 @@ class StreamedWeights(Weights):
         self.read_bytes += size
         self.resident_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.resident_bytes)
+
+    def _with_fused(self, names: Iterable[str]) -> list[str]:
+        """Add the fused parameters that the files hold in place of single experts."""
+        names = list(names)
+        return list(dict.fromkeys([*names, *(self._fused[name] for name in names if name in self._fused)]))
 
     def _release(self, shard: str) -> None:
         for name in self._members.get(shard, ()):
@@ -296,8 +322,10 @@ class StreamedWeights(Weights):
                 setattr(self.model.get_submodule(module), key, self._get(owner))
 
     def _get(self, name: str) -> Tensor:
-        module, _, key = name.rpartition(".")
-        tensor: Tensor = getattr(self.model.get_submodule(module), key)
+        module_name, _, key = name.rpartition(".")
+        module = self.model.get_submodule(module_name)
+        tensor = module._buffers[key] if key in module._buffers else module._parameters[key]
+        assert tensor is not None
         return tensor
 
     def _set(self, name: str, tensor: Tensor) -> None:
@@ -309,6 +337,14 @@ class StreamedWeights(Weights):
             module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
 
 
+@contextmanager
+def _fused_for_loading(experts: Iterable[UnfusedExperts]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for module in experts:
+            stack.enter_context(module.fused_for_loading())
+        yield
+
+
 def _sources(
     model: nn.Module, files: Mapping[str, FileTensor]
 ) -> tuple[dict[str, FileTensor], dict[str, set[str]], dict[str, FileTensor]]:
@@ -317,15 +353,13 @@ def _sources(
     The third result is the tensors that belong to no parameter.
     """
     assert isinstance(model, PreTrainedModel)
-    names, unconverted = WeightNames(model, conversions(model) or []), WeightNames(model, [])
+    names = WeightNames(model, conversions(model) or [])
     state = model.state_dict()
     plain: dict[str, FileTensor] = {}
     converted: dict[str, set[str]] = {}
     unused: dict[str, FileTensor] = {}
     for source, tensor in files.items():
         name, merged_into = names.rename(source)
-        if name not in state and source in state:
-            name, merged_into = unconverted.rename(source)
         if name not in state:
             unused[source] = tensor
         elif merged_into:
@@ -361,6 +395,22 @@ def _embeddings(model: nn.Module) -> set[str]:
     names = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     head = output_embedding_name(model)
     return names | ({head} if head is not None else set())
+
+
+@contextmanager
+def _load_when_read(module: nn.Module, load: Callable[[], None]) -> Iterator[None]:
+    """Call `load` whenever the model reads ``module.weight``, which some do without a call of the module."""
+
+    def weight(self: nn.Module) -> Tensor | None:
+        load()
+        return self._parameters["weight"]
+
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (kind,), {"weight": property(weight)})
+    try:
+        yield
+    finally:
+        module.__class__ = kind
 
 
 def _move_computed(model: nn.Module, device: torch.device) -> None:

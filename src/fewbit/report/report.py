@@ -150,7 +150,7 @@ def collect(run: Preparation, result: RunResult) -> Report:
             "tokens": calibration.tokens,
         },
         layers=layers,
-        skipped=tuple(asdict(item) for item in plan.skipped),
+        skipped=tuple(asdict(item) for item in (*plan.skipped, *plan.others)),
         bits_per_weight=8 * stored_bytes / plan.weights,
         quantized_bytes=stored_bytes,
         result_bytes=_result_bytes(result.output, run.origin, plan, stored_bytes),
