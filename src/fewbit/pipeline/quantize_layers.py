@@ -342,8 +342,8 @@ class UnchangedWeights:
             if parameter._version != self._versions.get(id(parameter), (None, parameter._version))[1]:
                 raise ModelError(
                     f"{type(self._model).__name__} changes its weights while it runs, {name} first; that is not "
-                    "possible with quantized weights. If a setting in config.json controls it, such as rescale_every of RWKV "
-                    "models, set it to 0"
+                    "possible with quantized weights. If a setting in config.json controls it, such as rescale_every "
+                    "of RWKV models, set it to 0"
                 )
         self._versions.clear()
 

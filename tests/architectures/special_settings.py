@@ -1,0 +1,76 @@
+"""Settings of single architectures that the rules of `tiny_configs` get wrong: model_type → settings.
+
+``...`` drops a setting, so that the class's default stays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}}
+_MROPE_HALF = {
+    "rope_parameters": {**_MROPE["rope_parameters"], "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+}
+_PER_LAYER = {
+    "num_hidden_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "per_layer_config": None,
+    "head_dim": 16,
+    "num_key_value_heads": 2,
+    "num_attention_heads": 4,
+    "hidden_size": 64,
+}
+_SLIDING = ["sliding_attention", "full_attention"]
+_GEMMA4 = {"num_hidden_layers": 2, "layer_types": _SLIDING, "global_head_dim": 16}
+_PLAIN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16}
+
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": _MAMBA | {"attn_layer_indices": [1]},
+    "falcon_h1": _MAMBA | {"mamba_d_ssm": 128},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "codegen": {"rotary_dim": 16},
+    "gptj": {"rotary_dim": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "dory": {"num_hidden_layers": 3, "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1,
+             "layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "zamba": {"num_hidden_layers": 5, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba"],
+              "attention_hidden_size": 128, "attention_head_dim": 32, "num_key_value_heads": 4},
+    "blt": {"encoder_hash_byte_group_vocab": 200},
+    "longcat_flash": {"qk_head_dim": 32, "num_key_value_heads": 4, "zero_expert_num": 2},
+    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16,
+                     "laurel_rank": 8,
+                     "layer_types": ["sliding_attention", "full_attention"] * 2, "intermediate_size": 96,
+                     "activation_sparsity_pattern": [0.0] * 4},
+    "xmod": {"default_language": "en_XX"},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+             "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "glm4v_moe_text": _MROPE_HALF,
+    "glm46v_text": _MROPE,
+    "glm4v_text": _MROPE,
+    "glm_ocr_text": _MROPE,
+    "paddleocr_vl_text": _MROPE,
+    "qwen2_5_vl_text": _MROPE,
+    "qwen2_vl_text": _MROPE,
+    "gemma4_unified_text": _GEMMA4,
+    "gemma4_text": _GEMMA4 | {"vocab_size_per_layer_input": 160, "hidden_size_per_layer_input": 16},
+    "diffusion_gemma_text": _GEMMA4 | {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+    "cohere_compass_text": {"layer_types": _SLIDING, "rope_parameters": {
+        kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in _SLIDING}},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+              "first_k_dense_replace": 1},
+    "helium": {"num_key_value_heads": 4, "head_dim": 16},
+    "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 16},
+    "qwen4_exp_text": {"indexer_head_dim": 16, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_budget": 16,
+                       "indexer_compress_ratio": 4},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 16, "num_hidden_layers": 2,
+                         "layer_types": ["linear_attention", "full_attention"]},
+    "deepseek_ocr2_text": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]},
+    "xlstm": {"qk_dim_factor": 1.0},
+    "kimi_linear": {"num_key_value_heads": 4},
+}  # fmt: skip

@@ -1,0 +1,60 @@
+"""A fixed choice from the sweep over all architectures (sweep.py), which covers every kind of structure."""
+
+from __future__ import annotations
+
+import pytest
+from judge import judge
+from tiny_configs import model_pairs
+
+RIGHT = (
+    "falcon",  # a linear layer with a forward of its own
+    "gpt_neo",  # local attention
+    "gemma3n_text",  # several streams, embeddings per layer
+    "gemma4_text",  # head sizes that differ between layers
+    "deepseek_v3",  # latent attention
+    "mamba",  # a weight that is used without a call
+    "prophetnet",  # an embedding that is used without a call
+    "bart",  # encoder-decoder
+    "nemotron_h",  # experts without a gate
+    "gpt_oss",  # fused in the files: transposed, interleaved, with biases
+    "aria_text",  # fused in the files: transposed
+    "granitemoe",  # fused in the files under other names
+    "qwen3_vl_moe",  # fused and transposed in the files only
+    "llama4_text",  # experts that get rows of all tokens
+    "jetmoe",  # experts that get sorted tokens
+    "dbrx",  # all experts in one matrix
+    "longcat_flash",  # experts that return their input
+    "phimoe",  # a router that is a linear layer
+    "xlm",  # a cache although none was asked for
+    "modernbert",
+)
+PARTIAL = {
+    "kimi_k25": "the files hold it in another form",  # two conversions for the same experts
+    "minimax_m3_vl": "the files hold it in another form",  # a conversion that also fits single experts
+    "inkling2_text": "the files hold it in another form",  # a weight that is not called weight in the files
+    "deepseek_v4": "uses its weight in its own way",  # a grouped linear layer, tokens sent twice to one expert
+    "zamba": "shares its weight",  # one layer in several blocks
+}
+REFUSED = {"rwkv": "changes its weights while it runs"}
+TASKS = {model_type: task for task, model_type in reversed(model_pairs())}
+
+
+@pytest.mark.parametrize("model_type", RIGHT)
+def test_right(model_type, tmp_path):
+    row = judge(TASKS[model_type], model_type, tmp_path)
+    assert (row.status, row.reasons) == ("right", [])
+    assert row.quantized == 100
+
+
+@pytest.mark.parametrize("model_type", PARTIAL)
+def test_partial_with_a_reason(model_type, tmp_path):
+    row = judge(TASKS[model_type], model_type, tmp_path)
+    assert row.status == "partial"
+    assert any(PARTIAL[model_type] in reason for reason in row.reasons)
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_refused_by_the_plan(model_type, tmp_path):
+    row = judge(TASKS[model_type], model_type, tmp_path)
+    assert row.status == "refused"
+    assert REFUSED[model_type] in row.reasons[0]
