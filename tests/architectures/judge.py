@@ -29,6 +29,7 @@ _ORDINARY = re.compile(
     r"is not a linear layer|uses in its own way|router|output embedding|which reads|"
     r"outside the (language model|repeated blocks)"
 )
+_EXPERT = re.compile(r"\.\d+(\.(gate|up|down)_proj)?\.(weight|bias)$")
 
 
 @dataclass
@@ -203,7 +204,9 @@ def _decoded(folder: Path, cls: Any) -> nn.Module:
         tensors[f"{name}.weight"] = weight.contiguous()
     target = folder / "decoded"
     shutil.copytree(folder / "model", target, ignore=shutil.ignore_patterns("*.safetensors*"))
-    experts = {name: tensors.pop(name) for name in list(tensors) if name not in source}
+    experts = {
+        name: tensors.pop(name) for name in list(tensors) if name not in source and _EXPERT.search(name)
+    }
     unset = {k: torch.full_like(v, float("nan")) for k, v in source.items() if k not in tensors}
     content = {k: v.clone() for k, v in (tensors | unset).items()}
     save_file(content, target / "model.safetensors", metadata={"format": "pt"})

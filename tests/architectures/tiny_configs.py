@@ -130,7 +130,7 @@ def _small(name: str, value: object) -> Any:
 
 
 def model_pairs() -> list[tuple[str, str]]:
-    """(task, model_type) of every architecture of the sweep."""
+    """(task, model_type) of every architecture that is judged."""
     from transformers.models.auto import modeling_auto
 
     chosen: dict[

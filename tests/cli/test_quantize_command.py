@@ -51,7 +51,8 @@ def test_quantize_json_has_the_contract_keys_and_nothing_else_on_stdout(tmp_path
     result = invoke("quantize", model, "-o", tmp_path / "out", "--dataset", text, *SMALL, "--json")
     answer = json.loads(result.stdout)
     assert set(answer) == {
-        "output", "modules", "bits_per_weight", "seconds", "peak_memory_bytes", "fallbacks", "report",
+        "output", "modules", "bits_per_weight", "model_bits_per_weight", "seconds", "peak_memory_bytes", "fallbacks",
+        "report",
     }  # fmt: skip
     assert answer["modules"] == 14
 

@@ -19,6 +19,10 @@ def test_the_files_have_the_predicted_sizes(tmp_path, options):
     assert found.sizes.quantized == report.quantized_bytes
     assert found.bits_per_weight == report.bits_per_weight
     weights = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert report.model_bits_per_weight == 8 * weights / report.model["parameters"]
+    header = weights - found.sizes.quantized - found.sizes.plain
+    expected = report.model_bits_per_weight - 8 * header / report.model["parameters"]
+    assert found.model_bits_per_weight == pytest.approx(expected)
     assert 0 <= weights - found.sizes.quantized - found.sizes.plain < 8000  # the header
     everything = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
     assert found.sizes.output == pytest.approx(everything, rel=0.15)

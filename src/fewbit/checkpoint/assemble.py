@@ -34,7 +34,7 @@ def checkpoint_tensors(
     """
     quantized = {f"{name}.weight": name for name in layers}
     on_disk = names_on_disk(model, layers)
-    saved = set(_saved_names(model))
+    saved = _saved_names(model)
     for shard in shards:
         state = model.state_dict()
         plain: dict[str, Tensor] = {}
@@ -49,14 +49,16 @@ def checkpoint_tensors(
         yield from _disk_layout(model, plain).items()
 
 
-def _saved_names(model: nn.Module) -> list[str]:
+def _saved_names(model: nn.Module) -> set[str]:
     """Names of the state without tied duplicates and without tensors that the model itself does not save."""
     state = model.state_dict(keep_vars=True)
     for key in getattr(model, "_keys_to_ignore_on_save", None) or ():
         state.pop(key, None)
     seen: set[object] = set()
-    saved = []
-    for key, tensor in state.items():
+    saved = set()
+    # Of tied names, the one that the model class names as the source: those tied to it come last here.
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for key, tensor in sorted(state.items(), key=lambda item: item[0] in tied):
         # Tensors on the meta device have no address.
         address = (
             id(tensor)
@@ -64,7 +66,7 @@ def _saved_names(model: nn.Module) -> list[str]:
             else (tensor.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
         )
         if address not in seen:
-            saved.append(key)
+            saved.add(key)
         seen.add(address)
     return saved
 

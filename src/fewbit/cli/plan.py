@@ -154,6 +154,8 @@ def _summary(found: Estimate) -> Table:
     each = f" in each of {found.processes} processes" if found.processes > 1 else ""
     if found.plan is not None:
         stored = f", {found.bits_per_weight:.3f} bits per weight" if found.bits_per_weight else ""
+        if found.model_bits_per_weight:
+            stored += f"; {found.model_bits_per_weight:.3f} over the whole model"
         table.add_row("layers", f"{formatting.plural(len(found.plan.layers), 'layer')}{stored}")
     if found.sizes is not None:
         sizes = found.sizes

@@ -86,7 +86,10 @@ def _show(report: Any, verbose: bool) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     measure = error_measure(report.layers)
     worst = worst_layer(report.layers, measure)
-    table.add_row("quantized", f"{report.modules} layers, {report.bits_per_weight:.3f} bits per weight")
+    whole = f"{report.model_bits_per_weight:.3f} over the whole model"
+    table.add_row(
+        "quantized", f"{report.modules} layers, {report.bits_per_weight:.3f} bits per weight; {whole}"
+    )
     table.add_row("left as they are", f"{len(report.skipped)} weight matrices")
     if worst is not None:
         average = mean(layer[measure] for layer in report.layers)

@@ -56,6 +56,7 @@ class Estimate:
     Attributes:
         processes: processes that share the run; memory and seconds are for each of them.
         plan: every weight matrix with its settings, or why it stays; None if the model cannot be opened.
+        parameters: number of parameters of the model; None if it cannot be opened.
         memory: peak memory; None if a problem keeps it from being known.
         sizes: bytes on disk; None if a problem keeps them from being known.
         seconds: seconds by phase; None if a problem keeps them from being known.
@@ -65,6 +66,7 @@ class Estimate:
 
     processes: int = 1
     plan: Plan | None = None
+    parameters: int | None = None
     memory: Memory | None = None
     sizes: Sizes | None = None
     seconds: dict[str, float] | None = None
@@ -96,6 +98,13 @@ class Estimate:
         if self.plan is None or self.sizes is None:
             return None
         return 8 * self.sizes.quantized / self.plan.weights
+
+    @property
+    def model_bits_per_weight(self) -> float | None:
+        """Stored bits per parameter of the whole model."""
+        if self.parameters is None or self.sizes is None:
+            return None
+        return 8 * (self.sizes.quantized + self.sizes.plain) / self.parameters
 
     def modules(self) -> list[dict[str, Any]]:
         """Every weight matrix: what will happen to it, or why it stays as it is."""
@@ -137,6 +146,7 @@ class Estimate:
             "device_memory_bytes": memory.device_peak if memory else None,
             "disk_bytes": sizes.disk if sizes else None,
             "bits_per_weight": self.bits_per_weight,
+            "model_bits_per_weight": self.model_bits_per_weight,
             "seconds_by_phase": self.seconds,
             "notes": self.notes,
         }
@@ -205,7 +215,7 @@ def _prepare(found: Estimate, run: Preparation) -> bool:
     calibration = found.attempt(lambda: run.calibration)
     if found.attempt(lambda: run.opened) is None:
         return False
-    found.plan = found.attempt(lambda: run.plan)
+    found.plan, found.parameters = found.attempt(lambda: run.plan), run.origin.parameters
     found.notes += [*(calibration.notes if calibration else ()), *run.source.notes]
     if found.plan is not None:
         found.notes += found.plan.notes

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import huggingface_hub
 import torch
@@ -25,6 +25,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 
 from .. import internals
+from ..checkpoint.low_precision import METHODS, DequantizedTensor, dequantized, method_of
 from ..checkpoint.reader import open_weights
 from ..checkpoint.safe_io import WEIGHT_SUFFIXES, files_beside_weights
 from ..checkpoint.safetensors_file import FileTensor, TensorInfo, scan
@@ -133,6 +134,11 @@ class Source:
         """
         config = self.load_config()
         options = dict(self._options, dtype=_dtype(dtype))
+        if _low_precision(config) is not None and self.gguf is None:
+            tensors, dtype = self._tensors(config, dtype)
+            options = {"config": config, "dtype": _dtype(dtype), "state_dict": tensors}
+            model = self._from_pretrained(self._concrete_class(config), None, options)
+            return cast(nn.Module, model.to(device).eval())
         if self.gguf is not None:
             options["quantization_config"] = _gguf_dequantize()
         elif not self.allow_pickle:
@@ -152,14 +158,7 @@ class Source:
             ModelError: the headers cannot be read, weights are missing, or they are already quantized.
         """
         config = self.load_config()
-        try:
-            files = open_weights(self.folder)
-        except CheckpointError as error:
-            raise ModelError(f"cannot load the weights in {self.folder}: {error}") from error
-        tensors = {name: FileTensor(files.file_of[name], info) for name, info in files.tensors.items()}
-        if dtype == "auto":
-            own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-            dtype = str(own or _first_float(tensors)).removeprefix("torch.")
+        tensors, dtype = self._tensors(config, dtype)
         options = {
             "config": config,
             "dtype": _dtype(dtype),
@@ -169,6 +168,30 @@ class Source:
             model = self._from_pretrained(self._concrete_class(config), None, options)
         _untie_different(model, tensors)
         return model.eval(), tensors
+
+    def _tensors(self, config: Any, dtype: str) -> tuple[dict[str, FileTensor], str]:
+        """Every tensor of the source by its name, dequantized where it is in 8 or 4 bits, and the dtype of the model.
+
+        `config` loses its ``quantization_config``.
+        """
+        try:
+            files = open_weights(self.folder)
+        except CheckpointError as error:
+            raise ModelError(f"cannot load the weights in {self.folder}: {error}") from error
+        tensors = {name: FileTensor(files.file_of[name], info) for name, info in files.tensors.items()}
+        quantization = _low_precision(config)
+        if quantization is not None:
+            tensors = dequantized(tensors, quantization)
+            del config.quantization_config
+            count = sum(isinstance(tensor, DequantizedTensor) for tensor in tensors.values())
+            self.notes.append(
+                f"the source is in low precision ({method_of(quantization)}): {count} of its tensors are dequantized "
+                "while they are read"
+            )
+        if dtype == "auto":
+            own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+            dtype = str(own or _first_float(tensors)).removeprefix("torch.")
+        return tensors, dtype
 
     def _from_pretrained(self, model_class: Any, folder: Path | None, options: dict[str, Any]) -> Any:
         try:
@@ -240,9 +263,12 @@ class Source:
         }
 
     def _model_class(self, config: Any) -> Any:
-        if getattr(config, "quantization_config", None) and self.gguf is None:
-            method = config.quantization_config
-            method = method.get("quant_method") if isinstance(method, dict) else method.quant_method
+        if (
+            self.gguf is None
+            and getattr(config, "quantization_config", None)
+            and _low_precision(config) is None
+        ):
+            method = method_of(_as_dict(config.quantization_config))
             raise ModelError(
                 f"{self.folder} is already quantized ({method}): quantize the original model, "
                 "or use `fewbit convert` to change the format"
@@ -321,6 +347,16 @@ class _Placeholder:
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(self.info.shape, dtype=dtype or self.info.dtype, device="meta")
+
+
+def _low_precision(config: Any) -> dict[str, Any] | None:
+    """The ``quantization_config`` of a model in a precision that is dequantized while it is read."""
+    quantization = _as_dict(getattr(config, "quantization_config", None) or {})
+    return quantization if method_of(quantization) in METHODS else None
+
+
+def _as_dict(quantization: Any) -> dict[str, Any]:
+    return dict(quantization) if isinstance(quantization, Mapping) else dict(quantization.to_dict())
 
 
 def _matches(path: Path, patterns: Iterable[str]) -> bool:

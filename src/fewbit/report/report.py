@@ -80,6 +80,12 @@ class Report:
     evaluation: dict[str, Any] | None = None
 
     @property
+    def model_bits_per_weight(self) -> float:
+        """Stored bits per parameter of the whole model: embeddings and everything else that was left, included."""
+        parameters: int = self.model["parameters"]
+        return 8 * self.result_bytes / parameters
+
+    @property
     def modules(self) -> int:
         return len(self.layers)
 
@@ -89,6 +95,7 @@ class Report:
             "output": self.output,
             "modules": self.modules,
             "bits_per_weight": round(self.bits_per_weight, 4),
+            "model_bits_per_weight": round(self.model_bits_per_weight, 4),
             "seconds": round(self.seconds, 2),
             "peak_memory_bytes": self.peak_memory_bytes,
             "fallbacks": self.fallbacks,

@@ -1,12 +1,12 @@
 """Judge every architecture that transformers can build, and write the table of docs/architectures.md.
 
-    python tests/architectures/sweep.py                      # those that are not in the results yet
-    python tests/architectures/sweep.py --again failed       # and those with this status
-    python tests/architectures/sweep.py --only mixtral dbrx  # these again
-    python tests/architectures/sweep.py --processes 4 --into docs/architectures.md
+    python tests/architectures/judge_all.py                      # those that are not in the results yet
+    python tests/architectures/judge_all.py --again failed       # and those with this status
+    python tests/architectures/judge_all.py --only mixtral dbrx  # these again
+    python tests/architectures/judge_all.py --processes 4 --into docs/architectures.md
 
 Each architecture runs in a process of its own, forked from one that has imported everything. Results are kept after
-each, so an interrupted sweep continues.
+each, so an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RESULTS = Path(__file__).parent / "results.json"
 SECONDS = 180  # for one architecture
 
 
-def sweep(pairs: Iterable[tuple[str, str]], results: Path, processes: int) -> None:
+def judge_all(pairs: Iterable[tuple[str, str]], results: Path, processes: int) -> None:
     """Judge `pairs`, each in a forked process, and merge the rows into the file `results`."""
     waiting = list(pairs)
     running: dict[int, tuple[tuple[str, str], Path, float]] = {}
@@ -163,7 +163,7 @@ def main() -> None:
             else (row is None or row["status"] in arguments.again)
         ):
             pairs.append(pair)
-    sweep(pairs[arguments.part[0] :: arguments.part[1]], arguments.results, arguments.processes)
+    judge_all(pairs[arguments.part[0] :: arguments.part[1]], arguments.results, arguments.processes)
     if arguments.into is not None:
         write_table(arguments.results, arguments.into)
 
