@@ -10,11 +10,11 @@ namespace {
 
 constexpr int AT_ONCE = 4;  // candidates per pass over the weights of a group
 constexpr int LEAST_SQUARES_STEPS = 2;
-constexpr float SMALLEST_SCALE = 1.0f / 16384.0f;
+constexpr float SMALLEST_SCALE = 1.0f / 16777216.0f;
 constexpr float LARGEST_SCALE = 65504.0f;
 constexpr float TINY = 1e-37f;
 
-// s as float16 will hold it: normal, finite, with its sign.
+// s as float16 will hold it: not zero, finite, with its sign.
 Lanes storable(Lanes s) {
     const Lanes zero = all(0.0f);
     const Mask negative = s < zero;

@@ -117,13 +117,16 @@ static inline Lanes round_even(Lanes x) {
     return (x + magic) - magic;
 }
 
-// To the nearest float16 and back, half to even, for values in the normal range of float16.
+// To the nearest float16 and back, half to even, for 0 <= x <= 65504. Below 2^-14 float16 has steps of 2^-24: adding 0.5
+// leaves no smaller bits.
 static inline Lanes round_half(Lanes x) {
+    const Lanes subnormal = (x + all(0.5f)) - all(0.5f);
+    const Mask small = x < all(1.0f / 16384.0f);
     uint32_t bits[LANES];
     std::memcpy(bits, &x, sizeof bits);
     for (int l = 0; l < LANES; l++) bits[l] = (bits[l] + 0xfffu + ((bits[l] >> 13) & 1u)) & ~0x1fffu;
     std::memcpy(&x, bits, sizeof bits);
-    return x;
+    return select(small, subnormal, x);
 }
 
 }  // namespace FEWBIT_ISA

@@ -21,6 +21,7 @@ FLOAT64 = "float64 factorization"
 DAMP_RAISED = "damping raised"
 EIGENVALUES_CLAMPED = "eigenvalues clamped"
 ROUND_TO_NEAREST = "diagonal-weighted round-to-nearest"
+SCALES_CLAMPED = "scales at the limits of float16"
 NO_CORRECTION = "no correction: its matrix cannot be factored"
 
 _LARGEST_DAMP = 1.0

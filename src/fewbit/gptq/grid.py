@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SMALLEST_SCALE = 2.0**-14  # the smallest normal float16: below it a scale would lose precision, or be zero
+SMALLEST_SCALE = 2.0**-24  # the smallest float16 above zero
 LARGEST_SCALE = 65504.0  # the largest finite float16
 
 LEAST_SQUARES_STEPS = 2
@@ -177,7 +177,7 @@ class _Search:
 
 
 def storable(s: Tensor) -> Tensor:
-    """s as float16 will hold it: normal, finite, with its sign."""
+    """s as float16 will hold it: not zero, finite, with its sign."""
     return s.abs().clamp(SMALLEST_SCALE, LARGEST_SCALE).copysign(s).half().float()
 
 
@@ -203,6 +203,12 @@ def fit_grid(W: Tensor, D: Tensor, g_idx: Tensor, bits: int, *, sym: bool, searc
         W, D = W[:, columns], D[columns]
     scales, zeros = search(W, _with_idle_groups(D, counts), starts, candidates(bits, sym), bits, sym)
     return Grid(scales.half(), zeros.short(), g_idx.int())
+
+
+def clamped_scales(scales: Tensor) -> Tensor:
+    """Count the scales of each row that are the smallest or the largest float16: the best one may lie beyond."""
+    size = scales.float().abs()
+    return ((size <= SMALLEST_SCALE) | (size >= LARGEST_SCALE)).sum(dim=1)
 
 
 def _with_idle_groups(D: Tensor, counts: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from ..config import LayerSettings
 from ..errors import SolverError
 from ..quantized_matrix import QuantizedMatrix, sequential_groups
 from .backends import Backend, select
-from .cholesky import NO_CORRECTION, FactoredHessian, factor_hessian
+from .cholesky import NO_CORRECTION, SCALES_CLAMPED, FactoredHessian, factor_hessian
 from .correction import (
     ALPHA_SHRINKAGE,
     Holdout,
@@ -31,7 +31,7 @@ from .correction import (
     true_error,
 )
 from .gptq import Factor, round_columns
-from .grid import Grid, fit_grid, nearest, storable
+from .grid import Grid, clamped_scales, fit_grid, nearest, storable
 from .hessian import Hessian
 
 # Multiples of the fitted scales; every row takes the one that ends with the lowest loss.
@@ -158,6 +158,7 @@ def quantize_weight(
     else:
         codes, losses = _round_rows(T, H.factor, grid, settings, backend)
     loss, error = float(reduce(losses)), None
+    fallbacks += _clamped(codes, reduce)
     if group.holdout is not None:
         error = true_error(W, codes.dequantize(), group.holdout, reduce)
     return Solution(
@@ -229,7 +230,13 @@ def _round_to_nearest(W: Tensor, settings: LayerSettings, reduce: RowReduce) -> 
     D, search = torch.ones(n, device=W.device), select(W.device).search
     grid = fit_grid(W, D, g_idx, settings.bits, sym=settings.sym, search=search)
     codes = _matrix(nearest(W, grid, settings.bits), grid, settings)
-    return Solution(codes, float(reduce((W - codes.dequantize()).square().sum(dim=1, dtype=torch.float64))))
+    loss = float(reduce((W - codes.dequantize()).square().sum(dim=1, dtype=torch.float64)))
+    return Solution(codes, loss, _clamped(codes, reduce))
+
+
+def _clamped(codes: QuantizedMatrix, reduce: RowReduce) -> tuple[str, ...]:
+    """The fallback that says that some scales, in any part of the rows, are the smallest or largest possible."""
+    return (SCALES_CLAMPED,) if float(reduce(clamped_scales(codes.scales).double())) else ()
 
 
 def _matrix(q: Tensor, grid: Grid, settings: LayerSettings) -> QuantizedMatrix:
