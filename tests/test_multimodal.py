@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_configs import classes, model_pairs, tiny_config
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 import fewbit
@@ -199,3 +200,22 @@ def test_what_cannot_work_is_said():
     refused(
         Plain(), [{"y": torch.zeros(2, 16)}], r"has 'y', which Plain.forward does not take; .* It takes x"
     )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "quantized", "left"),
+    [
+        ("t5gemma2", "model.decoder.layers.0", "model.encoder.vision_tower"),
+        ("evolla", "model.layers.0", "model.protein_encoder"),
+        ("gemma3n_text", "model.layers.0.mlp", "model.layers.0.altup"),
+    ],
+)
+def test_parts_of_unusual_models(model_type, quantized, left):
+    task = next(task for task, name in model_pairs() if name == model_type)
+    config_class, model_class = classes(task, model_type)
+    with torch.device("meta"):
+        model = model_class(tiny_config(config_class))
+    plan = make_plan(model, fewbit.QuantConfig(group_size=16))
+    assert any(layer.name.startswith(f"{quantized}.") for layer in plan.layers)
+    assert not any(layer.name.startswith(f"{left}.") for layer in plan.layers)
+    assert any(item.name.startswith(f"{left}.") for item in plan.skipped)

@@ -27,6 +27,8 @@ from .modeling.multimodal import parts_of
 
 _BLOCK = re.compile(r"^(?:.*?\.)?\d+(?=\.|$)")
 _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")
+_STREAM_MIXER = re.compile(r"(^|\.)altup(\.|$)")
+_STREAM_MIXER_REASON = "mixes the parallel streams of the model (AltUp)"
 _ROUTER_REASON = "router of a mixture of experts"
 _HEAD_REASON = "output embedding (quantized with lm_head=True, --lm-head)"
 _OUTSIDE_REASON = "outside the repeated blocks (name it in an override to quantize it)"
@@ -194,6 +196,8 @@ def _default_reasons(model: nn.Module, names: Collection[str], head: str | None)
             reasons[name] = _HEAD_REASON
         elif _ROUTER.search(name):
             reasons[name] = _ROUTER_REASON
+        elif _STREAM_MIXER.search(name):
+            reasons[name] = _STREAM_MIXER_REASON
         else:
             outside = has_blocks and not _BLOCK.match(name)
             reasons[name] = parts.why_not(name) or (_OUTSIDE_REASON if outside else None)

@@ -26,7 +26,7 @@ TOLERANCE = 2e-3  # of the norm of the logits: float32 sums in another order
 
 # Reasons for a weight in 16 bits that are no fault: what GPTQ leaves alone in every tool.
 _ORDINARY = re.compile(
-    r"is not a linear layer|uses in its own way|router|output embedding|which reads|"
+    r"is not a linear layer|uses in its own way|router|mixes the parallel streams|output embedding|which reads|"
     r"outside the (language model|repeated blocks)"
 )
 _EXPERT = re.compile(r"\.\d+(\.(gate|up|down)_proj)?\.(weight|bias)$")

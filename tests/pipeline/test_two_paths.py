@@ -170,7 +170,7 @@ def test_reference_through_a_quantized_layer_is_noted():
     fewbit.quantize(model, fewbit.QuantConfig(bits=2, group_size=32), dataset=batches)
     notes = model.fewbit_report.notes
     assert any("3 inputs reached 1 layers after they were solved" in note for note in notes)
-    assert any("3 inputs of the full-precision stream reached layers after" in note for note in notes)
+    assert any("3 inputs of the full-precision path reached layers after" in note for note in notes)
 
 
 def test_infinite_holdout_tokens_are_dropped():

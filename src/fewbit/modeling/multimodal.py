@@ -7,6 +7,7 @@ is an encoder. A part that reads both and contains such parts is divided further
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 # The last resort, for code that does not come with transformers and says nothing.
-_ENCODER_NAME = re.compile(r"(^|[._])(vision|visual|vit|image|video|audio|speech)([._]|$)")
+_ENCODER_NAME = re.compile(r"(^|[._])(vision|visual|vit|image|video|audio|speech|protein)([._]|$)")
+# Arguments of a forward that are not text.
+_OTHER_INPUT = re.compile(r"pixel|image|video|audio|speech|features|patches|waveform")
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,15 @@ def _own_models(
 def _is_language(name: str, part: PreTrainedModel, whole: PreTrainedModel) -> bool:
     if part.config is getattr(whole.config, "text_config", None):
         return True
-    reads_tokens = part.main_input_name == "input_ids" and _modalities(part) == ("text",)
-    return reads_tokens and not _ENCODER_NAME.search(name)
+    return part.main_input_name == "input_ids" and _reads_only_text(part) and not _ENCODER_NAME.search(name)
+
+
+def _reads_only_text(part: PreTrainedModel) -> bool:
+    """By what it declares, or by its arguments: a decoder may inherit the declaration of the whole model."""
+    if _modalities(part) == ("text",):
+        return True
+    inputs = inspect.signature(part.forward).parameters
+    return "input_ids" in inputs and not any(_OTHER_INPUT.search(key) for key in inputs)
 
 
 def _modalities(model: Any) -> tuple[str, ...]:

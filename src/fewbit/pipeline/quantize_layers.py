@@ -244,7 +244,7 @@ def _pairing_notes(stats: ScheduleStats, records: Mapping[str, Mapping[str, Any]
     notes = []
     if stats.late_reference_inputs:
         notes.append(
-            f"{stats.late_reference_inputs.total()} inputs of the full-precision stream reached layers after they "
+            f"{stats.late_reference_inputs.total()} inputs of the full-precision path reached layers after they "
             f"were solved, for example {next(iter(stats.late_reference_inputs))}: from there on it is not quite the "
             "original model's, nor are corrections and true errors"
         )
