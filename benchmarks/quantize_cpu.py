@@ -3,7 +3,7 @@
     python benchmarks/quantize_cpu.py --dtype bfloat16 --bits 4 --group-size 64
 
 SmolLM2-135M, 32 × 512 tokens of Wikipedia; once with `--fast` (one stream) and once with the defaults (the
-full-precision stream beside the quantized one: two forward passes at least). The whole quantization is counted:
+full-precision path beside the quantized one: two forward passes at least). The whole quantization is counted:
 reading the text and the model, hashing the weights, calibration forward, Hessians, solving, writing and syncing
 the checkpoint. Every part runs in a process of its own, so that peak memory is its own. Quality:
 `benchmarks/accuracy.py`.

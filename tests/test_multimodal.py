@@ -206,7 +206,7 @@ def test_what_cannot_work_is_said():
     ("model_type", "quantized", "left"),
     [
         ("t5gemma2", "model.decoder.layers.0", "model.encoder.vision_tower"),
-        ("evolla", "model.layers.0", "model.protein_encoder"),
+        ("evolla", "model.layers.0", "model.protein_encoder.model"),
         ("gemma3n_text", "model.layers.0.mlp", "model.layers.0.altup"),
     ],
 )

@@ -252,7 +252,7 @@ def _pairing_notes(stats: ScheduleStats, records: Mapping[str, Mapping[str, Any]
     if uncorrected:
         notes.append(
             f"in {len(uncorrected)} layers, for example {uncorrected[0]}, the rows of the quantized and the "
-            "full-precision stream do not belong together: no correction there, and no sequence held out"
+            "full-precision path do not belong together: no correction there, and no sequence held out"
         )
     return notes
 
