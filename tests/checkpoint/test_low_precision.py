@@ -81,7 +81,8 @@ def compressed(bits, group, *, sym=True):
             written[f"{stem}.weight_zero_point"] = words(zero.int().t(), bits).t()
         return written, truth
 
-    return change, {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    groups = {"group_0": {"weights": {"num_bits": bits, "symmetric": sym}}}
+    return change, {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
 
 
 def words(codes, bits):
@@ -188,6 +189,12 @@ def test_files_that_do_not_fit(tmp_path):
         ModelError, match=r"cannot be dequantized with scales of shape .* in blocks of \[64, 64\]"
     ):
         open_source(folder).build_model("auto")
+    words_missing = save_tiny(tmp_path / "words", "llama")
+    change, packed = compressed(4, 16)
+    packed = {**packed, "config_groups": {"group_0": {"weights": {"num_bits": 8}}}}
+    rewrite(words_missing, change, packed)
+    with pytest.raises(ModelError, match=r"of shape \[\d+, \d+\] does not fit words"):
+        open_source(words_missing).build_model("auto")
     plain = save_tiny(tmp_path / "plain", "llama")
     rewrite(plain, lambda name, W: ({name: W}, W), quantization)
     with pytest.raises(ModelError, match=r"quantized \(fp8\), but its files have no such tensors"):

@@ -39,7 +39,7 @@ class DequantizedTensor(FileTensor):
 
     Attributes:
         parts: tensors of the file, in the order that `decode` takes.
-        decode: returns the values, float32, in the shape of `info`.
+        decode: maps the parts of one matrix to its values, float32.
     """
 
     parts: tuple[FileTensor, ...] = ()
@@ -51,8 +51,13 @@ class DequantizedTensor(FileTensor):
         Raises:
             ModelError: a file cannot be read any more.
         """
-        values = self.decode([part.read() for part in self.parts]).to(DTYPE).contiguous()
-        return values.pin_memory() if pinned else values
+        parts = [part.read() for part in self.parts]
+        values = torch.empty(self.info.shape, dtype=DTYPE, pin_memory=pinned)
+        if values.ndim == 2:
+            return values.copy_(self.decode(parts))
+        for number, matrix in enumerate(values):  # the float32 of one expert at a time
+            matrix.copy_(self.decode([part[number] for part in parts]))
+        return values
 
 
 def method_of(quantization: Mapping[str, Any]) -> str:
@@ -100,11 +105,11 @@ def _fp8(
 def _scaled(
     name: str, weight: FileTensor, scale: FileTensor, size: Sequence[int] | None
 ) -> DequantizedTensor:
-    """Combine a narrow weight (…, out, in) with its scales: one, one per row, or one for each block."""
+    """Combine a narrow weight, (out, in) or (experts, out, in), with its scales: one, one per row, or one per block."""
     shape, grid = weight.info.shape, scale.info.shape
-    if len(grid) < 2 <= len(shape):  # one scale, or one for each output
-        grid = (*(1 for _ in shape[:-2]), *(grid or (1,)), 1)
-    fits = len(grid) == len(shape) >= 2 and grid[:-2] in (shape[:-2], (1,) * len(shape[:-2]))
+    if len(grid) < 2 == len(shape):
+        grid = (*(grid or (1,)), 1)
+    fits = len(grid) == len(shape) in (2, 3) and grid[:-2] == shape[:-2]
     block = [_block(shape[axis], grid[axis], size[axis] if size else None) for axis in (-2, -1) if fits]
     if not fits or None in block:
         raise ModelError(
@@ -112,7 +117,7 @@ def _scaled(
         )
 
     def decode(parts: Sequence[Tensor]) -> Tensor:
-        values, scales = parts[0].float(), _scale_values(parts[1]).view(grid)
+        values, scales = parts[0].float(), _scale_values(parts[1]).view(grid[-2:])
         for axis, count in zip((-2, -1), block, strict=True):
             scales = scales.repeat_interleave(int(count or 1), dim=axis).narrow(axis, 0, values.shape[axis])
         return values * scales
@@ -180,7 +185,9 @@ def _compressed(
             if f"{name}_{key}" in tensors
         }
         if "packed" in parts and "shape" in parts:
-            found[name] = _packed(name, {key: tensors[part] for key, part in parts.items()}, scale)
+            found[name] = _packed(
+                name, {key: tensors[part] for key, part in parts.items()}, scale, _stated_bits(quantization)
+            )
         elif name in tensors and tensors[name].info.dtype in _NARROW and "zero_point" not in parts:
             found[name] = _scaled(name, tensors[name], scale, None)
         else:
@@ -192,16 +199,34 @@ def _compressed(
     return found, used
 
 
-def _packed(name: str, parts: Mapping[str, FileTensor], scale: FileTensor) -> DequantizedTensor:
+def _stated_bits(quantization: Mapping[str, Any]) -> int | None:
+    """Return the bits of all groups of layers; None if they differ or are not stated."""
+    groups = (quantization.get("config_groups") or {}).values()
+    found = {(group.get("weights") or {}).get("num_bits") for group in groups}
+    return found.pop() if len(found) == 1 else None
+
+
+def _packed(
+    name: str, parts: Mapping[str, FileTensor], scale: FileTensor, bits: int | None
+) -> DequantizedTensor:
     """Integers packed along the inputs, one row of words per output, with groups of inputs."""
-    out_features, in_features = (int(n) for n in parts["shape"].read().flatten())
-    bits = 32 * parts["packed"].info.shape[1] // in_features
-    groups = scale.info.shape[1] if len(scale.info.shape) == 2 else 1
+    shape, words, scales = (
+        parts["shape"].read().flatten().tolist(),
+        parts["packed"].info.shape,
+        scale.info.shape,
+    )
     order = ["packed", *(key for key in ("zero_point", "g_idx") if key in parts)]
-    if bits not in range(2, 9) or scale.info.shape[0] != out_features or in_features % groups:
-        raise ModelError(
-            f"{name}: {out_features} × {in_features} weights do not fit scales of shape {scale.info.shape}"
-        )
+    groups = scales[1] if len(scales) == 2 else 1
+    if len(shape) != 2 or min(shape) < 1 or len(words) != 2 or shape[1] % max(groups, 1):
+        raise ModelError(f"{name} of shape {shape} does not fit words {words} and scales of shape {scales}")
+    out_features, in_features = shape
+    bits = bits or 32 * words[1] // in_features
+    if (
+        bits not in range(2, 9)
+        or words != (out_features, -(-in_features * bits // 32))
+        or scales[0] != out_features
+    ):
+        raise ModelError(f"{name} of shape {shape} does not fit words {words} and scales of shape {scales}")
 
     def decode(read: Sequence[Tensor]) -> Tensor:
         values = dict(zip([*order, "scale"], read, strict=True))

@@ -54,6 +54,11 @@ _EXPLANATIONS = {
         "solved without the correction.",
         _MORE_TEXT,
     ),
+    fallback.SCALES_CLAMPED: Explanation(
+        "The weights are so small or so large that float16 cannot hold the best scales: some are the smallest or the "
+        "largest float16.",
+        "Leave such layers as they are with --ignore if their error is large.",
+    ),
 }  # fmt: skip
 
 
