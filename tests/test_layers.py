@@ -45,7 +45,7 @@ PUBLIC = {
     "hf/fuse.py:attention_forward",
     "calibration/__init__.py:prepare",
 }
-LIMITS = {"files": 145, "lines": 25_650, "lines of a file": 500}
+LIMITS = {"files": 145, "lines": 25_600, "lines of a file": 500}
 
 
 def name_of(path: Path) -> str:

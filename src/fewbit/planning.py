@@ -151,7 +151,8 @@ def with_settings(plan: Plan, chosen: Mapping[str, tuple[int, int]]) -> Plan:
         bits, group_size = chosen[layer.name]
         settings = dataclasses.replace(layer.settings, bits=bits, group_size=group_size)
         layers.append(dataclasses.replace(layer, settings=settings))
-    return dataclasses.replace(plan, layers=tuple(layers), notes=tuple(_notes(layers)))
+    others = [note for note in plan.notes if note not in set(_notes(plan.layers))]
+    return dataclasses.replace(plan, layers=tuple(layers), notes=(*_notes(layers), *others))
 
 
 def output_embedding_name(model: nn.Module) -> str | None:
@@ -225,17 +226,18 @@ def _routers(model: nn.Module, layers: Collection[str]) -> Iterable[Skipped]:
 
 def _others(model: nn.Module) -> Iterable[Skipped]:
     """Tensors inside blocks that have several dimensions and belong to no linear layer."""
+    parts = parts_of(model)
     for name, module in model.named_modules():
         if not _BLOCK.match(name) or is_layer(module):
             continue
         kind = type(module).__name__
         for key, tensor in module.named_parameters(recurse=False):
-            if tensor.ndim >= 2 and key == "weight":
-                yield Skipped(name, tuple(tensor.shape), f"a {kind} is not a linear layer")
-            elif tensor.ndim >= 2:
-                yield Skipped(
-                    f"{name}.{key}", tuple(tensor.shape), f"a parameter that {kind} uses in its own way"
-                )
+            if tensor.ndim < 2:
+                continue
+            full, what = f"{name}.{key}", f"a parameter that {kind} uses in its own way"
+            if key == "weight":
+                full, what = name, f"{kind} is not a linear layer"
+            yield Skipped(full, tuple(tensor.shape), parts.why_not(name) or what)
 
 
 def _check_patterns(config: QuantConfig, names: Collection[str]) -> None:

@@ -22,7 +22,7 @@ from fewbit.modeling.experts import (
     unfused_modules,
     why_fused,
 )
-from fewbit.planning import make_plan
+from fewbit.planning import make_plan, with_settings
 from models import random_sequences, tiny_model
 from moe_models import EXPERTS, HIDDEN, INNER, MOE_SHAPES, tiny_moe
 
@@ -210,3 +210,14 @@ def test_gradients_reach_every_chosen_expert():
     experts = unfused_modules(model)["model.layers.0.mlp.experts"]
     assert experts.get_submodule("0.down_proj").weight.grad.abs().sum() > 0
     assert experts.get_submodule("5.down_proj").weight.grad is None
+
+
+def test_notes_on_experts_stay_with_other_bits():
+    model = tiny_moe("gpt_oss")
+    unfuse(model)
+    plan = make_plan(model, QuantConfig(group_size=16))
+    changed = with_settings(plan, {layer.name: (8, 32) for layer in plan.layers})
+    assert sum("in fused tensors" in note for note in plan.notes) == 1
+    assert [note for note in changed.notes if "in fused tensors" in note] == [
+        note for note in plan.notes if "in fused tensors" in note
+    ]

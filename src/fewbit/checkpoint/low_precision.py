@@ -31,6 +31,9 @@ _EXPONENT_BIAS = 127
 _NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 
 Decode = Callable[[Sequence[Tensor]], Tensor]
+Found = tuple[
+    dict[str, FileTensor], set[str]
+]  # the tensors described, and the names of the tensors that do so
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,7 @@ def dequantized(tensors: Mapping[str, FileTensor], quantization: Mapping[str, An
     return {**others, **found}
 
 
-def _fp8(
-    tensors: Mapping[str, FileTensor], quantization: Mapping[str, Any]
-) -> tuple[dict[str, FileTensor], set[str]]:
+def _fp8(tensors: Mapping[str, FileTensor], quantization: Mapping[str, Any]) -> Found:
     size = quantization.get("weight_block_size")
     found: dict[str, FileTensor] = {}
     used: set[str] = set()
@@ -140,9 +141,7 @@ def _scale_values(scales: Tensor) -> Tensor:
     return scales.float()
 
 
-def _mxfp4(
-    tensors: Mapping[str, FileTensor], quantization: Mapping[str, Any]
-) -> tuple[dict[str, FileTensor], set[str]]:
+def _mxfp4(tensors: Mapping[str, FileTensor], quantization: Mapping[str, Any]) -> Found:
     found: dict[str, FileTensor] = {}
     used: set[str] = set()
     for blocks_name, blocks in tensors.items():
@@ -170,9 +169,7 @@ def _decode_mxfp4(parts: Sequence[Tensor]) -> Tensor:
     return values.flatten(-2).transpose(-1, -2)
 
 
-def _compressed(
-    tensors: Mapping[str, FileTensor], quantization: Mapping[str, Any]
-) -> tuple[dict[str, FileTensor], set[str]]:
+def _compressed(tensors: Mapping[str, FileTensor], quantization: Mapping[str, Any]) -> Found:
     found: dict[str, FileTensor] = {}
     used: set[str] = set()
     for scale_name, scale in tensors.items():

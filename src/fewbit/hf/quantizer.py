@@ -378,7 +378,7 @@ def replace_layers(
             old,
             kernel_spec(layer, fmt, "conv2d" if isinstance(old, nn.Conv2d) else "linear"),
             {part: tensor.to(weight.device) for part, tensor in tensors_of(layer.name).items()},
-            bias.detach() if isinstance(bias, Tensor) else None,
+            bias.detach().clone() if isinstance(bias, Tensor) else None,  # it may be a view of all experts'
             weight.dtype,
         )
         new.prepare()

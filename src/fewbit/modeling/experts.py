@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -159,14 +158,10 @@ class UnfusedExperts(nn.Module):
 
     def release_fused(self) -> None:
         """Copy weights that are still views of the fused ones, so that those are freed."""
-        for module in self.modules():
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in list(tensors.items()):
-                    if tensor is not None and tensor.untyped_storage().nbytes() > tensor.nbytes:
-                        copy = tensor.detach().clone(memory_format=torch.contiguous_format)
-                        trained = isinstance(tensor, nn.Parameter) and tensor.requires_grad
-                        own: Any = nn.Parameter(copy, trained) if isinstance(tensor, nn.Parameter) else copy
-                        tensors[name] = own
+        for layer in self.modules():
+            for key, tensor in layer._parameters.items() if isinstance(layer, nn.Linear) else ():
+                if tensor is not None and tensor.untyped_storage().nbytes() > tensor.nbytes:
+                    layer._parameters[key] = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
 
     @contextmanager
     def fused_for_loading(self) -> Iterator[None]:
@@ -294,10 +289,7 @@ class SortedExperts(UnfusedExperts):
             for number, rows in enumerate(torch.split(inputs, list(expert_size)))
             if len(rows)
         ]
-        return torch.cat(outputs) if outputs else inputs.new_zeros(0, self._outputs())
-
-    def _outputs(self) -> int:
-        return self._empty["weight"].shape[1]
+        return torch.cat(outputs) if outputs else inputs.new_zeros(0, self._empty["weight"].shape[1])
 
     def _expert(self, layers: Mapping[str, nn.Linear]) -> nn.Module:
         return layers["linear"]

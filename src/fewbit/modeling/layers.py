@@ -31,22 +31,16 @@ def has_plain_forward(module: nn.Module) -> bool:
         return True
     if not isinstance(module, nn.Linear):
         return False
-    weight, bias, x = (
-        torch.linspace(-1, 1, 15).view(3, 5),
-        torch.ones(3),
-        torch.linspace(-1, 2, 10).view(1, 2, 5),
-    )
+    weight, x = torch.arange(15.0).view(3, 5), torch.arange(10.0).view(1, 2, 5)
+    bias = None if module.bias is None else nn.Parameter(torch.ones(3), requires_grad=False)
     small = copy.copy(module)
-    small._parameters = {"weight": nn.Parameter(weight, False), "bias": None}
-    if module.bias is not None:
-        small._parameters["bias"] = nn.Parameter(bias, False)
+    small._parameters = {"weight": nn.Parameter(weight, requires_grad=False), "bias": bias}
     try:
         y = kind.forward(small, x)
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return False
-    return (
-        isinstance(y, Tensor) and y.shape == (1, 2, 3) and torch.allclose(y, F.linear(x, weight, small.bias))
-    )
+    expected = F.linear(x, weight, bias)
+    return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected)
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
