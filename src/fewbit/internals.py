@@ -43,7 +43,6 @@ __all__ = [
     "DynamicLayer",
     "MergeModulelist",
     "NonDynamicallyQuantizableLinear",
-    "PrefixChange",
     "TorchDispatchMode",
     "WeightConverter",
     "WeightNames",
@@ -112,8 +111,10 @@ class WeightNames:
         renamed, pattern = rename_source_key(
             name, self._renamings, self._converters, self._prefix, self._state
         )
-        if renamed not in self._state and name in self._state:
-            return name, []  # a pattern for one part of the model that also fits the name of another
+        if renamed not in self._state:  # a pattern may also fit a name that it is not meant for
+            for other in (name, rename_source_key(name, self._renamings, [], self._prefix, self._state)[0]):
+                if other in self._state:
+                    return other, []
         return renamed, self._targets[pattern] if pattern is not None else []
 
 
@@ -121,6 +122,23 @@ def conversions(model: nn.Module) -> list[WeightTransform] | None:
     """Return the conversions that `model` was loaded with; None if it was not loaded from files."""
     found: list[WeightTransform] | None = getattr(model, "_weight_conversions", None)
     return found
+
+
+def conversions_of(model: PreTrainedModel) -> list[WeightTransform]:
+    """Return the conversions `model` was loaded with, or those of its class if it was not loaded."""
+    used = conversions(model)
+    if used is not None:
+        return list(used)
+    # As in transformers' own saving: without a file, prefixes are unknown.
+    default = get_model_conversion_mapping(model, add_legacy=False)
+    return [entry for entry in default if not isinstance(entry, PrefixChange)]
+
+
+def converters_of(parameters: Iterable[str], conversions: Iterable[WeightTransform]) -> list[WeightConverter]:
+    """Return those of `conversions` that make one of the `parameters` (names in the model) from tensors of the files."""
+    parameters = list(parameters)
+    reverse = [(c, c.reverse_transform()) for c in conversions if isinstance(c, WeightConverter)]
+    return [c for c, back in reverse if any(back.rename_source_key(name)[1] for name in parameters)]
 
 
 def set_conversions(model: nn.Module, value: list[WeightTransform] | None) -> None:

@@ -175,7 +175,7 @@ def quantization_config(
     `copied` names matrices of the files that belong to no layer of the model.
     """
     names = [layer.name for layer in plan.layers] + [item.name for item in plan.skipped]
-    on_disk = names_on_disk(model, names)
+    on_disk = names_on_disk(model, names, quantized=[layer.name for layer in plan.layers])
     if config.target_bits is not None:
         bits, group_size = base_settings(plan)
         config = replace(config, bits=bits, group_size=group_size)

@@ -15,12 +15,13 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from .checkpoint.assemble import tensors_on_disk
+from .checkpoint.assemble import names_on_disk, separate_layers
 from .checkpoint.layout import empty_layer
 from .config import LayerSettings, QuantConfig
 from .errors import ConfigError, ModelError
-from .internals import NonDynamicallyQuantizableLinear
+from .internals import NonDynamicallyQuantizableLinear, WeightNames, conversions_of
 from .modeling.experts import unfused_modules, why_fused
 from .modeling.layers import has_plain_forward, is_layer, matrix_shape
 from .modeling.multimodal import parts_of
@@ -114,7 +115,8 @@ def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
     # An override asks for special layers (head, routers …) if it matches no others; a broad one does not.
     ordinary = [name for name, reason in defaults.items() if reason is None]
     special = [p for p in config.override if not any(re.search(p, name) for name in ordinary)]
-    merged = _shared(candidates) | _merged_on_disk(model, candidates)
+    split = _split_at_load(model, candidates)
+    kept = {name: reason for name, reason in split.items() if reason} | _shared(candidates)
     layers: list[LayerPlan] = []
     skipped: list[Skipped] = []
     for name, module in candidates.items():
@@ -123,7 +125,7 @@ def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
         if settings is None:
             reason: str | None = "asked to stay as it is (ignore or override)"
         else:
-            reason = (None if asked else defaults[name]) or _unsupported(module) or merged.get(name)
+            reason = (None if asked else defaults[name]) or _unsupported(module) or kept.get(name)
         if settings is None or reason is not None:
             skipped.append(Skipped(name, tuple(module.weight.shape), reason or ""))
             continue
@@ -141,7 +143,8 @@ def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
         )
         raise ModelError(f"nothing to quantize in {type(model).__name__}: {listed}")
     others = [item for item in _others(model) if all(item.name != other.name for other in skipped)]
-    return Plan(tuple(layers), tuple(skipped), (*_notes(layers), *_expert_notes(model)), tuple(others))
+    notes = (*_notes(layers), *_split_notes(layers, split), *_expert_notes(model))
+    return Plan(tuple(layers), tuple(skipped), notes, tuple(others))
 
 
 def with_settings(plan: Plan, chosen: Mapping[str, tuple[int, int]]) -> Plan:
@@ -164,14 +167,24 @@ def output_embedding_name(model: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if module is head), None)
 
 
-def _merged_on_disk(model: nn.Module, names: Collection[str]) -> dict[str, str]:
-    """Layer → reason, for layers that have no separate tensor in the files, such as parts of a fused q/k/v."""
-    on_disk = tensors_on_disk(model, names)
-    layers_in = Counter(stored for found in on_disk.values() for stored in found)
+def _split_at_load(model: nn.Module, names: Collection[str]) -> dict[str, str | None]:
+    """Layers without a tensor of their own in the files, such as parts of a fused q/k/v.
+
+    The value is None if transformers loads the layer under the name of its module, else why it stays as it is.
+    """
+    split = separate_layers(model, names)
+    if not split:
+        return {}
+    assert isinstance(model, PreTrainedModel)
+    loader = WeightNames(model, conversions_of(model))
+    separate = names_on_disk(model, split, quantized=split)
+    fused = names_on_disk(model, split)
+    reason = "the files hold it in another form ({}), and transformers would not load it from a tensor of its own"
     return {
-        name: f"the files hold it in another form ({', '.join(found) or 'unknown'}), which has no GPTQ layout here"
-        for name, found in on_disk.items()
-        if len(found) != 1 or layers_in[found[0]] > 1 or not found[0].endswith(".weight")
+        name: None
+        if loader.rename(f"{stored[0]}.weight") == (f"{name}.weight", [])
+        else reason.format(", ".join(fused[name]) or "unknown")
+        for name, stored in separate.items()
     }
 
 
@@ -247,6 +260,17 @@ def _check_patterns(config: QuantConfig, names: Collection[str]) -> None:
             raise ConfigError(
                 f"the pattern {pattern!r} matches no layer of this model; its layers are called {shown or '(none)'}"
             )
+
+
+def _split_notes(layers: Iterable[LayerPlan], split: Collection[str]) -> Iterable[str]:
+    """Layers that the result holds one by one and the original files do not."""
+    names = [layer.name for layer in layers if layer.name in split]
+    if names:
+        yield (
+            f"the original files hold {len(names)} layers in tensors that transformers splits or merges when it loads "
+            f"them; the result holds each by itself, under the name of its module ({names[0]}). fewbit reads that, and "
+            "transformers after fewbit.register(); another engine may not."
+        )
 
 
 def _expert_notes(model: nn.Module) -> Iterable[str]:

@@ -55,8 +55,9 @@ class UnavailableError(Exception):
     """transformers cannot build or run the model."""
 
 
-def judge(task: str, model_type: str, folder: Path) -> Row:
+def judge(task: str, model_type: str, folder: Path, **settings: Any) -> Row:
     """Quantize a tiny model from its folder and in memory, and compare everything with the independent decode."""
+    config = fewbit.QuantConfig(**{**CONFIG.to_dict(), **settings})
     row = Row(task, model_type, "failed")
     try:
         model, cls, inputs = _build(task, model_type, folder / "model")
@@ -66,12 +67,12 @@ def judge(task: str, model_type: str, folder: Path) -> Row:
     step = "plan"
     try:
         dataset = _dataset(model)
-        plan = estimate(folder / "model", CONFIG, dataset=dataset, output=folder / "out")
+        plan = estimate(folder / "model", config, dataset=dataset, output=folder / "out")
         if plan.problems:
             row.status, row.reasons = "refused", list(plan.problems)
             return row
         step = "quantize"
-        report = fewbit.quantize(folder / "model", CONFIG, dataset=dataset, output=folder / "out")
+        report = fewbit.quantize(folder / "model", config, dataset=dataset, output=folder / "out")
         row.quantized, left, silent = _coverage(folder / "model", report)
         step = "verify"
         problems = [f"{p.where}: {p.what}" for p in verify(folder / "out").problems]
@@ -94,7 +95,9 @@ def judge(task: str, model_type: str, folder: Path) -> Row:
         _same(_logits(registered, inputs), expected)
         step = "in memory"
         in_memory = fewbit.quantize(
-            cls.from_pretrained(folder / "model").eval(), CONFIG_IN_MEMORY, dataset=dataset
+            cls.from_pretrained(folder / "model").eval(),
+            fewbit.QuantConfig(**{**config.to_dict(), "dtype": "auto"}),
+            dataset=dataset,
         )
         # A tie may go the other way, and with it the router of a mixture of experts.
         _same(_logits(in_memory, inputs), expected, 0.5 if "expert" in str(report.layers) else 0.05)
@@ -112,9 +115,6 @@ def judge(task: str, model_type: str, folder: Path) -> Row:
         return row
     row.status, row.reasons = ("partial" if left or silent else "right"), [*silent, *left]
     return row
-
-
-CONFIG_IN_MEMORY = fewbit.QuantConfig(**{**CONFIG.to_dict(), "dtype": "auto"})
 
 
 def _build(task: str, model_type: str, folder: Path) -> tuple[nn.Module, Any, dict[str, Tensor]]:
@@ -210,13 +210,17 @@ def _decoded(folder: Path, cls: Any, out: str) -> nn.Module:
     experts = {
         name: tensors.pop(name) for name in list(tensors) if name not in source and _EXPERT.search(name)
     }
-    unset = {k: torch.full_like(v, float("nan")) for k, v in source.items() if k not in tensors}
+    unset = {
+        k: torch.full_like(v, float("nan")) for k, v in source.items() if k not in tensors and ".experts." in k
+    }
     content = {k: v.clone() for k, v in (tensors | unset).items()}
     save_file(content, target / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / out / "config.json").read_text())
     config.pop("quantization_config")
     (target / "config.json").write_text(json.dumps(config))
     model, info = cls.from_pretrained(target, dtype=torch.float32, output_loading_info=True)
+    for name in info["missing_keys"]:
+        model.get_parameter(name).data.fill_(float("nan"))
     _place(model, experts)
     for module in model.modules():
         if getattr(
@@ -225,7 +229,6 @@ def _decoded(folder: Path, cls: Any, out: str) -> nn.Module:
             module.gate_up_proj.data[module.num_routed_experts :].zero_()
     unset_names = [name for name, p in model.named_parameters() if p.isnan().any()]
     _expect(not unset_names, f"the checkpoint lacks {unset_names[:2]}")
-    _expect(not info["missing_keys"], f"the checkpoint lacks {sorted(info['missing_keys'])[:2]}")
     return model.eval()
 
 

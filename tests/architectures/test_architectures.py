@@ -29,9 +29,11 @@ RIGHT = (
     "kimi_k25",  # two conversions for the same experts
     "xlm-roberta",  # the tied output embedding comes first in the state
     "modernbert",
+    "hrm_text",  # gate, q, k and v are one tensor in the files
+    "lara_mini",  # linear attention whose inputs are one tensor in the files
+    "minimax_m3_vl",  # gate and up are two tensors in the files and one layer in the model, also in experts
 )
 PARTIAL = {
-    "minimax_m3_vl": "the files hold it in another form",  # a conversion that also fits single experts
     "inkling2_text": "the files hold it in another form",  # a weight that is not called weight in the files
     "deepseek_v4": "uses its weight in its own way",  # a grouped linear layer, tokens sent twice to one expert
     "zamba": "shares its weight",  # one layer in several blocks
@@ -45,6 +47,13 @@ def test_right(model_type, tmp_path):
     row = judge(TASKS[model_type], model_type, tmp_path)
     assert (row.status, row.reasons) == ("right", [])
     assert row.quantized == 100
+
+
+@pytest.mark.parametrize("ignored", [r"layers\.0.*v_proj", r"q_proj|k_proj", r"layers\.1.*(k_proj|up_proj)"])
+def test_some_layers_of_one_tensor(ignored, tmp_path):
+    row = judge("MASKED_LM", "nomic_bert", tmp_path, ignore=(ignored,))
+    assert row.status == "partial"
+    assert all("asked to stay" in reason for reason in row.reasons)
 
 
 @pytest.mark.parametrize("model_type", PARTIAL)

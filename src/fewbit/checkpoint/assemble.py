@@ -2,17 +2,22 @@
 
 Quantized layers give ``qweight, qzeros, scales, g_idx`` (and their unchanged bias) in place of ``weight``. Everything
 else is written as it is. Tied weights are written once.
+
+Some files hold several layers in one tensor (q, k and v; gate and up), which transformers splits when it loads them.
+Packed tensors cannot be merged again. So if such a layer is quantized, it and the others of its kind are written one by
+one, with the names of the model's own modules.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..internals import revert_weight_conversion
+from .. import internals
 
 
 def checkpoint_tensors(
@@ -33,7 +38,8 @@ def checkpoint_tensors(
         values: False for tensors on the meta device: dtypes and shapes of the checkpoint, without reading weights.
     """
     quantized = {f"{name}.weight": name for name in layers}
-    on_disk = names_on_disk(model, layers)
+    on_disk = names_on_disk(model, layers, quantized=layers)
+    split = separate_layers(model, layers)
     saved = _saved_names(model)
     for shard in shards:
         state = model.state_dict()
@@ -41,12 +47,12 @@ def checkpoint_tensors(
         for key in shard:
             if key in quantized:
                 name = quantized[key]
-                (prefix,) = on_disk[name]  # `make_plan` skips layers that share a tensor
+                (prefix,) = on_disk[name]
                 for short, tensor in layer_tensors(name).items():
                     yield f"{prefix}.{short}", tensor
             elif key in saved:
                 plain[key] = state[key].detach() if values else torch.empty_like(state[key], device="meta")
-        yield from _disk_layout(model, plain).items()
+        yield from _disk_layout(model, plain, split).items()
 
 
 def _saved_names(model: nn.Module) -> set[str]:
@@ -71,29 +77,61 @@ def _saved_names(model: nn.Module) -> set[str]:
     return saved
 
 
-def _disk_layout(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Restore the names and layouts of the original files, where transformers changed them at load."""
+def _disk_layout(model: nn.Module, state: dict[str, Tensor], split: Collection[str] = ()) -> dict[str, Tensor]:
+    """Restore the names and layouts of the original files, where transformers changed them at load.
+
+    The layers `split`, and others of their kind, keep the layout that they have in the model.
+    """
     if not isinstance(model, PreTrainedModel):
         return state
-    reverted: dict[str, Tensor] = revert_weight_conversion(model, state)
+    with ExitStack() as stack:
+        if split:
+            stack.callback(internals.set_conversions, model, internals.conversions(model))
+            keep_split(model, split)
+        reverted: dict[str, Tensor] = internals.revert_weight_conversion(model, state)
     return reverted
 
 
-def names_on_disk(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
-    """Find the names of modules or bare parameters in the original files: several where transformers merged them."""
-    found = tensors_on_disk(model, names)
-    return {name: [key.removesuffix(".weight") for key in stored] for name, stored in found.items()}
+def keep_split(model: PreTrainedModel, layers: Iterable[str]) -> None:
+    """Make ``save_pretrained`` write `layers`, and others of their kind, one by one."""
+    used = internals.conversions_of(model)
+    dropped = internals.converters_of((f"{name}.weight" for name in layers), used)
+    if dropped:
+        internals.set_conversions(model, [entry for entry in used if entry not in dropped])
 
 
-def tensors_on_disk(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
-    """Find the tensors of the original files that hold the weights of modules, or bare parameters."""
+def separate_layers(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Find the layers among `names` that have no tensor of their own in the original files."""
+    on_disk = _tensors_on_disk(model, names, ())
+    return {name for name, (stored, renamed) in on_disk.items() if not (renamed and stored[0].endswith(".weight"))}
+
+
+def names_on_disk(
+    model: nn.Module, names: Iterable[str], quantized: Collection[str] = ()
+) -> dict[str, list[str]]:
+    """Find the names that modules or bare parameters get in a checkpoint: several where transformers merged them.
+
+    Args:
+        model: may be on the meta device.
+        names: the modules or parameters.
+        quantized: names of the quantized layers; () for the original files.
+    """
+    found = _tensors_on_disk(model, names, separate_layers(model, quantized))
+    return {name: [key.removesuffix(".weight") for key in stored] for name, (stored, _) in found.items()}
+
+
+def _tensors_on_disk(
+    model: nn.Module, names: Iterable[str], split: Collection[str]
+) -> dict[str, tuple[list[str], bool]]:
+    """Find the tensors of the files that hold the weights of modules, or bare parameters, and if they are equal."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     keys = {name: f"{name}.weight" if f"{name}.weight" in parameters else name for name in names}
     empty = {key: torch.empty_like(parameters[key], device="meta") for key in keys.values()}
     # A renamed tensor comes out as the same object. Others are converted one by one, to see what becomes of each.
-    renamed = {id(tensor): stored for stored, tensor in _disk_layout(model, dict(empty)).items()}
+    renamed = {id(tensor): stored for stored, tensor in _disk_layout(model, dict(empty), split).items()}
     found = {}
     for name, key in keys.items():
         known = renamed.get(id(empty[key]))
-        found[name] = [known] if known is not None else list(_disk_layout(model, {key: empty[key]}))
+        alone = [known] if known is not None else list(_disk_layout(model, {key: empty[key]}, split))
+        found[name] = (alone, known is not None)
     return found

@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 from .. import internals
 from ..checkpoint import layout
 from ..checkpoint import quantization_config as quantization
+from ..checkpoint.assemble import keep_split
 from ..checkpoint.reader import layer_names
 from ..checkpoint.safetensors_file import TensorInfo, read_header
 from ..checkpoint.writer import CONFIG
@@ -203,6 +204,7 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
                 layer.prepare(kernel, trainable=kernel == TRAINABLE)
             except CheckpointError as error:
                 raise CheckpointError(f"layer {name}: {error}") from error
+        keep_split(model, [name for name, _ in quantized_layers(model)])
         self.quantization_config.format = FORMATS[0]  # the format that is saved, unless the user sets another
         return model
 
@@ -392,4 +394,5 @@ def replace_layers(
         model.hf_quantizer = FewbitQuantizer(config, pre_quantized=True)
         model.is_quantized = True
         model.quantization_method = config.quant_method
+        keep_split(model, [layer.name for layer in plan.layers])
         untie_quantized(model)

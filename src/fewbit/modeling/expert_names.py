@@ -9,17 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from transformers import PreTrainedModel
-
 from .. import internals
 from ..internals import (
     Concatenate,
     MergeModulelist,
-    PrefixChange,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
-    get_model_conversion_mapping,
+    converters_of,
 )
 from .expert_layouts import ExpertLayout, FusedParameter
 
@@ -46,7 +43,7 @@ def in_files(name: str, layout: ExpertLayout | str, conversions: Sequence[Weight
         return InFiles(False, layout)
     stacked = []
     for parameter in layout.parameters:
-        converter = next(iter(_converters_of(f"{name}.{parameter.name}", conversions)), None)
+        converter = next(iter(converters_of([f"{name}.{parameter.name}"], reversed(conversions))), None)
         stacked.append(converter is not None and any("*" in source for source in converter.source_patterns))
         if stacked[-1] and _renamings(converter, parameter) is None:
             reason = "transformers makes these experts from the files in a way that fewbit does not know"
@@ -56,16 +53,6 @@ def in_files(name: str, layout: ExpertLayout | str, conversions: Sequence[Weight
     return InFiles(not any(stacked))
 
 
-def conversions_of(model: PreTrainedModel) -> list[WeightTransform]:
-    """Return the conversion `model` was loaded with, or the one of its class if it was not loaded."""
-    used = internals.conversions(model)
-    if used is not None:
-        return list(used)
-    # As in transformers' own saving: without a file, prefixes are unknown.
-    default = get_model_conversion_mapping(model, add_legacy=False)
-    return [entry for entry in default if not isinstance(entry, PrefixChange)]
-
-
 def unfused_conversions_of(
     layouts: Mapping[str, ExpertLayout], conversions: list[WeightTransform]
 ) -> list[WeightTransform]:
@@ -73,7 +60,7 @@ def unfused_conversions_of(
     replaced: dict[int, list[WeightRenaming]] = {}
     for name, layout in layouts.items():
         for parameter in layout.parameters:
-            for converter in _converters_of(f"{name}.{parameter.name}", conversions):
+            for converter in converters_of([f"{name}.{parameter.name}"], reversed(conversions)):
                 if id(converter) not in replaced:
                     replaced[id(converter)] = _renamings(converter, parameter) or []
     weights = [
@@ -92,15 +79,6 @@ def _without(entry: WeightTransform, weights: Iterable[str]) -> WeightTransform:
     if isinstance(entry, WeightConverter) and any(entry.rename_source_key(name)[1] for name in weights):
         return internals.with_prefix(entry, _NO_NUMBER)
     return entry
-
-
-def _converters_of(parameter: str, conversions: Sequence[WeightTransform]) -> list[WeightConverter]:
-    """Return the conversions that make the fused `parameter` (full name) from tensors of the files, the last first."""
-    return [
-        entry
-        for entry in reversed(conversions)
-        if isinstance(entry, WeightConverter) and entry.reverse_transform().rename_source_key(parameter)[1]
-    ]
 
 
 def _renamings(converter: WeightConverter | None, parameter: FusedParameter) -> list[WeightRenaming] | None:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from .. import internals
 from ..internals import WeightTransform
 from .expert_layouts import Activation, ExpertLayout, layout_of
-from .expert_names import conversions_of, in_files, unfused_conversions_of
+from .expert_names import in_files, unfused_conversions_of
 
 ROUTING = "routing"  # attribute name of the `RoutingPoint` in `RoutedExperts`
 
@@ -312,7 +312,7 @@ def unfuse(model: nn.Module) -> dict[str, UnfusedExperts]:
     """
     if not isinstance(model, PreTrainedModel):
         return {}
-    conversions = conversions_of(model)
+    conversions = internals.conversions_of(model)
     modules = {}
     for name, fused, layout in list(_fused_modules(model)):
         known = in_files(name, layout, conversions)
@@ -351,7 +351,7 @@ def fused_modules(model: nn.Module) -> set[str]:
 
 def why_fused(model: nn.Module) -> dict[str, str]:
     """Return every parameter that is still fused → why it cannot be unfused."""
-    conversions = conversions_of(model) if isinstance(model, PreTrainedModel) else []
+    conversions = internals.conversions_of(model) if isinstance(model, PreTrainedModel) else []
     reasons = {}
     for name, module, layout in _fused_modules(model):
         reason = layout if isinstance(layout, str) else in_files(name, layout, conversions).reason
