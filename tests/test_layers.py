@@ -45,7 +45,12 @@ PUBLIC = {
     "hf/fuse.py:attention_forward",
     "calibration/__init__.py:prepare",
 }
+# What existed when the size was last cut down, and what each feature since may add: files, lines.
 LIMITS = {"files": 145, "lines": 25_600, "lines of a file": 500}
+ADDED = {
+    "layers that run several times in one pass": (1, 200),
+    "parts of tensors that transformers splits": (0, 100),
+}
 
 
 def name_of(path: Path) -> str:
@@ -153,8 +158,8 @@ def test_functions_take_few_parameters():
 
 def test_the_package_stays_small():
     sizes = {path.relative_to(PACKAGE).as_posix(): text.count("\n") for path, text in SOURCES.items()}
-    assert len(sizes) <= LIMITS["files"]
-    assert sum(sizes.values()) <= LIMITS["lines"]
+    assert len(sizes) <= LIMITS["files"] + sum(files for files, _ in ADDED.values())
+    assert sum(sizes.values()) <= LIMITS["lines"] + sum(lines for _, lines in ADDED.values())
     assert max(sizes.values()) <= LIMITS["lines of a file"]
 
 

@@ -203,23 +203,26 @@ def test_a_layer_without_inputs_is_a_fallback():
         fewbit.quantize(Partial(), fewbit.QuantConfig(group_size=32, strict=True), dataset=batches)
 
 
-class Twice(nn.Module):
+class Undecided(nn.Module):
+    """Runs a layer as often as the values say."""
+
     def __init__(self):
         super().__init__()
         self.shared = nn.Linear(32, 32)
         self.last = nn.Linear(32, 32)
 
     def forward(self, x):
-        return self.last(self.shared(self.shared(x)))
+        return self.last(self.shared(self.shared(x) if x.sum().item() > -1e9 else x))
 
 
-def test_late_inputs_are_noted():
-    model = fewbit.quantize(
-        Twice(), fewbit.QuantConfig(group_size=32), dataset=[{"x": torch.randn(9, 32)}] * 2
-    )
+def test_late_inputs_are_noted_and_refused_by_strict():
+    batches = [{"x": torch.randn(9, 32)}] * 2
+    model = fewbit.quantize(Undecided(), fewbit.QuantConfig(group_size=32), dataset=batches)
     assert any(
         "2 inputs reached 1 layers after they were solved" in note for note in model.fewbit_report.notes
     )
+    with pytest.raises(SolverError, match="reached 1 layers after they were solved"):
+        fewbit.quantize(Undecided(), fewbit.QuantConfig(group_size=32, strict=True), dataset=batches)
 
 
 def test_rules_use_the_names_of_the_files(tmp_path):

@@ -135,7 +135,7 @@ def conversions_of(model: PreTrainedModel) -> list[WeightTransform]:
 
 
 def converters_of(parameters: Iterable[str], conversions: Iterable[WeightTransform]) -> list[WeightConverter]:
-    """Return those of `conversions` that make one of the `parameters` (names in the model) from tensors of the files."""
+    """Return those of `conversions` that make one of the `parameters` (names in the model) while loading."""
     parameters = list(parameters)
     reverse = [(c, c.reverse_transform()) for c in conversions if isinstance(c, WeightConverter)]
     return [c for c, back in reverse if any(back.rename_source_key(name)[1] for name in parameters)]

@@ -179,7 +179,9 @@ def _split_at_load(model: nn.Module, names: Collection[str]) -> dict[str, str | 
     loader = WeightNames(model, conversions_of(model))
     separate = names_on_disk(model, split, quantized=split)
     fused = names_on_disk(model, split)
-    reason = "the files hold it in another form ({}), and transformers would not load it from a tensor of its own"
+    reason = (
+        "the files hold it in another form ({}), and transformers would not load it from a tensor of its own"
+    )
     return {
         name: None
         if loader.rename(f"{stored[0]}.weight") == (f"{name}.weight", [])

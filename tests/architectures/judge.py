@@ -211,7 +211,9 @@ def _decoded(folder: Path, cls: Any, out: str) -> nn.Module:
         name: tensors.pop(name) for name in list(tensors) if name not in source and _EXPERT.search(name)
     }
     unset = {
-        k: torch.full_like(v, float("nan")) for k, v in source.items() if k not in tensors and ".experts." in k
+        k: torch.full_like(v, float("nan"))
+        for k, v in source.items()
+        if k not in tensors and ".experts." in k
     }
     content = {k: v.clone() for k, v in (tensors | unset).items()}
     save_file(content, target / "model.safetensors", metadata={"format": "pt"})

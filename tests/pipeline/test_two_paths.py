@@ -153,14 +153,14 @@ def test_unrelated_rows_of_equal_shape_are_not_corrected():
 
 
 class Again(nn.Module):
-    """The same layer twice, then another."""
+    """The same layer twice, then another; it looks at values."""
 
     def __init__(self):
         super().__init__()
         self.shared, self.last = nn.Linear(32, 32), nn.Linear(32, 32)
 
     def forward(self, x):
-        return self.last(self.shared(self.shared(x)))
+        return self.last(self.shared(self.shared(x) if x.sum().item() > -1e9 else x))
 
 
 def test_reference_through_a_quantized_layer_is_noted():

@@ -77,7 +77,9 @@ def _saved_names(model: nn.Module) -> set[str]:
     return saved
 
 
-def _disk_layout(model: nn.Module, state: dict[str, Tensor], split: Collection[str] = ()) -> dict[str, Tensor]:
+def _disk_layout(
+    model: nn.Module, state: dict[str, Tensor], split: Collection[str] = ()
+) -> dict[str, Tensor]:
     """Restore the names and layouts of the original files, where transformers changed them at load.
 
     The layers `split`, and others of their kind, keep the layout that they have in the model.
@@ -103,7 +105,9 @@ def keep_split(model: PreTrainedModel, layers: Iterable[str]) -> None:
 def separate_layers(model: nn.Module, names: Iterable[str]) -> set[str]:
     """Find the layers among `names` that have no tensor of their own in the original files."""
     on_disk = _tensors_on_disk(model, names, ())
-    return {name for name, (stored, renamed) in on_disk.items() if not (renamed and stored[0].endswith(".weight"))}
+    return {
+        name for name, (stored, renamed) in on_disk.items() if not (renamed and stored[0].endswith(".weight"))
+    }
 
 
 def names_on_disk(

@@ -179,6 +179,12 @@ class Hessian:
         self._finish()
         return self._P
 
+    def include(self, H: Tensor, tokens: int, dropped: int) -> None:
+        """Add the finished matrix of other tokens, float32 (n, n), whose X and X̃ are the same."""
+        self.matrix().add_(H.to(self._H.device))
+        self.tokens += tokens
+        self.dropped += dropped
+
     def diagonal(self) -> Tensor:
         """diag(H), float32 (n,), a copy."""
         return self.matrix().diagonal().clone()

@@ -357,7 +357,7 @@ def why_fused(model: nn.Module) -> dict[str, str]:
         reason = layout if isinstance(layout, str) else in_files(name, layout, conversions).reason
         for parameter, weight in module.named_parameters():
             if weight.ndim == 3 or (isinstance(layout, ExpertLayout) and weight.ndim == 2):
-                reasons[f"{name}.{parameter}"] = reason or "experts that were not taken apart"
+                reasons[f"{name}.{parameter}".lstrip(".")] = reason or "experts that were not taken apart"
     return reasons
 
 

@@ -23,12 +23,13 @@ from ..checkpoint.safetensors_file import check_finite
 from ..config import QuantConfig
 from ..context import RunContext
 from ..distributed import Communicator
-from ..errors import CalibrationError, FewbitError, ModelError
+from ..errors import CalibrationError, FewbitError, ModelError, SolverError
 from ..gptq import fallback_reason
 from ..planning import Plan, output_embedding_name
 from ..profiling import Profiler
 from .block_tuning import BlockTuner
 from .expert_calibration import ExpertCalibration
+from .later_passes import LaterInputs, uses_per_pass
 from .layer_quantizer import LayerQuantizer, ResultSink
 from .memory import activation_budget
 from .offload import make_offloader
@@ -81,7 +82,9 @@ def quantize_layers(
     masks = comm.share(all_masks)
     encoder_outputs = _EncoderOutputs(model)
     experts = ExpertCalibration(model, masks, comm)
-    hessians = HessianPool(masks, encoder_outputs.has, comm, experts.rows)
+    uses = uses_per_pass(model, modules, calibration.batches[0]) if calibration.batches else {}
+    later = LaterInputs(uses, ctx.offload_dir)
+    hessians = HessianPool(masks, encoder_outputs.has, comm, experts.rows, later)
     quantizer = LayerQuantizer(plan, modules, hessians, sink, ctx, keep_open=blocks)
     notes = _solver_notes(weights.device, len(plan.layers))
     # Jobs 0 ... N−1 run the quantized path; with a full-precision path, jobs N ... 2N−1 run the same batches on it.
@@ -113,18 +116,48 @@ def quantize_layers(
             min_position=comm.all_reduce_min,
             running=offloader.running,
         )
-        with encoder_outputs, weights.on_demand(quantizer.restore, offloader.paused), offloader:
-            layers = experts.with_points(modules)
-            stats = Scheduler(layers, jobs, hooks, references=references, blocks=blocks).run()
-        stats = _over_all_ranks(stats.without(experts.points), comm)
+        layers = experts.with_points(modules)
+        with later, encoder_outputs:
+            if uses:
+                _sum_later_inputs(layers, jobs[: len(batches)], hessians, later, weights, ctx)
+            with weights.on_demand(quantizer.restore, offloader.paused), offloader:
+                stats = Scheduler(layers, jobs, hooks, references=references, blocks=blocks).run()
+        stats = _over_all_ranks(stats.without({*experts.points, *uses}), comm)
         _quantize_without_inputs(stats.unreached, quantizer, weights)
+        _check_late(stats, config)
         for block in blocks:  # blocks that no batch ran as a whole
             quantizer.close(block)
     unmaskable = sum(comm.all_gather_object(hessians.unmaskable), Counter[str]())
     if two_paths:
         notes += _holdout_notes(all_masks)
     notes += [*_schedule_notes(stats, unmaskable), *tuner.notes(sink.records), *offloader.notes()]
+    notes += _looped_notes(uses)
     return notes + (_pairing_notes(stats, sink.records) if two_paths else [])
+
+
+def _sum_later_inputs(
+    layers: Mapping[str, nn.Module],
+    jobs: Sequence[Callable[[], object]],
+    hessians: HessianPool,
+    later: LaterInputs,
+    weights: Weights,
+    ctx: RunContext,
+) -> None:
+    """Run the unchanged model once, and sum the inputs of the second and every further use of each layer."""
+
+    def on_later_use(name: str, inputs: list[LayerInput]) -> None:
+        later.add(name, hessians.of_later_use(name, layers[name], inputs))
+
+    offloader = make_offloader(ctx.offload_dir, ctx.profiler)
+    hooks = Hooks(
+        lambda name, inputs: None,
+        on_later_use=on_later_use,
+        on_waiting=weights.release_except,
+        min_position=ctx.comm.all_reduce_min,
+        running=offloader.running,
+    )
+    with weights.on_demand(lambda shard: None, offloader.paused), offloader:
+        Scheduler(layers, jobs, hooks, uses=later.uses).run()
 
 
 def _over_all_ranks(stats: ScheduleStats, comm: Communicator) -> ScheduleStats:
@@ -219,13 +252,18 @@ def _holdout_notes(masks: Sequence[BatchMasks]) -> list[str]:
     ]
 
 
+def _late_note(stats: ScheduleStats) -> str:
+    count = sum(stats.late_inputs.values())
+    return f"{count} inputs reached {len(stats.late_inputs)} layers after they were solved and did not count"
+
+
+def _check_late(stats: ScheduleStats, config: QuantConfig) -> None:
+    if stats.late_inputs and config.strict:
+        raise SolverError(f"{_late_note(stats)}, and strict mode refuses that: leave out --strict")
+
+
 def _schedule_notes(stats: ScheduleStats, unmaskable: Mapping[str, int]) -> list[str]:
-    notes = []
-    if stats.late_inputs:
-        count = sum(stats.late_inputs.values())
-        notes.append(
-            f"{count} inputs reached {len(stats.late_inputs)} layers after they were solved and did not count"
-        )
+    notes = [_late_note(stats)] if stats.late_inputs else []
     if stats.unreached:
         notes.append(
             f"no calibration token reached {len(stats.unreached)} layers, for example {stats.unreached[0]}: "
@@ -237,6 +275,15 @@ def _schedule_notes(stats: ScheduleStats, unmaskable: Mapping[str, int]) -> list
             f"there, for example {next(iter(unmaskable))}: use batch_size 1 to have none"
         )
     return notes
+
+
+def _looped_notes(uses: Mapping[str, int]) -> list[str]:
+    if not uses:
+        return []
+    return [
+        f"{len(uses)} layers run up to {max(uses.values())} times in one forward pass, for example {next(iter(uses))}: "
+        "the inputs of the later uses count too; they come from the original model, in one more pass"
+    ]
 
 
 def _pairing_notes(stats: ScheduleStats, records: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -70,7 +70,8 @@ class Hooks:
     """Callbacks of a `Scheduler`.
 
     Attributes:
-        on_layer: called once per layer with its inputs in job order; may replace the layer's parameters.
+        on_layer: called at a layer's first use with its inputs in job order; may replace the layer's parameters.
+        on_later_use: called likewise at each further use that `Scheduler` was told of.
         on_block_end: called once per block with the calls of all jobs in job order; the block and its layers can be
             called normally inside. Returns functions that compute new outputs, by job, for jobs that need one.
         on_waiting: called before every sync point with the names of all layers and blocks at which jobs are paused,
@@ -83,6 +84,7 @@ class Hooks:
 
     on_layer: OnLayer
     on_block_end: OnBlockEnd | None = None
+    on_later_use: OnLayer | None = None
     on_waiting: OnWaiting | None = None
     min_position: MinPosition = lambda position: position
     running: Running = lambda job: nullcontext()
@@ -132,6 +134,7 @@ class Scheduler:
         hooks: callbacks.
         references: numbers of the jobs that see each layer as it was before `on_layer`.
         blocks: name → module. The names of a block's layers begin with the block's name and a dot.
+        uses: layer → number of uses that the pass waits for; 1 if it is not given.
     """
 
     def __init__(
@@ -142,13 +145,16 @@ class Scheduler:
         *,
         references: Collection[int] = (),
         blocks: Mapping[str, nn.Module] | None = None,
+        uses: Mapping[str, int] | None = None,
     ) -> None:
         self.layers, self.blocks = layers, dict(blocks or {})
         self.hooks, self.references = hooks, frozenset(references)
         self.forwards = {name: module.forward for name, module in layers.items()}
         self.order = _execution_order(list(layers), list(self.blocks))
         self.positions = {name: i for i, name in enumerate(self.order)}
-        self.pending = {*self.layers, *self.blocks}  # sync points whose hook was not called yet
+        self.pending = {*self.layers, *self.blocks}  # sync points that the pass still waits for
+        self.uses_left = {name: (uses or {}).get(name, 1) for name in self.layers}
+        self.met: set[str] = set()  # layers whose first use is over
         self.paused: dict[int, _Pause] = {}  # job number → where it waits
         self.greenlets = [greenlet(job) for job in jobs]
         self.stats = ScheduleStats()
@@ -177,11 +183,9 @@ class Scheduler:
                     self._end_block(name, jobs)
                     continue
                 original = dict(self.layers[name]._parameters)  # for references
-                if name in self.pending:
-                    self.hooks.on_layer(name, [self._input(job) for job in jobs])
-                    self.pending.remove(name)
-                else:
-                    self._count_late(name, jobs)
+                hook = self._begin_use(name, jobs)
+                if hook is not None:
+                    hook(name, [self._input(job) for job in jobs])
                 self._resume(name, jobs, original)
         self.stats.unreached = [name for name in self.layers if name in self.pending]
         return self.stats
@@ -204,6 +208,18 @@ class Scheduler:
         pause = self.paused[job]
         x: Tensor = pause.args[0] if pause.args else next(iter(pause.kwargs.values()))
         return LayerInput(job, x)
+
+    def _begin_use(self, name: str, jobs: Sequence[int]) -> OnLayer | None:
+        """Return the hook for this use of a layer; None if its inputs are late."""
+        if name not in self.pending:
+            self._count_late(name, jobs)
+            return None
+        hook = self.hooks.on_later_use if name in self.met else self.hooks.on_layer
+        self.met.add(name)
+        self.uses_left[name] -= 1
+        if self.uses_left[name] == 0:
+            self.pending.remove(name)
+        return hook
 
     def _count_late(self, name: str, jobs: Sequence[int]) -> None:
         for job in jobs:

@@ -29,6 +29,7 @@ from ..distributed import Communicator
 from ..gptq import Hessian, Holdout, InputGroup
 from ..gptq.hessian import usable_rows
 from ..modeling.layers import input_rows, matrix_shape, row_mask, weight_matrix
+from .later_passes import LaterInputs
 from .scheduler import LayerInput
 
 # Hessians that wait for other layers with the same input. Parallel attention and feed-forward alternate between two
@@ -153,6 +154,7 @@ class HessianPool:
             receives.
         comm: ranks of the run; each makes a pool and asks it for the same layers.
         expert_rows: returns the rows of an expert layer's input in a job; None for layers whose rows are the tokens.
+        later: inputs of the further uses of layers that run several times.
 
     Attributes:
         unmaskable: layer whose rows are not the tokens → number of rows among which padding is unknown.
@@ -164,11 +166,13 @@ class HessianPool:
         is_encoder_output: Callable[[Tensor], bool] = lambda x: False,
         comm: Communicator | None = None,
         expert_rows: Callable[[str, int], ExpertRows | None] = lambda layer, job: None,
+        later: LaterInputs | None = None,
     ) -> None:
         self._batches = batches
         self._expert_rows = expert_rows
         self._is_encoder_output = is_encoder_output
         self._comm = comm or Communicator()
+        self._later = later or LaterInputs({})
         [with_holdout] = self._comm.all_reduce_sum(sum(batch.held_out > 0 for batch in batches))
         self._holdout_tokens = HOLDOUT_TOKENS // max(1, with_holdout)  # of each batch
         self._pool: list[SharedHessian] = []
@@ -176,13 +180,19 @@ class HessianPool:
 
     def get(self, name: str, module: nn.Module, inputs: Sequence[LayerInput]) -> SharedHessian:
         """Return the Hessian of everything that reached `module`, without padding."""
-        if isinstance(module, nn.Conv2d):
-            return self._accumulate(name, module, inputs)
+        if isinstance(module, nn.Conv2d) or name in self._later.uses:
+            own = self._accumulate(name, module, inputs)
+            self._later.include(name, own.hessian)
+            return own
         shared = self._find(inputs)
         if shared is None:
             shared = self._accumulate(name, module, inputs)
             self._pool = [*self._pool[1 - CACHED_HESSIANS :], shared]
         return shared
+
+    def of_later_use(self, name: str, module: nn.Module, inputs: Sequence[LayerInput]) -> Hessian:
+        """Return the Hessian of a further use, on the full-precision path only."""
+        return self._sums(name, module, inputs, {}, holding_out=True).hessian
 
     def prune(self) -> None:
         """Drop the Hessians that no other layer can share."""
