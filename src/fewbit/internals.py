@@ -125,7 +125,7 @@ def conversions(model: nn.Module) -> list[WeightTransform] | None:
 
 
 def conversions_of(model: PreTrainedModel) -> list[WeightTransform]:
-    """Return the conversions `model` was loaded with, or those of its class if it was not loaded."""
+    """Return the conversions `model` was loaded with, or the default ones of its class if it was not loaded."""
     used = conversions(model)
     if used is not None:
         return list(used)
@@ -135,7 +135,7 @@ def conversions_of(model: PreTrainedModel) -> list[WeightTransform]:
 
 
 def converters_of(parameters: Iterable[str], conversions: Iterable[WeightTransform]) -> list[WeightConverter]:
-    """Return those of `conversions` that make one of the `parameters` (names in the model) while loading."""
+    """Find the converters that make one of the `parameters` (names in the model) among `conversions`."""
     parameters = list(parameters)
     reverse = [(c, c.reverse_transform()) for c in conversions if isinstance(c, WeightConverter)]
     return [c for c, back in reverse if any(back.rename_source_key(name)[1] for name in parameters)]

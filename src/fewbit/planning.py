@@ -168,7 +168,7 @@ def output_embedding_name(model: nn.Module) -> str | None:
 
 
 def _split_at_load(model: nn.Module, names: Collection[str]) -> dict[str, str | None]:
-    """Layers without a tensor of their own in the files, such as parts of a fused q/k/v.
+    """Layers without an own tensor in the files, such as parts of a fused q/k/v.
 
     The value is None if transformers loads the layer under the name of its module, else why it stays as it is.
     """

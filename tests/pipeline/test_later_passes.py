@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from models import random_sequences
 from torch import nn
 
 import fewbit
 from fewbit.pipeline.later_passes import uses_per_pass
+from models import random_sequences
 
 CONFIG = fewbit.QuantConfig(bits=3, group_size=32, num_samples=8, seq_len=24)
 

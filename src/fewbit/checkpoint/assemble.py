@@ -103,7 +103,7 @@ def keep_split(model: PreTrainedModel, layers: Iterable[str]) -> None:
 
 
 def separate_layers(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Find the layers among `names` that have no tensor of their own in the original files."""
+    """Find the layers among `names` that have no own tensor in the original files."""
     on_disk = _tensors_on_disk(model, names, ())
     return {
         name for name, (stored, renamed) in on_disk.items() if not (renamed and stored[0].endswith(".weight"))

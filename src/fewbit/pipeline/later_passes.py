@@ -1,8 +1,8 @@
-"""Layers that a model runs several times in one forward pass, such as those of looped transformers.
+"""Layers that a model runs several times in one forward pass, such as the layers of looped transformers.
 
 The pass of `quantize_layers` solves a layer at its first use; what reaches it later went through its quantized weight.
 So for models with such layers, a pass through the unchanged model comes first. It sums H = Σ x xᵀ over the inputs of
-all later uses. `HessianPool` adds the sum to that of the first use.
+all later uses. `HessianPool` adds the sum to the sum of the first use.
 """
 
 from __future__ import annotations
