@@ -128,10 +128,15 @@ def _build(task: str, model_type: str, folder: Path) -> tuple[nn.Module, Any, di
         torch.manual_seed(0)
         model = cls(config).float().eval()
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue  # positions that are computed, not stored
             if parameter.ndim >= 2:
                 nn.init.normal_(parameter, std=0.8 / parameter.shape[-1] ** 0.5)
             elif "bias" in name:
                 nn.init.normal_(parameter, std=0.05)
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight.data[module.padding_idx] = 0
         inputs = _inputs(model, 0)
         expected = _logits(model, inputs)
         if not torch.isfinite(expected).all():
@@ -162,7 +167,8 @@ def _dataset(model: nn.Module) -> list[dict[str, Tensor]]:
 
 @torch.no_grad()
 def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    return model(**inputs).logits.float()
+    output = model(**inputs)
+    return (output[0] if isinstance(output, tuple) else output.logits).float()
 
 
 def _expect(condition: bool, what: str) -> None:
