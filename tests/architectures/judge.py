@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from special_inputs import special_inputs
 from tiny_configs import VOCAB, classes, tiny_config
 from torch import Tensor, nn
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 import fewbit
 from fewbit.errors import FewbitError
@@ -31,6 +33,8 @@ _ORDINARY = re.compile(
 )
 _OTHER = re.compile(r"is not a linear layer|a parameter that")  # tensors of no linear layer
 _EXPERT = re.compile(r"\.\d+(\.((gate|up|down)_proj|linear_gate))?\.(weight|bias)$")
+# Llama4ForConditionalGeneration of transformers 5.24 reads this from the output of its language model, which lacks it.
+MoeCausalLMOutputWithPast.image_outputs = None
 
 
 @dataclass
@@ -121,6 +125,8 @@ def _build(task: str, model_type: str, folder: Path) -> tuple[nn.Module, Any, di
     try:
         config_class, cls = classes(task, model_type)
         config = tiny_config(config_class)
+        if task == "CAUSAL_LM" and hasattr(config, "is_decoder"):
+            config.is_decoder = True
         with torch.device("meta"):
             weights = sum(p.numel() for p in cls(config).parameters())
         if weights > 6_000_000:
@@ -158,7 +164,7 @@ def _inputs(model: nn.Module, seed: int) -> dict[str, Tensor]:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids.flip(1)
-    return inputs
+    return special_inputs(model, inputs, g)
 
 
 def _dataset(model: nn.Module) -> list[dict[str, Tensor]]:
@@ -167,8 +173,7 @@ def _dataset(model: nn.Module) -> list[dict[str, Tensor]]:
 
 @torch.no_grad()
 def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    output = model(**inputs)
-    return (output[0] if isinstance(output, tuple) else output.logits).float()
+    return model(**inputs).logits.float()
 
 
 def _expect(condition: bool, what: str) -> None:
