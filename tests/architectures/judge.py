@@ -193,7 +193,9 @@ def _same_tokens(model: Any, decoded: Any, inputs: dict[str, Tensor]) -> None:
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
 
     def generated(by: Any) -> Tensor:
-        return by.generate(**{key: value.clone() for key, value in given.items()}, **options)  # BLIP changes them
+        return by.generate(
+            **{key: value.clone() for key, value in given.items()}, **options
+        )  # BLIP changes them
 
     try:
         expected = generated(decoded)

@@ -22,6 +22,19 @@ _CHAMELEON_TOKENS = {"<image>": 150} | {
     f"IMGIMG{chr(65 + i // 10)}{chr(65 + i % 10)}Z": 100 + i for i in range(16)
 }
 _VIBEVOICE = {"num_filters": 2, "depths": [1] * 7}
+# The towers of timm, another package, are replaced by one of transformers.
+_NO_TIMM = {
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "image_size": 32,
+        "patch_size": 16,
+        "model_args": {"embed_dim": 64},
+    }
+}
 _ALL_HEADS = {"num_key_value_heads": 4}
 
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -125,6 +138,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "vibevoice_acoustic_tokenizer_encoder": _VIBEVOICE,
     "vibevoice_acoustic_tokenizer": _VIBEVOICE,
     "fun_asr_nano": {"adaptor_config": {"hidden_size": 64, "intermediate_size": 16, "num_attention_heads": 4}},
+    "fast_vlm": _NO_TIMM,
+    "perception_lm": _NO_TIMM,
+    "gemma3n": _NO_TIMM,
     "apertus1p5_vision_tokenizer": {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1,
                                     "codebook_size": 10},
     "wavtokenizer_encoder": {"codebook_size": 10, "num_filters": 8},
