@@ -159,5 +159,5 @@ def classes(task: str, model_type: str) -> tuple[type[PreTrainedConfig], Any]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     name = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES")[model_type]
-    name = name if isinstance(name, str) else name[0]
-    return CONFIG_MAPPING[model_type], getattr(transformers, name)
+    cls = getattr(transformers, name if isinstance(name, str) else name[0])
+    return cls.config_class or CONFIG_MAPPING[model_type], cls
