@@ -155,6 +155,13 @@ def with_prefix(converter: WeightConverter, prefix: str) -> WeightConverter:
     return changed
 
 
+def guarded(renaming: WeightRenaming, guard: str) -> WeightRenaming:
+    """Return a renaming that acts backwards, when the model is saved, only where `guard` (a lookbehind) matches."""
+    targets = [guard + pattern for pattern in renaming._original_target_patterns]
+    changed: WeightRenaming = renaming.copy(list(renaming._original_source_patterns), targets)
+    return changed
+
+
 def load_converted(model: nn.Module, tensors: Mapping[str, Any], device: torch.device) -> None:
     """Load tensors under their names in the files into `model`, merged and split by its conversions."""
     kept = conversions(model)

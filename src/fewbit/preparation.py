@@ -256,10 +256,13 @@ def _special_ids(model_config: Any) -> set[int]:
 
 
 def _decoder_start(model_config: Any) -> int:
-    for key in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
-        value = getattr(model_config, key, None)
-        if value is not None:
-            return int(value)
+    """Find the id in the configuration, or in the configuration of its decoder or language model."""
+    parts = (getattr(model_config, name, None) for name in ("decoder", "text_config"))
+    for config in (model_config, *parts):
+        for key in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
+            value = getattr(config, key, None)
+            if value is not None:
+                return int(value)
     raise ModelError(
         "this encoder-decoder names no decoder_start_token_id in its config.json: add it, or give the data as token "
         "dicts with decoder_input_ids"

@@ -136,6 +136,14 @@ def _tensors_on_disk(
     found = {}
     for name, key in keys.items():
         known = renamed.get(id(empty[key]))
-        alone = [known] if known is not None else list(_disk_layout(model, {key: empty[key]}, split))
+        alone = [known] if known is not None else _converted_alone(model, key, empty[key], split)
         found[name] = (alone, known is not None)
     return found
+
+
+def _converted_alone(model: nn.Module, key: str, tensor: Tensor, split: Collection[str]) -> list[str]:
+    """Names of the tensors that one tensor becomes; none if the conversion needs others together with it."""
+    try:
+        return list(_disk_layout(model, {key: tensor}, split))
+    except ValueError:
+        return []

@@ -6,6 +6,7 @@ experts only.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -84,11 +85,11 @@ def layout_of(module: nn.Module) -> ExpertLayout | str | None:
         return None
     if all(hasattr(module, flag) for flag in _FLAGS):
         return _standard(module, own)
-    for layout in (_batched, _sorted, _stacked, _with_identities):
+    for layout in (_batched, _sorted, _stacked, _with_identities, _plain):
         found = layout(module, own)
         if found is not None:
             return found
-    if not cubes:
+    if not cubes or not ("expert" in type(module).__name__.lower() or hasattr(module, "num_experts")):
         return None
     return f"{type(module).__name__} holds a weight of three dimensions that is not one of transformers' fused experts"
 
@@ -169,6 +170,19 @@ def _with_identities(module: nn.Module, own: Mapping[str, Tensor]) -> ExpertLayo
     parameters = (FusedParameter(_GATE_UP, ("gate_proj", _UP)), FusedParameter(_DOWN, (_DOWN,)))
     identities = int(getattr(module, "zero_expert_num", 0))
     return ExpertLayout(E, H, parameters, activation=_gated(act_fn), identities=identities)
+
+
+def _plain(module: nn.Module, own: Mapping[str, Tensor]) -> ExpertLayout | None:
+    """Step 3.7: as transformers' own form, without its attributes; recognized by the arguments of its forward."""
+    arguments = list(inspect.signature(module.forward).parameters)
+    act_fn = getattr(module, "act_fn", None)
+    if set(own) != {_GATE_UP, _DOWN} or arguments != ["hidden_states", "top_k_index", "top_k_weights"]:
+        return None
+    E, H, inner = own[_DOWN].shape
+    if own[_GATE_UP].shape != (E, 2 * inner, H) or not callable(act_fn):
+        return None
+    parameters = (FusedParameter(_GATE_UP, ("gate_proj", _UP)), FusedParameter(_DOWN, (_DOWN,)))
+    return ExpertLayout(E, H, parameters, activation=getattr(module, "_apply_gate", None) or _gated(act_fn))
 
 
 def _shape(weight: Tensor, transposed: bool) -> tuple[int, int, int]:

@@ -6,7 +6,7 @@ becomes a renaming for unfused experts, which transformers applies in both direc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from .. import internals
@@ -23,6 +23,7 @@ from .expert_layouts import ExpertLayout, FusedParameter
 _ANY_EXPERT = ".*."
 _EXPERT_NUMBER = r"\.(\d+)\."
 _NO_NUMBER = r"(?<!\d)"  # before a pattern: the name does not belong to a single expert
+_NO_NUMBER_AND_DOT = r"(?<!\d\.)"
 
 
 class InFiles(NamedTuple):
@@ -54,12 +55,15 @@ def in_files(name: str, layout: ExpertLayout | str, conversions: Sequence[Weight
 
 
 def unfused_conversions_of(
-    layouts: Mapping[str, ExpertLayout], conversions: list[WeightTransform]
+    layouts: Mapping[str, ExpertLayout], conversions: list[WeightTransform], fused: Collection[str]
 ) -> list[WeightTransform]:
-    """Replace the converters that make the fused parameters of the modules `layouts` by renamings."""
+    """Replace the converters that make the fused parameters of the modules `layouts` by renamings.
+
+    The modules `fused` have converters for their fused parameters in the files; these stay.
+    """
     replaced: dict[int, list[WeightRenaming]] = {}
     for name, layout in layouts.items():
-        for parameter in layout.parameters:
+        for parameter in layout.parameters if name not in fused else ():
             for converter in converters_of([f"{name}.{parameter.name}"], reversed(conversions)):
                 if id(converter) not in replaced:
                     replaced[id(converter)] = _renamings(converter, parameter) or []
@@ -75,7 +79,11 @@ def unfused_conversions_of(
 
 
 def _without(entry: WeightTransform, weights: Iterable[str]) -> WeightTransform:
-    """Keep a converter of other layers with the same names from the `weights` of single experts."""
+    """Keep an entry for other layers with the same names from the `weights` of single experts."""
+    if type(entry) is WeightRenaming:
+        back = entry.reverse_transform()
+        kept = all(back.rename_source_key(name)[0].split(".")[-2] == name.split(".")[-2] for name in weights)
+        return entry if kept else internals.guarded(entry, _NO_NUMBER_AND_DOT)
     if isinstance(entry, WeightConverter) and any(entry.rename_source_key(name)[1] for name in weights):
         return internals.with_prefix(entry, _NO_NUMBER)
     return entry

@@ -314,13 +314,16 @@ def unfuse(model: nn.Module) -> dict[str, UnfusedExperts]:
         return {}
     conversions = internals.conversions_of(model)
     modules = {}
+    shared = _shared_experts(model)
     for name, fused, layout in list(_fused_modules(model)):
         known = in_files(name, layout, conversions)
-        if not isinstance(layout, ExpertLayout) or known.reason is not None:
+        if not isinstance(layout, ExpertLayout) or known.reason is not None or name in shared:
             continue
         parent, _, own = name.rpartition(".")
         modules[name] = _CLASSES[layout.forward](fused, layout, stored_fused=known.fused)
         setattr(model.get_submodule(parent), own, modules[name])
+        # The initialization of some classes, which runs after loading, looks for the fused parameters.
+        internals.mark_loaded(model.get_submodule(parent))
     if modules:
         internals.set_conversions(model, unfused_conversions(model, conversions))
     return modules
@@ -338,10 +341,10 @@ def routed_modules(model: nn.Module) -> dict[str, RoutedExperts]:
 
 def unfused_conversions(model: nn.Module, conversions: list[WeightTransform]) -> list[WeightTransform]:
     """Adapt `conversions`, made for the model's class, to this model with unfused experts."""
-    layouts = {
-        name: module.layout for name, module in unfused_modules(model).items() if not module.stored_fused
-    }
-    return unfused_conversions_of(layouts, conversions)
+    modules = unfused_modules(model)
+    layouts = {name: module.layout for name, module in modules.items()}
+    fused = [name for name, module in modules.items() if module.stored_fused]
+    return unfused_conversions_of(layouts, conversions, fused)
 
 
 def fused_modules(model: nn.Module) -> set[str]:
@@ -352,9 +355,11 @@ def fused_modules(model: nn.Module) -> set[str]:
 def why_fused(model: nn.Module) -> dict[str, str]:
     """Return every parameter that is still fused → why it cannot be unfused."""
     conversions = internals.conversions_of(model) if isinstance(model, PreTrainedModel) else []
-    reasons = {}
+    reasons, shared = {}, _shared_experts(model)
     for name, module, layout in _fused_modules(model):
         reason = layout if isinstance(layout, str) else in_files(name, layout, conversions).reason
+        if name in shared:
+            reason = f"these experts share their weights with {shared[name]}"
         for parameter, weight in module.named_parameters():
             if weight.ndim == 3 or (isinstance(layout, ExpertLayout) and weight.ndim == 2):
                 reasons[f"{name}.{parameter}".lstrip(".")] = reason or "experts that were not taken apart"
@@ -366,6 +371,20 @@ def _fused_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, ExpertLay
         layout = None if isinstance(module, UnfusedExperts) else layout_of(module)
         if layout is not None:
             yield name, module, layout
+
+
+def _shared_experts(model: nn.Module) -> dict[str, str]:
+    """Return every module of fused experts that shares a parameter → another module with the same one."""
+    owners: dict[int, list[str]] = {}
+    for name, module, _ in _fused_modules(model):
+        for parameter in module.parameters():
+            owners.setdefault(id(parameter), []).append(name)
+    return {
+        name: next(other for other in names if other != name)
+        for names in owners.values()
+        if len(set(names)) > 1
+        for name in names
+    }
 
 
 def _fused_parameters(fused: nn.Module, layout: ExpertLayout) -> Iterator[tuple[str, Tensor]]:

@@ -401,8 +401,16 @@ def _embeddings(model: nn.Module) -> set[str]:
 def _load_when_read(module: nn.Module, load: Callable[[], None]) -> Iterator[None]:
     """Call `load` whenever the model reads ``module.weight``, which some do without a call of the module."""
 
+    loading = False
+
     def weight(self: nn.Module) -> Tensor | None:
-        load()
+        nonlocal loading
+        if not loading:  # transformers' conversion reads the weight that it is to replace
+            loading = True
+            try:
+                load()
+            finally:
+                loading = False
         return self._parameters["weight"]
 
     kind = type(module)
