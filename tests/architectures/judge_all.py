@@ -100,7 +100,7 @@ def table(content: dict) -> str:
     count = Counter(row["status"] for row in rows)
     tried = len(rows) - count["unavailable"]
     lines = [
-        f"Of {tried} architectures of transformers {content['transformers']} that run as a tiny model on text: "
+        f"Of {tried} architectures of transformers {content['transformers']} that run as a tiny model: "
         f"{count['right']} right, {count['partial']} right with matrices left in 16 bits, {count['refused']} refused, "
         f"{count['failed']} failed.",
     ]
@@ -120,7 +120,7 @@ def table(content: dict) -> str:
         "",
         "### Not tried",
         "",
-        f"The tiny model needs other inputs or packages: {', '.join(untried)}.",
+        f"The tiny model needs another model or package: {', '.join(untried)}.",
     ]
     return "\n".join(lines)
 

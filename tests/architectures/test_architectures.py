@@ -29,6 +29,9 @@ RIGHT = (
     "kimi_k25",  # two conversions for the same experts
     "xlm-roberta",  # the tied output embedding comes first in the state
     "modernbert",
+    "step3p7",  # experts without transformers' attributes
+    "molmo2",  # an embedding that is made of two tensors
+    "qwen3_omni_moe_thinker",  # its initialization looks for fused experts
     "hrm_text",  # gate, q, k and v are one tensor in the files
     "lara_mini",  # linear attention whose inputs are one tensor in the files
     "minimax_m3_vl",  # gate and up are two tensors in the files and one layer in the model, also in experts

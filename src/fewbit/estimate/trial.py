@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage, nn
 
+from ..errors import ModelError
 from ..internals import EveryOperation
 from ..modeling.experts import RoutedExperts, routed_modules
 from ..modeling.layers import input_rows
@@ -156,7 +157,12 @@ def run_trial(
     job = forward_job(model, batch)
 
     def on_block_end(name: str, calls: list[BlockCall]) -> dict[int, Any]:
-        trial.seconds[name] = _median_seconds(blocks[name], calls[0], weights.device)
+        try:
+            trial.seconds[name] = _median_seconds(blocks[name], calls[0], weights.device)
+        except (RuntimeError, TypeError, ValueError, LookupError) as error:
+            raise ModelError(
+                f"{name} cannot be run a second time with the same inputs, which plan and --tune need: {error}"
+            ) from error
         return {}
 
     unchanged = UnchangedWeights(model)
