@@ -14,6 +14,7 @@ from .errors import FewbitError
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .distillation import DistillConfig, distill
     from .evaluation import evaluate
     from .hf.load import load
     from .integration import register, unregister
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 # Loaded when first used, so that `import fewbit` does not import transformers.
 _LAZY = {
     "quantize": "quantization",
+    "distill": "distillation",
+    "DistillConfig": "distillation",
     "evaluate": "evaluation",
     "load": "hf.load",
     "register": "integration",
@@ -29,9 +32,11 @@ _LAZY = {
 }
 
 __all__ = [
+    "DistillConfig",
     "FewbitError",
     "QuantConfig",
     "__version__",
+    "distill",
     "evaluate",
     "load",
     "quantize",

@@ -104,6 +104,8 @@ class QuantConfig:
             chosen per layer to meet it, and `bits` and `group_size` are not used. None: no budget.
         tune: after a block is solved, optimise its rounding and scales by gradient against the full-precision
             block. tune_steps: steps per block.
+        distill: after all layers are solved, train scales, norms and biases against the original's logits
+            (`fewbit.distill`). distill_tokens: tokens to train on.
         lm_head: also quantize the output embedding.
         format: "gptq" (v1, read by everything) or "gptq_v2".
         num_samples: calibration sequences. seq_len: tokens in each. batch_size: sequences per batch.
@@ -129,6 +131,8 @@ class QuantConfig:
     target_bits: float | None = None
     tune: bool = False
     tune_steps: int = 100
+    distill: bool = False
+    distill_tokens: int = 500_000
     lm_head: bool = False
     format: str = "gptq"
     num_samples: int = 128
@@ -148,14 +152,14 @@ class QuantConfig:
             )
         object.__setattr__(self, "ignore", tuple(self.ignore))
         object.__setattr__(self, "override", dict(self.override))
-        for name in ("lm_head", "strict", "fast", "tune"):
+        for name in ("lm_head", "strict", "fast", "tune", "distill"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed must be a whole number, not {self.seed!r}")
         _one_of("format", self.format, FORMATS)
         _one_of("dtype", self.dtype, DTYPES)
-        for name in ("num_samples", "seq_len", "batch_size", "tune_steps"):
+        for name in ("num_samples", "seq_len", "batch_size", "tune_steps", "distill_tokens"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1; got {value!r}")

@@ -23,16 +23,20 @@ from .checkpoint.layout import Shaped
 from .checkpoint.quantization_config import build
 from .checkpoint.writer import CONFIG, MARKER, CheckpointWriter, parse_size
 from .config import QuantConfig
+from .distillation import Distillation, DistillConfig, distill_into
+from .distillation.data import DistillData, distill_data
 from .distributed import Communicator
 from .errors import ConfigError, OutputError
 from .mixed_precision import BudgetStore, base_settings
 from .modeling.source import Source
-from .pipeline.journal import Journal, check_output
+from .pipeline.journal import FOLDER, Journal, check_output
 from .pipeline.layer_quantizer import MemorySink, NonLeaderSink, ResultSink
 from .planning import Plan, output_embedding_name
 from .preparation import Preparation
 from .report.model_card import CARD_NAME, model_card
 from .report.report import PAGE_NAME, REPORT_NAME, Report, write_text
+
+_UNDISTILLED = "undistilled"  # the checkpoint before distillation, in the journal's folder
 
 
 class InPlace:
@@ -40,6 +44,7 @@ class InPlace:
 
     folder: Path | None = None
     budget: BudgetStore | None = None
+    distillation: Distillation | None = None
     notes: tuple[str, ...] = ()
 
     def check(self, comm: Communicator) -> None:
@@ -74,6 +79,7 @@ class CheckpointFolder:
     Attributes:
         folder: path of the folder.
         budget: store of the chosen bits, beside the journal; None before `open` and on the other ranks.
+        distillation: what distillation did; None without it.
         notes: sentences about damaged parts of an interrupted run.
     """
 
@@ -88,6 +94,8 @@ class CheckpointFolder:
             raise ConfigError("no output folder was given: pass output=…")
         self.folder = Path(folder)
         self.budget: BudgetStore | None = None
+        self.distillation: Distillation | None = None
+        self._data: DistillData | None = None
         self.notes: tuple[str, ...] = ()
         self._shard_bytes = parse_size(max_shard_size)
         self._resume = resume
@@ -103,10 +111,12 @@ class CheckpointFolder:
     def open(self, run: Preparation) -> Iterator[ResultSink]:
         """Open the journal, or start it. It stays on disk until `complete`."""
         comm = run.ctx.comm
+        self._data = _distill_data(run)
         if not comm.is_leader:
             yield NonLeaderSink(comm.broadcast_object({}))
             return
-        self._journal = journal = Journal(self.folder, run.fingerprint, self._resume)
+        text = {"distillation text": self._data.fingerprint} if self._data else {}
+        self._journal = journal = Journal(self.folder, {**run.fingerprint, **text}, self._resume)
         try:
             comm.broadcast_object(journal.records)
             self.budget = BudgetStore(journal.folder, run.fingerprint, journal.records)
@@ -121,16 +131,35 @@ class CheckpointFolder:
         Raises:
             OutputError: the disk is full or fails, or files of a checkpoint that was complete are damaged.
         """
+        folder = self.folder if self._data is None else self.folder / FOLDER / _UNDISTILLED
         if run.ctx.comm.is_leader:
             with run.ctx.profiler.time("write"):
-                self._write(run, plan, sink)
+                self._write(folder, run, plan, sink)
+        if self._data is not None:
+            self._distill(folder, self._data, run)
 
-    def _write(self, run: Preparation, plan: Plan, sink: ResultSink) -> None:
+    def _distill(self, folder: Path, data: DistillData, run: Preparation) -> None:
+        """Distill the checkpoint in `folder`, which is complete, into the output folder."""
+        run.ctx.comm.broadcast_object(None)  # all files are there
+        run.release()  # two other models are loaded
+        assert isinstance(run.source, Source)
+        with run.ctx.profiler.time("distill"):
+            self.distillation = distill_into(
+                self.folder,
+                folder,
+                run.source,
+                data,
+                _distill_config(run.ctx.config),
+                run.ctx,
+                self._shard_bytes,
+            )
+
+    def _write(self, folder: Path, run: Preparation, plan: Plan, sink: ResultSink) -> None:
         source, model = run.source, run.model
         assert isinstance(source, Source)
-        if (self.folder / CONFIG).exists():  # killed between the last file and the end of the journal
-            manifest.require(self.folder)
-            (self.folder / MARKER).unlink(missing_ok=True)
+        if (folder / CONFIG).exists():  # killed between the last file and the end of the journal
+            manifest.require(folder)
+            (folder / MARKER).unlink(missing_ok=True)
             return
         names = [layer.name for layer in plan.layers]
         values = source.config_dict(model)
@@ -147,7 +176,7 @@ class CheckpointFolder:
         copied = {name: tensor for name, tensor in run.weights.unused.items() if name not in planned}
         planned |= {name: tensor.info for name, tensor in copied.items()}
         shards = run.weights.shards(without=[f"{name}.weight" for name in names])
-        with CheckpointWriter(self.folder, planned, self._shard_bytes) as writer:
+        with CheckpointWriter(folder, planned, self._shard_bytes) as writer:
             for name, tensor in checkpoint_tensors(model, names, sink.tensors, shards):
                 writer.add(name, tensor)
             for name, file_tensor in copied.items():
@@ -165,6 +194,28 @@ class CheckpointFolder:
         """Remove the journal."""
         assert self._journal is not None
         self._journal.remove()
+
+
+def _distill_config(config: QuantConfig) -> DistillConfig:
+    return DistillConfig(tokens=config.distill_tokens, seed=config.seed, dtype=config.dtype)
+
+
+def _distill_data(run: Preparation) -> DistillData | None:
+    """The text of a distillation, read before the work begins; None without one."""
+    config = run.ctx.config
+    if not config.distill:
+        return None
+    if run.dataset == "-":
+        raise ConfigError(
+            "distill reads the text a second time, which standard input cannot: save it to a file"
+        )
+    assert isinstance(run.source, Source)
+    if run.source.gguf is not None:
+        raise ConfigError(
+            "distill needs the original as a transformers folder, not a .gguf file: quantize without it, then run "
+            "`fewbit distill` against such a folder"
+        )
+    return distill_data(run.dataset, run.text_tokenizer, run.source.load_config(), _distill_config(config))
 
 
 def quantization_config(

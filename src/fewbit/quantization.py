@@ -105,6 +105,11 @@ def quantize(
                 "output, evaluate_on, push_to_hub and dtype are for models on disk; this one is in memory: quantize "
                 "it, then call model.save_pretrained, model.push_to_hub or fewbit.evaluate"
             )
+        if config.distill:
+            raise ConfigError(
+                "distill compares the result with the original, which a model in memory no longer is: quantize from a "
+                "folder, or save the result and call fewbit.distill"
+            )
         source, destination = LoadedModel(model), InPlace()
     else:
         destination = CheckpointFolder(output, max_shard_size, resume, push_to_hub)
@@ -124,7 +129,12 @@ def quantize(
             notes = [*source.notes, *plan.notes, *run.calibration.notes, *destination.notes, *choice]
             notes += quantize_layers(run.model, plan, run.calibration, sink, run.weights, ctx)
             destination.write(run, plan, sink)
-            result = RunResult(plan, sink.records, notes, command, destination.folder, resumed, _peak(comm))
+            distilled = destination.distillation
+            notes += distilled.notes if distilled else ()
+            facts = distilled.to_dict() if distilled else None
+            result = RunResult(
+                plan, sink.records, notes, command, destination.folder, resumed, _peak(comm), facts
+            )
             report: Any = comm.broadcast_object(_report(run, result, destination) if comm.is_leader else None)
     if push_to_hub is not None and comm.is_leader:
         upload(Path(report.output), push_to_hub)

@@ -16,6 +16,7 @@ from .bench import bench
 from .convert import convert
 from .demo import demo
 from .display import console, plain
+from .distill import distill
 from .env import env
 from .eval import eval_
 from .generate import generate
@@ -56,6 +57,7 @@ app.command()(verify)
 app.command()(generate)
 app.command()(bench)
 app.command()(convert)
+app.command()(distill)
 app.command()(demo)
 app.command()(env)
 

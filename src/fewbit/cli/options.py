@@ -86,6 +86,11 @@ def quantize_arguments(
         bool, typer.Option("--tune", help="Also train rounding and scales block by block. Takes minutes.")
     ] = False,
     tune_steps: Annotated[int, typer.Option(help="Steps per block with --tune.")] = 100,
+    distill: Annotated[
+        bool,
+        typer.Option("--distill", help="Finally train the scales on the whole model's loss. Takes hours."),
+    ] = False,
+    distill_tokens: Annotated[int, typer.Option(help="Tokens to train on with --distill.")] = 500_000,
     method: Annotated[Method, typer.Option(help="gptq, or rtn (round-to-nearest, no text needed).")] = "gptq",
     dataset: Annotated[
         str | None,
@@ -135,6 +140,8 @@ def quantize_arguments(
         target_bits=target_bits,
         tune=tune,
         tune_steps=tune_steps,
+        distill=distill,
+        distill_tokens=distill_tokens,
         method=method,
         ignore=tuple(ignore or ()),
         override=parse_overrides(override or ()),

@@ -49,7 +49,7 @@ class TrainedTensor:
         values = start.detach().float()
         rms = values.square().mean().sqrt()
         unit = values.abs() if relative else torch.where(rms > 0, rms, _SMALLEST_UNIT)
-        return cls(name, start.detach(), unit, nn.Parameter(torch.zeros_like(values)))
+        return cls(name, start.detach().clone(), unit, nn.Parameter(torch.zeros_like(values)))
 
     def value(self) -> Tensor:
         """p in its stored dtype, as a function of d."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..atomic_io import write_whole
 from ..context import Progress
+from ..distributed import Communicator
 from ..errors import ModelError, ResumeError
 from .loss import divergence
 from .student import Student
@@ -56,8 +57,9 @@ class Training:
         batches: one for each step, in this order.
         held_out: batches that only judge.
         rate: peak of the learning rate.
-        state_file: where the state is kept; None for nowhere.
-        fingerprint: of the inputs; a state with another one is refused.
+        device: where the models are.
+        state_file: where the state is kept, in a folder whose other files tell that it belongs to this run.
+        comm: processes that share each batch.
         progress: called with ("distill", steps done, steps).
     """
 
@@ -67,8 +69,9 @@ class Training:
     batches: Sequence[Mapping[str, Tensor]]
     held_out: Sequence[Mapping[str, Tensor]]
     rate: float
-    state_file: Path | None
-    fingerprint: str
+    device: torch.device
+    state_file: Path
+    comm: Communicator
     progress: Progress
     curve: list[Point] = field(default_factory=list)
     step: int = 0
@@ -78,7 +81,7 @@ class Training:
 
         Raises:
             ModelError: a loss is not finite.
-            ResumeError: the state on disk belongs to other inputs.
+            ResumeError: the state on disk cannot be read.
         """
         tensors = [tensor.d for tensor in self.student.tensors]
         self._m = [torch.zeros_like(d) for d in tensors]
@@ -107,19 +110,39 @@ class Training:
         return min(self.curve, key=lambda point: point.held_out)
 
     def _train_on(self, batch: Mapping[str, Tensor]) -> None:
-        """Set the gradients of the mean KL of a batch."""
-        with torch.no_grad():
-            teacher = self.run_teacher(batch)
-        with torch.enable_grad():
-            total, tokens = divergence(self.run_student(batch), teacher, batch.get("attention_mask"))
-            del teacher
-            (total / tokens).backward()
-        loss = float(total)
+        """Set the gradients of the mean KL of a batch, of which each process takes some sequences."""
+        mine = _share(batch, self.comm)
+        loss, tokens = 0.0, 0
+        if mine is not None:
+            mine = self._moved(mine)
+            with torch.no_grad():
+                teacher = self.run_teacher(mine)
+            with torch.enable_grad():
+                total, tokens = divergence(self.run_student(mine), teacher, mine.get("attention_mask"))
+                del teacher
+                torch.autograd.backward(total / _tokens(batch))
+            loss = float(total.detach())
+        self._add_gradients()
+        parts = self.comm.all_gather_object((loss, tokens))
+        loss = sum(part for part, _ in parts)
         if not math.isfinite(loss):
             raise ModelError(
-                f"the KL divergence is {loss} at step {self.step}: one of the two models gives logits that are not finite"
+                f"the KL divergence is {loss} at step {self.step}: one of the models gives logits that are not finite"
             )
-        self._sum, self._count = self._sum + loss, self._count + tokens
+        self._sum, self._count = self._sum + loss, self._count + sum(count for _, count in parts)
+
+    def _add_gradients(self) -> None:
+        """Add the gradients of all processes, in the order of their ranks."""
+        if self.comm.world_size == 1:
+            return
+        tensors = [tensor.d for tensor in self.student.tensors]
+        own = torch.cat([(d.new_zeros(d.shape) if d.grad is None else d.grad).flatten() for d in tensors])
+        total = self.comm.all_gather_rows(own[None].cpu()).sum(0).to(self.device)
+        for d, part in zip(tensors, torch.split(total, [d.numel() for d in tensors]), strict=True):
+            d.grad = part.view_as(d)
+
+    def _moved(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: value.to(self.device) for key, value in batch.items()}
 
     @torch.no_grad()
     def _descend(self, tensors: Sequence[nn.Parameter], rate: float) -> None:
@@ -138,11 +161,12 @@ class Training:
     def _judge(self) -> None:
         """Add a point to the curve, and keep the state if it is the best one."""
         total, tokens = 0.0, 0
-        for batch in self.held_out:
-            kl, count = divergence(
-                self.run_student(batch), self.run_teacher(batch), batch.get("attention_mask")
-            )
+        for batch in map(self._moved, self.comm.share(self.held_out)):
+            mask = batch.get("attention_mask")
+            kl, count = divergence(self.run_student(batch), self.run_teacher(batch), mask)
             total, tokens = total + float(kl), tokens + count
+        parts = self.comm.all_gather_object((total, tokens))
+        total, tokens = sum(part for part, _ in parts), sum(count for _, count in parts)
         trained = sum(_tokens(batch) for batch in self.batches[: self.step])
         mean = self._sum / self._count if self._count else None
         point = Point(self.step, trained, mean, total / max(tokens, 1))
@@ -154,7 +178,7 @@ class Training:
         self._sum, self._count = 0.0, 0
 
     def _save(self) -> None:
-        if self.state_file is None:
+        if not self.comm.is_leader:
             return
         names = [tensor.name for tensor in self.student.tensors]
         tensors = {f"d.{name}": d for name, d in self.student.state().items()}
@@ -167,15 +191,12 @@ class Training:
             "sum": self._sum,
             "count": self._count,
         }
-        metadata = {"fingerprint": self.fingerprint, "facts": json.dumps(facts)}
-        self.state_file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(
-            self.state_file, save({name: t.cpu().contiguous() for name, t in tensors.items()}, metadata)
-        )
+        content = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        write_whole(self.state_file, save(content, {"facts": json.dumps(facts)}))
 
     def _resume(self) -> bool:
         """Continue from the state on disk, if there is one."""
-        if self.state_file is None or not self.state_file.exists():
+        if not self.comm.broadcast_object(self.state_file.exists()):
             return False
         try:
             with safe_open(self.state_file, "pt") as file:
@@ -183,11 +204,6 @@ class Training:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ResumeError(f"cannot read {self.state_file}: {error}. Remove it to start again") from error
-        if metadata.get("fingerprint") != self.fingerprint:
-            raise ResumeError(
-                f"{self.state_file} belongs to a run with another checkpoint, model, text or setting: choose another "
-                "output folder, or remove the file"
-            )
         facts: dict[str, Any] = json.loads(metadata["facts"])
         self.step, self._sum, self._count = facts["step"], facts["sum"], facts["count"]
         self.curve[:] = [Point(**point) for point in facts["curve"]]
@@ -216,12 +232,9 @@ def _tokens(batch: Mapping[str, Tensor]) -> int:
     return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
 
 
-def in_turns(count: int, steps: int, per_step: int, seed: int) -> Iterator[list[int]]:
-    """Draw `per_step` of `count` sequences for each step, every sequence once before any comes again."""
-    generator = torch.Generator().manual_seed(seed)
-    waiting: list[int] = []
-    for _ in range(steps):
-        while len(waiting) < per_step:
-            waiting += torch.randperm(count, generator=generator).tolist()
-        yield waiting[:per_step]
-        del waiting[:per_step]
+def _share(batch: Mapping[str, Tensor], comm: Communicator) -> dict[str, Tensor] | None:
+    """The sequences of a batch that this process takes; None if there are none left for it."""
+    if comm.world_size == 1:
+        return dict(batch)
+    chosen = comm.share(range(len(batch["input_ids"])))
+    return {key: value[list(chosen)] for key, value in batch.items()} if len(chosen) else None

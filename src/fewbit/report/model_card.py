@@ -71,6 +71,7 @@ def _facts(report: Mapping[str, Any]) -> Iterator[str]:
         "calibration": _calibration(report["calibration"]),
         "output error of a layer": _error(layers),
         "layers that needed a fallback": str(sum(bool(layer["fallbacks"]) for layer in layers)),
+        **dict(_distillation(report.get("distillation"))),
     }
     yield from _table(("", ""), facts.items())
 
@@ -106,6 +107,12 @@ def _calibration(calibration: Mapping[str, Any]) -> str:
         if sequences
         else "none"
     )
+
+
+def _distillation(distillation: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
+    if distillation and distillation["kept"]:
+        before, after = formatting.number(distillation["before"]), formatting.number(distillation["after"])
+        yield "distilled", f"KL on held-out text {before} before, {after} after, nats per token"
 
 
 def _error(layers: Sequence[Mapping[str, Any]]) -> str:

@@ -48,6 +48,7 @@ _PHASES = {
     "journal": "save finished blocks",
     "resume": "load finished blocks",
     "write": "write the checkpoint",
+    "distill": "distill",
     _EVALUATE: "evaluate",
 }
 _NAMES_SHOWN = 12
@@ -127,6 +128,7 @@ def view(report: Mapping[str, Any]) -> dict[str, Any]:
         "fallbacks": fallbacks(layers),
         "skipped": skipped_groups(report["skipped"]),
         "phases": phases(report),
+        "curve": (report.get("distillation") or {}).get("curve", []),
         "evaluation_seconds": sum(p["seconds"] for p in report["phases"] if p["name"] == _EVALUATE),
         "memory": memory(report),
         "config": config_rows(report["config"]),
@@ -160,6 +162,8 @@ def tiles(report: Mapping[str, Any]) -> list[Tile]:
         detail = f"at most {formatting.percent(worst[measure])}, in"
         result.append(Tile(f"mean {error_name(layers)}", average, detail, name=worst["name"]))
     result += _tuning_tiles(layers)
+    if report.get("distillation"):
+        result.append(_distillation_tile(report["distillation"]))
     detail = f"peak memory {formatting.size(report['peak_memory_bytes'])}"
     if report.get("ranks", 1) > 1:  # missing in reports of older versions
         detail += f" in one of {report['ranks']} processes"
@@ -185,6 +189,17 @@ def _evaluation_tiles(evaluation: Mapping[str, Any]) -> list[Tile]:
             spread(after["kl"], after["kl_stderr"]),
         ),
     ]
+
+
+def _distillation_tile(distillation: Mapping[str, Any]) -> Tile:
+    before, after = distillation["before"], distillation["after"]
+    return Tile(
+        "KL after distillation",
+        formatting.number(after),
+        f"{_change(after, before)}, from {formatting.number(before)}, on held-out text; "
+        f"{formatting.plural(distillation['trained'], 'value')} trained on {formatting.count(distillation['tokens'])} "
+        "tokens",
+    )
 
 
 def _tuning_tiles(layers: Iterable[Record]) -> list[Tile]:

@@ -54,6 +54,7 @@ class Report:
         command: command that repeats the run.
         ranks: number of processes; times are from rank 0.
         evaluation: results of `--eval`: ``dataset``, ``base`` and ``quantized``; None without it.
+        distillation: result of `--distill` with its curve, see `distillation.Distillation`; None without it.
     """
 
     output: str | None
@@ -78,6 +79,7 @@ class Report:
     command: str
     ranks: int = 1
     evaluation: dict[str, Any] | None = None
+    distillation: dict[str, Any] | None = None
 
     @property
     def model_bits_per_weight(self) -> float:
@@ -129,6 +131,7 @@ class RunResult:
         output: folder of the checkpoint; None for a model quantized in memory.
         resumed_layers: number of layers taken from an interrupted run.
         peak_memory_bytes: peak memory of the largest process; None where unknown.
+        distillation: a `distillation.Distillation` in plain JSON types; None without it.
     """
 
     plan: Plan
@@ -138,6 +141,7 @@ class RunResult:
     output: Path | None
     resumed_layers: int
     peak_memory_bytes: int | None
+    distillation: dict[str, Any] | None = None
 
 
 def collect(run: Preparation, result: RunResult) -> Report:
@@ -172,6 +176,7 @@ def collect(run: Preparation, result: RunResult) -> Report:
         versions=versions(),
         command=result.command,
         ranks=run.ctx.comm.world_size,
+        distillation=result.distillation,
     )
 
 

@@ -1,0 +1,53 @@
+"""The files of a checkpoint with other values for some tensors: same names, dtypes, shapes and order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .. import __version__
+from ..checkpoint import manifest
+from ..checkpoint.layout import PARTS, QWEIGHT, SCALES
+from ..checkpoint.reader import open_weights, read_config
+from ..checkpoint.safe_io import files_beside_weights
+from ..checkpoint.writer import CONFIG, MARKER, QUANTIZE_CONFIG, CheckpointWriter
+from ..hf.quantized_layers import FileNames
+from ..report.report import PAGE_NAME, REPORT_NAME
+
+
+def model_names(model: Any, folder: Path) -> dict[str, str]:
+    """Name in the files → name in the model, of tensors that are the same in both: parameters, and scales of layers."""
+    tensors = open_weights(folder).tensors
+    layers = [name.removesuffix(f".{QWEIGHT}") for name in tensors if name.endswith(f".{QWEIGHT}")]
+    names = FileNames(model, layers)
+    result = {}
+    for name in tensors:
+        layer, _, part = name.rpartition(".")
+        is_packed = layer in set(layers) and part in PARTS
+        if is_packed and part != SCALES:
+            continue
+        renamed, merged = names.rename(f"{layer}.weight" if is_packed else name)
+        if not merged:
+            result[name] = f"{renamed.removesuffix('.weight')}.{SCALES}" if is_packed else renamed
+    return result
+
+
+def rewrite(folder: Path, target: Path, replaced: Mapping[str, Tensor], max_shard_size: int | str) -> None:
+    """Write the checkpoint in `folder` with other values for the tensors `replaced`."""
+    if (target / CONFIG).exists():  # killed between the last file and the end of the run
+        manifest.require(target)
+        (target / MARKER).unlink(missing_ok=True)
+        return
+    config, found, _, _ = read_config(folder)
+    weights = open_weights(folder)
+    left_out = (CONFIG, QUANTIZE_CONFIG, manifest.NAME, REPORT_NAME, PAGE_NAME)
+    extra = {name: path for name, path in files_beside_weights(folder).items() if name not in left_out}
+    meta: Any = found.get("meta")
+    meta = {**(meta if isinstance(meta, dict) else {}), "distilled": f"fewbit:{__version__}"}
+    with CheckpointWriter(target, weights.tensors, max_shard_size) as writer:
+        for name in weights.tensors:
+            writer.add(name, replaced[name] if name in replaced else weights.tensor(name))
+        writer.finish(config, {**found, "meta": meta}, extra)
