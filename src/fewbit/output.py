@@ -23,8 +23,8 @@ from .checkpoint.layout import Shaped
 from .checkpoint.quantization_config import build
 from .checkpoint.writer import CONFIG, MARKER, CheckpointWriter, parse_size
 from .config import QuantConfig
-from .distillation import Distillation, DistillConfig, distill_into
-from .distillation.data import DistillData, distill_data
+from .distillation import Distillation, distill_into
+from .distillation.data import DistillData, fingerprint_of_run, settings_of, text_of_run
 from .distributed import Communicator
 from .errors import ConfigError, OutputError
 from .mixed_precision import BudgetStore, base_settings
@@ -111,12 +111,12 @@ class CheckpointFolder:
     def open(self, run: Preparation) -> Iterator[ResultSink]:
         """Open the journal, or start it. It stays on disk until `complete`."""
         comm = run.ctx.comm
-        self._data = _distill_data(run)
+        self._data = text_of_run(run)
         if not comm.is_leader:
             yield NonLeaderSink(comm.broadcast_object({}))
             return
-        text = {"distillation text": self._data.fingerprint} if self._data else {}
-        self._journal = journal = Journal(self.folder, {**run.fingerprint, **text}, self._resume)
+        fingerprint = fingerprint_of_run(run, self._data)
+        self._journal = journal = Journal(self.folder, fingerprint, self._resume)
         try:
             comm.broadcast_object(journal.records)
             self.budget = BudgetStore(journal.folder, run.fingerprint, journal.records)
@@ -149,7 +149,7 @@ class CheckpointFolder:
                 folder,
                 run.source,
                 data,
-                _distill_config(run.ctx.config),
+                settings_of(run.ctx.config),
                 run.ctx,
                 self._shard_bytes,
             )
@@ -194,28 +194,6 @@ class CheckpointFolder:
         """Remove the journal."""
         assert self._journal is not None
         self._journal.remove()
-
-
-def _distill_config(config: QuantConfig) -> DistillConfig:
-    return DistillConfig(tokens=config.distill_tokens, seed=config.seed, dtype=config.dtype)
-
-
-def _distill_data(run: Preparation) -> DistillData | None:
-    """The text of a distillation, read before the work begins; None without one."""
-    config = run.ctx.config
-    if not config.distill:
-        return None
-    if run.dataset == "-":
-        raise ConfigError(
-            "distill reads the text a second time, which standard input cannot: save it to a file"
-        )
-    assert isinstance(run.source, Source)
-    if run.source.gguf is not None:
-        raise ConfigError(
-            "distill needs the original as a transformers folder, not a .gguf file: quantize without it, then run "
-            "`fewbit distill` against such a folder"
-        )
-    return distill_data(run.dataset, run.text_tokenizer, run.source.load_config(), _distill_config(config))
 
 
 def quantization_config(

@@ -88,3 +88,18 @@ def test_what_several_processes_cannot_do_is_a_problem(tmp_path):
     assert problem.startswith("standard input cannot be read by all 2 processes")
     [problem] = estimate(model, QuantConfig(group_size=16), dataset=random_sequences(), processes=0).problems
     assert problem == "there cannot be 0 processes: give 1 or more"
+
+
+def test_a_distillation_is_planned(tmp_path):
+    model = save_tiny(tmp_path / "model")
+    config = QuantConfig(group_size=16, seq_len=24, distill=True, distill_tokens=48_000)
+    found = estimate(model, config, dataset=random_sequences(), output=tmp_path / "out")
+    assert found.works
+    assert found.seconds["distillation"] > found.seconds["forward passes"]
+    more = QuantConfig(**{**config.to_dict(), "distill_tokens": 480_000})
+    assert (
+        estimate(model, more, dataset=random_sequences()).seconds["distillation"]
+        > found.seconds["distillation"]
+    )
+    t5 = estimate(save_tiny(tmp_path / "t5", "t5"), config, dataset=random_sequences())
+    assert any("causal language models" in problem for problem in t5.problems)

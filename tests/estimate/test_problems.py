@@ -12,8 +12,9 @@ from fewbit import QuantConfig
 from fewbit.context import RunContext
 from fewbit.errors import FewbitError
 from fewbit.estimate import estimate, limits
-from fewbit.estimate.limits import Limit, memory_problems
+from fewbit.estimate.limits import memory_problems
 from fewbit.estimate.predict import Memory
+from fewbit.resources import Limit
 from models import TEXT, random_sequences, save_tiny, tiny_model, tiny_tokenizer
 
 CONFIG = QuantConfig(group_size=16, num_samples=6, seq_len=24)

@@ -48,7 +48,7 @@ class Distillation:
         output: folder of the checkpoint.
         before: mean KL of the held-out sequences before training, in nats per token.
         after: the same of the state that was kept.
-        kept: whether training made it smaller; if not, the tensors are those of the source.
+        kept: whether training made it smaller; if not, the tensors are the ones of the source.
         curve: loss during the training.
         tokens: tokens trained on.
         trained: number of trained values.

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..calibration import prepare
 from ..calibration.sequences import collate
+from ..config import QuantConfig
 from ..errors import CalibrationError, ConfigError
+
+if TYPE_CHECKING:
+    from ..preparation import Preparation
 
 _HELD_OUT_SHARE, _MOST_HELD_OUT = 16, 16
 
@@ -103,6 +107,40 @@ def distill_data(dataset: Any, tokenizer: Any, model_config: Any, config: Distil
     turns = in_turns(len(train), steps, config.batch_size, config.seed)
     batches = [collate([train[i] for i in chosen], pad) for chosen in turns]
     return DistillData(batches, held_out, found.fingerprint, tuple(notes))
+
+
+def settings_of(config: QuantConfig) -> DistillConfig:
+    """The settings of a distillation that belongs to a quantization."""
+    return DistillConfig(tokens=config.distill_tokens, seed=config.seed, dtype=config.dtype)
+
+
+def text_of_run(run: Preparation) -> DistillData | None:
+    """The text for the distillation that belongs to a quantization; None without one.
+
+    Raises:
+        ConfigError: distillation cannot follow this run.
+        CalibrationError: as in `distill_data`.
+    """
+    config, source = run.ctx.config, run.source
+    if not config.distill:
+        return None
+    if run.dataset is None:
+        raise CalibrationError("distill trains on text, and no dataset was given")
+    if run.dataset == "-":
+        raise ConfigError(
+            "distill reads the text a second time, which standard input cannot: save it to a file"
+        )
+    if getattr(source, "gguf", None) is not None:
+        raise ConfigError(
+            "distill needs the original as a transformers folder, not a .gguf file: quantize without it, then run "
+            "`fewbit distill` against such a folder"
+        )
+    return distill_data(run.dataset, run.text_tokenizer, source.load_config(), settings_of(config))
+
+
+def fingerprint_of_run(run: Preparation, data: DistillData | None) -> dict[str, str]:
+    """What decides the bytes of a run's result, with the text of its distillation."""
+    return {**run.fingerprint, **({"distillation text": data.fingerprint} if data else {})}
 
 
 def in_turns(count: int, steps: int, per_step: int, seed: int) -> Iterator[list[int]]:

@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from .. import native
-from ..checkpoint.layout import G_IDX, QWEIGHT, QZEROS, SCALES
+from ..checkpoint.layout import G_IDX, QWEIGHT, QZEROS, SCALES, unpack_rows, unpack_zeros
 from ..hf.quantized_layers import quantized_layers
 from ..kernels.linear import QuantizedLayer, QuantLinear
 from ..planning import block_of
@@ -140,23 +140,24 @@ class _ScaledProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scales: Tensor, layer: QuantizedLayer) -> Tensor:
-        ctx.save_for_backward(x, scales)
+        centered, dtype = _centered(layer), product_dtype(x.device, x.dtype)
+        # int8 codes of one block at a time: the first forward pass of a recomputed block saves nothing.
+        ctx.save_for_backward(x, scales, centered)
         ctx.layer = layer
-        dtype = product_dtype(x.device, x.dtype)
-        return functional.linear(x.to(dtype), _weight(layer, scales, dtype)).to(x.dtype)
+        return functional.linear(x.to(dtype), _scaled(centered.float(), scales, layer).to(dtype)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, scales = ctx.saved_tensors
+        x, scales, centered = ctx.saved_tensors
         layer: QuantizedLayer = ctx.layer
-        dtype = product_dtype(x.device, x.dtype)
+        dtype, grad_x, grad_s = product_dtype(x.device, x.dtype), None, None
         grad = grads[0].to(dtype)
-        grad_x = (grad @ _weight(layer, scales, dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return grad_x, None, None
-        product = (grad.flatten(0, -2).t() @ x.to(dtype).flatten(0, -2)).float()  # ∂L/∂Ŵ (out, in)
-        product *= _centered(layer)
-        return grad_x, _sum_groups(product, layer).t(), None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ _scaled(centered.float(), scales, layer).to(dtype)).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            product = grad.flatten(0, -2).t() @ x.to(dtype).flatten(0, -2)  # ∂L/∂Ŵ (out, in)
+            grad_s = _sum_groups(product.float().mul_(centered), layer).t()
+        return grad_x, grad_s, None
 
 
 def _linear(layer: QuantizedLayer, scales: TrainedTensor, x: Tensor) -> Tensor:
@@ -165,26 +166,41 @@ def _linear(layer: QuantizedLayer, scales: TrainedTensor, x: Tensor) -> Tensor:
 
 
 def _centered(layer: QuantizedLayer) -> Tensor:
-    """q − z, float32 (out, in), from the packed codes."""
-    spec, parts = layer.spec, [layer.get_buffer(name) for name in (QWEIGHT, QZEROS, SCALES, G_IDX)]
-    parts[2] = torch.ones_like(parts[2])
-    result: Tensor = torch.ops.fewbit.dequantize(*parts, spec.bits, spec.format, torch.float32)
-    return result
+    """q − z, int8 (out, in; int16 at 8 bits), from the packed codes."""
+    spec = layer.spec
+    codes = unpack_rows(layer.get_buffer(QWEIGHT).t().contiguous(), spec.bits, spec.in_features)
+    zeros = unpack_zeros(layer.get_buffer(QZEROS), spec.bits, spec.format, spec.out_features).t()
+    dtype = torch.int16 if spec.bits == 8 else torch.int8
+    groups = _sequential_groups(layer)
+    if groups is None:
+        return codes.to(dtype).sub_(zeros.to(dtype).index_select(1, layer.get_buffer(G_IDX).long()))
+    return (codes.to(dtype).view(len(codes), groups, -1) - zeros.to(dtype)[..., None]).view(codes.shape)
 
 
-def _weight(layer: QuantizedLayer, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Ŵ (out, in), computed in float32 and rounded once."""
-    groups = layer.get_buffer(G_IDX).long()
-    return _centered(layer).mul_(scales.t().float().index_select(1, groups)).to(dtype)
+def _scaled(centered: Tensor, scales: Tensor, layer: QuantizedLayer) -> Tensor:
+    """Ŵ = s ∘ (q − z), float32 (out, in), in place of q − z."""
+    groups, s = _sequential_groups(layer), scales.t().float()
+    if groups is None:
+        return centered.mul_(s.index_select(1, layer.get_buffer(G_IDX).long()))
+    centered.view(len(centered), groups, -1).mul_(s[..., None])
+    return centered
 
 
 def _sum_groups(values: Tensor, layer: QuantizedLayer) -> Tensor:
     """Sum values (out, in) over the inputs of each group: (out, groups)."""
-    scales, size = layer.get_buffer(SCALES), layer.spec.group_size
-    if not layer.spec.act_order and size != -1 and values.shape[1] % size == 0:
-        return values.view(values.shape[0], -1, size).sum(-1)
-    result = values.new_zeros(values.shape[0], scales.shape[0])
+    groups = _sequential_groups(layer)
+    if groups is not None:
+        return values.view(len(values), groups, -1).sum(-1)
+    result = values.new_zeros(len(values), layer.get_buffer(SCALES).shape[0])
     return result.index_add_(1, layer.get_buffer(G_IDX).long(), values)
+
+
+def _sequential_groups(layer: QuantizedLayer) -> int | None:
+    """The number of groups if they are consecutive inputs and equally long, else None."""
+    size, n = layer.spec.group_size, layer.spec.in_features
+    if layer.spec.act_order:
+        return None
+    return 1 if size == -1 else n // size if n % size == 0 else None
 
 
 def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:

@@ -8,12 +8,12 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..estimate.limits import memory_left
 from ..modeling.source import Source
 from ..pipeline.quantize_layers import without_cache
 from ..pipeline.streaming import StreamedWeights, Weights
 from ..planning import block_of
 from ..profiling import Profiler
+from ..resources import memory_left
 
 Logits = Callable[[Mapping[str, Tensor]], Tensor]
 

@@ -110,7 +110,7 @@ class Training:
         return min(self.curve, key=lambda point: point.held_out)
 
     def _train_on(self, batch: Mapping[str, Tensor]) -> None:
-        """Set the gradients of the mean KL of a batch, of which each process takes some sequences."""
+        """Set the gradients of the mean KL of a batch; each process takes some of its sequences."""
         mine = _share(batch, self.comm)
         loss, tokens = 0.0, 0
         if mine is not None:

@@ -25,6 +25,7 @@ from ..checkpoint.safetensors_file import TensorInfo, read_header
 from ..checkpoint.writer import parse_size
 from ..config import QuantConfig
 from ..context import RunContext, resolve_device
+from ..distillation.data import fingerprint_of_run, text_of_run
 from ..distributed import threads_per_process
 from ..errors import FewbitError
 from ..formatting import size
@@ -38,6 +39,7 @@ from ..pipeline.streaming import StreamedWeights
 from ..planning import Plan, output_embedding_name
 from ..preparation import Preparation, check_processes
 from ..profiling import Profiler, memory_in_use_bytes
+from ..resources import device_left, existing
 from . import limits, predict
 from .predict import InputCost, Memory, Sizes
 from .trial import run_trial, tokens_of
@@ -220,6 +222,8 @@ def _prepare(found: Estimate, run: Preparation) -> bool:
     if found.plan is not None:
         found.notes += found.plan.notes
         found.attempt(check_budget, found.plan, run.ctx.config)
+    if calibration is not None:
+        found.attempt(text_of_run, run)
     return calibration is not None
 
 
@@ -227,7 +231,7 @@ def _check_resume(found: Estimate, run: Preparation, folder: Path, resume: bool)
     """Check that an interrupted run in the output folder can be resumed."""
     if not folder.exists() or not check_output(folder):
         return
-    journal = Journal(folder, run.fingerprint, resume)
+    journal = Journal(folder, fingerprint_of_run(run, text_of_run(run)), resume)
     journal.close()
     found.notes.append(
         f"goes on with an interrupted run, in which {len(journal.records)} layers are done; the times are those of "
@@ -268,7 +272,7 @@ def _predict(found: Estimate, run: Preparation, folder: Path | None, *, known_te
     file, tensor = _largest_tensor(source)
     found.memory = _memory(found, run, work, shards, (baseline, tensor.nbytes if tensor else 0))
     found.problems += limits.memory_problems(found.memory, memory_in_use_bytes(), ctx, found.processes)
-    disk = found.attempt(measure_disk, limits.existing(folder or Path()), file, tensor)
+    disk = found.attempt(measure_disk, existing(folder or Path()), file, tensor)
     if disk is None:
         return
     inputs = InputCost(
@@ -280,6 +284,8 @@ def _predict(found: Estimate, run: Preparation, folder: Path | None, *, known_te
     )
     rates = LayerBenchmark(ctx.config, dtype, device, work.paths, work.holdout).rates(plan.layers)
     found.seconds = predict.predict_seconds(work, trial, rates, disk, sizes, inputs)
+    if ctx.config.distill:
+        found.seconds["distillation"] = predict.distillation_seconds(model, plan, ctx.config, trial)
 
 
 def _memory(
@@ -292,13 +298,15 @@ def _memory(
     evaluation = run.__dict__.get("evaluation")
     if evaluation is not None:
         moments["evaluation"] = predict.evaluation_moment(model, evaluation.windows.shape[1])
+    if config.distill:
+        moments["distilling"] = predict.distillation_moment(model, run.plan, config)
     options = {"target_bits": config.target_bits, "tune": config.tune, "evaluation": evaluation is not None}
     left_out = [name for name, used in options.items() if used]
     if left_out:
         found.notes.append(f"the time of {' and '.join(left_out)} is not included")
     if device.type == "cpu":
         return predict.host_memory(moments, shards, *process)
-    left = limits.device_left(device)
+    left = device_left(device)
     free = round((1 - DEVICE_FRAGMENTATION) * left.bytes) if left else None
     memory = predict.device_memory(moments, shards, *process, free)
     if memory.host_activations:

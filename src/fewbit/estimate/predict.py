@@ -55,6 +55,17 @@ Parts = dict[str, int]
 TUNE_BYTES = 28
 # Tensors that a block saves for the backward pass, as a multiple of what it holds where it pauses.
 _SAVED = 4
+# Distillation, for the default batch: its tokens; passes through the model for each token, measured (teacher, student,
+# student again in the backward pass, two products of the backward pass, unpacking); bytes for every trained scale (d,
+# its gradient, two moments, the best state); values of the widest layer's input that one block saves for each token;
+# bytes for every token and word of the vocabulary.
+_DISTILLED_TOKENS, _DISTILL_PASSES, _TRAINED_BYTES, _DISTILLED_WIDTHS, _DISTILLED_LOGITS = (
+    1024,
+    6.0,
+    20,
+    60,
+    16,
+)
 # Bytes for every token of a window and word of the vocabulary, while two models are compared.
 _SCORE_BYTES = 24
 
@@ -245,6 +256,29 @@ def option_moments(
     return moments
 
 
+def distillation_moment(model: nn.Module, plan: Plan, config: QuantConfig) -> Parts:
+    """What is in memory while the result is trained against the original, which is in memory too if it fits."""
+    quantized = {f"{layer.name}.weight" for layer in plan.layers}
+    dense = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name not in quantized)
+    packed = sum(tensor.nbytes for layer in plan.layers for tensor in layer.packed().values())
+    scales = sum(tensor.numel() for layer in plan.layers for tensor in [layer.packed()["scales"]])
+    original = 2 * sum(p.numel() for p in model.parameters())
+    blocks, width = len(plan.block_layers()), max(layer.in_features for layer in plan.layers)
+    return {
+        "weights": dense + packed + original,
+        "activations": _DISTILLED_TOKENS * width * (2 * blocks + _DISTILLED_WIDTHS),
+        "logits": _DISTILLED_LOGITS * _DISTILLED_TOKENS * vocabulary_size(model),
+        "training": _TRAINED_BYTES * scales,
+    }
+
+
+def distillation_seconds(model: nn.Module, plan: Plan, config: QuantConfig, trial: Trial) -> float:
+    """Seconds of the training: passes through all blocks and the output embedding, for each token."""
+    head = vocabulary_size(model) * min(layer.in_features for layer in plan.layers)
+    share = 1 + head / max(1, plan.weights)
+    return _DISTILL_PASSES * share * trial.forward_seconds / trial.tokens * config.distill_tokens
+
+
 def evaluation_moment(model: nn.Module, window: int) -> Parts:
     """What is in memory while two models are compared on windows of `window` tokens."""
     both = 2 * sum(p.numel() * p.element_size() for p in model.parameters())
@@ -286,7 +320,7 @@ def predict_seconds(
 ) -> dict[str, float]:
     """Seconds by phase: measured rates times counts. Phases do not overlap and add up.
 
-    The exchange between processes, `target_bits`, `tune` and an evaluation are not included.
+    The exchange between processes, `target_bits`, `tune`, `distill` and an evaluation are not included.
     """
     rated = [(one, rates[one.layer.in_features, one.layer.settings]) for one in work.layers]
     own = [(one, rate) for one, rate in rated if one.layer.settings.needs_inputs and not one.shares]

@@ -5,15 +5,15 @@ import shutil
 
 import torch
 
-from fewbit.estimate import limits
-from fewbit.estimate.limits import device_left, disk_left, existing, memory_left
+from fewbit import resources
+from fewbit.resources import device_left, disk_left, existing, memory_left
 
 
 def test_the_tightest_limit_counts(monkeypatch, tmp_path):
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 2000 kB\nMemAvailable:     1000 kB\n")
-    monkeypatch.setattr(limits, "_MEMINFO", meminfo)
-    monkeypatch.setattr(limits, "_OWN_CGROUP", tmp_path / "none")
+    monkeypatch.setattr(resources, "_MEMINFO", meminfo)
+    monkeypatch.setattr(resources, "_OWN_CGROUP", tmp_path / "none")
     left = memory_left()
     assert (left.bytes, left.name) == (1024000, "available on this machine")
 
@@ -28,15 +28,15 @@ def test_a_control_group_and_those_around_it(monkeypatch, tmp_path):
     (job.parent / "memory.max").write_text("5000\n")
     (job.parent / "memory.current").write_text("3000\n")
     (job.parent / "memory.stat").write_text("anon 1\ninactive_file 400\n")
-    monkeypatch.setattr(limits, "_OWN_CGROUP", own)
-    monkeypatch.setattr(limits, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(resources, "_OWN_CGROUP", own)
+    monkeypatch.setattr(resources, "_CGROUPS", tmp_path)
     left = memory_left()
     assert left.bytes == 5000 - 3000 + 400
     assert "memory.max" in left.name
 
 
 def test_a_limited_address_space(monkeypatch):
-    used = int(limits._STATM.read_text().split()[0]) * resource.getpagesize()
+    used = int(resources._STATM.read_text().split()[0]) * resource.getpagesize()
     monkeypatch.setattr(resource, "getrlimit", lambda what: (used + 10**6, resource.RLIM_INFINITY))
     left = memory_left()
     assert left.bytes <= 10**6
