@@ -200,6 +200,8 @@ def test_unsupported_structures_have_a_reason():
     assert "other weights" in layout_of(fused)
     unknown = nn.Module()
     unknown.weight = nn.Parameter(torch.zeros(2, 3, 4))
+    assert layout_of(unknown) is None  # no experts: listed as a parameter that is used in its own way
+    unknown.num_experts = 2
     assert "not one of transformers' fused experts" in layout_of(unknown)
 
 
