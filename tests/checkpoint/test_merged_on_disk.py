@@ -1,4 +1,4 @@
-"""One matrix in the file, several layers in memory: each is quantized and written by itself, under its module's name."""
+"""One matrix in the file, several layers in memory: each is quantized and written by itself."""
 
 import pytest
 import torch
