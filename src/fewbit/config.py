@@ -107,6 +107,7 @@ class QuantConfig:
         distill: after all layers are solved, train scales, norms and biases against the original's logits
             (`fewbit.distill`). distill_tokens: tokens to train on.
         lm_head: also quantize the output embedding.
+        mtp: also round the matrices for multi-token prediction to nearest, which the model class does not run.
         format: "gptq" (v1, read by everything) or "gptq_v2".
         num_samples: calibration sequences. seq_len: tokens in each. batch_size: sequences per batch.
         seed: chooses the calibration windows.
@@ -134,6 +135,7 @@ class QuantConfig:
     distill: bool = False
     distill_tokens: int = 500_000
     lm_head: bool = False
+    mtp: bool = False
     format: str = "gptq"
     num_samples: int = 128
     seq_len: int = 2048
@@ -152,7 +154,7 @@ class QuantConfig:
             )
         object.__setattr__(self, "ignore", tuple(self.ignore))
         object.__setattr__(self, "override", dict(self.override))
-        for name in ("lm_head", "strict", "fast", "tune", "distill"):
+        for name in ("lm_head", "mtp", "strict", "fast", "tune", "distill"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):

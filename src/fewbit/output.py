@@ -14,24 +14,26 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from . import __version__
 from .checkpoint import manifest
 from .checkpoint.assemble import checkpoint_tensors, names_on_disk
-from .checkpoint.layout import Shaped
+from .checkpoint.layout import Shaped, pack
 from .checkpoint.quantization_config import build
+from .checkpoint.safetensors_file import check_finite
 from .checkpoint.writer import CONFIG, MARKER, CheckpointWriter, parse_size
 from .config import QuantConfig
 from .distillation import Distillation, distill_into
 from .distillation.data import DistillData, fingerprint_of_run, settings_of, text_of_run
 from .distributed import Communicator
 from .errors import ConfigError, OutputError
+from .gptq import quantize_weight
 from .mixed_precision import BudgetStore, base_settings
 from .modeling.source import Source
 from .pipeline.journal import FOLDER, Journal, check_output
 from .pipeline.layer_quantizer import MemorySink, NonLeaderSink, ResultSink
-from .planning import Plan, output_embedding_name
+from .planning import LayerPlan, Plan, output_embedding_name, plan_copied
 from .preparation import Preparation
 from .report.model_card import CARD_NAME, model_card
 from .report.report import PAGE_NAME, REPORT_NAME, Report, write_text
@@ -174,15 +176,23 @@ class CheckpointFolder:
             checkpoint_tensors(model, names, packed.__getitem__, states, values=False)
         )
         copied = {name: tensor for name, tensor in run.weights.unused.items() if name not in planned}
-        planned |= {name: tensor.info for name, tensor in copied.items()}
+        extra_layers = plan_copied({name: t.info.shape for name, t in copied.items()}, run.ctx.config)
+        rounded = {f"{layer.name}.weight": layer for layer in extra_layers}
+        planned |= {name: tensor.info for name, tensor in copied.items() if name not in rounded}
+        planned |= {f"{layer.name}.{s}": t for layer in extra_layers for s, t in layer.packed().items()}
         shards = run.weights.shards(without=[f"{name}.weight" for name in names])
         with CheckpointWriter(folder, planned, self._shard_bytes) as writer:
             for name, tensor in checkpoint_tensors(model, names, sink.tensors, shards):
                 writer.add(name, tensor)
             for name, file_tensor in copied.items():
-                writer.add(name, file_tensor.read())
-            dense = [name.removesuffix(".weight") for name, t in copied.items() if len(t.info.shape) > 1]
-            settings = quantization_config(run.ctx.config, model, plan, run.meta, dense)
+                for key, tensor in _copy(name, file_tensor.read(), rounded.get(name), run.ctx.config.format):
+                    writer.add(key, tensor)
+            dense = [
+                n.removesuffix(".weight")
+                for n, t in copied.items()
+                if len(t.info.shape) > 1 and n not in rounded
+            ]
+            settings = quantization_config(run.ctx.config, model, plan, run.meta, dense, extra_layers)
             writer.finish(values, settings, extra)
 
     def publish(self, report: Report) -> None:
@@ -197,11 +207,16 @@ class CheckpointFolder:
 
 
 def quantization_config(
-    config: QuantConfig, model: nn.Module, plan: Plan, meta: dict[str, Any], copied: Sequence[str] = ()
+    config: QuantConfig,
+    model: nn.Module,
+    plan: Plan,
+    meta: dict[str, Any],
+    copied: Sequence[str] = (),
+    rounded: Sequence[LayerPlan] = (),
 ) -> dict[str, Any]:
     """What config.json says about a model before its layers are replaced, in the names of the original files.
 
-    `copied` names matrices of the files that belong to no layer of the model.
+    `copied` and `rounded` are matrices of the files that belong to no layer of the model, left and quantized.
     """
     names = [layer.name for layer in plan.layers] + [item.name for item in plan.skipped]
     on_disk = names_on_disk(model, names, quantized=[layer.name for layer in plan.layers])
@@ -210,10 +225,21 @@ def quantization_config(
         config = replace(config, bits=bits, group_size=group_size)
     return build(
         config,
-        {name: layer.settings for layer in plan.layers for name in on_disk[layer.name]},
+        {name: layer.settings for layer in plan.layers for name in on_disk[layer.name]}
+        | {layer.name: layer.settings for layer in rounded},
         [*(name for item in plan.skipped for name in on_disk[item.name]), *copied],
         meta,
     )
+
+
+def _copy(name: str, tensor: Tensor, layer: LayerPlan | None, fmt: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield a tensor as it is, or the packed tensors of its matrix rounded to nearest."""
+    if layer is None:
+        yield name, tensor
+        return
+    check_finite(name, tensor)
+    codes = quantize_weight(tensor, None, layer.settings).codes
+    yield from ((f"{layer.name}.{short}", part) for short, part in pack(codes, fmt).items())
 
 
 def upload(

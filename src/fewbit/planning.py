@@ -28,6 +28,7 @@ from .modeling.multimodal import parts_of
 
 _BLOCK = re.compile(r"^(?:.*?\.)?\d+(?=\.|$)")
 _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")
+_NOT_LINEAR = re.compile(r"embed|head|norm", re.I)  # matrices that are no linear layers, by name
 _STREAM_MIXER = re.compile(r"(^|\.)altup(\.|$)")
 _STREAM_MIXER_REASON = "mixes the parallel streams of the model (AltUp)"
 _ROUTER_REASON = "router of a mixture of experts"
@@ -145,6 +146,32 @@ def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
     others = [item for item in _others(model) if all(item.name != other.name for other in skipped)]
     notes = (*_notes(layers), *_split_notes(layers, split), *_expert_notes(model))
     return Plan(tuple(layers), tuple(skipped), notes, tuple(others))
+
+
+def plan_copied(tensors: Mapping[str, tuple[int, ...]], config: QuantConfig) -> list[LayerPlan]:
+    """Plan the matrices among tensors that the model class does not run, such as layers for multi-token prediction.
+
+    Nothing calibrates them, so they are rounded to nearest. Routers, embeddings and heads stay as they are.
+
+    Args:
+        tensors: name in the files → shape.
+        config: settings of the run; without `mtp` nothing is quantized.
+    """
+    layers = []
+    for key, shape in tensors.items() if config.mtp else ():
+        name = key.removesuffix(".weight")
+        settings = config.layer(name)
+        if (
+            name == key
+            or len(shape) != 2
+            or settings is None
+            or _ROUTER.search(name)
+            or _NOT_LINEAR.search(name)
+        ):
+            continue
+        settings = dataclasses.replace(settings, method="rtn", act_order="none")
+        layers.append(LayerPlan(name, shape[0], shape[1], settings, block_of(name)))
+    return layers
 
 
 def with_settings(plan: Plan, chosen: Mapping[str, tuple[int, int]]) -> Plan:

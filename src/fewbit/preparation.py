@@ -24,7 +24,7 @@ from .modeling.experts import unfuse
 from .modeling.source import LoadedModel, Source, load_tokenizer
 from .pipeline.quantize_layers import check_weights
 from .pipeline.streaming import StreamedWeights, Weights
-from .planning import Plan, make_plan
+from .planning import Plan, make_plan, plan_copied
 
 # Tokens per window and number of windows on which the result is measured.
 EVALUATION_SEQ_LEN = 512
@@ -164,9 +164,12 @@ class Preparation:
                         "what belongs to the model (its Python code goes along with --trust-remote-code)"
                     )
                 if weights.unused:
+                    shapes = {name: tensor.info.shape for name, tensor in weights.unused.items()}
+                    rounded = len(plan_copied(shapes, ctx.config))
                     source.notes.append(
-                        f"{len(weights.unused)} tensors of the source belong to no layer of {type(model).__name__} and "
-                        f"are copied as they are, for example {next(iter(weights.unused))}"
+                        f"{len(shapes)} tensors of the source belong to no layer of {type(model).__name__} and are "
+                        f"copied as they are, for example {next(iter(shapes))}"
+                        + (f"; {rounded} of them are rounded to nearest instead (mtp)" if rounded else "")
                     )
                 return model, weights
             model = source.load_model(ctx.config.dtype, ctx.device)

@@ -113,6 +113,10 @@ def quantize_arguments(
         list[str] | None, typer.Option(help="'REGEX=bits:8,group_size:32' or 'REGEX=skip'. Repeatable.")
     ] = None,
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Also quantize the output embedding.")] = False,
+    mtp: Annotated[
+        bool,
+        typer.Option("--mtp", help="Also round layers for multi-token prediction, which are else copied."),
+    ] = False,
     format: Annotated[Format, typer.Option(help="gptq (v1) is read by everything.")] = "gptq",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run.")] = True,
@@ -146,6 +150,7 @@ def quantize_arguments(
         ignore=tuple(ignore or ()),
         override=parse_overrides(override or ()),
         lm_head=lm_head,
+        mtp=mtp,
         format=format,
         num_samples=num_samples,
         seq_len=seq_len,

@@ -44,7 +44,7 @@ from ..pipeline.memory import (
     solver_bytes,
 )
 from ..pipeline.streaming import REST, Weights
-from ..planning import Plan, output_embedding_name
+from ..planning import Plan, output_embedding_name, plan_copied
 from .trial import ARENA_BYTES, Trial, tokens_of
 from .work import DiskRate, Kind, LayerRate, LayerWork, Work
 
@@ -103,6 +103,9 @@ def sizes_of(weights: Weights, plan: Plan, config: QuantConfig, source: Source) 
     packed = {layer.name: layer.packed() for layer in plan.layers}
     states = weights.state_by_shard()
     tensors: dict[str, Shaped] = {name: tensor.info for name, tensor in weights.unused.items()}
+    for layer in plan_copied({name: tensor.shape for name, tensor in tensors.items()}, config):
+        del tensors[f"{layer.name}.weight"]
+        tensors |= {f"{layer.name}.{short}": tensor for short, tensor in layer.packed().items()}
     tensors |= checkpoint_tensors(model, list(packed), packed.__getitem__, states, values=False)
     entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     layers = {name: sum(tensor.nbytes for tensor in parts.values()) for name, parts in packed.items()}
