@@ -72,7 +72,8 @@ def compare(
         "pass of the same tokens"
     )
     for point in result.curve:
-        print(f"  {point.tokens:9,} tokens: training {point.train or 0:.4f}, held out {point.held_out:.4f}")
+        train = "—" if point.train is None else f"{point.train:.4f}"
+        print(f"  {point.tokens:9,} tokens: training {train}, held out {point.held_out:.4f}")
     for name, one in before.items():
         other = after[name]
         print(
