@@ -157,7 +157,8 @@ def test_another_model_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"tokens": 0}, {"batch_size": 1.5}, {"rate": 0.0}, {"rate": 2}, {"seq_len": True}]
+    "settings",
+    [{"tokens": 0}, {"batch_size": 1.5}, {"rate": 0.0}, {"rate": "fast"}, {"rate": 2}, {"seq_len": True}],
 )
 def test_settings_are_checked(settings):
     with pytest.raises(ConfigError):
@@ -230,6 +231,23 @@ def test_quantize_with_distill_resumes_to_the_same_bytes(tmp_path):
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
     assert not (tmp_path / "out/.fewbit").exists()
+
+
+def test_errors_come_before_the_training(tmp_path):
+    quantized = checkpoint(tmp_path)
+
+    def never(phase, done, total):
+        raise AssertionError("a step was done")
+
+    arguments = (quantized, tmp_path / "model", text(), tmp_path / "out", CONFIG)
+    with pytest.raises(ConfigError, match="max_shard_size"):
+        distill(*arguments, max_shard_size="5 sheep", progress=never)
+    images = [
+        {"input_ids": one["input_ids"][None], "pixel_values": torch.zeros(1, 3, 8, 8)} for one in text(4)
+    ]
+    with pytest.raises(CalibrationError, match="token ids alone"):
+        distill(quantized, tmp_path / "model", images, tmp_path / "out", CONFIG, progress=never)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_distill_cannot_do_is_said_before_the_work(tmp_path):

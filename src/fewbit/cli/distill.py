@@ -67,7 +67,7 @@ def distill(
                 )
         except KeyboardInterrupt as interrupt:
             if is_leader:
-                console.print("interrupted. The state is kept: run the same command again to go on.")
+                console.print("interrupted. The same command goes on from the last saved state.")
             raise typer.Exit(INTERRUPTED) from interrupt
     if as_json and is_leader:
         print(json.dumps(result.to_dict()))

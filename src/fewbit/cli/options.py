@@ -115,7 +115,9 @@ def quantize_arguments(
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Also quantize the output embedding.")] = False,
     mtp: Annotated[
         bool,
-        typer.Option("--mtp", help="Also round layers for multi-token prediction, which are else copied."),
+        typer.Option(
+            "--mtp", help="Also round layers for multi-token prediction; otherwise they are copied."
+        ),
     ] = False,
     format: Annotated[Format, typer.Option(help="gptq (v1) is read by everything.")] = "gptq",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from .. import __version__
+from ..checkpoint.writer import parse_size
 from ..config import QuantConfig
 from ..context import Progress, RunContext, no_progress, resolve_device
 from ..distributed import open_communicator
@@ -26,7 +27,7 @@ from ..errors import ConfigError, ModelError
 from ..hf.load import load
 from ..hf.quantized_layers import quantized_layers
 from ..modeling.source import Source, open_source
-from ..pipeline.journal import Journal, check_output
+from ..pipeline.journal import FOLDER, Journal, check_output
 from ..report.page import page
 from ..report.report import PAGE_NAME, REPORT_NAME, write_text
 from .data import DistillConfig, DistillData, distill_data
@@ -109,12 +110,13 @@ def distill(
             "distillation compares a checkpoint folder with a model folder, and writes to a third one; "
             f"got {folder}, {against} and {target}"
         )
+    parse_size(max_shard_size)
     own = Source(folder)
-    tokenizer = source.load_tokenizer() or own.load_tokenizer()
-    data = distill_data(dataset, tokenizer, source.load_config(), config)
     with open_communicator() as comm:
         if comm.is_leader:
             check_output(target)
+        tokenizer = source.load_tokenizer() or own.load_tokenizer()
+        data = distill_data(dataset, tokenizer, source.load_config(), config)
         fingerprint = {
             "fewbit version": __version__,
             "settings": json.dumps(asdict(config)),
@@ -160,7 +162,7 @@ def distill_into(
             data.held_out,
             rate=config.rate or _rate(model),
             device=where,
-            state_file=target / ".fewbit" / _STATE,
+            state_file=target / FOLDER / _STATE,
             comm=comm,
             progress=ctx.progress if comm.is_leader else no_progress,
         )

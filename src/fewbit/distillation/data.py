@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..calibration import prepare
+from ..calibration.inputs import is_more_than_tokens
 from ..calibration.sequences import collate
 from ..config import QuantConfig
 from ..errors import CalibrationError, ConfigError
@@ -48,7 +49,7 @@ class DistillConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1; got {value!r}")
-        if self.rate is not None and not 0 < self.rate < 1:
+        if self.rate is not None and not (isinstance(self.rate, float) and 0 < self.rate < 1):
             raise ConfigError(f"rate must lie between 0 and 1 (both excluded); got {self.rate!r}")
 
 
@@ -90,6 +91,10 @@ def distill_data(dataset: Any, tokenizer: Any, model_config: Any, config: Distil
         vocab_size=getattr(text, "vocab_size", None),
     )
     sequences, notes = found.batches, list(found.notes)
+    if any(is_more_than_tokens(batch) for batch in sequences):
+        raise CalibrationError(
+            "distillation trains on token ids alone: leave out images, sound and other inputs"
+        )
     if len(sequences) < 2:
         raise CalibrationError(
             "distillation needs sequences to learn from and others to judge by, but there is only one: give more text"
