@@ -22,6 +22,7 @@ from .. import native
 from ..checkpoint.layout import G_IDX, QWEIGHT, QZEROS, SCALES, unpack_rows, unpack_zeros
 from ..hf.quantized_layers import quantized_layers
 from ..kernels.linear import QuantizedLayer, QuantLinear
+from ..pipeline.scheduler import forward_replaced
 from ..planning import block_of
 
 _SMALLEST_UNIT = 1e-2  # of a vector of zeros, such as a bias before any training
@@ -96,13 +97,13 @@ class Student:
         """Let the model compute with the trained tensors, and recompute each block in the backward pass."""
         with ExitStack() as stack:
             for name, layer in self._layers.items():
-                stack.enter_context(_forward(layer, partial(_linear, layer, self.scales[name])))
+                stack.enter_context(forward_replaced(layer, partial(_linear, layer, self.scales[name])))
             for name, vector in self.vectors.items():
                 stack.enter_context(_computed(self.model, name, vector))
             blocks = {block_of(name) for name in self._layers if block_of(name) != name}
             for name in sorted(blocks):
                 block = self.model.get_submodule(name)
-                stack.enter_context(_forward(block, partial(_recomputed, block.forward)))
+                stack.enter_context(forward_replaced(block, partial(_recomputed, block.forward)))
             yield
 
     def state(self) -> dict[str, Tensor]:
@@ -208,19 +209,6 @@ def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-
-@contextmanager
-def _forward(module: nn.Module, forward: Any) -> Iterator[None]:
-    previous = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if previous is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = previous
 
 
 @contextmanager

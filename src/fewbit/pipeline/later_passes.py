@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from torch.func import functional_call
 
 from ..gptq import Hessian
 from ..modeling.experts import unfused_modules
+from .scheduler import forward_replaced
 
 # What code raises that needs the values of tensors, or that does not run on the meta device.
 _NEEDS_VALUES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
@@ -46,22 +47,13 @@ def uses_per_pass(
             handle = module.register_forward_pre_hook(lambda module, args, name=name: uses.update([name]))
             stack.callback(handle.remove)
         for experts in unfused_modules(model).values():
-            stack.enter_context(_forward_replaced(experts, lambda x, *args, **kwargs: torch.empty_like(x)))
+            stack.enter_context(forward_replaced(experts, lambda x, *args, **kwargs: torch.empty_like(x)))
         stack.enter_context(torch.device("meta"))  # for tensors that the model makes itself
         try:
             functional_call(model, empty, kwargs=inputs)
         except _NEEDS_VALUES:
             return {}
     return {name: count for name, count in uses.items() if count > 1}
-
-
-@contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
 
 
 @dataclass

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -317,19 +317,26 @@ def _pausing_forwards(layers: Mapping[str, nn.Module], blocks: Mapping[str, nn.M
 
         return paused
 
-    replaced = [(module, pause_before(name, module.forward)) for name, module in layers.items()]
-    replaced += [(module, pause_after(name, module.forward)) for name, module in blocks.items()]
-    previous = [module.__dict__.get("forward") for module, _ in replaced]
+    with ExitStack() as stack:
+        for name, module in layers.items():
+            stack.enter_context(forward_replaced(module, pause_before(name, module.forward)))
+        for name, module in blocks.items():
+            stack.enter_context(forward_replaced(module, pause_after(name, module.forward)))
+        yield
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give `module` another forward while entered."""
+    previous = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
     try:
-        for module, forward in replaced:
-            module.__dict__["forward"] = forward
         yield
     finally:
-        for (module, _), own in zip(replaced, previous, strict=True):
-            if own is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = own
+        if previous is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = previous
 
 
 @contextmanager
