@@ -17,12 +17,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 
 from . import __version__
-from .checkpoint import manifest
-from .checkpoint.assemble import checkpoint_tensors, names_on_disk
+from .checkpoint.assemble import checkpoint_tensors, names_on_disk, separate_layers
 from .checkpoint.layout import Shaped, pack
 from .checkpoint.quantization_config import build
 from .checkpoint.safetensors_file import check_finite
-from .checkpoint.writer import CONFIG, MARKER, CheckpointWriter, parse_size
+from .checkpoint.writer import CheckpointWriter, is_written, parse_size
 from .config import QuantConfig
 from .distillation import Distillation, distill_into
 from .distillation.data import DistillData, fingerprint_of_run, settings_of, text_of_run
@@ -159,9 +158,7 @@ class CheckpointFolder:
     def _write(self, folder: Path, run: Preparation, plan: Plan, sink: ResultSink) -> None:
         source, model = run.source, run.model
         assert isinstance(source, Source)
-        if (folder / CONFIG).exists():  # killed between the last file and the end of the journal
-            manifest.require(folder)
-            (folder / MARKER).unlink(missing_ok=True)
+        if is_written(folder):  # killed between the last file and the end of the journal
             return
         names = [layer.name for layer in plan.layers]
         values = source.config_dict(model)
@@ -219,7 +216,7 @@ def quantization_config(
     `copied` and `rounded` are matrices of the files that belong to no layer of the model, left and quantized.
     """
     names = [layer.name for layer in plan.layers] + [item.name for item in plan.skipped]
-    on_disk = names_on_disk(model, names, quantized=[layer.name for layer in plan.layers])
+    on_disk = names_on_disk(model, names, separate_layers(model, [layer.name for layer in plan.layers]))
     if config.target_bits is not None:
         bits, group_size = base_settings(plan)
         config = replace(config, bits=bits, group_size=group_size)

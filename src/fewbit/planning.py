@@ -204,7 +204,7 @@ def _split_at_load(model: nn.Module, names: Collection[str]) -> dict[str, str | 
         return {}
     assert isinstance(model, PreTrainedModel)
     loader = WeightNames(model, conversions_of(model))
-    separate = names_on_disk(model, split, quantized=split)
+    separate = names_on_disk(model, split, split)
     fused = names_on_disk(model, split)
     reason = (
         "the files hold it in another form ({}), and transformers would not load it from a tensor of its own"

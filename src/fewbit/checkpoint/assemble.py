@@ -38,8 +38,8 @@ def checkpoint_tensors(
         values: False for tensors on the meta device: dtypes and shapes of the checkpoint, without reading weights.
     """
     quantized = {f"{name}.weight": name for name in layers}
-    on_disk = names_on_disk(model, layers, quantized=layers)
     split = separate_layers(model, layers)
+    on_disk = names_on_disk(model, layers, split)
     saved = _saved_names(model)
     for shard in shards:
         state = model.state_dict()
@@ -111,16 +111,16 @@ def separate_layers(model: nn.Module, names: Iterable[str]) -> set[str]:
 
 
 def names_on_disk(
-    model: nn.Module, names: Iterable[str], quantized: Collection[str] = ()
+    model: nn.Module, names: Iterable[str], split: Collection[str] = ()
 ) -> dict[str, list[str]]:
     """Find the names that modules or bare parameters get in a checkpoint: several where transformers merged them.
 
     Args:
         model: may be on the meta device.
         names: the modules or parameters.
-        quantized: names of the quantized layers; () for the original files.
+        split: quantized layers that are written one by one (`separate_layers`); () for the original files.
     """
-    found = _tensors_on_disk(model, names, separate_layers(model, quantized))
+    found = _tensors_on_disk(model, names, split)
     return {name: [key.removesuffix(".weight") for key in stored] for name, (stored, _) in found.items()}
 
 

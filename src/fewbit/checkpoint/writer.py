@@ -253,6 +253,19 @@ class CheckpointWriter:
         return manifest.hash_bytes(data)
 
 
+def is_written(folder: Path) -> bool:
+    """Whether a writer has finished the checkpoint in `folder`, even if it was killed right afterwards.
+
+    Raises:
+        OutputError: files of the finished checkpoint are damaged.
+    """
+    if not (folder / CONFIG).exists():
+        return False
+    manifest.require(folder)
+    (folder / MARKER).unlink(missing_ok=True)
+    return True
+
+
 def _divide(tensors: Mapping[str, Shaped], limit: int) -> list[_Shard]:
     """Fill one shard after the other with tensors in their order, up to `limit` bytes each."""
     groups: list[list[str]] = [[]]

@@ -13,7 +13,7 @@ from ..checkpoint import manifest
 from ..checkpoint.layout import PARTS, QWEIGHT, SCALES
 from ..checkpoint.reader import open_weights, read_config
 from ..checkpoint.safe_io import files_beside_weights
-from ..checkpoint.writer import CONFIG, MARKER, QUANTIZE_CONFIG, CheckpointWriter
+from ..checkpoint.writer import CONFIG, QUANTIZE_CONFIG, CheckpointWriter, is_written
 from ..hf.quantized_layers import FileNames
 from ..report.report import PAGE_NAME, REPORT_NAME
 
@@ -37,9 +37,7 @@ def model_names(model: Any, folder: Path) -> dict[str, str]:
 
 def rewrite(folder: Path, target: Path, replaced: Mapping[str, Tensor], max_shard_size: int | str) -> None:
     """Write the checkpoint in `folder` with other values for the tensors `replaced`."""
-    if (target / CONFIG).exists():  # killed between the last file and the end of the run
-        manifest.require(target)
-        (target / MARKER).unlink(missing_ok=True)
+    if is_written(target):  # killed between the last file and the end of the run
         return
     config, found, _, _ = read_config(folder)
     weights = open_weights(folder)
