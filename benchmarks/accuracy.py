@@ -96,6 +96,7 @@ class Job:
     gptqmodel_python: Path | None
     say: bool
     work: Path = Path()
+    ggml_folder: Path | None = None
 
     @property
     def output(self) -> Path:

@@ -18,12 +18,18 @@ ActOrder = Literal["group", "none", "full"]
 Method = Literal["gptq", "rtn"]
 Format = Literal["gptq", "gptq_v2"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quality = Literal["fast", "default", "best"]
 
 BITS = (2, 3, 4, 8)
-ACT_ORDERS, METHODS, FORMATS, DTYPES = map(get_args, (ActOrder, Method, Format, Dtype))
+ACT_ORDERS, METHODS, FORMATS, DTYPES, QUALITIES = map(get_args, (ActOrder, Method, Format, Dtype, Quality))
 WITHOUT_CALIBRATION = ("rtn",)  # methods that need no inputs of the layers
 AUTO = "auto"
 SKIP = "skip"
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "fast": {"fast": True},
+    "default": {},
+    "best": {"tune": True, "distill": True},
+}
 
 # What users of other tools type, and what it is called here.
 _FOREIGN_KEYS = {
@@ -99,6 +105,7 @@ class QuantConfig:
         correction: how far each layer's target is moved towards the full-precision outputs, 0 to 1, or "auto":
             chosen per layer on held-out calibration sequences. Above 0 every batch also runs on the full-precision
             path.
+        quality: "fast" sets `fast`; "best" sets `tune` and `distill`; "default" sets nothing.
         fast: run the quantized path only: no correction, in half the time. Excludes tune.
         target_bits: average stored bits per weight (codes, scales and zero points); bits and group sizes are then
             chosen per layer to meet it, and `bits` and `group_size` are not used. None: no budget.
@@ -128,6 +135,7 @@ class QuantConfig:
     ignore: tuple[str, ...] | str = ()
     override: Mapping[str, Mapping[str, Any] | str] = field(default_factory=dict)
     correction: float | str = AUTO
+    quality: str = "default"
     fast: bool = False
     target_bits: float | None = None
     tune: bool = False
@@ -145,6 +153,9 @@ class QuantConfig:
     strict: bool = False
 
     def __post_init__(self) -> None:
+        _one_of("quality", self.quality, QUALITIES)
+        for name, value in PRESETS[self.quality].items():
+            object.__setattr__(self, name, value)
         if isinstance(self.ignore, str):  # a single pattern, not its letters
             object.__setattr__(self, "ignore", (self.ignore,))
         if not isinstance(self.ignore, (list, tuple)) or not isinstance(self.override, Mapping):

@@ -40,6 +40,12 @@ def device_left(device: torch.device) -> Limit | None:
     return Limit(free, f"free on {device}")
 
 
+def takes_at_most(share: float, needed: int, device: torch.device) -> bool:
+    """Whether `needed` bytes are at most this share of the memory that is left; True if the system does not say."""
+    left = device_left(device) or memory_left()
+    return left is None or needed <= share * left.bytes
+
+
 def disk_left(folder: Path) -> Limit:
     """Free space on the disk of `folder`, which need not exist."""
     parent = existing(folder)

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import fewbit
+from fewbit import distillation
 from fewbit.distillation import DistillConfig, distill, teacher
 from fewbit.errors import CalibrationError, ConfigError, ModelError, OutputError, ResumeError
 from fewbit.verification import verify
@@ -119,13 +120,15 @@ def test_an_interrupted_run_of_other_inputs_is_refused(tmp_path):
         distill(quantized, tmp_path / "model", text(), tmp_path / "model", CONFIG)
 
 
-def test_a_teacher_that_is_read_block_by_block_gives_the_same_bytes(tmp_path, monkeypatch):
+def test_little_memory_gives_the_same_bytes(tmp_path, monkeypatch):
+    """The teacher is read block by block, the student's matrices are decoded anew and its blocks recomputed."""
     quantized = checkpoint(tmp_path)
     distill(quantized, tmp_path / "model", text(), tmp_path / "out", CONFIG)
-    monkeypatch.setattr(teacher, "_fits", lambda weights, device: False)
-    distill(quantized, tmp_path / "model", text(), tmp_path / "streamed", CONFIG)
+    for module in (teacher, distillation):
+        monkeypatch.setattr(module, "takes_at_most", lambda share, needed, device: False)
+    distill(quantized, tmp_path / "model", text(), tmp_path / "little", CONFIG)
     assert (tmp_path / "out/model.safetensors").read_bytes() == (
-        tmp_path / "streamed/model.safetensors"
+        tmp_path / "little/model.safetensors"
     ).read_bytes()
 
 

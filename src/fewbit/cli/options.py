@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import ActOrder, Dtype, Format, Method, QuantConfig, parse_overrides
+from ..config import ActOrder, Dtype, Format, Method, Quality, QuantConfig, parse_overrides
 from ..engines import ENGINES
 
 _ENGINES = [entry.name for entry in ENGINES]
@@ -75,6 +75,9 @@ def quantize_arguments(
         str,
         typer.Option(help="Move targets towards the full-precision outputs: 0 to 1, or auto.", metavar="A"),
     ] = "auto",
+    quality: Annotated[
+        Quality, typer.Option(help="fast: --fast. best: --tune --distill. What each costs: docs/choosing.md.")
+    ] = "default",
     fast: Annotated[
         bool, typer.Option("--fast", help="Half the time: no full-precision path, no correction.")
     ] = False,
@@ -142,6 +145,7 @@ def quantize_arguments(
         act_order=act_order,
         damp=damp,
         correction=_correction(correction),
+        quality=quality,
         fast=fast,
         target_bits=target_bits,
         tune=tune,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import __version__
+from .. import __version__, native
 from ..checkpoint.writer import parse_size
 from ..config import QuantConfig
 from ..context import Progress, RunContext, no_progress, resolve_device
@@ -30,15 +30,17 @@ from ..modeling.source import Source, open_source
 from ..pipeline.journal import FOLDER, Journal, check_output
 from ..report.page import page
 from ..report.report import PAGE_NAME, REPORT_NAME, write_text
+from ..resources import takes_at_most
 from .data import DistillConfig, DistillData, distill_data
-from .rewrite import model_names, rewrite
-from .student import Student, product_dtype
+from .rewrite import model_names, rewrite, vectors
+from .student import Student, bytes_kept
 from .teacher import logits_of, open_teacher
 from .training import Point, Training
 
 __all__ = ["DistillConfig", "Distillation", "distill", "distill_into"]
 
 _STATE = "distillation.safetensors"  # in the journal's folder
+_SHARE = 0.5  # of the free memory that what makes training faster may take
 
 
 @dataclass(frozen=True)
@@ -149,11 +151,13 @@ def distill_into(
 ) -> Distillation:
     """Distill the checkpoint in `folder` into `target`, which holds the journal of the run."""
     started, where, comm = time.perf_counter(), ctx.device, ctx.comm
-    model = load(folder, where, config.dtype, "reference", source.trust_remote_code)
+    dtype = training_dtype(where) if config.dtype == "auto" else config.dtype
+    model = load(folder, where, dtype, "reference", source.trust_remote_code)
     names = model_names(model, folder)
-    student = Student(model, set(names.values()))
-    with open_teacher(source, _teacher_dtype(where), where) as (teacher, run_teacher):
+    with open_teacher(source, dtype, where) as (teacher, run_teacher):
         _check_vocabularies(model, teacher)
+        kept = bytes_kept(model, config.batch_size * config.seq_len)
+        student = Student(model, vectors(folder, names), keep=takes_at_most(_SHARE, kept, where))
         training = Training(
             student,
             logits_of(model),
@@ -168,9 +172,9 @@ def distill_into(
         )
         with student.training():
             training.run()
-            trained = {name: value.cpu() for name, value in student.values().items()}
     if comm.is_leader:
-        replaced = {on_disk: trained[name] for on_disk, name in names.items() if name in trained}
+        best = training.values
+        replaced = {on_disk: best[name].cpu() for on_disk, name in names.items() if name in best}
         rewrite(folder, target, replaced, max_shard_size)
     before, best, last = training.curve[0], training.best, training.curve[-1]
     return Distillation(
@@ -191,11 +195,10 @@ def _rate(model: nn.Module) -> float:
     return 2e-3 if min(layer.bits for _, layer in quantized_layers(model)) == 2 else 1e-3
 
 
-def _teacher_dtype(device: torch.device) -> str:
-    """bfloat16 where the CPU multiplies it fast: its rounding is far below the error of quantization."""
-    if device.type != "cpu":
-        return "auto"
-    return str(product_dtype(device, torch.float32)).removeprefix("torch.")
+def training_dtype(device: torch.device) -> str:
+    """bfloat16 where the device multiplies it fast: its rounding is far below the error of quantization."""
+    fast = device.type == "cuda" or (device.type == "cpu" and "avx512_bf16" in native.instruction_sets())
+    return "bfloat16" if fast else "float32"
 
 
 def _check_vocabularies(student: nn.Module, teacher: nn.Module) -> None:

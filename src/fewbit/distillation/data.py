@@ -31,7 +31,7 @@ class DistillConfig:
         batch_size: sequences in a step.
         rate: peak learning rate, as a relative change of a scale in one step; None chooses by the bits.
         seed: chooses the sequences and their order.
-        dtype: dtype of the activations; "auto" keeps the checkpoint's.
+        dtype: dtype of the activations; "auto" is bfloat16 where the device multiplies it fast, else float32.
 
     Raises:
         ConfigError: a value is out of range.

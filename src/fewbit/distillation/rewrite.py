@@ -21,18 +21,28 @@ from ..report.report import PAGE_NAME, REPORT_NAME
 def model_names(model: Any, folder: Path) -> dict[str, str]:
     """Name in the files → name in the model, of tensors that are the same in both: parameters, and scales of layers."""
     tensors = open_weights(folder).tensors
-    layers = [name.removesuffix(f".{QWEIGHT}") for name in tensors if name.endswith(f".{QWEIGHT}")]
-    names = FileNames(model, layers)
+    layers = {name.removesuffix(f".{QWEIGHT}") for name in tensors if name.endswith(f".{QWEIGHT}")}
+    names = FileNames(model, sorted(layers))
     result = {}
     for name in tensors:
         layer, _, part = name.rpartition(".")
-        is_packed = layer in set(layers) and part in PARTS
+        is_packed = layer in layers and part in PARTS
         if is_packed and part != SCALES:
             continue
         renamed, merged = names.rename(f"{layer}.weight" if is_packed else name)
         if not merged:
             result[name] = f"{renamed.removesuffix('.weight')}.{SCALES}" if is_packed else renamed
     return result
+
+
+def vectors(folder: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Vectors of the files by their names in the model."""
+    weights = open_weights(folder)
+    return {
+        name: weights.tensor(on_disk)
+        for on_disk, name in names.items()
+        if len(weights.tensors[on_disk].shape) == 1
+    }
 
 
 def rewrite(folder: Path, target: Path, replaced: Mapping[str, Tensor], max_shard_size: int | str) -> None:

@@ -7,7 +7,7 @@ rounded to its stored dtype, so what is judged is what is written.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from .. import native
 from ..checkpoint.layout import G_IDX, QWEIGHT, QZEROS, SCALES, unpack_rows, unpack_zeros
 from ..hf.quantized_layers import quantized_layers
 from ..kernels.linear import QuantizedLayer, QuantLinear
 from ..pipeline.scheduler import forward_replaced
 from ..planning import block_of
 
+_SAVED = (
+    2  # values saved for the backward pass, as a multiple of the inputs and outputs of all quantized layers
+)
 _SMALLEST_UNIT = 1e-2  # of a vector of zeros, such as a bias before any training
 
 
@@ -60,12 +62,77 @@ class TrainedTensor:
         return rounded if not torch.is_grad_enabled() else p + (rounded.float() - p).detach()
 
 
+class TrainedMatrix:
+    """The matrix Ŵ = s ∘ (q − z) of one layer, with trained scales.
+
+    Args:
+        name: name of the layer.
+        layer: the layer.
+        keep: keep q − z, and Ŵ until `forget`, instead of decoding them for every product.
+    """
+
+    def __init__(self, name: str, layer: QuantLinear, *, keep: bool) -> None:
+        self.layer, self.keep = layer, keep
+        self.scales = TrainedTensor.of(f"{name}.{SCALES}", layer.scales, relative=True)
+        self._dense: Tensor | None = None
+        self._groups = _sequential_groups(layer)
+        self._kept = self._decoded() if keep else None
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Ŵ (out, in)."""
+        if self._dense is None or self._dense.dtype is not dtype:
+            with torch.no_grad():
+                W = self._times_scales(self._centered().float()).to(dtype)
+            if not self.keep:
+                return W
+            self._dense = W
+        return self._dense
+
+    def forget(self) -> None:
+        """Drop the kept Ŵ, because s has changed."""
+        self._dense = None
+
+    def gradient(self, dW: Tensor) -> Tensor:
+        """∂L/∂d from ∂L/∂Ŵ (out, in): ∂L/∂s = Σ over the inputs of a group of (q − z) ∂L/∂Ŵ."""
+        return self._sum_groups(dW.float().mul_(self._centered())).t() * self.scales.unit
+
+    def _centered(self) -> Tensor:
+        """q − z, int8 (out, in; int16 at 8 bits)."""
+        return self._decoded() if self._kept is None else self._kept
+
+    def _decoded(self) -> Tensor:
+        spec, layer = self.layer.spec, self.layer
+        codes = unpack_rows(layer.get_buffer(QWEIGHT).t().contiguous(), spec.bits, spec.in_features)
+        zeros = unpack_zeros(layer.get_buffer(QZEROS), spec.bits, spec.format, spec.out_features).t()
+        dtype = torch.int16 if spec.bits == 8 else torch.int8
+        if self._groups is None:
+            return codes.to(dtype).sub_(zeros.to(dtype).index_select(1, layer.get_buffer(G_IDX).long()))
+        split = codes.to(dtype).view(len(codes), self._groups, -1)
+        return (split - zeros.to(dtype)[..., None]).view(codes.shape)
+
+    def _times_scales(self, values: Tensor) -> Tensor:
+        """s ∘ values, float32 (out, in), in place."""
+        s = self.scales.value().t().float()
+        if self._groups is None:
+            return values.mul_(s.index_select(1, self.layer.get_buffer(G_IDX).long()))
+        values.view(len(values), self._groups, -1).mul_(s[..., None])
+        return values
+
+    def _sum_groups(self, values: Tensor) -> Tensor:
+        """Sum values (out, in) over the inputs of each group: (out, groups)."""
+        if self._groups is not None:
+            return values.view(len(values), self._groups, -1).sum(-1)
+        result = values.new_zeros(len(values), self.layer.get_buffer(SCALES).shape[0])
+        return result.index_add_(1, self.layer.get_buffer(G_IDX).long(), values)
+
+
 class Student:
     """A quantized model whose scales, norm weights and biases are trained.
 
     Args:
         model: a loaded checkpoint whose layers have the reference kernel. Use `training` to run it.
-        stored: names in the model of the tensors that the files hold as they are in the model.
+        stored: names in the model of the tensors that the files hold as they are in the model, with their values.
+        keep: keep decoded matrices and all activations of a step: faster, but takes more memory (`bytes_kept`).
 
     Attributes:
         model: the model.
@@ -73,58 +140,54 @@ class Student:
         left_out: names of the quantized layers whose scales are not trained, because they are convolutions.
     """
 
-    def __init__(self, model: nn.Module, stored: Collection[str]) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, stored: Mapping[str, Tensor], *, keep: bool = True) -> None:
+        self.model, self._keep = model, keep
         model.requires_grad_(False)
-        self.scales: dict[str, TrainedTensor] = {}
         self.left_out: list[str] = []
-        self._layers: dict[str, QuantLinear] = {}
+        self.matrices: dict[str, TrainedMatrix] = {}
         for name, layer in quantized_layers(model):
             if isinstance(layer, QuantLinear):
-                self._layers[name] = layer
-                self.scales[name] = TrainedTensor.of(f"{name}.{SCALES}", layer.scales, relative=True)
+                self.matrices[name] = TrainedMatrix(name, layer, keep=keep)
             else:
                 self.left_out.append(name)
         self.vectors = {
-            name: TrainedTensor.of(name, parameter, relative=False)
+            name: TrainedTensor.of(name, stored[name].to(parameter.device), relative=False)
             for name, parameter in model.named_parameters()
             if name in stored and _is_trained_vector(model, name, parameter)
         }
-        self.tensors = [*self.scales.values(), *self.vectors.values()]
+        self.tensors = [*(matrix.scales for matrix in self.matrices.values()), *self.vectors.values()]
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Let the model compute with the trained tensors, and recompute each block in the backward pass."""
+        """Let the model compute with the trained tensors; without `keep`, recompute each block in the backward pass."""
         with ExitStack() as stack:
-            for name, layer in self._layers.items():
-                stack.enter_context(forward_replaced(layer, partial(_linear, layer, self.scales[name])))
+            for matrix in self.matrices.values():
+                stack.enter_context(forward_replaced(matrix.layer, partial(_linear, matrix)))
             for name, vector in self.vectors.items():
                 stack.enter_context(_computed(self.model, name, vector))
-            blocks = {block_of(name) for name in self._layers if block_of(name) != name}
-            for name in sorted(blocks):
+            blocks = {block_of(name) for name in self.matrices if block_of(name) != name}
+            for name in sorted(blocks if not self._keep else ()):
                 block = self.model.get_submodule(name)
                 stack.enter_context(forward_replaced(block, partial(_recomputed, block.forward)))
             yield
 
-    def state(self) -> dict[str, Tensor]:
-        """Copies of all d by name."""
-        return {tensor.name: tensor.d.detach().clone() for tensor in self.tensors}
-
-    def set_state(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of `state`."""
-        for tensor in self.tensors:
-            tensor.d.data.copy_(state[tensor.name])
+    def changed(self) -> None:
+        """Drop what was decoded from the values before a step."""
+        for matrix in self.matrices.values():
+            matrix.forget()
 
     @torch.no_grad()
     def values(self) -> dict[str, Tensor]:
         """The trained tensors by name, in their stored dtypes."""
-        return {tensor.name: tensor.value() for tensor in self.tensors}
+        return {tensor.name: tensor.value().clone() for tensor in self.tensors}
 
 
-def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Dtype of the matrix products: bfloat16 where the device multiplies it fast, else the activations' own."""
-    fast = device.type == "cuda" or (device.type == "cpu" and "avx512_bf16" in native.instruction_sets())
-    return torch.bfloat16 if fast and dtype is torch.float32 else dtype
+def bytes_kept(model: nn.Module, tokens: int) -> int:
+    """About how many bytes `keep` takes: decoded matrices and the activations of one step of `tokens` tokens."""
+    width = torch.finfo(model.dtype).bits // 8
+    shapes = [(layer.in_features, layer.out_features) for _, layer in quantized_layers(model)]
+    activations = _SAVED * tokens * sum(n + out for n, out in shapes)
+    return (width + 1) * sum(n * out for n, out in shapes) + width * activations
 
 
 def _is_trained_vector(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
@@ -133,67 +196,27 @@ def _is_trained_vector(model: nn.Module, name: str, parameter: nn.Parameter) -> 
     return parameter.ndim == 1 and parameter.is_floating_point() and (key == "bias" or "norm" in kind)
 
 
-class _ScaledProduct(torch.autograd.Function):
-    """y = x Ŵᵀ with Ŵ = s ∘ (q − z), and the gradients of x and of the scales s.
-
-    ∂L/∂s = Σ over the inputs i of a group of (q − z)_oi (∂L/∂Ŵ)_oi, with ∂L/∂Ŵ = (∂L/∂y)ᵀ x.
-    """
+class _Product(torch.autograd.Function):
+    """y = x Ŵᵀ, and the gradients of x and of the scales' d, with ∂L/∂Ŵ = (∂L/∂y)ᵀ x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scales: Tensor, layer: QuantizedLayer) -> Tensor:
-        centered, dtype = _centered(layer), product_dtype(x.device, x.dtype)
-        # int8 codes of one block at a time: the first forward pass of a recomputed block saves nothing.
-        ctx.save_for_backward(x, scales, centered)
-        ctx.layer = layer
-        return functional.linear(x.to(dtype), _scaled(centered.float(), scales, layer).to(dtype)).to(x.dtype)
+    def forward(ctx: Any, x: Tensor, d: Tensor, matrix: TrainedMatrix) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.matrix = matrix
+        return functional.linear(x, matrix.dense(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, scales, centered = ctx.saved_tensors
-        layer: QuantizedLayer = ctx.layer
-        dtype, grad_x, grad_s = product_dtype(x.device, x.dtype), None, None
-        grad = grads[0].to(dtype)
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad @ _scaled(centered.float(), scales, layer).to(dtype)).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            product = grad.flatten(0, -2).t() @ x.to(dtype).flatten(0, -2)  # ∂L/∂Ŵ (out, in)
-            grad_s = _sum_groups(product.float().mul_(centered), layer).t()
-        return grad_x, grad_s, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        (x,), (grad,) = ctx.saved_tensors, grads
+        grad_x = grad @ ctx.matrix.dense(x.dtype) if ctx.needs_input_grad[0] else None
+        dW = grad.flatten(0, -2).t() @ x.flatten(0, -2)  # (out, in)
+        return grad_x, ctx.matrix.gradient(dW), None
 
 
-def _linear(layer: QuantizedLayer, scales: TrainedTensor, x: Tensor) -> Tensor:
-    y: Tensor = _ScaledProduct.apply(x, scales.value(), layer)  # type: ignore[no-untyped-call]
-    return y if layer.bias is None else y + layer.bias.to(y.dtype)
-
-
-def _centered(layer: QuantizedLayer) -> Tensor:
-    """q − z, int8 (out, in; int16 at 8 bits), from the packed codes."""
-    spec = layer.spec
-    codes = unpack_rows(layer.get_buffer(QWEIGHT).t().contiguous(), spec.bits, spec.in_features)
-    zeros = unpack_zeros(layer.get_buffer(QZEROS), spec.bits, spec.format, spec.out_features).t()
-    dtype = torch.int16 if spec.bits == 8 else torch.int8
-    groups = _sequential_groups(layer)
-    if groups is None:
-        return codes.to(dtype).sub_(zeros.to(dtype).index_select(1, layer.get_buffer(G_IDX).long()))
-    return (codes.to(dtype).view(len(codes), groups, -1) - zeros.to(dtype)[..., None]).view(codes.shape)
-
-
-def _scaled(centered: Tensor, scales: Tensor, layer: QuantizedLayer) -> Tensor:
-    """Ŵ = s ∘ (q − z), float32 (out, in), in place of q − z."""
-    groups, s = _sequential_groups(layer), scales.t().float()
-    if groups is None:
-        return centered.mul_(s.index_select(1, layer.get_buffer(G_IDX).long()))
-    centered.view(len(centered), groups, -1).mul_(s[..., None])
-    return centered
-
-
-def _sum_groups(values: Tensor, layer: QuantizedLayer) -> Tensor:
-    """Sum values (out, in) over the inputs of each group: (out, groups)."""
-    groups = _sequential_groups(layer)
-    if groups is not None:
-        return values.view(len(values), groups, -1).sum(-1)
-    result = values.new_zeros(len(values), layer.get_buffer(SCALES).shape[0])
-    return result.index_add_(1, layer.get_buffer(G_IDX).long(), values)
+def _linear(matrix: TrainedMatrix, x: Tensor) -> Tensor:
+    y: Tensor = _Product.apply(x, matrix.scales.d, matrix)  # type: ignore[no-untyped-call]
+    bias = matrix.layer.bias
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def _sequential_groups(layer: QuantizedLayer) -> int | None:
@@ -218,7 +241,9 @@ def _computed(model: nn.Module, name: str, vector: TrainedTensor) -> Iterator[No
     module = model.get_submodule(owner)
     parameter, kind = module._parameters.pop(key), type(module)
     assert parameter is not None
-    module.__class__ = type(kind.__name__, (kind,), {key: property(lambda self: vector.value())})
+    module.__class__ = type(
+        kind.__name__, (kind,), {key: property(lambda self: vector.value().to(parameter.dtype))}
+    )
     try:
         yield
     finally:

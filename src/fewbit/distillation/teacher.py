@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ..modeling.source import Source
 from ..pipeline.quantize_layers import without_cache
-from ..pipeline.streaming import StreamedWeights, Weights
+from ..pipeline.streaming import StreamedWeights
 from ..planning import block_of
 from ..profiling import Profiler
-from ..resources import memory_left
+from ..resources import takes_at_most
 
 Logits = Callable[[Mapping[str, Tensor]], Tensor]
 
@@ -36,7 +36,7 @@ def open_teacher(source: Source, dtype: str, device: torch.device) -> Iterator[t
     weights = StreamedWeights(model, files, device, Profiler(device))
     with ExitStack() as stack:
         stack.enter_context(weights.on_demand(lambda shard: None))
-        if _fits(weights, device):
+        if takes_at_most(_SHARE, sum(weights.shard_sizes().values()), device):
             weights.load_all()
         else:
             for block in _blocks(model):
@@ -54,14 +54,6 @@ def logits_of(model: nn.Module) -> Logits:
         return found
 
     return logits
-
-
-def _fits(weights: Weights, device: torch.device) -> bool:
-    needed = sum(weights.shard_sizes().values())
-    if device.type == "cuda":
-        return needed < _SHARE * torch.cuda.mem_get_info(device)[0]
-    free = memory_left()
-    return free is None or needed < _SHARE * free.bytes
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

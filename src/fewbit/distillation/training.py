@@ -48,7 +48,7 @@ class Point:
 
 @dataclass
 class Training:
-    """A training run.
+    """A training run. `values` then has the best state: the tensors by name, as `Student.values` gives them.
 
     Args:
         student: what is trained.
@@ -75,9 +75,10 @@ class Training:
     progress: Progress
     curve: list[Point] = field(default_factory=list)
     step: int = 0
+    values: dict[str, Tensor] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Train, and leave the best state in the student.
+        """Train; `values` becomes the best state.
 
         Raises:
             ModelError: a loss is not finite.
@@ -86,7 +87,7 @@ class Training:
         tensors = [tensor.d for tensor in self.student.tensors]
         self._m = [torch.zeros_like(d) for d in tensors]
         self._v = [torch.zeros_like(d) for d in tensors]
-        self._best = self.student.state()
+        self.values = self.student.values()
         self._sum, self._count = 0.0, 0
         if not self._resume():
             self._judge()
@@ -102,7 +103,6 @@ class Training:
             if self.step in saved:
                 self._save()
             self.progress("distill", self.step, steps)
-        self.student.set_state(self._best)
 
     @property
     def best(self) -> Point:
@@ -156,6 +156,7 @@ class Training:
             v.mul_(b2).addcmul_(d.grad, d.grad, value=1 - b2)
             d.sub_(m / (v / (1 - b2**t)).sqrt_().add_(EPSILON), alpha=rate / (1 - b1**t))
             d.grad = None
+        self.student.changed()
 
     @torch.no_grad()
     def _judge(self) -> None:
@@ -173,7 +174,7 @@ class Training:
         if not math.isfinite(point.held_out):
             raise ModelError("the KL divergence of the held-out sequences is not finite")
         if not self.curve or point.held_out < self.best.held_out:
-            self._best = self.student.state()
+            self.values = self.student.values()
         self.curve.append(point)
         self._sum, self._count = 0.0, 0
 
@@ -181,9 +182,12 @@ class Training:
         if not self.comm.is_leader:
             return
         names = [tensor.name for tensor in self.student.tensors]
-        tensors = {f"d.{name}": d for name, d in self.student.state().items()}
-        tensors |= {f"best.{name}": d for name, d in self._best.items()}
-        for key, values in (("m", self._m), ("v", self._v)):
+        tensors = {f"best.{name}": value for name, value in self.values.items()}
+        for key, values in (
+            ("d", [tensor.d for tensor in self.student.tensors]),
+            ("m", self._m),
+            ("v", self._v),
+        ):
             tensors |= {f"{key}.{name}": value for name, value in zip(names, values, strict=True)}
         facts = {
             "step": self.step,
@@ -191,7 +195,7 @@ class Training:
             "sum": self._sum,
             "count": self._count,
         }
-        content = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_whole(self.state_file, save(content, {"facts": json.dumps(facts)}))
 
     def _resume(self) -> bool:
@@ -208,9 +212,12 @@ class Training:
         self.step, self._sum, self._count = facts["step"], facts["sum"], facts["count"]
         self.curve[:] = [Point(**point) for point in facts["curve"]]
         names = [tensor.name for tensor in self.student.tensors]
-        self.student.set_state({name: tensors[f"d.{name}"] for name in names})
-        self._best = {name: tensors[f"best.{name}"].to(self._m[0].device) for name in names}
-        for key, values in (("m", self._m), ("v", self._v)):
+        self.values = {name: tensors[f"best.{name}"] for name in names}
+        for key, values in (
+            ("d", [tensor.d.data for tensor in self.student.tensors]),
+            ("m", self._m),
+            ("v", self._v),
+        ):
             for name, value in zip(names, values, strict=True):
                 value.copy_(tensors[f"{key}.{name}"])
         return True

@@ -1,0 +1,184 @@
+"""KL divergence against size: fewbit's presets beside other tools, on one model and the same evaluation tokens.
+
+    python benchmarks/prepare.py
+    python benchmarks/pareto.py --tools fewbit gguf
+    python benchmarks/pareto.py --tools gptqmodel --gptqmodel-python V/bin/python
+    python benchmarks/pareto.py --chart docs/pareto.svg
+
+A point is a tool, a setting and a size. Each is quantized in a process of its own, on the calibration tokens that
+fewbit draws, and its dequantized weights are scored in float32 by fewbit.evaluation. Size is the mean number of stored
+bits of a weight of the decoder's linear layers: embeddings and output layer stay as they are, for every tool. Points
+are appended to benchmarks/results/pareto.jsonl at once, and what is there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import accuracy
+import pareto_chart
+import prepare
+
+RESULTS = Path(__file__).with_name("results") / "pareto.jsonl"
+GROUP_SIZE = 64
+GGUF_TYPES = (
+    *("Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0"),
+    *("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A point of the chart before it is measured.
+
+    Attributes:
+        tool: "fewbit", "gguf", "gptqmodel" and so on.
+        mode: how the tool is used, for example a preset.
+        size: bits, a budget of bits, or the name of a type.
+    """
+
+    tool: str
+    mode: str
+    size: str
+
+
+def settings(tools: list[str]) -> Iterator[Setting]:
+    for tool in tools:
+        if tool == "gguf":
+            yield from (Setting(tool, "imatrix", name) for name in GGUF_TYPES)
+        elif tool == "gptqmodel":
+            yield from (
+                Setting(tool, mode, bits) for mode in ("default", "mse") for bits in ("2", "3", "4", "8")
+            )
+        else:
+            for mode in ("fast", "default", "best"):
+                yield from (Setting(tool, mode, size) for size in ("8", "4", "3", "2", "3.5", "2.5"))
+
+
+# Each of these leaves a model in job.output and returns facts, among them the bits of a weight.
+
+
+def with_fewbit(job: accuracy.Job, one: Setting) -> dict[str, Any]:
+    import fewbit
+
+    protocol = job.protocol
+    size: dict[str, Any] = {"target_bits": float(one.size)} if "." in one.size else {"bits": int(one.size)}
+    config = fewbit.QuantConfig(
+        **size,
+        quality=one.mode,
+        group_size=GROUP_SIZE,
+        num_samples=protocol.samples,
+        seq_len=protocol.seq_len,
+        dtype=protocol.dtype,
+    )
+    report = fewbit.quantize(job.model, config, dataset=str(job.calibration), output=job.output)
+    return {"bits": report.bits_per_weight, "seconds": report.seconds}
+
+
+def with_gguf(job: accuracy.Job, one: Setting) -> dict[str, Any]:
+    import torch
+    from ggml_types import Ggml, importance_matrix
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32).eval()
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
+    ]
+    start = time.perf_counter()
+    importance = importance_matrix(model, layers, accuracy.calibration_batches(job, 0))
+    ggml, stored, weights = Ggml(job.ggml_folder), 0, 0
+    for name in layers:
+        weight = model.get_submodule(name).weight
+        rounded, nbytes = ggml.round_trip(weight.detach(), one.size, importance[name])
+        weight.data.copy_(rounded)
+        stored, weights = stored + nbytes, weights + weight.numel()
+    seconds = time.perf_counter() - start
+    model.save_pretrained(job.output)
+    return {"bits": 8 * stored / weights, "seconds": seconds}
+
+
+def with_gptqmodel(job: accuracy.Job, one: Setting) -> dict[str, Any]:
+    import fewbit
+
+    row = {"default": "gptqmodel", "mse": "gptqmodel-mse"}[one.mode]
+    cell = accuracy.Cell(row, int(one.size), GROUP_SIZE, True, 0)
+    found = accuracy.quantize_with_gptqmodel(job, cell)
+    return found if "error" in found else found | {"bits": fewbit.inspect(job.output).bits_per_weight}
+
+
+TOOLS: dict[str, Callable[[accuracy.Job, Setting], dict[str, Any]]] = {
+    "fewbit": with_fewbit,
+    "gguf": with_gguf,
+    "gptqmodel": with_gptqmodel,
+}
+
+
+def measure(job: accuracy.Job, one: Setting) -> dict[str, Any]:
+    with TemporaryDirectory() as folder:
+        job = replace(job, work=Path(folder))
+        found = accuracy.in_child(TOOLS[one.tool], job, one)
+        row = "plain" if one.tool == "gguf" else "default"  # a dense model, or a checkpoint that fewbit reads
+        cell = accuracy.Cell(row, 0, GROUP_SIZE, True, 0)
+        return found if "error" in found else found | accuracy.in_child(accuracy.score, job, cell)
+
+
+def read() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tools", nargs="+", choices=list(TOOLS), default=list(TOOLS))
+    parser.add_argument("--only", help="TOOL/MODE/SIZE of a single point")
+    parser.add_argument("--gptqmodel-python", type=Path)
+    parser.add_argument(
+        "--ggml-folder", type=Path, help="folder of libggml-base.so, without llama-cpp-python"
+    )
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--chart", type=Path, metavar="FILE.svg", help="only draw what was measured")
+    arguments = parser.parse_args()
+    if arguments.chart:
+        pareto_chart.write(arguments.chart, read())
+        return
+    protocol = accuracy.Protocol(
+        prepare.MODEL.name, "wiki", "wiki, austen", arguments.samples, 512, arguments.windows, "float32"
+    )
+    texts = (prepare.TEST, prepare.AUSTEN_TEST)
+    job = accuracy.Job(
+        protocol,
+        prepare.MODEL,
+        prepare.TRAIN,
+        texts,
+        arguments.gptqmodel_python,
+        False,
+        Path(),
+        arguments.ggml_folder,
+    )
+    if not all(job.logits(text).exists() for text in texts):
+        accuracy.in_child(accuracy.score_original, job)
+    done = {tuple(record["setting"].values()) for record in read()}
+    for one in settings(arguments.tools):
+        name = f"{one.tool}/{one.mode}/{one.size}"
+        if arguments.only not in (None, name) or (one.tool, one.mode, one.size) in done:
+            continue
+        found = measure(job, one)
+        with RESULTS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"protocol": asdict(protocol), "setting": asdict(one), **found}) + "\n")
+        kl = {text: score["kl"] for text, score in found.get("texts", {}).items()}
+        print(f"{name}: {found.get('bits')} bits per weight, KL {kl or found['error']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
