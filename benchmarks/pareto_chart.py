@@ -114,7 +114,8 @@ def _axes(scale: _Scale) -> list[str]:
 
 
 def _dot(scale: _Scale, bits: float, kl: float, color: str, title: str) -> str:
-    return f'<circle cx="{scale.x(bits):.1f}" cy="{scale.y(kl):.1f}" r="4" fill="{color}"><title>{title}</title></circle>'
+    x, y = f"{scale.x(bits):.1f}", f"{scale.y(kl):.1f}"
+    return f'<circle cx="{x}" cy="{y}" r="4" fill="{color}"><title>{title}</title></circle>'
 
 
 def _legend(y: float, label: str, color: str) -> list[str]:

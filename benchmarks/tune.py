@@ -52,9 +52,7 @@ def load(path: Path) -> Any:
 def quantized(which: Subject, **options: Any) -> Any:
     """The model quantized in memory; its report is `model.fewbit_report`."""
     model, tokenizer = load(which.model), AutoTokenizer.from_pretrained(which.model)
-    config = fewbit.QuantConfig(
-        group_size=64, num_samples=which.samples, seq_len=which.seq_len, dtype="bfloat16", **options
-    )
+    config = fewbit.QuantConfig(group_size=64, num_samples=which.samples, seq_len=which.seq_len, **options)
     return fewbit.quantize(model, config, dataset=str(which.calibration), tokenizer=tokenizer)
 
 

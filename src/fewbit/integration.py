@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import GPTQConfig as TransformersGPTQConfig
 from transformers import PreTrainedModel
@@ -23,11 +23,17 @@ from .checkpoint.writer import CONFIG, QUANTIZE_CONFIG, with_legacy_keys
 from .config import SKIP, QuantConfig
 from .errors import CalibrationError, ConfigError
 from .gptq_arguments import GPTQArguments, warn, warn_not_needed, write_json
-from .hf.quantizer import METHOD, FewbitQuantizer, GPTQConfig
+from .hf.fuse import make_fast
+from .hf.quantizer import METHOD, FewbitQuantizer, GPTQConfig, kernel_name
 
 
 class OnTheFlyQuantizer(FewbitQuantizer):
-    """A `FewbitQuantizer` that also quantizes a dense model right after `from_pretrained` has read it."""
+    """A `FewbitQuantizer` that also quantizes a dense model right after `from_pretrained` has read it.
+
+    A quantized model is made fast, as by `fewbit.load`.
+    """
+
+    fast: ClassVar[bool] = True
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -48,6 +54,19 @@ class OnTheFlyQuantizer(FewbitQuantizer):
         model.config.quantization_config.backend = self.quantization_config.backend
         model.hf_quantizer = OnTheFlyQuantizer(model.config.quantization_config, pre_quantized=True)
         return model
+
+    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        """Make the model fast, when its weights are loaded and tied."""
+        result: PreTrainedModel = super().postprocess_model(model, **kwargs)
+        if self.fast:
+            make_fast(result, kernel_name(self.quantization_config.backend))
+        return result
+
+
+class _AsItIs(OnTheFlyQuantizer):
+    """The same without `make_fast`."""
+
+    fast = False
 
 
 class _OnTheFlyArguments(GPTQArguments):
@@ -136,12 +155,17 @@ class _Patch:
 _patches: list[_Patch] = []
 
 
-def register() -> None:
-    """Let transformers quantize and load GPTQ with fewbit from here on. Calling it again has no effect."""
+def register(*, fast: bool = True) -> None:
+    """Let transformers quantize and load GPTQ with fewbit from here on. Calling it again replaces the former call.
+
+    Args:
+        fast: make loaded models fast on CPUs, as `fewbit.load` does by default: fused operations, 8-bit output layer.
+    """
     unregister()
+    quantizer = OnTheFlyQuantizer if fast else _AsItIs
     _patches.extend(
         [
-            _Patch.apply(internals.AUTO_QUANTIZER_MAPPING, METHOD, lambda _: OnTheFlyQuantizer),
+            _Patch.apply(internals.AUTO_QUANTIZER_MAPPING, METHOD, lambda _: quantizer),
             _Patch.apply(internals.AUTO_QUANTIZATION_CONFIG_MAPPING, METHOD, lambda _: GPTQConfig),
             _Patch.apply(TransformersGPTQConfig, "__init__", _keep_unknown),
             _Patch.apply(TransformersGPTQConfig, "post_init", _without_optimum),

@@ -36,9 +36,7 @@ def test_round_to_nearest_needs_no_text(model_folder):
     assert "activations" not in {name for name, size in found.memory.parts.items() if size}
 
 
-@pytest.mark.parametrize(
-    ("options", "name"), [({"target_bits": 4.9}, "target_bits"), ({"tune": True}, "tune"), ({}, "evaluation")]
-)
+@pytest.mark.parametrize(("options", "name"), [({"target_bits": 4.9}, "target_bits"), ({}, "evaluation")])
 def test_the_time_of_options_is_left_out_with_a_note(model_folder, options, name):
     config = QuantConfig(**{"group_size": 16, "seq_len": 24, **options})
     text = [TEXT * 20] if name == "evaluation" else None
@@ -48,6 +46,22 @@ def test_the_time_of_options_is_left_out_with_a_note(model_folder, options, name
     assert not any(
         "not included" in note for note in estimate(model_folder, QuantConfig(group_size=16)).notes
     )
+
+
+def test_presets_have_a_time_and_a_moment(model_folder):
+    fast, default, best = (
+        estimate(
+            model_folder,
+            QuantConfig(group_size=16, seq_len=24, quality=quality),
+            dataset=random_sequences(),
+        )
+        for quality in ("fast", "default", "best")
+    )
+    assert all(found.works for found in (fast, default, best))
+    assert fast.seconds["forward passes"] < default.seconds["forward passes"]
+    assert best.seconds.keys() - default.seconds.keys() == {"tuning", "distillation"}
+    assert min(best.seconds["tuning"], best.seconds["distillation"]) > 0
+    assert best.memory.peak >= default.memory.peak
 
 
 def test_activations_grow_with_the_tokens(model_folder):

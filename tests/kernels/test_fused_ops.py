@@ -1,6 +1,8 @@
 """Norms, gates and attention in one call each: against float64, on every instruction set, and inside models."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     Gemma2Config,
+    GenerationConfig,
     Phi3Config,
     Qwen3Config,
 )
@@ -16,7 +19,7 @@ from transformers import (
 import fewbit
 from fewbit import native
 from fewbit.errors import KernelError
-from fewbit.hf.fuse import fuse
+from fewbit.hf.fuse import merge_and_fuse
 from fewbit.kernels.cpu.fused_ops import FusedGatedMLP, FusedRMSNorm
 from tiny_gptq import llama, write_checkpoint
 
@@ -244,8 +247,42 @@ def test_cast_and_compiled(tmp_path):
     assert (found - expected).norm() <= 0.05 * expected.norm()
 
 
+def test_every_way_of_loading_is_fast_unless_told_otherwise(tmp_path):
+    models_of(tmp_path, AutoConfig.for_model("llama", **COMMON))
+    assert counts(fewbit.load(tmp_path)) == (5, 2, "fewbit")
+    assert counts(fewbit.load(tmp_path, kernel="reference"))[:2] == (0, 0)
+    for fast, expected in ((True, (5, 2, "fewbit")), (False, (0, 0, "sdpa"))):
+        fewbit.register(fast=fast)
+        try:
+            assert counts(AutoModelForCausalLM.from_pretrained(tmp_path)) == expected
+        finally:
+            fewbit.unregister()
+    eager = fewbit.load(tmp_path, kernel="auto_trainable")
+    assert counts(eager)[:2] == (0, 0)
+
+
+def test_a_fused_model_can_be_copied_and_pickled(tmp_path):
+    plain, fused = models_of(tmp_path, AutoConfig.for_model("llama", **COMMON))
+    expected = text(plain)
+    for again in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        fused.model.norm.weight.data.fill_(0.0)  # nothing of the copy refers to the original
+        assert (text(again) - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_continuous_batching_works(tmp_path):
+    plain, fused = models_of(tmp_path, AutoConfig.for_model("llama", **COMMON))
+    prompts = [[5, 9, 2, 7], [7, 1], [3, 4, 5, 6, 7, 8, 9]]
+    config = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    found = [
+        [one.generated_tokens for one in model.generate_batch(prompts, generation_config=config).values()]
+        for model in (plain, fused)
+    ]
+    assert len(found[0]) == 3
+    assert sorted(found[0]) == sorted(found[1])
+
+
 def test_models_without_quantized_layers_are_unchanged():
-    assert fuse(llama()) == {"calls saved": 0}
+    assert merge_and_fuse(llama()) == {"calls saved": 0}
 
 
 def test_wrong_inputs_are_the_layers_errors(tmp_path):

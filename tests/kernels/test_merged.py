@@ -41,7 +41,7 @@ def close(found, expected, share):
 @pytest.mark.parametrize("order", [False, True])
 def test_merged_layers_give_the_same_numbers(tmp_path, kernel, order):
     write_checkpoint(tmp_path, llama(), order=order)
-    apart = fewbit.load(tmp_path, dtype="float32", kernel=kernel)
+    apart = fewbit.load(tmp_path, dtype="float32", kernel=kernel, fuse=False)
     joined = fewbit.load(tmp_path, dtype="float32", kernel=kernel, fuse=True)
     fused = [m for m in joined.modules() if isinstance(getattr(m, "kernel", None), MergedCpuKernel)]
     assert len(fused) == 14
@@ -84,10 +84,24 @@ def test_merged_layers_of_all_sizes_and_zero_points(kernel):
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
-def test_nothing_to_merge_is_reported(tmp_path, caplog):
+def test_what_is_done_by_default_is_on_record(tmp_path, caplog):
     write_checkpoint(tmp_path, llama())
-    fewbit.load(tmp_path, kernel="reference", fuse=True)
-    assert "fuse: 0 calls saved; it takes kernel cpu, cpu_a16 or cpu_a8" in caplog.text
+    with caplog.at_level("INFO"):
+        fewbit.load(tmp_path, dtype="float32")
+        assert "fused: 6 calls saved" in caplog.text
+        assert "output layer: as it is, the model is in float32" in caplog.text
+        caplog.clear()
+        fewbit.load(tmp_path, dtype="bfloat16", kernel="auto_a16")
+        assert "output layer: as it is, kernel auto_a16 rounds nothing" in caplog.text
+
+
+@pytest.mark.parametrize(("bits", "head"), [(2, 8), (3, 8), (4, 8), (8, 16)])
+def test_the_head_runs_in_8_bits_where_that_costs_little(bits, head, tmp_path):
+    write_checkpoint(tmp_path, llama(), bits=bits)
+    for dtype in ("bfloat16", "float16"):
+        found = fewbit.load(tmp_path, dtype=dtype).lm_head
+        assert isinstance(found, Int8LMHead) == (head == 8)
+        assert type(fewbit.load(tmp_path, dtype=dtype, lm_head_runtime=16).lm_head) is nn.Linear
 
 
 def test_merged_layers_save_and_cast(tmp_path):
@@ -104,7 +118,7 @@ def test_merged_layers_save_and_cast(tmp_path):
 def test_merged_layers_in_any_order(tmp_path):
     write_checkpoint(tmp_path, llama())
     joined = fewbit.load(tmp_path, dtype="float32", fuse=True).model.layers[0].self_attn
-    apart = fewbit.load(tmp_path, dtype="float32").model.layers[0].self_attn
+    apart = fewbit.load(tmp_path, dtype="float32", fuse=False).model.layers[0].self_attn
     x = torch.randn(1, 1, joined.q_proj.in_features)
     for names in (
         ["v_proj", "q_proj", "k_proj"],
@@ -122,7 +136,7 @@ def test_merged_layers_in_any_order(tmp_path):
 def test_merged_layers_with_biases(tmp_path):
     truth = FAMILIES["qwen2"]() if "qwen2" in FAMILIES else llama(attention_bias=True)
     write_checkpoint(tmp_path, truth)
-    apart, joined = fewbit.load(tmp_path), fewbit.load(tmp_path, fuse=True)
+    apart, joined = fewbit.load(tmp_path, fuse=False), fewbit.load(tmp_path)
     for model in (apart, joined):
         for name, parameter in model.named_parameters():
             if name.endswith("q_proj.bias"):
@@ -185,7 +199,7 @@ def test_rounding_to_8_bits(shape):
 
 def test_unsupported_heads(tmp_path):
     write_checkpoint(tmp_path / "a", llama())
-    with pytest.raises(ConfigError, match=r"lm_head_runtime must be 8, got 4"):
+    with pytest.raises(ConfigError, match=r"lm_head_runtime must be 8, 16 or 'auto', got 4"):
         fewbit.load(tmp_path / "a", lm_head_runtime=4)
     write_checkpoint(tmp_path / "b", llama(), lm_head=True)
     with pytest.raises(ConfigError, match=r"quantized in the checkpoint"):

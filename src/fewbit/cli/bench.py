@@ -10,7 +10,7 @@ import typer
 
 from ..config import Dtype
 from .display import console, examples, plain, progress_bar, quiet_libraries
-from .options import AsJson, TrustRemoteCode
+from .options import AsJson, Fuse, LmHeadRuntime, TrustRemoteCode, head_bits
 
 if TYPE_CHECKING:
     import torch
@@ -38,10 +38,8 @@ def bench(
     prefill: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     decode: Annotated[int, typer.Option(min=1, help="Tokens to generate in a round.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Number of measurements of each, in turns.")] = 5,
-    fuse: Annotated[
-        bool, typer.Option("--fuse", help="Merged layers, norms, MLPs and attention in one call each.")
-    ] = False,
-    lm_head_runtime: Annotated[int | None, typer.Option(help="8: run the output layer in 8 bits.")] = None,
+    fuse: Fuse = True,
+    lm_head_runtime: LmHeadRuntime = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     verbose: Annotated[
@@ -66,7 +64,7 @@ def bench(
         torch.set_num_threads(threads)
     names = _kernels(checkpoint, kernel, all_kernels, getattr(torch, wanted), where)
     trust = {"trust_remote_code": trust_remote_code}
-    options = trust | {"fuse": fuse, "lm_head_runtime": lm_head_runtime}
+    options = trust | {"fuse": fuse, "lm_head_runtime": head_bits(lm_head_runtime)}
     candidates = {name: Candidate(str(checkpoint), wanted, name, options, str(where)) for name in names}
     if against is not None:
         candidates = {_ORIGINAL: Candidate(against, wanted, None, trust, str(where)), **candidates}

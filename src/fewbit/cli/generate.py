@@ -11,7 +11,7 @@ import typer
 from ..config import Dtype
 from ..errors import ConfigError, ModelError
 from .display import console, examples, quiet_libraries
-from .options import TrustRemoteCode
+from .options import Fuse, LmHeadRuntime, TrustRemoteCode, head_bits
 
 if TYPE_CHECKING:
     from ..hf.generate import Generation
@@ -38,12 +38,8 @@ def generate(
         Dtype, typer.Option(help="Of the activations; auto: bfloat16 on CPU, else the checkpoint's.")
     ] = "auto",
     kernel: Annotated[str, typer.Option(help="auto, or one that `fewbit inspect` lists.")] = "auto",
-    fuse: Annotated[
-        bool, typer.Option(help="On the CPU: joined layers, norms, MLPs and attention in one call each.")
-    ] = True,
-    lm_head_runtime: Annotated[
-        int | None, typer.Option(help="8: the output layer in 8 bits while running.")
-    ] = None,
+    fuse: Fuse = True,
+    lm_head_runtime: LmHeadRuntime = "auto",
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
     trust_remote_code: TrustRemoteCode = False,
     verbose: Annotated[
@@ -61,15 +57,13 @@ def generate(
     from ..context import resolve_device
     from ..hf.generate import generate as write
     from ..hf.load import kernels, load
-    from ..kernels.cpu.kernel import NAMES
 
     quiet_libraries()
     if not all(prompt):
         raise ConfigError("the prompt is empty; give some text to go on from: -p TEXT")
     where = resolve_device(device)
     wanted = "bfloat16" if dtype == "auto" and where.type == "cpu" else dtype
-    fused = fuse and where.type == "cpu" and kernel in ("auto", "auto_a16", *NAMES)
-    faster: dict[str, Any] = {"fuse": fused, "lm_head_runtime": lm_head_runtime}
+    faster: dict[str, Any] = {"fuse": fuse, "lm_head_runtime": head_bits(lm_head_runtime)}
     model = load(checkpoint, where, wanted, kernel, trust_remote_code, **faster)
     if not model.can_generate():
         raise ModelError(f"{checkpoint} is a {type(model).__name__}, which cannot generate text")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -38,7 +38,19 @@ Engines = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Fuse = Annotated[
+    bool, typer.Option(help="On the CPU: merged layers, norms, MLPs and attention in one call each.")
+]
+LmHeadRuntime = Annotated[
+    Literal["auto", "8", "16"],
+    typer.Option(help="Bits of the output layer while running; auto: 8 where that costs next to nothing."),
+]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")]
+
+
+def head_bits(choice: str) -> int | str:
+    """`lm_head_runtime` of `fewbit.load` from the command line."""
+    return int(choice) if choice.isdigit() else choice
 
 
 @dataclass(frozen=True)

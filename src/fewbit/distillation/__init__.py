@@ -40,7 +40,7 @@ from .training import Point, Training
 __all__ = ["DistillConfig", "Distillation", "distill", "distill_into"]
 
 _STATE = "distillation.safetensors"  # in the journal's folder
-_SHARE = 0.5  # of the free memory that what makes training faster may take
+SHARE = 0.5  # of the free memory that what makes training faster may take
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,9 @@ def distill_into(
     names = model_names(model, folder)
     with open_teacher(source, dtype, where) as (teacher, run_teacher):
         _check_vocabularies(model, teacher)
-        kept = bytes_kept(model, config.batch_size * config.seq_len)
-        student = Student(model, vectors(folder, names), keep=takes_at_most(_SHARE, kept, where))
+        shapes = [(layer.in_features, layer.out_features) for _, layer in quantized_layers(model)]
+        kept = bytes_kept(shapes, config.batch_size * config.seq_len, model.dtype)
+        student = Student(model, vectors(folder, names), keep=takes_at_most(SHARE, kept, where))
         training = Training(
             student,
             logits_of(model),

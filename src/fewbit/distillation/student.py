@@ -7,7 +7,7 @@ rounded to its stored dtype, so what is judged is what is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -182,12 +182,17 @@ class Student:
         return {tensor.name: tensor.value().clone() for tensor in self.tensors}
 
 
-def bytes_kept(model: nn.Module, tokens: int) -> int:
-    """About how many bytes `keep` takes: decoded matrices and the activations of one step of `tokens` tokens."""
-    width = torch.finfo(model.dtype).bits // 8
-    shapes = [(layer.in_features, layer.out_features) for _, layer in quantized_layers(model)]
-    activations = _SAVED * tokens * sum(n + out for n, out in shapes)
-    return (width + 1) * sum(n * out for n, out in shapes) + width * activations
+def bytes_kept(shapes: Iterable[tuple[int, int]], tokens: int, dtype: torch.dtype) -> int:
+    """About how many bytes `keep` takes: decoded matrices and the activations of one step.
+
+    Args:
+        shapes: (in, out) of every quantized layer.
+        tokens: tokens of a step.
+        dtype: dtype of the activations.
+    """
+    return sum(
+        (dtype.itemsize + 1) * n * out + dtype.itemsize * _SAVED * tokens * (n + out) for n, out in shapes
+    )
 
 
 def _is_trained_vector(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:

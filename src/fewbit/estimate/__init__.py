@@ -25,6 +25,7 @@ from ..checkpoint.safetensors_file import TensorInfo, read_header
 from ..checkpoint.writer import parse_size
 from ..config import QuantConfig
 from ..context import RunContext, resolve_device
+from ..distillation import SHARE
 from ..distillation.data import fingerprint_of_run, text_of_run
 from ..distributed import threads_per_process
 from ..errors import FewbitError
@@ -39,7 +40,7 @@ from ..pipeline.streaming import StreamedWeights
 from ..planning import Plan, output_embedding_name
 from ..preparation import Preparation, check_processes
 from ..profiling import Profiler, memory_in_use_bytes
-from ..resources import device_left, existing
+from ..resources import device_left, existing, takes_at_most
 from . import limits, predict
 from .predict import InputCost, Memory, Sizes
 from .trial import run_trial, tokens_of
@@ -284,6 +285,8 @@ def _predict(found: Estimate, run: Preparation, folder: Path | None, *, known_te
     )
     rates = LayerBenchmark(ctx.config, dtype, device, work.paths, work.holdout).rates(plan.layers)
     found.seconds = predict.predict_seconds(work, trial, rates, disk, sizes, inputs)
+    if ctx.config.tune:
+        found.seconds["tuning"] = predict.tuning_seconds(ctx.config, trial)
     if ctx.config.distill:
         found.seconds["distillation"] = predict.distillation_seconds(model, plan, ctx.config, trial)
 
@@ -299,8 +302,11 @@ def _memory(
     if evaluation is not None:
         moments["evaluation"] = predict.evaluation_moment(model, evaluation.windows.shape[1])
     if config.distill:
-        moments["distilling"] = predict.distillation_moment(model, run.plan, config)
-    options = {"target_bits": config.target_bits, "tune": config.tune, "evaluation": evaluation is not None}
+        kept = predict.distillation_kept(run.plan)
+        moments["distilling"] = predict.distillation_moment(
+            model, run.plan, kept if takes_at_most(SHARE, kept, device) else 0
+        )
+    options = {"target_bits": config.target_bits, "evaluation": evaluation is not None}
     left_out = [name for name, used in options.items() if used]
     if left_out:
         found.notes.append(f"the time of {' and '.join(left_out)} is not included")

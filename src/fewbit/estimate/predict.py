@@ -31,6 +31,7 @@ from ..checkpoint.assemble import checkpoint_tensors
 from ..checkpoint.layout import Shaped
 from ..checkpoint.safetensors_file import encode_header
 from ..config import QuantConfig
+from ..distillation.student import bytes_kept
 from ..distributed import largest_shard
 from ..mixed_precision.sensitivity import ROWS, measured_batches
 from ..modeling.source import Source
@@ -44,6 +45,7 @@ from ..pipeline.memory import (
     solver_bytes,
 )
 from ..pipeline.streaming import REST, Weights
+from ..pipeline.tune_block import TOKENS_PER_STEP
 from ..planning import Plan, output_embedding_name, plan_copied
 from .trial import ARENA_BYTES, Trial, tokens_of
 from .work import DiskRate, Kind, LayerRate, LayerWork, Work
@@ -53,6 +55,8 @@ Parts = dict[str, int]
 # Bytes for every weight of a block that is tuned: v, its gradient, two moments of Adam, the original, the best codes
 # so far, and the matrices of one step.
 TUNE_BYTES = 28
+# Passes through a block for each token of a tuning step, measured: forward, backward, and the step itself.
+_TUNE_PASSES = 3.7
 # Tensors that a block saves for the backward pass, as a multiple of what it holds where it pauses.
 _SAVED = 4
 # Distillation, for the default batch: its tokens; passes through the model for each token, measured (teacher, student,
@@ -259,7 +263,18 @@ def option_moments(
     return moments
 
 
-def distillation_moment(model: nn.Module, plan: Plan, config: QuantConfig) -> Parts:
+def tuning_seconds(config: QuantConfig, trial: Trial) -> float:
+    """Seconds of the steps that tune all blocks."""
+    return _TUNE_PASSES * trial.forward_seconds / trial.tokens * TOKENS_PER_STEP * config.tune_steps
+
+
+def distillation_kept(plan: Plan) -> int:
+    """Bytes that make the training faster, if there is room for them."""
+    shapes = [(layer.in_features, layer.out_features) for layer in plan.layers]
+    return bytes_kept(shapes, _DISTILLED_TOKENS, torch.bfloat16)
+
+
+def distillation_moment(model: nn.Module, plan: Plan, kept: int) -> Parts:
     """What is in memory while the result is trained against the original, which is in memory too if it fits."""
     quantized = {f"{layer.name}.weight" for layer in plan.layers}
     dense = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name not in quantized)
@@ -269,6 +284,7 @@ def distillation_moment(model: nn.Module, plan: Plan, config: QuantConfig) -> Pa
     blocks, width = len(plan.block_layers()), max(layer.in_features for layer in plan.layers)
     return {
         "weights": dense + packed + original,
+        "kept to be faster": kept,
         "activations": _DISTILLED_TOKENS * width * (2 * blocks + _DISTILLED_WIDTHS),
         "logits": _DISTILLED_LOGITS * _DISTILLED_TOKENS * vocabulary_size(model),
         "training": _TRAINED_BYTES * scales,

@@ -1,7 +1,12 @@
-"""Fewer calls per token in a transformers model on the CPU: merged layers, fused norms and MLPs, fewbit's attention."""
+"""What makes a loaded model fast on the CPU without changing what it is: fewer calls per token, an 8-bit output layer.
+
+`load` and `register` do this by default. Names, parameters and saved checkpoints stay the same. Every replacement was
+first compared with the model's own code, which still runs with gradients, hooks, a compiler, or on another device.
+"""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,8 +16,18 @@ from transformers.masking_utils import AttentionMaskInterface
 from .. import native
 from ..internals import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_attention_forward, uses_sdpa
 from ..kernels.cpu.fused_ops import fuse_gated_mlps, fuse_norms
-from ..kernels.cpu.kernel import can_bypass_dispatch
+from ..kernels.cpu.kernel import Cpu, Cpu16, CpuInt8, can_bypass_dispatch
+from ..kernels.cpu.lm_head import add_int8_lm_head, reason_against_int8
 from ..kernels.cpu.merged import MergedCpuKernel, merge_layers
+
+_LOG = logging.getLogger("fewbit")
+
+FAST_KERNELS = ("auto", "auto_a16", Cpu.name, Cpu16.name, CpuInt8.name)
+EXACT_KERNELS = (
+    "auto_a16",
+    Cpu16.name,
+)  # these round no activations, so the output layer is not rounded for them
+AUTO = "auto"
 
 ATTENTION = "fewbit"  # the name of the attention in transformers' registry
 
@@ -20,7 +35,31 @@ ATTENTION = "fewbit"  # the name of the attention in transformers' registry
 _UNUSUAL = ("position_bias", "softcap", "cache", "s_aux")
 
 
-def fuse(model: nn.Module) -> dict[str, int]:
+def make_fast(model: nn.Module, kernel: str, *, fuse: bool = True, lm_head: int | str | None = AUTO) -> None:
+    """Apply what `fewbit.load` describes as `fuse` and `lm_head_runtime`, and log what was done and why not.
+
+    Args:
+        model: a loaded model.
+        kernel: the name of the kernel that was asked for.
+        fuse: make fewer calls per token.
+        lm_head: bits of the output layer while running: 8, 16 or None (as it is), or "auto".
+
+    Raises:
+        ConfigError: the output layer cannot run in the bits that were asked for.
+    """
+    if fuse and kernel in FAST_KERNELS:
+        found = merge_and_fuse(model)
+        _LOG.info("fused: %s", ", ".join(f"{count} {what}" for what, count in found.items()))
+    if lm_head == AUTO:
+        exact = kernel not in FAST_KERNELS or kernel in EXACT_KERNELS
+        reason = f"kernel {kernel} rounds nothing" if exact else reason_against_int8(model)
+        _LOG.info("output layer: %s", f"as it is, {reason}" if reason else "8 bits while running")
+        lm_head = 16 if reason else 8
+    if lm_head not in (16, None):
+        add_int8_lm_head(model, lm_head)
+
+
+def merge_and_fuse(model: nn.Module) -> dict[str, int]:
     """Merge layers with the same input, and replace norms, gated MLPs and attention where possible.
 
     Returns:
@@ -86,7 +125,21 @@ def _fuse_attention(model: nn.Module) -> bool:
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     if not isinstance(model, PreTrainedModel) or not all(map(uses_sdpa, parts)):
         return False
+    if hasattr(model, "init_continuous_batching"):
+        model.init_continuous_batching = _ContinuousBatching(model)
     AttentionInterface.register(ATTENTION, attention_forward)
     AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     model.set_attn_implementation(ATTENTION)
     return True
+
+
+class _ContinuousBatching:
+    """`init_continuous_batching` of a model: it works with torch's attention only."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._model.config._attn_implementation == ATTENTION:
+            self._model.set_attn_implementation("sdpa")
+        return type(self._model).init_continuous_batching(self._model, *args, **kwargs)

@@ -21,6 +21,11 @@ from .kernel import product
 from .packed import Rounding
 
 BITS, GROUP = 8, 64
+SHARE = 0.1  # largest squared error of the copy, as a share of the squared error of the quantized layers
+# Mean squared error of rounding normally distributed weights to the best uniform grid, by bits (J. Max, 1960), as a
+# share of their variance.
+_ROUNDING = {2: 0.1188, 3: 0.03744, 4: 0.01154, 8: 1e-4}
+_SAMPLE = 256  # rows whose error is measured
 _ROWS = 4096  # rounded at a time
 
 
@@ -54,6 +59,12 @@ class Int8LMHead(nn.Linear):
 
 def round_to_8_bits(weight: Tensor) -> packed.PackedWeight:
     """A packed copy of a weight (out, in), each group of 64 inputs rounded to the nearest multiple of max|w| / 127."""
+    words, scales, order = _rounded(weight)
+    return packed.pack(words, scales, torch.full((1, 1), 128), order, BITS)
+
+
+def _rounded(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed codes (words, out) with zero point 128, scales (groups, out) and the group of each input."""
     out_features, in_features = weight.shape
     groups = group_count(in_features, GROUP)
     words = torch.empty((layout.word_count(in_features, BITS), out_features), dtype=torch.int32)
@@ -66,11 +77,46 @@ def round_to_8_bits(weight: Tensor) -> packed.PackedWeight:
         codes = (padded * inverse).round().clamp(-127, 127).add(128).to(torch.uint8)
         words[:, first : first + _ROWS] = layout.pack_rows(codes.flatten(1)[:, :in_features], BITS).t()
         scales[:, first : first + _ROWS] = scale.t()
-    zeros = torch.full((1, 1), 128)
-    return packed.pack(words, scales, zeros, sequential_groups(in_features, GROUP), BITS)
+    return words, scales, sequential_groups(in_features, GROUP)
 
 
-def add_int8_lm_head(model: nn.Module, bits: int) -> None:
+def reason_against_int8(model: nn.Module) -> str | None:
+    """Why the output layer should stay as it is by default; None if 8 bits cost next to nothing.
+
+    The squared error of the 8-bit copy must be below a tenth of the quantized layers' own. In float32 nothing is
+    rounded unless asked for.
+    """
+    head = _output_layer(model)
+    if not isinstance(head, nn.Linear) or head.weight.device.type != "cpu":
+        return "there is no linear output layer on the CPU"
+    if not native.available():
+        return native.unsupported_reason()
+    if head.weight.dtype is torch.float32:
+        return "the model is in float32"
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+    weights = [layer.spec.in_features * layer.spec.out_features for layer in layers]
+    own = sum(_ROUNDING[layer.bits] * n for layer, n in zip(layers, weights, strict=True)) / max(
+        sum(weights), 1
+    )
+    rows = head.weight.detach()[:: -(-head.out_features // _SAMPLE)].float()
+    words, scales, order = _rounded(rows)
+    codes = layout.unpack_rows(words.t().contiguous(), BITS, head.in_features).float() - 128
+    rounded = codes * scales.t().float().index_select(1, order.long())
+    error = float(
+        (rounded - rows).square().sum() / rows.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+    )
+    if not own:
+        return "no layer is quantized"
+    return f"8 bits would add {error / own:.0%} to its squared error" if error > SHARE * own else None
+
+
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    found: nn.Module | None = get() if get is not None else None
+    return found
+
+
+def add_int8_lm_head(model: nn.Module, bits: int | str) -> None:
     """Give a model's output layer an 8-bit copy of its weight to multiply with.
 
     Raises:
@@ -78,9 +124,8 @@ def add_int8_lm_head(model: nn.Module, bits: int) -> None:
             already, or the compiled module is missing.
     """
     if bits != BITS:
-        raise ConfigError(f"lm_head_runtime must be 8, got {bits!r}")
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if get is not None else None
+        raise ConfigError(f"lm_head_runtime must be 8, 16 or 'auto', got {bits!r}")
+    head = _output_layer(model)
     if head is None:
         raise ConfigError(f"{type(model).__name__} has no output layer: leave out lm_head_runtime")
     if isinstance(head, QuantizedLayer):
