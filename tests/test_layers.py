@@ -25,7 +25,7 @@ LAYERS = [
     "modeling calibration gptq checkpoint",
     "kernels planning mixed_precision pipeline",
     "hf engines evaluation verification",
-    "preparation report output estimate distillation quantization",
+    "preparation report output estimate distillation quantization exports",
     "gptq_arguments integration",
     "compat cli bench demo __main__",
 ]
@@ -52,6 +52,8 @@ ADDED = {
     "layers that run several times in one pass": (1, 200),
     "parts of tensors that transformers splits, --mtp, other findings of the sweep": (0, 300),
     "distillation": (9, 1_300),
+    "exports to other engines": (8, 750),
+    "presets, fast loading by default": (0, 150),
 }
 
 

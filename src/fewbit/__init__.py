@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .distillation import DistillConfig, distill
     from .evaluation import evaluate
+    from .exports import export
     from .hf.load import load
     from .integration import register, unregister
     from .quantization import quantize
@@ -26,6 +27,7 @@ _LAZY = {
     "distill": "distillation",
     "DistillConfig": "distillation",
     "evaluate": "evaluation",
+    "export": "exports",
     "load": "hf.load",
     "register": "integration",
     "unregister": "integration",
@@ -38,6 +40,7 @@ __all__ = [
     "__version__",
     "distill",
     "evaluate",
+    "export",
     "load",
     "quantize",
     "register",

@@ -66,9 +66,12 @@ class TensorInfo:
         return self.end - self.start
 
 
-def encode_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
-    """Encode the length and the JSON, padded to a multiple of 8 bytes, for tensors in the order of their data."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def encode_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: str = "pt") -> bytes:
+    """Encode the length and the JSON, padded to a multiple of 8 bytes, for tensors in the order of their data.
+
+    `metadata` says for which library the file is: "pt" or "mlx".
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": metadata}}
     position = 0
     for name, dtype, shape in tensors:
         end = position + math.prod(shape) * dtype.itemsize

@@ -78,6 +78,7 @@ class CheckpointWriter:
         folder: Created if it is missing. It may hold other files, but no config.json and no weights.
         tensors: Dtype and shape of every tensor by name, in the order of the checkpoint.
         max_shard_size: Bytes, or a text such as "5GB" (10^9) or "512MiB". A larger tensor gets its own shard.
+        metadata: ``format`` in the header of each file.
 
     Raises:
         ConfigError: The shard size cannot be read.
@@ -86,14 +87,19 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, folder: Path, tensors: Mapping[str, Shaped], max_shard_size: int | str = "5GB"
+        self,
+        folder: Path,
+        tensors: Mapping[str, Shaped],
+        max_shard_size: int | str = "5GB",
+        *,
+        metadata: str = "pt",
     ) -> None:
         self.folder = Path(folder)
         self._tensors = tensors
         for name, tensor in tensors.items():
             if tensor.dtype not in DTYPE_NAMES:
                 raise CheckpointError(f"tensor {name} is {tensor.dtype}, which safetensors files cannot hold")
-        self._shards = _divide(tensors, parse_size(max_shard_size))
+        self._shards = _divide(tensors, parse_size(max_shard_size), metadata)
         self._shard_of = {name: shard for shard in self._shards for name in shard.starts}
         with _disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -148,13 +154,33 @@ class CheckpointWriter:
         quantization: Mapping[str, Any],
         extra_files: Mapping[str, bytes | Path] | None = None,
     ) -> None:
-        """Complete the checkpoint, once all tensors are added.
+        """Complete a GPTQ checkpoint, once all tensors are added.
 
         Args:
             config: The model's configuration. ``quantization_config`` in it is replaced, and keys of older versions of
                 transformers are added (`with_legacy_keys`).
             quantization: From `quantization_config.build`; also written as quantize_config.json.
             extra_files: Tokenizer and so on: name in the folder → content, or the file to copy.
+
+        Raises:
+            CheckpointError: A tensor is missing.
+            OutputError: The disk is full or fails, or an extra file has a reserved name.
+        """
+        described = {**with_legacy_keys(config), "quantization_config": dict(quantization)}
+        self.finish_as(described, extra_files, {QUANTIZE_CONFIG: _json(dict(quantization))})
+
+    def finish_as(
+        self,
+        config: Mapping[str, Any],
+        extra_files: Mapping[str, bytes | Path] | None = None,
+        own_files: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """Complete a folder whose config.json is `config` as it is.
+
+        Args:
+            config: The content of config.json.
+            extra_files: As in `finish`.
+            own_files: Other files of the format, by their names, which may be reserved ones.
 
         Raises:
             CheckpointError: A tensor is missing.
@@ -167,13 +193,11 @@ class CheckpointWriter:
         hashes = self._rename_shards()
         for name, content in (extra_files or {}).items():
             hashes[name] = self._write_extra(name, content)
-        quantization_json = _json(dict(quantization))
-        config_json = _json({**with_legacy_keys(config), "quantization_config": dict(quantization)})
-        hashes[QUANTIZE_CONFIG] = manifest.hash_bytes(quantization_json)
-        hashes[CONFIG] = manifest.hash_bytes(config_json)
+        written = {**(own_files or {}), CONFIG: _json(dict(config))}
+        hashes |= {name: manifest.hash_bytes(content) for name, content in written.items()}
         self._write(manifest.NAME, manifest.encode(hashes))
-        self._write(QUANTIZE_CONFIG, quantization_json)
-        self._write(CONFIG, config_json)
+        for name, content in written.items():  # config.json last: a folder that has one is complete
+            self._write(name, content)
         with _disk_errors(self.folder):
             (self.folder / MARKER).unlink()
 
@@ -266,7 +290,7 @@ def is_written(folder: Path) -> bool:
     return True
 
 
-def _divide(tensors: Mapping[str, Shaped], limit: int) -> list[_Shard]:
+def _divide(tensors: Mapping[str, Shaped], limit: int, metadata: str) -> list[_Shard]:
     """Fill one shard after the other with tensors in their order, up to `limit` bytes each."""
     groups: list[list[str]] = [[]]
     size = 0
@@ -281,14 +305,15 @@ def _divide(tensors: Mapping[str, Shaped], limit: int) -> list[_Shard]:
         [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     )
     return [
-        _shard(name, {key: tensors[key] for key in group}) for name, group in zip(names, groups, strict=True)
+        _shard(name, {key: tensors[key] for key in group}, metadata)
+        for name, group in zip(names, groups, strict=True)
     ]
 
 
-def _shard(name: str, tensors: Mapping[str, Shaped]) -> _Shard:
+def _shard(name: str, tensors: Mapping[str, Shaped], metadata: str) -> _Shard:
     # Widest dtypes first, so that every tensor is aligned although the format allows no gaps.
     order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)
-    header = encode_header((key, tensors[key].dtype, tuple(tensors[key].shape)) for key in order)
+    header = encode_header(((key, tensors[key].dtype, tuple(tensors[key].shape)) for key in order), metadata)
     starts, position = {}, len(header)
     for key in order:
         starts[key] = position

@@ -19,6 +19,7 @@ from .display import console, plain
 from .distill import distill
 from .env import env
 from .eval import eval_
+from .export import export
 from .generate import generate
 from .inspect import inspect
 from .plan import plan
@@ -58,6 +59,7 @@ app.command()(generate)
 app.command()(bench)
 app.command()(convert)
 app.command()(distill)
+app.command()(export)
 app.command()(demo)
 app.command()(env)
 

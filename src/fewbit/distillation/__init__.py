@@ -174,8 +174,8 @@ def distill_into(
         with student.training():
             training.run()
     if comm.is_leader:
-        best = training.values
-        replaced = {on_disk: best[name].cpu() for on_disk, name in names.items() if name in best}
+        values = training.values
+        replaced = {on_disk: values[name].cpu() for on_disk, name in names.items() if name in values}
         rewrite(folder, target, replaced, max_shard_size)
     before, best, last = training.curve[0], training.best, training.curve[-1]
     return Distillation(

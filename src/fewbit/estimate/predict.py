@@ -269,7 +269,7 @@ def tuning_seconds(config: QuantConfig, trial: Trial) -> float:
 
 
 def distillation_kept(plan: Plan) -> int:
-    """Bytes that make the training faster, if there is room for them."""
+    """Bytes that make the training faster, if there is memory for them."""
     shapes = [(layer.in_features, layer.out_features) for layer in plan.layers]
     return bytes_kept(shapes, _DISTILLED_TOKENS, torch.bfloat16)
 
