@@ -213,3 +213,13 @@ def test_attention_interfaces():
     expected = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     assert torch.allclose(output, expected, atol=1e-6), VERSIONS
     assert weights is None
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_the_argument_for_a_cache_has_its_present_name():
+    model = tiny_model("llama")
+    ids = torch.tensor([[1, 2, 3]])
+    cache = transformers.DynamicCache()
+    with torch.no_grad():
+        model.generate(ids, max_new_tokens=2, **{internals.cache_argument(model): cache})
+    assert cache.get_seq_length() == 4, VERSIONS

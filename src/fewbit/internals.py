@@ -6,6 +6,7 @@ break only this file. ``tests/test_internals.py`` checks each entry against the 
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -204,6 +205,12 @@ def build(model_class: Any, config: Any) -> PreTrainedModel:
     """Build a model from its configuration, on the current default device, without reading weights."""
     model: PreTrainedModel = model_class._from_config(config)
     return model
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """Return the name of the argument for a key-value cache: transformers 5.24 renamed ``past_key_values``."""
+    known = inspect.signature(model.prepare_inputs_for_generation).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 def uses_sdpa(model: PreTrainedModel) -> bool:

@@ -163,7 +163,9 @@ def _check(
         raise CheckpointError(f"{target.title} cannot hold this checkpoint: {said}. Target dense can")
     reason_for_all = target.judge_all(grids.values())
     if reason_for_all:
-        raise CheckpointError(f"{target.title} cannot hold this checkpoint: {reason_for_all}. Target dense can")
+        raise CheckpointError(
+            f"{target.title} cannot hold this checkpoint: {reason_for_all}. Target dense can"
+        )
     inexact = [verdict for verdict in verdicts.values() if verdict.error]
     if inexact and not allow_inexact:
         worst = max(inexact, key=lambda verdict: verdict.error)
