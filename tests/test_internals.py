@@ -178,9 +178,9 @@ def test_models():
     assert built.state_dict().keys() == model.state_dict().keys(), VERSIONS
     assert next(built.parameters()).is_meta
     assert internals.optional_parameters(model) == list(model._keys_to_ignore_on_load_missing or ())
-    assert internals.uses_sdpa(model), VERSIONS
+    assert internals.uses_attention(model, "sdpa"), VERSIONS
     model.set_attn_implementation("eager")
-    assert not internals.uses_sdpa(model), VERSIONS
+    assert not internals.uses_attention(model, "sdpa"), VERSIONS
     assert not internals.has_adapter(model)
     parameter = nn.Parameter(torch.ones(1))
     assert not internals.is_loaded(parameter)

@@ -213,9 +213,9 @@ def cache_argument(model: PreTrainedModel) -> str:
     return "cache" if "cache" in known else "past_key_values"
 
 
-def uses_sdpa(model: PreTrainedModel) -> bool:
-    """Return whether `model` runs torch's attention, and it can be replaced through `AttentionInterface`."""
-    return bool(model._supports_attention_backend) and model.config._attn_implementation == "sdpa"
+def uses_attention(model: PreTrainedModel, name: str) -> bool:
+    """Return whether `model` runs the attention `name`, which can be replaced through `AttentionInterface`."""
+    return bool(model._supports_attention_backend) and model.config._attn_implementation == name
 
 
 def class_mapping(auto_class: Any) -> Mapping[Any, Any] | None:

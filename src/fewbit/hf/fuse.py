@@ -14,7 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from .. import native
-from ..internals import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_attention_forward, uses_sdpa
+from ..internals import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_attention_forward, uses_attention
 from ..kernels.cpu.fused_ops import fuse_gated_mlps, fuse_norms
 from ..kernels.cpu.kernel import Cpu, Cpu16, CpuInt8, can_bypass_dispatch
 from ..kernels.cpu.lm_head import add_int8_lm_head, reason_against_int8
@@ -123,7 +123,7 @@ def _is_supported(query: Tensor, key: Tensor, value: Tensor) -> bool:
 def _fuse_attention(model: nn.Module) -> bool:
     """Use `attention_forward` if all parts of the model use torch's attention through transformers' interface."""
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    if not isinstance(model, PreTrainedModel) or not all(map(uses_sdpa, parts)):
+    if not isinstance(model, PreTrainedModel) or not all(uses_attention(part, "sdpa") for part in parts):
         return False
     if hasattr(model, "init_continuous_batching"):
         model.init_continuous_batching = _ContinuousBatching(model)
@@ -140,6 +140,6 @@ class _ContinuousBatching:
         self._model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._model.config._attn_implementation == ATTENTION:
+        if uses_attention(self._model, ATTENTION):
             self._model.set_attn_implementation("sdpa")
         return type(self._model).init_continuous_batching(self._model, *args, **kwargs)
