@@ -14,19 +14,22 @@ from .. import formatting
 from .display import console, examples
 from .options import AsJson
 
-ExportTarget = Literal["compressed-tensors", "awq", "mlx", "auto-round", "dense"]
+ExportTarget = Literal["compressed-tensors", "awq", "gguf", "mlx", "auto-round", "dense"]
 DenseDtype = Literal["float16", "bfloat16", "float32"]
 
 
 @examples(
     "fewbit export out --to compressed-tensors -o out-vllm",
+    "fewbit export out --to gguf -o out.gguf",
     "fewbit export out --to mlx -o out-mlx",
     "fewbit export out --to dense --dtype float16 -o out-16bit",
 )
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a GPTQ checkpoint, from any tool.")],
     to: Annotated[ExportTarget, typer.Option(help="Format to write.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; must be empty or new.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder to write, empty or new; a file for gguf.")
+    ],
     dtype: Annotated[DenseDtype | None, typer.Option(help="With --to dense; default: the model's.")] = None,
     allow_inexact: Annotated[
         bool, typer.Option("--allow-inexact", help="Also where the format only holds the weights nearly.")

@@ -9,7 +9,7 @@ One layer is in memory at a time.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ..checkpoint.writer import CONFIG, MARKER, QUANTIZE_CONFIG, CheckpointWrite
 from ..errors import CheckpointError, ConfigError, OutputError
 from ..quantized_matrix import sequential_groups
 from ..report.report import PAGE_NAME, REPORT_NAME
+from . import gguf_blocks, gguf_file
 from .auto_round import AutoRound
 from .awq import Awq
 from .compressed_tensors import CompressedTensors
@@ -31,11 +32,12 @@ from .dense import Dense
 from .mlx import Mlx
 from .target import LayerGrid, Target, Verdict
 
-__all__ = ["DTYPES", "TARGETS", "ExportResult", "export"]
+__all__ = ["DTYPES", "GGUF", "TARGETS", "ExportResult", "export"]
 
 TARGETS: Mapping[str, type[Target]] = {
     target.name: target for target in (CompressedTensors, Awq, Mlx, AutoRound, Dense)
 }
+GGUF = "gguf"  # a single file, so it is none of `TARGETS`
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _LEFT_OUT = (CONFIG, QUANTIZE_CONFIG, manifest.NAME, REPORT_NAME, PAGE_NAME, "README.md")
 
@@ -74,8 +76,8 @@ def export(
 
     Args:
         checkpoint: folder of a checkpoint, from any tool.
-        output: folder to write: missing, empty, or left by an interrupted export.
-        to: one of `TARGETS`.
+        output: folder to write: missing, empty, or left by an interrupted export. For target "gguf", a new file.
+        to: one of `TARGETS`, or "gguf".
         dtype: of the weights, for target "dense": float16, bfloat16 or float32; None keeps the model's.
         allow_inexact: also write layers that the format can only hold nearly.
         max_shard_size: of each weight file.
@@ -89,11 +91,15 @@ def export(
     opened = open_checkpoint(folder)
     if not opened.config:
         raise CheckpointError(f"{folder} has no {CONFIG}; copy the original model's into it")
+    if to == GGUF:
+        if dtype is not None:
+            raise ConfigError("dtype is for target dense; gguf keeps the scales' dtype")
+        return _export_gguf(opened, target_folder, allow_inexact)
     target = _target(to, dtype, opened.config)
     _refuse_non_empty(target_folder)
     grids = {name: _grid(opened, spec) for name, spec in opened.layers.items()}
     verdicts = {name: target.judge(grid) for name, grid in grids.items()}
-    _check(target, grids, verdicts, allow_inexact)
+    _check(target.title, verdicts, target.judge_all(grids.values()), allow_inexact)
     with CheckpointWriter(
         target_folder, _planned(opened, target, grids), max_shard_size, metadata=target.metadata
     ) as writer:
@@ -106,20 +112,12 @@ def export(
                     writer.add(f"{layer}.{short}", tensor)
         others = {n: path for n, path in files_beside_weights(folder).items() if n not in _LEFT_OUT}
         writer.finish_as(target.config(_config(opened), list(grids.values()), _plain(opened)), others)
-    reasons = Counter(verdict.reason for verdict in verdicts.values() if verdict.error)
-    return ExportResult(
-        output=str(target_folder),
-        target=target.name,
-        layers=len(grids),
-        inexact=dict(reasons),
-        error=max((verdict.error for verdict in verdicts.values()), default=0.0),
-        notes=tuple(target.notes(list(grids.values()))),
-    )
+    return _result(target_folder, target.name, verdicts, target.notes(list(grids.values())))
 
 
 def _target(name: str, dtype: str | None, config: Mapping[str, Any]) -> Target:
     if name not in TARGETS:
-        raise ConfigError(f"cannot export to {name!r}; targets are {', '.join(TARGETS)}")
+        raise ConfigError(f"cannot export to {name!r}; targets are {', '.join((*TARGETS, GGUF))}")
     if name != Dense.name:
         if dtype is not None:
             raise ConfigError(f"dtype is for target dense; {name} keeps the scales' dtype")
@@ -152,27 +150,47 @@ def _grid(checkpoint: Checkpoint, spec: LayerSpec) -> LayerGrid:
 
 
 def _check(
-    target: Target, grids: Mapping[str, LayerGrid], verdicts: Mapping[str, Verdict], allow_inexact: bool
+    title: str, verdicts: Mapping[str, Verdict], reason_for_all: str | None, allow_inexact: bool
 ) -> None:
-    """Refuse what the target cannot hold, with the number of layers for each reason."""
+    """Refuse what a target cannot hold, with the number of layers for each reason."""
     refused = Counter(verdict.refused for verdict in verdicts.values() if verdict.refused)
-    if refused:
-        said = "; ".join(
-            f"{count} of {len(grids)} layers: {reason}" for reason, count in refused.most_common()
-        )
-        raise CheckpointError(f"{target.title} cannot hold this checkpoint: {said}. Target dense can")
-    reason_for_all = target.judge_all(grids.values())
-    if reason_for_all:
-        raise CheckpointError(
-            f"{target.title} cannot hold this checkpoint: {reason_for_all}. Target dense can"
-        )
+    said = [f"{count} of {len(verdicts)} layers: {reason}" for reason, count in refused.most_common()]
+    said += [reason_for_all] if reason_for_all else []
+    if said:
+        raise CheckpointError(f"{title} cannot hold this checkpoint: {'; '.join(said)}. Target dense can")
     inexact = [verdict for verdict in verdicts.values() if verdict.error]
     if inexact and not allow_inexact:
         worst = max(inexact, key=lambda verdict: verdict.error)
         raise CheckpointError(
-            f"{target.title} holds {len(inexact)} of {len(grids)} layers only nearly: {worst.reason}, which changes a "
+            f"{title} holds {len(inexact)} of {len(verdicts)} layers only nearly: {worst.reason}, which changes a "
             f"weight by up to {worst.error:.2g} of a step of its grid. To accept this: allow_inexact (--allow-inexact)"
         )
+
+
+def _result(output: Path, target: str, verdicts: Mapping[str, Verdict], notes: Sequence[str]) -> ExportResult:
+    return ExportResult(
+        output=str(output),
+        target=target,
+        layers=len(verdicts),
+        inexact=dict(Counter(verdict.reason for verdict in verdicts.values() if verdict.error)),
+        error=max((verdict.error for verdict in verdicts.values()), default=0.0),
+        notes=tuple(notes),
+    )
+
+
+def _export_gguf(opened: Checkpoint, file: Path, allow_inexact: bool) -> ExportResult:
+    if file.suffix != ".gguf" or file.exists():
+        raise OutputError(f"{file} must be a new file whose name ends with .gguf")
+    gguf_file.package()
+    gguf_file.check_model(opened)
+    grids = {name: _grid(opened, spec) for name, spec in opened.layers.items()}
+    verdicts = {name: gguf_blocks.judge(grid) for name, grid in grids.items()}
+    _check("GGUF (llama.cpp)", verdicts, None, allow_inexact)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    gguf_file.write_gguf(opened, grids, file)
+    kinds = Counter(gguf_blocks.type_of(grid) for grid in grids.values())
+    said = ", ".join(f"{count} layers as {kind}" for kind, count in kinds.items())
+    return _result(file, GGUF, verdicts, [said])
 
 
 def _planned(checkpoint: Checkpoint, target: Target, grids: Mapping[str, LayerGrid]) -> dict[str, Shaped]:
