@@ -52,7 +52,7 @@ ADDED = {
     "layers that run several times in one pass": (1, 200),
     "parts of tensors that transformers splits, --mtp, other findings of the sweep": (0, 300),
     "distillation": (9, 1_300),
-    "exports to other engines": (11, 1_150),
+    "exports to other engines": (11, 1_250),
     "presets, fast loading by default": (0, 150),
 }
 

@@ -236,6 +236,10 @@ class QuantConfig:
                 return self._overridden(pattern, settings)
         return self.defaults
 
+    def rule(self, pattern: str) -> LayerSettings | None:
+        """The settings that the override for `pattern` gives; None for "skip"."""
+        return self._overridden(pattern, self.override[pattern])
+
     def overridden(self, name: str) -> frozenset[str]:
         """Names of the settings that an override gives the layer called `name`."""
         for pattern, settings in self.override.items():

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import fewbit
 from fewbit.cli.main import app
 from fewbit.errors import CheckpointError, ConfigError, OutputError
-from fewbit.exports import TARGETS, export
+from fewbit.exports import TARGETS, check_settings, export
 from fewbit.exports.awq import Awq
 from fewbit.exports.compressed_tensors import CompressedTensors
 from fewbit.exports.mlx import Mlx
@@ -240,3 +240,39 @@ def test_the_command(tmp_path):
     assert json.loads(result.stdout)["layers"] == 14
     assert (tmp_path / "again" / "model.safetensors.index.json").exists()
     assert set(TARGETS) == {"compressed-tensors", "awq", "mlx", "auto-round", "dense"}
+
+
+def test_quantize_exports_in_one_go(tmp_path):
+    from models import save_tiny
+
+    save_tiny(tmp_path / "model", hidden_size=64, intermediate_size=128)
+    (tmp_path / "text.txt").write_text("some words that repeat themselves " * 200)
+    arguments = ["quantize", str(tmp_path / "model"), "-o", str(tmp_path / "out"), "--group-size", "32"]
+    arguments += ["--dataset", str(tmp_path / "text.txt"), "--seq-len", "32", "--num-samples", "4"]
+    runner = CliRunner()
+    refused = runner.invoke(app, [*arguments, "--export", "awq", "--bits", "3"])
+    assert isinstance(refused.exception, ConfigError)
+    assert not (tmp_path / "out").exists()
+    result = runner.invoke(app, [*arguments, "--export", "mlx", "--export", "dense"])
+    assert result.exit_code == 0, result.output
+    assert "14 layers written as mlx" in result.output.replace("\n", " ")
+    assert {"out", "out-mlx", "out-dense"} <= {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("to", "settings", "words"),
+    [
+        ("awq", {"bits": 3}, "3 bits"),
+        ("awq", {"target_bits": 3.5}, "2 bits"),
+        ("awq", {"override": {"down_proj": {"bits": 8}}}, "8 bits"),
+        ("mlx", {"sym": False}, "rounded"),
+        ("gguf", {"act_order": "full"}, "act-order"),
+        ("gguf", {"bits": 8, "sym": False}, "asymmetric"),
+        ("auto-round", {"sym": False}, "asymmetric"),
+        ("compressed-tensors", {"act_order": "full"}, "act-order"),
+    ],
+)
+def test_settings_that_cannot_be_exported_are_refused_before_the_work(to, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        check_settings(fewbit.QuantConfig(**settings), to)
+    check_settings(fewbit.QuantConfig(), to)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -49,9 +49,12 @@ def export(
     )
     if as_json:
         print(json.dumps(asdict(result)))
-        return
-    if quiet:
-        return
+    elif not quiet:
+        show_export(result)
+
+
+def show_export(result: Any) -> None:
+    """Print what an export did."""
     exact = result.layers - sum(result.inexact.values())
     Console().print(
         f"{formatting.plural(result.layers, 'layer')} written as {result.target} to {result.output}, {exact} of them "

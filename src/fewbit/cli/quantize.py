@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.table import Column, Table
 
 from .. import formatting
 from .display import INTERRUPTED, console, examples, progress_bar, quiet_libraries
+from .export import ExportTarget, show_export
 from .options import AsJson, QuantizeArguments, with_options
 from .plan import show_estimate
 
@@ -25,6 +26,13 @@ from .plan import show_estimate
 @with_options
 def quantize(
     arguments: QuantizeArguments,
+    export: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TARGET",
+            help=f"Then also write it, beside the output, as {', '.join(get_args(ExportTarget))}. Repeatable.",
+        ),
+    ] = None,
     push_to_hub: Annotated[str | None, typer.Option(help="Upload the result to this Hub repository.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only plan the run, as fewbit plan does.")
@@ -42,8 +50,11 @@ def quantize(
         return
     if arguments.output is None:
         raise typer.BadParameter("the folder to write is missing", param_hint="'-o' / '--output'")
+    from .. import exports
     from .. import quantization as api
 
+    for target in export or ():
+        exports.check_settings(arguments.config, target)
     quiet_libraries()
     with torchrun_session(arguments.keywords["device"]) as is_leader:
         try:
@@ -63,6 +74,14 @@ def quantize(
         print(json.dumps(report.summary()))
     elif is_leader and not quiet:
         _show(report, verbose)
+    for target in (export or ()) if is_leader else ():
+        result = exports.export(arguments.output, _beside(arguments.output, target), target)
+        if not (quiet or as_json):
+            show_export(result)
+
+
+def _beside(output: Path, target: str) -> Path:
+    return output.with_name(f"{output.name}.gguf" if target == "gguf" else f"{output.name}-{target}")
 
 
 def _after_interrupt(output: Path) -> str:

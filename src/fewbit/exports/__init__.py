@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..checkpoint.layout import G_IDX, PARTS, QWEIGHT, QZEROS, SCALES, Shaped
 from ..checkpoint.reader import Checkpoint, LayerSpec, open_checkpoint, overwritten_words
 from ..checkpoint.safe_io import files_beside_weights
 from ..checkpoint.writer import CONFIG, MARKER, QUANTIZE_CONFIG, CheckpointWriter
+from ..config import BITS, LayerSettings, QuantConfig
 from ..errors import CheckpointError, ConfigError, OutputError
 from ..quantized_matrix import sequential_groups
 from ..report.report import PAGE_NAME, REPORT_NAME
@@ -32,7 +33,7 @@ from .dense import Dense
 from .mlx import Mlx
 from .target import LayerGrid, Target, Verdict
 
-__all__ = ["DTYPES", "GGUF", "TARGETS", "ExportResult", "export"]
+__all__ = ["DTYPES", "GGUF", "TARGETS", "ExportResult", "check_settings", "export"]
 
 TARGETS: Mapping[str, type[Target]] = {
     target.name: target for target in (CompressedTensors, Awq, Mlx, AutoRound, Dense)
@@ -113,6 +114,37 @@ def export(
         others = {n: path for n, path in files_beside_weights(folder).items() if n not in _LEFT_OUT}
         writer.finish_as(target.config(_config(opened), list(grids.values()), _plain(opened)), others)
     return _result(target_folder, target.name, verdicts, target.notes(list(grids.values())))
+
+
+def check_settings(config: QuantConfig, to: str) -> None:
+    """Refuse settings of a quantization whose result the target could not hold exactly, before the work.
+
+    Raises:
+        ConfigError: the message says which setting. Widths of layers are not known yet.
+    """
+    target = None if to == GGUF else _target(to, None, {})
+    settings = [config.defaults, *(one for pattern in config.override if (one := config.rule(pattern)))]
+    bits = BITS if config.target_bits is not None else None
+    for one in settings:
+        for width in bits or (one.bits,):
+            grid = _pretended(replace(one, bits=width))
+            verdict = gguf_blocks.judge(grid) if target is None else target.judge(grid)
+            reason = verdict.refused or verdict.reason
+            if reason:
+                raise ConfigError(
+                    f"the result of these settings cannot be exported to {to} exactly: {reason}. Other settings, or "
+                    "leave out export and call `fewbit export` with --allow-inexact"
+                )
+
+
+def _pretended(settings: LayerSettings) -> LayerGrid:
+    """A layer with such settings, a convenient width, and the zero points at both ends of its range."""
+    bits, size = settings.bits, settings.group_size
+    zeros = [2 ** (bits - 1)] * 2 if settings.sym else [1, 2**bits - 1]
+    order = settings.act_order == "full" and size != -1
+    scales = torch.full((64, 2), 0.1, dtype=torch.float16)
+    shape = (64, 256 if size == -1 else 2 * size)
+    return LayerGrid("", shape, bits, size, scales, torch.tensor([zeros] * 64), order)
 
 
 def _target(name: str, dtype: str | None, config: Mapping[str, Any]) -> Target:

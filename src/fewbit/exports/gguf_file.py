@@ -54,8 +54,8 @@ def check_model(checkpoint: Checkpoint) -> str:
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
         raise CheckpointError(
-            f"export to gguf knows the model types {', '.join(ARCHITECTURES)}, and this one is {kind!r}. Export it with --to "
-            "dense, then convert that folder with llama.cpp's own script"
+            f"export to gguf knows the model types {', '.join(ARCHITECTURES)}, and this one is {kind!r}. Export it "
+            "with --to dense, then convert that folder with llama.cpp's own script"
         )
     scaling = _rope(config).get("rope_type", "default")
     if scaling not in ("default", "llama3", "linear"):
