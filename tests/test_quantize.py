@@ -468,6 +468,23 @@ def test_ignored_experts_keep_their_names(tmp_path, text_file):
     assert not any(re.match(rule, "model.layers.0.self_attn.q_proj") for rule in rules)
 
 
+def test_the_evaluation_rounds_nothing_but_weights(tmp_path, text_file, model_folder, monkeypatch):
+    """It runs the kernel of `fewbit eval`, without 8-bit activations or an 8-bit output layer."""
+    from fewbit.hf import load as loading
+
+    seen, load = [], loading.load
+    monkeypatch.setattr(loading, "load", lambda *arguments: seen.append(load(*arguments)) or seen[-1])
+    config = fewbit.QuantConfig(**{**SMALL, "dtype": "bfloat16"})
+    fewbit.quantize(model_folder, config, dataset=text_file, output=tmp_path / "out", evaluate_on=text_file)
+    [model] = seen
+    assert type(model.lm_head) is nn.Linear
+    assert {m.kernel.name for m in model.modules() if hasattr(m, "kernel")} <= {
+        "cpu_a16",
+        "reference",
+        "triton",
+    }
+
+
 def test_a_bad_evaluation_text_is_refused_first(tmp_path, text_file, model_folder):
     refused(
         CalibrationError,

@@ -170,7 +170,8 @@ def _evaluate(run: Preparation, text: EvaluationText, folder: Path | None) -> di
     assert folder is not None
     run.release()  # two other models are loaded
     base = run.source.load_model("auto", run.ctx.device)
-    model = load(folder, device=run.ctx.device, trust_remote_code=run.source.trust_remote_code)
+    # As `fewbit eval`: no rounding beyond that of the weights.
+    model = load(folder, run.ctx.device, None, "auto_a16", run.source.trust_remote_code)
     count = len(text.windows)
 
     def shown(start: int) -> Callable[[int, int], None]:

@@ -24,9 +24,8 @@ from ..kernels.linear import QuantizedLayer, QuantLinear
 from ..pipeline.scheduler import forward_replaced
 from ..planning import block_of
 
-_SAVED = (
-    2  # values saved for the backward pass, as a multiple of the inputs and outputs of all quantized layers
-)
+# Values saved for the backward pass, as a multiple of the inputs and outputs of all quantized layers.
+_SAVED = 2
 _SMALLEST_UNIT = 1e-2  # of a vector of zeros, such as a bias before any training
 
 

@@ -23,10 +23,8 @@ from ..kernels.cpu.merged import MergedCpuKernel, merge_layers
 _LOG = logging.getLogger("fewbit")
 
 FAST_KERNELS = ("auto", "auto_a16", Cpu.name, Cpu16.name, CpuInt8.name)
-EXACT_KERNELS = (
-    "auto_a16",
-    Cpu16.name,
-)  # these round no activations, so the output layer is not rounded for them
+# These round no activations, so the output layer is not rounded for them.
+EXACT_KERNELS = ("auto_a16", Cpu16.name)
 AUTO = "auto"
 
 ATTENTION = "fewbit"  # the name of the attention in transformers' registry
