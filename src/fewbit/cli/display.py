@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Column, Table
 from rich.text import Text
 
+from .. import formatting
 from ..engines import ENGINES, engine
 
 if TYPE_CHECKING:
@@ -56,7 +58,10 @@ def examples(*commands: str) -> Callable[[F], F]:
 
 @contextmanager
 def progress_bar(title: str, *, hidden: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """Show a progress bar; yields its callback ``(phase, done, total)``."""
+    """Show a progress bar, or lines where there is no terminal; yields its callback ``(phase, done, total)``."""
+    if not console.is_terminal:
+        yield (lambda phase, done, total: None) if hidden else _Lines(title)
+        return
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(),
@@ -72,6 +77,32 @@ def progress_bar(title: str, *, hidden: bool = False) -> Iterator[Callable[[str,
             bar.update(task, completed=done, total=total, description=f"{title}: {phase}" if phase else title)
 
         yield update
+
+
+class _Lines:
+    """Progress for a log: a line at the start of a phase, at its end, and every `SECONDS` between."""
+
+    SECONDS = 15.0
+
+    def __init__(self, title: str) -> None:
+        self._title, self._phase = title, ""
+        self._started = self._last = time.monotonic()
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        begins = phase != self._phase
+        if begins:
+            self._phase, self._started = phase, now
+        if not begins and done < total and now - self._last < self.SECONDS:
+            return
+        self._last, elapsed = now, now - self._started
+        name = f"{self._title}: {phase}" if phase not in ("", self._title) else self._title
+        line = f"{name} {formatting.percent(done / max(total, 1))}"
+        if elapsed >= 1:
+            line += f" after {formatting.duration(elapsed)}"
+        if 0 < done < total and elapsed >= 1:
+            line += f", {formatting.duration(elapsed * (total - done) / done)} left"
+        console.print(line, highlight=False, markup=False)
 
 
 def engine_reasons(contents: Contents) -> dict[str, list[str]]:

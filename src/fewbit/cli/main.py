@@ -6,11 +6,12 @@ Exit codes: 0 done, 1 the answer is no, 2 bad usage or bad input, 130 interrupte
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from .. import __version__
 from ..errors import FewbitError
 from .bench import bench
 from .convert import convert
@@ -44,12 +45,29 @@ def _with_dashes(arg: str) -> str:
 app = typer.Typer(
     cls=_UnderscoreGroup,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make large language models small: GPTQ quantization to 2, 3, 4 or 8 bits, on the machine you have.",
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fewbit {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    """Make large language models small: GPTQ quantization to 2, 3, 4 or 8 bits, on the machine you have."""
+
+
 app.command()(quantize)
 app.command()(plan)
 app.command("eval")(eval_)
