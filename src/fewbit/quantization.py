@@ -170,7 +170,7 @@ def _evaluate(run: Preparation, text: EvaluationText, folder: Path | None) -> di
     assert folder is not None
     run.release()  # two other models are loaded
     base = run.source.load_model("auto", run.ctx.device)
-    # As `fewbit eval`: no rounding beyond that of the weights.
+    # As `fewbit eval`: only the weights are rounded.
     model = load(folder, run.ctx.device, None, "auto_a16", run.source.trust_remote_code)
     count = len(text.windows)
 

@@ -21,7 +21,7 @@ def test_progress_is_lines_without_a_terminal(monkeypatch, capsys):
         "quantize 30.0 % after 18.0 s, 42.0 s left",
         "quantize 60.0 % after 36.0 s, 24.0 s left",
         "quantize 90.0 % after 54.0 s, 6.0 s left",
-        "quantize 100 % after 1 min 00 s",
+        "quantize 100 % after 60.0 s",
         "quantize: evaluate 50.0 %",
     ]
     with display.progress_bar("quantize", hidden=True) as update:
