@@ -151,7 +151,7 @@ def test_figures_in_choosing_are_in_the_tables():
         .partition("\n\n")[0]
     )
     rows = re.findall(r"\| ([\d.]+) \| ([\d.]+) \|$", table, re.M)
-    assert len(rows) == 8
+    assert len(rows) == 11
     for kl, perplexity in rows:
         assert {float(kl), float(perplexity)} <= measured, (kl, perplexity)
 

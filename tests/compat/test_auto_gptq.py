@@ -33,6 +33,11 @@ def logits(model):
         return model(IDS).logits
 
 
+def close(found, truth):
+    """Loaded models have an 8-bit output layer and fused operations."""
+    return (found.float() - truth.float()).norm() < 0.02 * truth.float().norm()
+
+
 def of(model, **settings):
     """A model to be quantized, as from_pretrained gives it."""
     return BaseGPTQForCausalLM(
@@ -96,10 +101,10 @@ def test_the_same_bytes_as_fewbit(source, readme):
 def test_the_saved_folder_is_a_checkpoint_like_any_other(readme):
     model, _, folder = readme
     assert not verify(folder).problems
-    assert torch.equal(logits(fewbit.load(folder)), logits(model))
+    assert torch.equal(logits(fewbit.load(folder, fuse=False, lm_head_runtime=16)), logits(model))
     fewbit.register()
     try:
-        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(model))
+        assert close(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(model))
     finally:
         fewbit.unregister()
 
@@ -291,7 +296,7 @@ def test_from_pretrained_refuses_a_checkpoint(readme):
 def test_from_quantized_has_the_settings(readme):
     model = AutoGPTQForCausalLM.from_quantized(readme[2], torch_dtype=torch.float16)
     assert model.quantize_config.to_dict() == readme[0].quantize_config.to_dict()
-    assert torch.equal(logits(model), logits(readme[0]))
+    assert close(logits(model), logits(readme[0]))
 
 
 def test_the_fast_dtype_on_the_cpu(readme):
@@ -318,7 +323,7 @@ def test_from_quantized_says_what_it_does_not_need(readme, caplog):
         assert sum(line.startswith(f"{name}: not needed: ") for line in said) == 1
     assert "use_safetensors=False: safetensors files are read; opening pickles can run code" in said
     assert "some_option: unknown to from_quantized and without effect" in said
-    assert torch.equal(logits(model), logits(readme[0]))
+    assert close(logits(model), logits(readme[0]))
 
 
 @pytest.mark.parametrize(
@@ -377,11 +382,11 @@ def test_folders_of_old(model, source, tmp_path, given):
     loaded = AutoGPTQForCausalLM.from_quantized(
         tmp_path, model_basename="gptq_model-4bit-16g", torch_dtype=torch.float16, **arguments
     )
-    assert torch.equal(logits(loaded), logits(model))
+    assert close(logits(loaded), logits(model))
     assert loaded.quantize_config.model_file_base_name == "gptq_model-4bit-16g"
     loaded.save_quantized(tmp_path / "again")
     assert (tmp_path / "again" / "gptq_model-4bit-16g.safetensors").exists()
-    assert torch.equal(logits(fewbit.load(tmp_path / "again")), logits(model))
+    assert torch.equal(logits(fewbit.load(tmp_path / "again", fuse=False, lm_head_runtime=16)), logits(model))
 
 
 def test_a_bare_number_of_a_device_without_accelerate(readme, monkeypatch):
@@ -396,7 +401,7 @@ def test_metadata(model, tmp_path):
     model.save_pretrained(tmp_path, safetensors_metadata={"trained by": "us", 3: 4})
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "trained by": "us", "3": "4"}
-    assert torch.equal(logits(fewbit.load(tmp_path)), logits(model))
+    assert torch.equal(logits(fewbit.load(tmp_path, fuse=False, lm_head_runtime=16)), logits(model))
 
 
 @pytest.mark.parametrize(

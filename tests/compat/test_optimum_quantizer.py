@@ -29,6 +29,11 @@ def logits(model):
         return model(IDS).logits
 
 
+def close(found, truth):
+    """Loaded models have an 8-bit output layer and fused operations."""
+    return (found.float() - truth.float()).norm() < 0.02 * truth.float().norm()
+
+
 def quantized_names(model):
     return {name for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
 
@@ -59,7 +64,7 @@ def test_the_guides_script_loads_what_it_saved(source, saved):
     empty_model.tie_weights()
     loaded = load_quantized_model(empty_model, save_folder=save_folder, device_map="auto")
     assert loaded.dtype == torch.float16
-    assert torch.equal(logits(loaded), logits(quantized_model))
+    assert close(logits(loaded), logits(quantized_model))
 
 
 def test_the_same_bytes_as_fewbit(source, saved):
@@ -74,7 +79,7 @@ def test_the_same_bytes_as_fewbit(source, saved):
 def test_the_saved_folder_is_a_checkpoint_like_any_other(saved):
     _, model, folder = saved
     assert not verify(folder).problems
-    assert torch.equal(logits(fewbit.load(folder)), logits(model))
+    assert torch.equal(logits(fewbit.load(folder, fuse=False, lm_head_runtime=16)), logits(model))
 
 
 def test_all_blocks_need_no_pattern(saved):
@@ -232,7 +237,7 @@ def test_only_modules_in_block(tmp_path):
     assert written["modules_in_block_to_quantize"] == listed
     assert written["meta"]["a"] == 1
     assert not verify(tmp_path).problems
-    assert torch.equal(logits(fewbit.load(tmp_path)), logits(model))
+    assert torch.equal(logits(fewbit.load(tmp_path, fuse=False, lm_head_runtime=16)), logits(model))
 
 
 def test_only_the_named_blocks():
@@ -282,7 +287,7 @@ def test_experts_are_named_one_by_one(tmp_path):
     )
     quantizer.save(quantizer.quantize_model(model), tmp_path)
     assert {name.rpartition(".")[2] for name in quantized_names(model)} == {"down_proj"}
-    assert torch.equal(logits(fewbit.load(tmp_path)), logits(model))
+    assert torch.equal(logits(fewbit.load(tmp_path, fuse=False, lm_head_runtime=16)), logits(model))
 
 
 # What is no longer needed is said, and changes nothing.
@@ -478,7 +483,7 @@ def test_a_configuration_of_another_name(saved, source, tmp_path):
     (tmp_path / "quantize_config.json").rename(tmp_path / "mine.json")
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
     loaded = load_quantized_model(model, tmp_path, quant_config_name="mine.json")
-    assert torch.equal(logits(loaded), logits(model))
+    assert close(logits(loaded), logits(model))
 
 
 def test_a_device_map_without_accelerate(saved, monkeypatch):

@@ -87,6 +87,8 @@ def reason_against_int8(model: nn.Module) -> str | None:
     rounded unless asked for.
     """
     head = _output_layer(model)
+    if isinstance(head, QuantizedLayer):
+        return "it is quantized in the checkpoint"
     if not isinstance(head, nn.Linear) or head.weight.device.type != "cpu":
         return "there is no linear output layer on the CPU"
     if not native.available():
