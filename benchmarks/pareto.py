@@ -168,7 +168,8 @@ def main() -> None:
     )
     if not all(job.logits(text).exists() for text in texts):
         accuracy.in_child(accuracy.score_original, job)
-    done = {tuple(record["setting"].values()) for record in read()}
+    RESULTS.parent.mkdir(exist_ok=True)
+    done = {tuple(record["setting"].values()) for record in read() if record["protocol"] == asdict(protocol)}
     for one in settings(arguments.tools):
         name = f"{one.tool}/{one.mode}/{one.size}"
         if arguments.only not in (None, name) or (one.tool, one.mode, one.size) in done:
