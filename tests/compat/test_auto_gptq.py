@@ -296,6 +296,7 @@ def test_from_pretrained_refuses_a_checkpoint(readme):
 def test_from_quantized_has_the_settings(readme):
     model = AutoGPTQForCausalLM.from_quantized(readme[2], torch_dtype=torch.float16)
     assert model.quantize_config.to_dict() == readme[0].quantize_config.to_dict()
+    assert torch.equal(logits(model), logits(fewbit.load(readme[2], dtype="float16")))
     assert close(logits(model), logits(readme[0]))
 
 
@@ -323,6 +324,7 @@ def test_from_quantized_says_what_it_does_not_need(readme, caplog):
         assert sum(line.startswith(f"{name}: not needed: ") for line in said) == 1
     assert "use_safetensors=False: safetensors files are read; opening pickles can run code" in said
     assert "some_option: unknown to from_quantized and without effect" in said
+    assert torch.equal(logits(model), logits(fewbit.load(readme[2], dtype="float16")))
     assert close(logits(model), logits(readme[0]))
 
 

@@ -64,6 +64,7 @@ def test_the_guides_script_loads_what_it_saved(source, saved):
     empty_model.tie_weights()
     loaded = load_quantized_model(empty_model, save_folder=save_folder, device_map="auto")
     assert loaded.dtype == torch.float16
+    assert torch.equal(logits(loaded), logits(fewbit.load(save_folder, dtype="float16")))
     assert close(logits(loaded), logits(quantized_model))
 
 

@@ -1,6 +1,7 @@
 """A checkpoint in the formats of other engines: the same weights, decoded by the engines' own packages."""
 
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from typer.testing import CliRunner
 
 import fewbit
+from fewbit.cli.export import ExportTarget
 from fewbit.cli.main import app
 from fewbit.errors import CheckpointError, ConfigError, OutputError
-from fewbit.exports import TARGETS, check_settings, export
+from fewbit.exports import GGUF, TARGETS, check_before, export
 from fewbit.exports.awq import Awq
 from fewbit.exports.compressed_tensors import CompressedTensors
 from fewbit.exports.mlx import Mlx
@@ -239,7 +241,7 @@ def test_the_command(tmp_path):
     )
     assert json.loads(result.stdout)["layers"] == 14
     assert (tmp_path / "again" / "model.safetensors.index.json").exists()
-    assert set(TARGETS) == {"compressed-tensors", "awq", "mlx", "auto-round", "dense"}
+    assert set(get_args(ExportTarget)) == {*TARGETS, GGUF}
 
 
 def test_quantize_exports_in_one_go(tmp_path):
@@ -265,6 +267,7 @@ def test_quantize_exports_in_one_go(tmp_path):
         ("awq", {"bits": 3}, "3 bits"),
         ("awq", {"target_bits": 3.5}, "2 bits"),
         ("awq", {"override": {"down_proj": {"bits": 8}}}, "8 bits"),
+        ("awq", {"override": {"down_proj": {"group_size": 64}}}, "one group size"),
         ("mlx", {"sym": False}, "rounded"),
         ("gguf", {"act_order": "full"}, "act-order"),
         ("gguf", {"bits": 8, "sym": False}, "asymmetric"),
@@ -272,7 +275,11 @@ def test_quantize_exports_in_one_go(tmp_path):
         ("compressed-tensors", {"act_order": "full"}, "act-order"),
     ],
 )
-def test_settings_that_cannot_be_exported_are_refused_before_the_work(to, settings, words):
+def test_what_cannot_be_exported_is_refused_before_the_work(to, settings, words, tmp_path):
+    output = tmp_path / "out.gguf"
     with pytest.raises(ConfigError, match=words):
-        check_settings(fewbit.QuantConfig(**settings), to)
-    check_settings(fewbit.QuantConfig(), to)
+        check_before(fewbit.QuantConfig(**settings), to, output)
+    check_before(fewbit.QuantConfig(), to, output)
+    output.write_text("something else")
+    with pytest.raises(OutputError, match=r"out\.gguf"):
+        check_before(fewbit.QuantConfig(), to, output)

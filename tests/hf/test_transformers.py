@@ -242,12 +242,13 @@ def test_dequantize_gives_the_ordinary_model(registered, tmp_path, family):
 
     truth = FAMILIES[family]()
     write_checkpoint(tmp_path / "a", truth)
+    fewbit.register(fast=False)  # fused operations round differently
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a").dequantize()
     assert not any(isinstance(module, QuantizedLayer) for module in model.modules())
     assert alike(model, truth)
     model.save_pretrained(tmp_path / "b")
     fewbit.unregister()
-    assert alike(AutoModelForCausalLM.from_pretrained(tmp_path / "b"), model)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "b")), logits(model))
 
 
 def test_rules_of_casting(registered, truth_and_folder):
@@ -264,8 +265,10 @@ def test_rules_of_casting(registered, truth_and_folder):
     assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False).shape == (1, 6)
 
 
+@pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lora_through_plain_peft(registered, truth_and_folder, tmp_path, dtype):
+def test_lora_through_plain_peft(registered, truth_and_folder, tmp_path, dtype, fast):
+    fewbit.register(fast=fast)
     peft = pytest.importorskip("peft")
     _, folder = truth_and_folder
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -287,7 +290,7 @@ def test_lora_through_plain_peft(registered, truth_and_folder, tmp_path, dtype):
     again = peft.PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), tmp_path / "adapter"
     )
-    assert alike(again, model)
+    assert alike(again, model) if fast else torch.equal(logits(again), logits(model))
 
 
 def test_gradients_are_those_of_the_dequantized_model(registered, truth_and_folder):

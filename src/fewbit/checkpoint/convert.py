@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..config import FORMATS
-from ..errors import CheckpointError, ConfigError, OutputError
+from ..errors import CheckpointError, ConfigError
 from . import layout, manifest
 from .layout import PARTS, QWEIGHT, QZEROS, SCALES, Shaped
 from .quantization_config import CheckpointSettings
@@ -26,14 +26,14 @@ from .reader import (
     layer_names,
     layer_spec,
     open_weights,
-    overwritten_words,
     read_config,
     read_weight_map,
+    refuse_lost_zeros,
     unpack_layer,
 )
 from .safe_io import files_beside_weights
 from .safetensors_file import TensorInfo
-from .writer import CONFIG, MARKER, QUANTIZE_CONFIG, CheckpointWriter
+from .writer import CONFIG, QUANTIZE_CONFIG, CheckpointWriter, refuse_non_empty
 
 _PICKLE_INDEX = "pytorch_model.bin.index.json"
 _REWRITTEN = (CONFIG, QUANTIZE_CONFIG, manifest.NAME)
@@ -103,7 +103,7 @@ def convert(
     config, found, settings, _ = read_config(source_folder)
     if not config:
         raise CheckpointError(f"{source_folder} has no {CONFIG}; copy the original model's into it")
-    _refuse_non_empty(output_folder)
+    refuse_non_empty(output_folder)
     source = _open_source(source_folder, found.get("model_file_base_name"), allow_pickle)
     specs = {name: layer_spec(name, settings, source.tensors) for name in layer_names(source.tensors)}
 
@@ -142,12 +142,7 @@ def _converted(
 ) -> dict[str, Tensor]:
     """Pack the layer in format `fmt`; where the format cannot store zero point 0, the grid is turned round."""
     codes = unpack_layer(spec, source.tensor, f"layer {spec.name}")
-    lost = overwritten_words(source.tensor(f"{spec.name}.{QZEROS}"), spec, settings)
-    if lost:
-        raise CheckpointError(
-            f"layer {spec.name}: {lost} words of qzeros look overwritten, so that zero points are lost; "
-            "fewbit verify says more"
-        )
+    refuse_lost_zeros(source.tensor(f"{spec.name}.{QZEROS}"), spec, settings)
     seen.all_sym &= bool((codes.zeros == 2 ** (spec.bits - 1)).all())
     seen.any_act_order |= codes.has_act_order
     if fmt == "gptq":
@@ -175,13 +170,6 @@ def _restated(
             "quantizer": [*quantizers, f"fewbit:{__version__}"],
         },
     }
-
-
-def _refuse_non_empty(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file; give a folder")
-    if output.is_dir() and not (output / MARKER).exists() and any(output.iterdir()):
-        raise OutputError(f"{output} is not empty; choose another output folder")
 
 
 def _open_source(folder: Path, base_name: str | None, allow_pickle: bool) -> _Source:

@@ -361,6 +361,20 @@ def _in_features(parts: Mapping[str, TensorInfo], bits: int, group_size: int, gr
     return packed if group_size == -1 else min(packed, groups * group_size)
 
 
+def refuse_lost_zeros(qzeros: Tensor, spec: LayerSpec, settings: CheckpointSettings) -> None:
+    """Refuse a layer with words of zero points that look overwritten.
+
+    Raises:
+        CheckpointError: there are some (`overwritten_words`).
+    """
+    lost = overwritten_words(qzeros, spec, settings)
+    if lost:
+        raise CheckpointError(
+            f"layer {spec.name}: {lost} words of qzeros look overwritten, so that zero points are lost; "
+            "fewbit verify says more"
+        )
+
+
 def overwritten_words(qzeros: Tensor, spec: LayerSpec, settings: CheckpointSettings) -> int:
     """Count the full words of a v1 ``qzeros`` (G, words) whose bits from the second-highest value up are all set.
 

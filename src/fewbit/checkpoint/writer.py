@@ -277,6 +277,18 @@ class CheckpointWriter:
         return manifest.hash_bytes(data)
 
 
+def refuse_non_empty(output: Path) -> None:
+    """Refuse a folder with other content than what an interrupted writer left.
+
+    Raises:
+        OutputError: it is a file, or not empty.
+    """
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file; give a folder")
+    if output.is_dir() and not (output / MARKER).exists() and any(output.iterdir()):
+        raise OutputError(f"{output} is not empty; choose another output folder")
+
+
 def is_written(folder: Path) -> bool:
     """Whether a writer has finished the checkpoint in `folder`, even if it was killed right afterwards.
 

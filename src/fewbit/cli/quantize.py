@@ -54,7 +54,7 @@ def quantize(
     from .. import quantization as api
 
     for target in export or ():
-        exports.check_settings(arguments.config, target)
+        exports.check_before(arguments.config, target, _beside(arguments.output, target))
     quiet_libraries()
     with torchrun_session(arguments.keywords["device"]) as is_leader:
         try:

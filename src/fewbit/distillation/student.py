@@ -71,7 +71,7 @@ class TrainedMatrix:
     """
 
     def __init__(self, name: str, layer: QuantLinear, *, keep: bool) -> None:
-        self.layer, self.keep = layer, keep
+        self.layer = layer
         self.scales = TrainedTensor.of(f"{name}.{SCALES}", layer.scales, relative=True)
         self._dense: Tensor | None = None
         self._groups = _sequential_groups(layer)
@@ -82,7 +82,7 @@ class TrainedMatrix:
         if self._dense is None or self._dense.dtype is not dtype:
             with torch.no_grad():
                 W = self._times_scales(self._centered().float()).to(dtype)
-            if not self.keep:
+            if self._kept is None:
                 return W
             self._dense = W
         return self._dense

@@ -18,9 +18,9 @@ import torch
 
 from ..checkpoint import layout, manifest
 from ..checkpoint.layout import G_IDX, PARTS, QWEIGHT, QZEROS, SCALES, Shaped
-from ..checkpoint.reader import Checkpoint, LayerSpec, open_checkpoint, overwritten_words
+from ..checkpoint.reader import Checkpoint, LayerSpec, open_checkpoint, refuse_lost_zeros
 from ..checkpoint.safe_io import files_beside_weights
-from ..checkpoint.writer import CONFIG, MARKER, QUANTIZE_CONFIG, CheckpointWriter
+from ..checkpoint.writer import CONFIG, QUANTIZE_CONFIG, CheckpointWriter, refuse_non_empty
 from ..config import BITS, LayerSettings, QuantConfig
 from ..errors import CheckpointError, ConfigError, OutputError
 from ..quantized_matrix import sequential_groups
@@ -33,7 +33,7 @@ from .dense import Dense
 from .mlx import Mlx
 from .target import LayerGrid, Target, Verdict
 
-__all__ = ["DTYPES", "GGUF", "TARGETS", "ExportResult", "check_settings", "export"]
+__all__ = ["DTYPES", "GGUF", "TARGETS", "ExportResult", "check_before", "export"]
 
 TARGETS: Mapping[str, type[Target]] = {
     target.name: target for target in (CompressedTensors, Awq, Mlx, AutoRound, Dense)
@@ -97,7 +97,7 @@ def export(
             raise ConfigError("dtype is for target dense; gguf keeps the scales' dtype")
         return _export_gguf(opened, target_folder, allow_inexact)
     target = _target(to, dtype, opened.config)
-    _refuse_non_empty(target_folder)
+    refuse_non_empty(target_folder)
     grids = {name: _grid(opened, spec) for name, spec in opened.layers.items()}
     verdicts = {name: target.judge(grid) for name, grid in grids.items()}
     _check(target.title, verdicts, target.judge_all(grids.values()), allow_inexact)
@@ -116,25 +116,40 @@ def export(
     return _result(target_folder, target.name, verdicts, target.notes(list(grids.values())))
 
 
-def check_settings(config: QuantConfig, to: str) -> None:
-    """Refuse settings of a quantization whose result the target could not hold exactly, before the work.
+def check_before(config: QuantConfig, to: str, output: Path) -> None:
+    """Refuse an export of the result of a quantization before the work.
 
     Raises:
-        ConfigError: the message says which setting. Widths of layers are not known yet.
+        ConfigError: the target is unknown, or could not hold the result of these settings exactly. Widths of layers
+            are not known yet.
+        OutputError: the output is there already.
+        DependencyError: a package is missing.
     """
     target = None if to == GGUF else _target(to, None, {})
     settings = [config.defaults, *(one for pattern in config.override if (one := config.rule(pattern)))]
-    bits = BITS if config.target_bits is not None else None
-    for one in settings:
-        for width in bits or (one.bits,):
-            grid = _pretended(replace(one, bits=width))
-            verdict = gguf_blocks.judge(grid) if target is None else target.judge(grid)
-            reason = verdict.refused or verdict.reason
-            if reason:
-                raise ConfigError(
-                    f"the result of these settings cannot be exported to {to} exactly: {reason}. Other settings, or "
-                    "leave out export and call `fewbit export` with --allow-inexact"
-                )
+    if config.target_bits is not None:  # any bits may be chosen
+        settings = [replace(one, bits=bits) for one in settings for bits in BITS]
+    grids = [_pretended(one) for one in settings]
+    verdicts = [gguf_blocks.judge(grid) if target is None else target.judge(grid) for grid in grids]
+    reasons = [reason for verdict in verdicts if (reason := verdict.refused or verdict.reason)]
+    reason_for_all = target.judge_all(grids) if target is not None else None
+    reasons += [reason_for_all] if reason_for_all else []
+    if reasons:
+        raise ConfigError(
+            f"the result of these settings cannot be exported to {to} exactly: {reasons[0]}. Other settings, or leave "
+            "out export and call `fewbit export` with --allow-inexact"
+        )
+    if target is None:
+        _check_file(output)
+    else:
+        refuse_non_empty(output)
+
+
+def _check_file(file: Path) -> None:
+    """Check what a GGUF file needs."""
+    if file.suffix != ".gguf" or file.exists():
+        raise OutputError(f"{file} must be a new file whose name ends with .gguf")
+    gguf_file.package()
 
 
 def _pretended(settings: LayerSettings) -> LayerGrid:
@@ -163,12 +178,7 @@ def _target(name: str, dtype: str | None, config: Mapping[str, Any]) -> Target:
 def _grid(checkpoint: Checkpoint, spec: LayerSpec) -> LayerGrid:
     """Read scales, zero points and order of a layer."""
     zeros = checkpoint.tensor(f"{spec.name}.{QZEROS}")
-    lost = overwritten_words(zeros, spec, checkpoint.settings)
-    if lost:
-        raise CheckpointError(
-            f"layer {spec.name}: {lost} words of qzeros look overwritten, so that zero points are lost; "
-            "fewbit verify says more"
-        )
+    refuse_lost_zeros(zeros, spec, checkpoint.settings)
     expected = sequential_groups(spec.in_features, spec.group_size)
     return LayerGrid(
         name=spec.name,
@@ -211,9 +221,7 @@ def _result(output: Path, target: str, verdicts: Mapping[str, Verdict], notes: S
 
 
 def _export_gguf(opened: Checkpoint, file: Path, allow_inexact: bool) -> ExportResult:
-    if file.suffix != ".gguf" or file.exists():
-        raise OutputError(f"{file} must be a new file whose name ends with .gguf")
-    gguf_file.package()
+    _check_file(file)
     gguf_file.check_model(opened)
     grids = {name: _grid(opened, spec) for name, spec in opened.layers.items()}
     verdicts = {name: gguf_blocks.judge(grid) for name, grid in grids.items()}
@@ -246,10 +254,3 @@ def _plain(checkpoint: Checkpoint) -> list[str]:
     matrices = [name for name, info in checkpoint.tensors.items() if len(info.shape) == 2]
     names = [name.removesuffix(".weight") for name in matrices if name.endswith(".weight")]
     return names if "lm_head" in (*names, *checkpoint.layers) else [*names, "lm_head"]
-
-
-def _refuse_non_empty(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file; give a folder")
-    if output.is_dir() and not (output / MARKER).exists() and any(output.iterdir()):
-        raise OutputError(f"{output} is not empty; choose another output folder")

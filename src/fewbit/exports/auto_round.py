@@ -6,7 +6,7 @@ ones of format v1 would be off by one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -25,9 +25,6 @@ class AutoRound(Target):
         if not grid.sym:
             return Verdict("an asymmetric grid, whose zero points engines would misread")
         return refuse_order_and_short_groups(grid) or EXACT
-
-    def judge_all(self, grids: Iterable[LayerGrid]) -> str | None:
-        return None
 
     def planned(self, grid: LayerGrid) -> dict[str, Shaped]:
         packed = layout.empty_layer(grid.bits, grid.group_size, grid.shape[1], grid.shape[0])
