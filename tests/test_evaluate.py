@@ -58,7 +58,7 @@ def slow(model, windows, base=None):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_scores_equal_the_slow_loop(batch_size, model, worse, tokenizer, monkeypatch):
-    monkeypatch.setattr("fewbit.evaluation._CHUNK_ELEMENTS", 1024 * 7)  # many chunks, the last one smaller
+    monkeypatch.setattr("fewbit.evaluation.rows_at_once", lambda *_: 7)  # many chunks, the last one smaller
     text = windows([PROSE], tokenizer, 33, 5)
     (nll, kl, same), (nll_error, kl_error, _) = slow(worse, text, model)
     result = evaluate(worse, text, against=model, batch_size=batch_size)

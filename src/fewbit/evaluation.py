@@ -26,9 +26,7 @@ from torch import Tensor, nn
 from .calibration.sampling import tokenize
 from .calibration.sources import Corpus, joined, open_source
 from .errors import CalibrationError, ModelError
-
-# Positions × vocabulary of one float32 log-softmax: 64 MB.
-_CHUNK_ELEMENTS = 1 << 24
+from .resources import rows_at_once
 
 
 @dataclass(frozen=True)
@@ -230,7 +228,7 @@ def _scores(batch: Tensor, logits: Tensor, base: Tensor | None = None) -> Tensor
         )
     rows, positions, vocabulary = logits.shape
     totals = torch.zeros(rows, 1 if base is None else 3, dtype=torch.float64)
-    step = max(1, _CHUNK_ELEMENTS // (rows * vocabulary))
+    step = rows_at_once(rows * vocabulary, logits.device)
     for start in range(0, positions, step):
         part = slice(start, start + step)
         log_q = logits[:, part].float().log_softmax(-1)

@@ -108,3 +108,13 @@ def _address_space() -> Limit | None:
         return None
     used = int(_STATM.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     return Limit(max(0, soft - used), "left of the address space that ulimit -v allows")
+
+
+def rows_at_once(length: int, device: torch.device) -> int:
+    """How many float32 rows of `length` numbers to work on at once when several passes over them follow.
+
+    Args:
+        length: numbers in a row, for example the vocabulary.
+        device: on a CPU the rows should stay in its cache (4 MB); a GPU wants long operations (64 MB).
+    """
+    return max(1, (1 << 20 if device.type == "cpu" else 1 << 24) // length)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 24  # tokens × vocabulary of one float32 matrix: 64 MB
+from ..resources import rows_at_once
 
 
 class _Divergence(torch.autograd.Function):
@@ -17,7 +17,7 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
         grad = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float64, device=student.device)
-        step = max(1, _CHUNK_ELEMENTS // student.shape[-1])
+        step = rows_at_once(student.shape[-1], student.device)
         for start in range(0, len(student), step):
             rows = slice(start, start + step)
             log_p, log_q = teacher[rows].float().log_softmax(-1), student[rows].float().log_softmax(-1)
