@@ -6,6 +6,7 @@ Needs libggml-base, which `pip install llama-cpp-python` builds, and the package
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,6 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from torch import Tensor, nn
-
-# What llama.cpp takes where a row is no multiple of a type's block of 256 (src/llama-quant.cpp).
-_OF_256 = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
 class Ggml:
@@ -41,7 +39,10 @@ class Ggml:
         )
 
     def round_trip(self, W: Tensor, name: str, importance: Tensor | None) -> tuple[Tensor, int]:
-        """Quantize W (out, in) to a type, or to what llama.cpp takes instead, and read it back.
+        """Quantize W (out, in) to a type, and read it back.
+
+        A block is 256 weights of a row. Where the width is no multiple of it, rows are joined until it fits, so that
+        every type has its own size; llama.cpp takes a larger type for such a matrix.
 
         Args:
             importance: Σ x² of each input (in,); None without.
@@ -49,11 +50,12 @@ class Ggml:
         Returns:
             The matrix, float32, and the bytes of its blocks.
         """
-        kind = GGMLQuantizationType[_fitting(name, W.shape[1])]
+        kind = GGMLQuantizationType[name]
         block, size = GGML_QUANT_SIZES[kind]
-        rows = np.ascontiguousarray(W.float().numpy())
-        out = np.zeros((W.shape[0], W.shape[1] // block * size), dtype=np.uint8)
-        weights = None if importance is None else np.ascontiguousarray(importance.float().numpy())
+        joined = block // math.gcd(block, W.shape[1])
+        rows = np.ascontiguousarray(W.float().numpy()).reshape(-1, joined * W.shape[1])
+        out = np.zeros((rows.shape[0], rows.shape[1] // block * size), dtype=np.uint8)
+        weights = None if importance is None else np.tile(importance.float().numpy(), joined)
         written = self._chunk(
             int(kind),
             rows.ctypes.data,
@@ -63,13 +65,7 @@ class Ggml:
             None if weights is None else weights.ctypes.data,
         )
         assert written == out.nbytes
-        return torch.from_numpy(quants.dequantize(out, kind).copy()), out.nbytes
-
-
-def _fitting(name: str, columns: int) -> str:
-    if columns % GGML_QUANT_SIZES[GGMLQuantizationType[name]][0] == 0:
-        return name
-    return _OF_256.get(name, "IQ4_NL")
+        return torch.from_numpy(quants.dequantize(out, kind).copy()).view_as(W), out.nbytes
 
 
 def importance_matrix(
