@@ -43,6 +43,7 @@ struct Kernels {
     Product matmul, matmul_int8;
     void (*grid_rows)(const GridProblem&, int64_t, float*);
     void (*round_rows)(const RoundBlock&, int64_t);
+    void (*sum_of_squares)(const SumOfSquares&, int64_t);
     void (*pack_tiles)(const PackedWeight&, const uint32_t*, uint8_t*, int);
     void (*unpack_tiles)(const PackedWeight&, uint32_t*, int);
     void (*dequantize_tiles)(const PackedWeight&, void*, DType, int);
@@ -53,8 +54,8 @@ struct Kernels {
 };
 
 #define FEWBIT_ENTRY(NAME, ISA, PRODUCT, INT8_PRODUCT)                                                              \
-    {NAME, PRODUCT, INT8_PRODUCT, ISA::grid_rows, ISA::round_rows, ISA::pack_tiles, ISA::unpack_tiles, ISA::dequantize_tiles, \
-     ISA::rms_norm, ISA::silu_mul, ISA::token_attention, ISA::prompt_attention}
+    {NAME, PRODUCT, INT8_PRODUCT, ISA::grid_rows, ISA::round_rows, ISA::sum_of_squares, ISA::pack_tiles, ISA::unpack_tiles, \
+     ISA::dequantize_tiles, ISA::rms_norm, ISA::silu_mul, ISA::token_attention, ISA::prompt_attention}
 
 std::vector<Kernels> find_kernels() {
     std::vector<Kernels> found;
@@ -165,10 +166,20 @@ void round_block(In<float, 2> W, In<float, 2> T, In<float, 2> F, In<float, 1> d,
     parallel_for((problem.m + ROUND_ROWS - 1) / ROUND_ROWS, threads, [&](int64_t task) { kernel(problem, task * ROUND_ROWS); });
 }
 
-#if defined(FEWBIT_HAVE_BF16)
-using BFloat16s = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Activations = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
-void gram(BFloat16s A, BFloat16s B, Out<int32_t, 2> C, In<int64_t, 1> ends, In<float, 1> row_factors,
+void sum_of_squares(Activations X, Out<float, 1> sums, int threads, const char* isa) {
+    const size_t n = X.shape(1);
+    require(sums.size() == n, "sums does not have one number per column of X");
+    const SumOfSquares problem{X.data(), dtype_of(X.dtype()), int64_t(X.shape(0)), int64_t(n), sums.data()};
+    const auto kernel = choose(isa).sum_of_squares;
+    nb::gil_scoped_release release;
+    parallel_for((problem.n + SQUARE_COLUMNS - 1) / SQUARE_COLUMNS, threads,
+                 [&](int64_t task) { kernel(problem, task * SQUARE_COLUMNS); });
+}
+
+#if defined(FEWBIT_HAVE_BF16)
+void gram(Activations A, Activations B, Out<int32_t, 2> C, In<int64_t, 1> ends, In<float, 1> row_factors,
           In<float, 1> column_factors, bool upper, int threads) {
     constexpr nb::dlpack::dtype BFLOAT16{static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1};
     const size_t tokens = A.shape(0), n = A.shape(1);
@@ -298,6 +309,7 @@ NB_MODULE(_native, m) {
           nb::arg(), nb::arg());
     m.def("round_block", &fewbit::round_block, exact, exact, exact, exact, exact, exact, exact, nb::arg(), exact, exact,
           exact, nb::arg(), nb::arg());
+    m.def("sum_of_squares", &fewbit::sum_of_squares, exact, exact, nb::arg(), nb::arg());
     m.def("rms_norm", &fewbit::rms_norm, release());
     m.def("silu_mul", &fewbit::silu_mul, release());
     m.def("attention", &fewbit::attention, release());

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "matmul.h"
+
 namespace fewbit {
 
 // One call of fit_grid; see src/fewbit/gptq/grid.py for the mathematics.
@@ -40,9 +42,18 @@ struct RoundBlock {
     float* loss;     // (m)
 };
 
+// One call of sum_of_squares; see src/fewbit/gptq/gram.py.
+struct SumOfSquares {
+    const void* X;  // (tokens, n)
+    DType type;
+    int64_t tokens, n;
+    float* sums;  // (n)
+};
+
 constexpr int64_t GRID_ROWS = 16;
 constexpr int64_t ROUND_ROWS = 32;
 constexpr int64_t ROUND_COLUMNS = 128;  // the largest k
+constexpr int64_t SQUARE_COLUMNS = 256;
 
 #define FEWBIT_SOLVER(ISA)                                                                 \
     namespace ISA {                                                                         \
@@ -50,6 +61,8 @@ constexpr int64_t ROUND_COLUMNS = 128;  // the largest k
     void grid_rows(const GridProblem& problem, int64_t row, float* scratch);                \
     /* Rows row … row + ROUND_ROWS. */                                                       \
     void round_rows(const RoundBlock& problem, int64_t row);                                \
+    /* Columns first … first + SQUARE_COLUMNS. */                                            \
+    void sum_of_squares(const SumOfSquares& problem, int64_t first);                        \
     }
 
 FEWBIT_SOLVER(generic)

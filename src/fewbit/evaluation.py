@@ -42,9 +42,10 @@ class Evaluation:
         windows: number of windows.
         seq_len: tokens per window.
         seconds: wall time, both models.
-        kl: mean KL(against ‖ model) per token, in nats; None without a second model, as the next two.
+        kl: mean KL(against ‖ model) per token, in nats; None without a second model, as the next three.
         kl_stderr: standard error of `kl` over windows.
         top1_agreement: share of positions at which both models rank the same token first.
+        base_perplexity: perplexity of the second model.
     """
 
     perplexity: float
@@ -58,6 +59,7 @@ class Evaluation:
     kl: float | None = None
     kl_stderr: float | None = None
     top1_agreement: float | None = None
+    base_perplexity: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; an infinite perplexity becomes None."""
@@ -220,14 +222,14 @@ def _logits(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def _scores(batch: Tensor, logits: Tensor, base: Tensor | None = None) -> Tensor:
-    """Means per window, float64 (batch, 1) or (batch, 3): nll; and KL(base ‖ model), top-1 agreement."""
+    """Means per window, float64 (batch, 1) or (batch, 4): nll; and KL(base ‖ model), top-1 agreement, nll of base."""
     if base is not None and base.shape[-1] != logits.shape[-1]:
         raise ModelError(
             f"the two models have vocabularies of {logits.shape[-1]} and {base.shape[-1]}; "
             "they can only be compared with the same one"
         )
     rows, positions, vocabulary = logits.shape
-    totals = torch.zeros(rows, 1 if base is None else 3, dtype=torch.float64)
+    totals = torch.zeros(rows, 1 if base is None else 4, dtype=torch.float64)
     step = rows_at_once(rows * vocabulary, logits.device)
     for start in range(0, positions, step):
         part = slice(start, start + step)
@@ -238,6 +240,7 @@ def _scores(batch: Tensor, logits: Tensor, base: Tensor | None = None) -> Tensor
             log_p = base[:, part].to(log_q.device).float().log_softmax(-1)
             columns.append(nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1))
             columns.append((log_p.argmax(-1) == log_q.argmax(-1)).float())
+            columns.append(-log_p.gather(-1, targets[..., None])[..., 0])
         totals += torch.stack([column.cpu().double().sum(1) for column in columns], dim=1)
     return totals / positions
 
@@ -246,7 +249,7 @@ def _summary(scores: Tensor, windows: Tensor, compared: bool, seconds: float) ->
     count, seq_len = windows.shape
     means = scores.mean(0).tolist()
     errors = (scores.std(0) / math.sqrt(count)).tolist() if count > 1 else [None] * len(means)
-    perplexity = math.exp(means[0]) if means[0] < 700 else math.inf
+    perplexity = _perplexity(means[0])
     return Evaluation(
         perplexity=perplexity,
         nll=means[0],
@@ -259,4 +262,9 @@ def _summary(scores: Tensor, windows: Tensor, compared: bool, seconds: float) ->
         kl=means[1] if compared else None,
         kl_stderr=errors[1] if compared else None,
         top1_agreement=means[2] if compared else None,
+        base_perplexity=_perplexity(means[3]) if compared else None,
     )
+
+
+def _perplexity(nll: float) -> float:
+    return math.exp(nll) if nll < 700 else math.inf

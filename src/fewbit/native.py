@@ -172,6 +172,13 @@ def round_block(
     return loss
 
 
+def sum_of_squares(X: Tensor) -> Tensor:
+    """Σ x_i² over the rows of X (tokens, n), contiguous, of a dtype in `DTYPES`: float32 (n,)."""
+    sums = torch.empty(X.shape[1])
+    _module().sum_of_squares(X.detach(), sums, torch.get_num_threads(), _isa)
+    return sums
+
+
 def advise_huge_pages(tensor: Tensor) -> None:
     """Ask the system for huge pages behind a large, still unwritten tensor: fewer address translations miss."""
     _module().advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())

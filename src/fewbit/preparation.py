@@ -68,6 +68,7 @@ class Origin:
         parameters: number of parameters, tensors of the files that the class does not use included.
         bytes: size of all parameters in that dtype.
         file_bytes: size of the weight files; None for a model in memory.
+        license: the license that the model's card states; None where it states none.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Origin:
     parameters: int
     bytes: int
     file_bytes: int | None
+    license: str | None = None
 
 
 @dataclass
@@ -208,6 +210,7 @@ class Preparation:
             + sum(math.prod(t.shape) for t in unused),
             bytes=sum(parameter.nbytes for parameter in parameters) + sum(t.nbytes for t in unused),
             file_bytes=None if files is None else sum(path.stat().st_size for path in files),
+            license=self.source.license,
         )
 
     @cached_property

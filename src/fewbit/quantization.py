@@ -20,6 +20,7 @@ from .context import Progress, RunContext, no_progress, resolve_device
 from .distributed import Communicator, open_communicator
 from .errors import ConfigError
 from .evaluation import evaluate
+from .hf.fuse import fast_attention
 from .mixed_precision import choose_bits
 from .modeling.source import LoadedModel, Source, open_source
 from .output import CheckpointFolder, InPlace, upload
@@ -93,7 +94,7 @@ def quantize(
         "allow_pickle": allow_pickle,
         "evaluate_on": evaluate_on,
     }
-    command = reproduce(model, config, arguments)
+    commands = reproduce(model, config, arguments), reproduce(model, config, arguments, published=True)
     if offload_dir is not None:
         check_offload_dir(offload_dir)
         offload_dir = Path(offload_dir)
@@ -127,13 +128,14 @@ def quantize(
                 run.model, run.plan, run.calibration, run.weights, ctx, destination.budget
             )
             notes = [*source.notes, *plan.notes, *run.calibration.notes, *destination.notes, *choice]
-            notes += quantize_layers(run.model, plan, run.calibration, sink, run.weights, ctx)
+            with fast_attention(run.model):
+                notes += quantize_layers(run.model, plan, run.calibration, sink, run.weights, ctx)
             destination.write(run, plan, sink)
             distilled = destination.distillation
             notes += distilled.notes if distilled else ()
             facts = distilled.to_dict() if distilled else None
             result = RunResult(
-                plan, sink.records, notes, command, destination.folder, resumed, _peak(comm), facts
+                plan, sink.records, notes, *commands, destination.folder, resumed, _peak(comm), facts
             )
             report: Any = comm.broadcast_object(_report(run, result, destination) if comm.is_leader else None)
     if push_to_hub is not None and comm.is_leader:

@@ -67,6 +67,17 @@ def test_block_gives_the_codes_of_the_torch_block(m, k, isa):
 
 
 @needs_module
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "n"), [(0, 3), (1, 1), (63, 255), (130, 600)])
+def test_sums_of_squares(tokens, n, dtype, isa):
+    X = (torch.randn(tokens, n) * torch.logspace(-3, 2, n)).to(dtype)
+    with native.instruction_set(isa):
+        found = native.sum_of_squares(X)
+    torch.testing.assert_close(found.double(), X.double().square().sum(0), rtol=1e-6, atol=0)
+
+
+@needs_module
 def test_an_unknown_instruction_set_is_refused():
     lists = grid.candidates(4, True)
     starts = torch.tensor([0, 1], dtype=torch.int32)

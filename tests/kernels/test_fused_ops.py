@@ -21,6 +21,7 @@ from fewbit import native
 from fewbit.errors import KernelError
 from fewbit.hf.fuse import merge_and_fuse
 from fewbit.kernels.cpu.fused_ops import FusedGatedMLP, FusedRMSNorm
+from models import random_sequences, tiny_model
 from tiny_gptq import llama, write_checkpoint
 
 pytestmark = pytest.mark.skipif(
@@ -205,6 +206,18 @@ def test_fused_code_runs(tmp_path, monkeypatch):
         "silu_mul": 10,
         "attention": 10,
     }
+
+
+def test_calibration_uses_the_attention_and_gives_it_back(monkeypatch):
+    calls, true = [], native.attention
+    monkeypatch.setattr(native, "attention", lambda *a, **k: calls.append(1) or true(*a, **k))
+    model = tiny_model("llama")
+    assert model.config._attn_implementation == "sdpa"
+    config = fewbit.QuantConfig(group_size=16, num_samples=3, seq_len=16)
+    fewbit.quantize(model, config, dataset=random_sequences(3, 16))
+    blocks = model.config.num_hidden_layers
+    assert len(calls) == 2 * 3 * blocks  # both paths
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_gradients_and_hooks_use_the_models_code(tmp_path):

@@ -46,3 +46,11 @@ def test_plurals():
     assert words.plural(1, "layer") == "1 layer"
     assert words.plural(1204, "layer") == "1,204 layers"
     assert words.plural(2, "weight matrix", "weight matrices") == "2 weight matrices"
+
+
+@pytest.mark.parametrize(
+    ("kl", "verdict"),
+    [(0, "hardly"), (0.03, "close"), (0.072, "small"), (0.18, "clear"), (0.45, "large"), (2, "broken")],
+)
+def test_a_verdict(kl, verdict):
+    assert verdict in words.verdict(kl)

@@ -3,6 +3,7 @@
 import re
 
 import yaml
+from huggingface_hub import ModelCard
 
 from fewbit.report.model_card import model_card
 from report_samples import dense_layers, evaluation, layer, report
@@ -15,6 +16,7 @@ def header(card):
 def test_base_model_only_from_the_hub():
     assert header(model_card(report())) == {
         "library_name": "transformers",
+        "pipeline_tag": "text-generation",
         "tags": ["gptq", "fewbit", "4-bit"],
     }
     known = report()
@@ -22,6 +24,18 @@ def test_base_model_only_from_the_hub():
     assert header(model_card(known))["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert header(model_card(known))["base_model_relation"] == "quantized"
     assert "# HuggingFaceTB/SmolLM2-135M-Instruct, quantized with fewbit" in model_card(known)
+
+
+def test_the_hub_reads_the_header():
+    known = report()
+    known["model"] |= {"hub_id": "ann/model", "license": "apache-2.0"}
+    data = ModelCard(model_card(known)).data
+    assert (data.license, data.base_model, data.pipeline_tag) == (
+        "apache-2.0",
+        "ann/model",
+        "text-generation",
+    )
+    assert {"gptq", "4-bit"} <= set(data.tags)
 
 
 def test_no_path_and_no_time_of_this_machine():
@@ -66,7 +80,7 @@ def test_evaluation():
 
 def test_snippets_name_the_repository():
     assert 'fewbit.load("path/to/this/folder")' in model_card(report())
-    card = model_card(report(), "ann/model-4bit")
+    card = model_card(report(engines={"vllm": [], "sglang": []}), "ann/model-4bit")
     for snippet in (
         'fewbit.load("ann/model-4bit")',
         'from_pretrained("ann/model-4bit")',
@@ -74,6 +88,13 @@ def test_snippets_name_the_repository():
         "sglang.launch_server --model-path ann/model-4bit",
     ):
         assert snippet in card
+
+
+def test_only_engines_that_load_the_files_are_recommended():
+    card = model_card(report(engines={"vllm": ["210 layers: 3 bits"], "sglang": []}))
+    assert "vllm" not in card
+    assert "sglang.launch_server" in card
+    assert "GPU" not in model_card(report())
 
 
 def test_limits_follow_from_the_plan():

@@ -2,6 +2,8 @@
 
 import html.parser
 import re
+from base64 import b64decode
+from xml.etree import ElementTree
 
 import pytest
 
@@ -52,8 +54,28 @@ def test_every_layer_is_in_the_table(layers):
     for item in layers:
         shape = f"{item['out_features']} × {item['in_features']}"
         errors = " ".join(formatting.percent(item[name]) for name in ("true_error", "output_error"))
-        row = f"{item['name']} {shape} {setting(item)} {item['tokens']:,} {errors}"
+        row = f"{item['name']} {errors} {shape} {setting(item)} {item['tokens']:,}"
         assert row in text, row
+
+
+def test_the_picture_can_be_saved():
+    parsed = Parsed(page(report(dense_layers())))
+    (link,) = [a for _, a in parsed.elements if "download" in a]
+    kind, data = link["href"].split(",")
+    assert kind == "data:image/svg+xml;base64"
+    root = ElementTree.fromstring(b64decode(data))
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert len(root.findall(".//{*}rect")) >= 210
+
+
+@pytest.mark.parametrize(("kl", "style"), [(0.03, "good"), (0.3, "warn")])
+def test_the_verdict_is_on_top(kl, style):
+    measured = evaluation()
+    measured["quantized"]["kl"] = kl
+    text = page(report(evaluation=measured))
+    verdict = formatting.verdict(kl)[1:]
+    assert re.search(rf'<main>\s*<p class="verdict {style}">.{verdict}', text)
+    assert "was not measured" in page(report())
 
 
 def test_nothing_is_loaded_from_anywhere():

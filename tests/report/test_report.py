@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import fewbit
+from fewbit import formatting
 from fewbit.cli.main import app
 from fewbit.errors import ModelError, OutputError
 from fewbit.report.page import page
@@ -40,7 +41,7 @@ def run(inputs, tmp_path_factory):
 def test_the_report_is_written(run):
     out, report = run
     written = json.loads((out / "fewbit_report.json").read_text())
-    assert written == json.loads(json.dumps(report.to_dict()))
+    assert written == json.loads(json.dumps(report.published()))
     assert report.summary()["report"] == str(out / "fewbit_report.json")
     assert written["layers"][0]["name"] == "model.layers.0.self_attn.q_proj"
     assert written["calibration"] == {"source": "text.txt", "sequences": 6, "tokens": 192}
@@ -51,7 +52,27 @@ def test_the_report_is_written(run):
 
 def test_the_page_is_made_of_the_report(run):
     out, report = run
-    assert (out / "fewbit_report.html").read_text(encoding="utf-8") == page(report.to_dict())
+    assert (out / "fewbit_report.html").read_text(encoding="utf-8") == page(report.published())
+
+
+def test_no_file_tells_where_it_was_made(run, inputs):
+    out, _ = run
+    private = [str(folder).encode() for folder in (out.parent, inputs[0].parent, Path.home(), Path.cwd())]
+    for path in out.rglob("*"):
+        content = path.read_bytes()
+        assert not [folder for folder in private if folder in content], path
+
+
+def test_a_verdict_and_the_engines(run):
+    out, report = run
+    html = (out / "fewbit_report.html").read_text(encoding="utf-8")
+    kl = report.evaluation["quantized"]["kl"]
+    assert formatting.verdict(kl)[1:] in html
+    assert report.engines["gptqmodel"] == []
+    assert report.engines["onnxruntime"] == []
+    assert report.evaluation["quantized"]["base_perplexity"] == pytest.approx(
+        report.evaluation["base"]["perplexity"]
+    )
 
 
 def test_what_the_model_was(run, inputs):
@@ -61,6 +82,7 @@ def test_what_the_model_was(run, inputs):
     count = sum(parameter.numel() for parameter in original.parameters())
     assert report.model == {
         "name": "model",
+        "license": None,
         "hub_id": None,
         "architecture": "LlamaForCausalLM",
         "dtype": "float32",

@@ -65,6 +65,16 @@ def test_every_argument_comes_back(monkeypatch):
     }
 
 
+def test_published_commands_have_no_folders(tmp_path):
+    (tmp_path / "model").mkdir()
+    given = {"output": "../up/out", "dataset": tmp_path / "text.txt", "evaluate_on": "~/eval.txt"}
+    assert reproduce(str(tmp_path / "model"), QuantConfig(), given, published=True) == (
+        "fewbit quantize model --output out --dataset text.txt --eval eval.txt"
+    )
+    hub = reproduce("org/model", QuantConfig(), {"dataset": "wikitext2"}, published=True)
+    assert hub == "fewbit quantize org/model --dataset wikitext2"
+
+
 def test_defaults_are_left_out():
     arguments = {"output": "out", "device": "auto", "max_shard_size": "5GB", "trust_remote_code": False}
     assert reproduce("m", QuantConfig(), arguments) == "fewbit quantize m --output out"

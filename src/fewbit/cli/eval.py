@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .. import formatting
 from ..config import Dtype
 from ..errors import CalibrationError, ConfigError
 from .display import console, examples, plain, progress_bar, quiet_libraries
@@ -182,7 +184,10 @@ def _table(result: Evaluation) -> Table:
     table.add_row("perplexity", _with_error(result.perplexity, result.stderr, 3))
     table.add_row("nll", f"{_with_error(result.nll, result.nll_stderr, 4)} nats per token")
     if result.kl is not None and result.top1_agreement is not None:
+        base = result.base_perplexity or math.nan
+        table.add_row("of the original", f"{base:.3f}, ratio {result.perplexity / base:.3f}")
         table.add_row("KL divergence", f"{_with_error(result.kl, result.kl_stderr, 4)} nats per token")
+        table.add_row("", formatting.verdict(result.kl))
         table.add_row("same first choice", f"{result.top1_agreement:.2%}")
     table.add_row("tokens", f"{result.tokens:,} in {result.windows} windows of {result.seq_len}")
     table.add_row("time", f"{result.seconds:.1f} s")

@@ -109,7 +109,12 @@ def _show(report: Any, verbose: bool) -> None:
     table.add_row(
         "quantized", f"{report.modules} layers, {report.bits_per_weight:.3f} bits per weight; {whole}"
     )
-    table.add_row("left as they are", f"{len(report.skipped)} weight matrices")
+    before, after = report.model["bytes"], report.result_bytes
+    table.add_row(
+        "size", f"{formatting.size(before)} → {formatting.size(after)}, {before / after:.1f} × smaller"
+    )
+    left = formatting.plural(len(report.skipped), "weight matrix", "weight matrices")
+    table.add_row("left as they are", left)
     if worst is not None:
         average = mean(layer[measure] for layer in report.layers)
         tuned = any(layer["tuned"] for layer in report.layers)
@@ -129,8 +134,15 @@ def _show(report: Any, verbose: bool) -> None:
         table.add_row(
             "perplexity",
             f"{formatting.number(base['perplexity'])} before, {formatting.number(after['perplexity'])} after; "
-            f"KL {formatting.number(after['kl'])} nats per token; same first choice "
-            f"{formatting.percent(after['top1_agreement'])}",
+            f"same first choice {formatting.percent(after['top1_agreement'])}",
+        )
+        table.add_row(
+            "KL divergence",
+            f"{formatting.number(after['kl'])} nats per token: {formatting.verdict(after['kl'])}",
+        )
+    else:
+        table.add_row(
+            "cost", f"not measured yet: fewbit eval {report.output} --against MODEL --dataset HELD-OUT-TEXT"
         )
     table.add_row("written to", str(report.output))
     table.add_row("report", str(Path(report.output) / PAGE_NAME))

@@ -30,6 +30,7 @@ from ..modeling.source import Source, open_source
 from ..pipeline.journal import FOLDER, Journal, check_output
 from ..report.page import page
 from ..report.report import PAGE_NAME, REPORT_NAME, write_text
+from ..report.reproduce import without_folders
 from ..resources import takes_at_most
 from .data import DistillConfig, DistillData, distill_data
 from .rewrite import model_names, rewrite, vectors
@@ -218,7 +219,8 @@ def _add_to_report(
     """Write the report of the checkpoint, where it has one, with the distillation added."""
     path = folder / REPORT_NAME
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    values["distillation"] = {"against": teacher, "config": asdict(config), **result.to_dict()}
+    known = {"against": without_folders(teacher), "output": target.name}
+    values["distillation"] = {"config": asdict(config), **result.to_dict(), **known}
     write_text(target / REPORT_NAME, json.dumps(values, indent=1) + "\n")
     if "layers" in values:
         write_text(target / PAGE_NAME, page(values))

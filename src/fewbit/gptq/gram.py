@@ -1,6 +1,6 @@
 """The products that make a Hessian: Xᵀ X of one batch, rounded and added to integers.
 
-Contract: torch alone, on any device; deterministic for one device and batch. `hessian` defines the units.
+Contract: on any device; deterministic for one device and batch. `hessian` defines the units.
 
 Each batch is multiplied with itself once, and the product is rounded once. The factors are x_i 2¹⁵ / s_i, which differ
 from x_i in the exponent only. In float32 (CPU) and on the tensor cores of an NVIDIA GPU, products of 16-bit inputs are
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .. import native
 
 ONE = 2.0**30  # units in s_i s_j
 ROOT = 2.0**15  # units in s_i
@@ -56,6 +58,14 @@ def sum_of_squares(X: Tensor) -> Tensor:
     if on_tensor_cores(X):  # in one reading of it
         norms: Tensor = torch.linalg.vector_norm(X, dim=0, dtype=torch.float32)
         return norms.square()
+    if (
+        type(X) is Tensor
+        and X.is_cpu
+        and X.dtype in native.DTYPES
+        and X.is_contiguous()
+        and native.available()
+    ):
+        return native.sum_of_squares(X)
     # As a product with ones: on a CPU a sum over rows is several times slower.
     sums = (X.new_ones(1, len(X)) @ X.square() for X in _float_pieces(X))
     return sum(sums, X.new_zeros(1, X.shape[1]).float())[0]

@@ -34,8 +34,10 @@ from .gptq import Factor, round_columns
 from .grid import Grid, clamped_scales, fit_grid, nearest, storable
 from .hessian import Hessian
 
-# Multiples of the fitted scales; every row takes the one that ends with the lowest loss.
+# Multiples of the fitted scales; every row takes the one that ends with the lowest loss. The wider ones are tried only
+# where the first one loses more than this multiple of what rounding alone would: where weights are clipped.
 SCALE_MULTIPLIERS = (1.0, 1.15, 1.3)
+CLIPPED = 1.25
 
 # Weights on all candidate grids that are rounded at a time, in whole multiples of 32 rows: a matrix product gives a row
 # the same bytes beside any number of others from there on (as in `distributed`).
@@ -196,32 +198,55 @@ def _target(
 def _round_rows(
     T: Tensor, factor: Factor, grid: Grid, settings: LayerSettings, backend: Backend
 ) -> tuple[QuantizedMatrix, Tensor]:
-    """Round T on multiples of the fitted scales; every row keeps the one with the lowest loss."""
-    grids = _scaled(grid, SCALE_MULTIPLIERS if settings.bits < 8 else (1.0,))
-    # Rows are independent: slices of them bound the memory of the candidates.
-    step = max(1, CANDIDATE_ELEMENTS // grids.scales.shape[0] // T.shape[1] // ROW_MULTIPLE) * ROW_MULTIPLE
-    q, scales, losses = [], [], []
-    for a in range(0, len(T), step):
-        rows = slice(a, a + step)
-        some = Grid(grids.scales[:, rows], grids.zeros[:, rows], grid.g_idx)
-        codes, loss = round_columns(T[rows], factor, some, settings.bits, backend.round_block)
-        best, row = loss.argmin(0), torch.arange(loss.shape[1], device=T.device)
-        q.append(codes[best, row])
-        scales.append(some.scales[best, row])
-        losses.append(loss[best, row])
-    chosen = Grid(torch.cat(scales), grid.zeros, grid.g_idx)
-    return _matrix(torch.cat(q), chosen, settings), torch.cat(losses)
-
-
-def _scaled(grid: Grid, multipliers: tuple[float, ...]) -> Grid:
-    """Candidate grids (B, m, G): multiples of the fitted scales.
+    """Round T on the fitted grid, and rows that it clips on wider ones too; every row keeps the lowest loss.
 
     The grid that fits the weights best clips the largest ones. While columns are rounded, each target also absorbs the
     errors of earlier columns, which a clipped weight cannot. So with strongly correlated inputs a wider and coarser
     grid ends with the lower loss.
     """
-    scales = torch.stack([storable(grid.scales.float() * by).half() for by in multipliers])
-    return Grid(scales, grid.zeros.expand(scales.shape), grid.g_idx)
+    first, *wider = SCALE_MULTIPLIERS if settings.bits < 8 else (1.0,)
+    q, scales, losses = _best_of(T, factor, grid, (first,), settings, backend)
+    clipped = (losses > CLIPPED * _rounding_loss(grid, factor)).nonzero()[:, 0]
+    if wider and len(clipped):
+        # Whole multiples of rows, so that a part of the layer gives the bytes of the whole.
+        rows = clipped[torch.arange(-(-len(clipped) // ROW_MULTIPLE) * ROW_MULTIPLE) % len(clipped)]
+        some = Grid(grid.scales[rows], grid.zeros[rows], grid.g_idx)
+        better = _best_of(T[rows], factor, some, tuple(wider), settings, backend)
+        gains = better[2][: len(clipped)] < losses[clipped]
+        for old, new in zip((q, scales, losses), better, strict=True):
+            old[clipped[gains]] = new[: len(clipped)][gains]
+    return _matrix(q, Grid(scales, grid.zeros, grid.g_idx), settings), losses
+
+
+def _rounding_loss(grid: Grid, factor: Factor) -> Tensor:
+    """The loss of every row if no weight were clipped: Σ_i (d_i − λ) s_i² / 12. float64 (m,)."""
+    d = torch.zeros(grid.scales.shape[1], dtype=torch.float64, device=factor.d.device)
+    d.index_add_(0, grid.g_idx[factor.perm].long(), factor.d.double() - factor.added)
+    return grid.scales.double().square() @ d / 12
+
+
+def _best_of(
+    T: Tensor,
+    factor: Factor,
+    grid: Grid,
+    multipliers: tuple[float, ...],
+    settings: LayerSettings,
+    backend: Backend,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round T on multiples of the fitted scales; codes, scales and loss of the best one of every row."""
+    scaled = torch.stack([storable(grid.scales.float() * by).half() for by in multipliers])
+    grids = Grid(scaled, grid.zeros.expand(scaled.shape), grid.g_idx)
+    # Rows are independent: slices of them bound the memory of the candidates.
+    step = max(1, CANDIDATE_ELEMENTS // len(scaled) // T.shape[1] // ROW_MULTIPLE) * ROW_MULTIPLE
+    parts = []
+    for a in range(0, len(T), step):
+        rows = slice(a, a + step)
+        some = Grid(grids.scales[:, rows], grids.zeros[:, rows], grid.g_idx)
+        codes, loss = round_columns(T[rows], factor, some, settings.bits, backend.round_block)
+        best, row = loss.argmin(0), torch.arange(loss.shape[1], device=T.device)
+        parts.append((codes[best, row], some.scales[best, row], loss[best, row]))
+    q, scales, losses = (torch.cat(part) for part in zip(*parts, strict=True))
+    return q, scales, losses
 
 
 def _round_to_nearest(W: Tensor, settings: LayerSettings, reduce: RowReduce) -> Solution:

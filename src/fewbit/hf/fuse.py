@@ -7,7 +7,9 @@ first compared with the model's own code, which still runs with gradients, hooks
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
@@ -118,13 +120,31 @@ def _is_supported(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
+@contextmanager
+def fast_attention(model: nn.Module) -> Iterator[None]:
+    """Use `attention_forward` while entered, where the model can."""
+    replaced = native.available() and _replace_attention(model)
+    try:
+        yield
+    finally:
+        if replaced:
+            cast(PreTrainedModel, model).set_attn_implementation("sdpa")
+
+
 def _fuse_attention(model: nn.Module) -> bool:
+    if not _replace_attention(model):
+        return False
+    if hasattr(model, "init_continuous_batching"):
+        instance: Any = model
+        instance.init_continuous_batching = _ContinuousBatching(instance)
+    return True
+
+
+def _replace_attention(model: nn.Module) -> bool:
     """Use `attention_forward` if all parts of the model use torch's attention through transformers' interface."""
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     if not isinstance(model, PreTrainedModel) or not all(uses_attention(part, "sdpa") for part in parts):
         return False
-    if hasattr(model, "init_continuous_batching"):
-        model.init_continuous_batching = _ContinuousBatching(model)
     AttentionInterface.register(ATTENTION, attention_forward)
     AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     model.set_attn_implementation(ATTENTION)

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
+from yaml import YAMLError
 
 from .. import internals
 from ..checkpoint.low_precision import METHODS, DequantizedTensor, dequantized, method_of
@@ -34,7 +35,7 @@ from ..errors import CheckpointError, DependencyError, FewbitError, ModelError
 # Files that go along with the weights: tokenizers, templates, processors, settings of parts such as 1_Pooling.
 _COPIED = (
     "*.json", "*.jinja", "*template*", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "*.spm", "LICENSE*", "NOTICE*",
-    "USE_POLICY*",
+    "USE_POLICY*", "README.md",
 )  # fmt: skip
 _REPLACED = ("README.md", "config.json", "quantize_config.json", "fewbit_manifest.json", "fewbit_report.*")
 _NOT_COPIED = ("trainer_state.json",)
@@ -79,6 +80,16 @@ class Source:
         if self.gguf is not None:
             options["gguf_file"] = self.gguf
         return options
+
+    @property
+    def license(self) -> str | None:
+        """The license in the header of the model's card; None where none can be read."""
+        try:
+            header = huggingface_hub.metadata_load(self.folder / "README.md") or {}
+        except (OSError, ValueError, YAMLError):
+            return None
+        found = header.get("license")
+        return found if isinstance(found, str) else None
 
     def weight_files(self) -> list[Path]:
         """The files that hold the weights, sorted by name."""
@@ -303,6 +314,7 @@ class LoadedModel:
     model: nn.Module
 
     hub_id: ClassVar[None] = None
+    license: ClassVar[None] = None
     notes: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

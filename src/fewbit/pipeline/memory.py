@@ -116,6 +116,7 @@ def solver_bytes(
         holdout_tokens: Tokens on which the solution is judged.
     """
     weights = out_features * in_features
+    # The wider grids, for all rows at worst, beside the result of the first one.
     candidates = min(len(SCALE_MULTIPLIERS) * weights, CANDIDATE_ELEMENTS)
     block = BLOCK_BYTES * candidates * min(BLOCK, in_features) // in_features
     on_candidates = CANDIDATE_BYTES * candidates + block + (5 if paths == 2 else 1) * weights

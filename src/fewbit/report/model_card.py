@@ -16,6 +16,9 @@ from .layer_stats import error_measure, mean, setting
 CARD_NAME = "README.md"
 _PLACEHOLDER = "path/to/this/folder"
 
+# Engines of `engines.ENGINES` that are started with one command.
+_SERVERS = {"vllm": "vllm serve {}", "sglang": "python -m sglang.launch_server --model-path {}"}
+
 _METHOD_NAMES = {"gptq": "GPTQ", "rtn": "round-to-nearest"}
 
 
@@ -32,7 +35,7 @@ def model_card(report: Mapping[str, Any], repository: str | None = None) -> str:
         f"# {_title(report)}",
         "\n".join(_facts(report)),
         *(["\n".join(_evaluation(report["evaluation"]))] if report["evaluation"] else []),
-        "\n".join(_loading(target)),
+        "\n".join(_loading(target, report.get("engines", {}))),
         *(["\n".join(_limits(report["plan_notes"]))] if report["plan_notes"] else []),
         "`fewbit verify` checks every byte of these files. The run that made them left `fewbit_report.html` beside "
         "them, with the figures of every layer.",
@@ -42,6 +45,10 @@ def model_card(report: Mapping[str, Any], repository: str | None = None) -> str:
 
 def _header(report: Mapping[str, Any]) -> Iterator[str]:
     yield from ("---", "library_name: transformers")
+    if report["model"].get("license"):
+        yield f"license: {report['model']['license']}"
+    if report["model"]["architecture"].endswith("ForCausalLM"):
+        yield "pipeline_tag: text-generation"
     if report["model"]["hub_id"]:
         yield f"base_model: {report['model']['hub_id']}"
         yield "base_model_relation: quantized"
@@ -134,13 +141,15 @@ def _evaluation(evaluation: Mapping[str, Any]) -> Iterator[str]:
         "same first choice as the original": ("", formatting.percent(after["top1_agreement"])),
     }
     yield from _table(("", "original", "this model"), ((name, *values) for name, values in rows.items()))
+    yield ""
+    yield f"In words: {formatting.verdict(after['kl'])}."
 
 
 def _spread(values: Mapping[str, Any], name: str, error: str) -> str:
     return formatting.number(values[name]) + formatting.spread(values[name], values[error])
 
 
-def _loading(target: str) -> Iterator[str]:
+def _loading(target: str, engines: Mapping[str, Sequence[str]]) -> Iterator[str]:
     yield f"""## Use
 
 These are standard GPTQ files. With fewbit:
@@ -160,13 +169,10 @@ from transformers import AutoModelForCausalLM
 fewbit.register()
 model = AutoModelForCausalLM.from_pretrained("{target}")
 ```
-
-With vLLM or SGLang, on a GPU:
-
-```
-vllm serve {target}
-python -m sglang.launch_server --model-path {target}
-```"""
+"""
+    commands = [command.format(target) for name, command in _SERVERS.items() if engines.get(name) == []]
+    if commands:
+        yield from ("", "On an NVIDIA GPU also:", "", "```bash", *commands, "```")
 
 
 def _limits(notes: Iterable[str]) -> Iterator[str]:

@@ -1,12 +1,14 @@
 """The report as an HTML page: a pure function of the report's JSON.
 
-The page is static. It has no script and loads nothing, and its content security policy forbids both.
+The page is static. It has no script and loads nothing, and its content security policy forbids both. The link that
+saves the picture contains it.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,7 +92,13 @@ def page(report: Mapping[str, Any]) -> str:
         environment.filters[name] = getattr(formatting, name)
     environment.filters["breakable"] = _breakable
     environment.filters["setting"] = setting
+    environment.filters["picture_link"] = _picture_link
     return environment.get_template("page.html.j2").render(view(report))
+
+
+def _picture_link(svg: str) -> str:
+    """A link that contains the picture."""
+    return f"data:image/svg+xml;base64,{b64encode(svg.strip().encode()).decode()}"
 
 
 def view(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,6 +116,7 @@ def view(report: Mapping[str, Any]) -> dict[str, Any]:
         "subtitle": _subtitle(report["model"]),
         "recipe": _recipe(report, found),
         "tiles": tiles(report),
+        "quality": _quality(report),
         "fallen": sum(bool(layer["fallbacks"]) for layer in layers),
         "maps": maps,
         "scale": scale,
@@ -134,6 +143,19 @@ def view(report: Mapping[str, Any]) -> dict[str, Any]:
         "config": config_rows(report["config"]),
         "layers": shown_layers(layers),
     }
+
+
+def _quality(report: Mapping[str, Any]) -> tuple[str, str]:
+    """The verdict on top: what the measured KL divergence means, and the style of its box."""
+    if not report["evaluation"]:
+        return (
+            "The loss was not measured: fewbit eval OUT --against MODEL --dataset TEXT measures it.",
+            "plain",
+        )
+    kl = report["evaluation"]["quantized"]["kl"]
+    style = "good" if kl < formatting.ACCEPTABLE_KL else "warn"
+    words = formatting.verdict(kl)
+    return f"{words[0].upper()}{words[1:]}: KL divergence {formatting.number(kl)} nats per token.", style
 
 
 def tiles(report: Mapping[str, Any]) -> list[Tile]:

@@ -10,7 +10,7 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 
 from .. import __version__
 from ..atomic_io import write_whole
+from ..engines import ENGINES, of_plan, unsupported_reasons
 from ..errors import OutputError
 from ..planning import Plan
 from ..preparation import Origin, Preparation
@@ -52,9 +53,11 @@ class Report:
         resumed_layers: number of layers from an interrupted run, whose records describe that run.
         versions: versions of fewbit, its dependencies and the platform.
         command: command that repeats the run.
+        published_command: the same without the folders of paths.
         ranks: number of processes; times are from rank 0.
         evaluation: results of `--eval`: ``dataset``, ``base`` and ``quantized``; None without it.
         distillation: result of `--distill` with its curve, see `distillation.Distillation`; None without it.
+        engines: name of an engine → reasons why it cannot load the result; empty where it can.
     """
 
     output: str | None
@@ -77,9 +80,11 @@ class Report:
     resumed_layers: int
     versions: dict[str, str]
     command: str
+    published_command: str
     ranks: int = 1
     evaluation: dict[str, Any] | None = None
     distillation: dict[str, Any] | None = None
+    engines: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def model_bits_per_weight(self) -> float:
@@ -108,13 +113,19 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def published(self) -> dict[str, Any]:
+        """What the files hold: `to_dict` without folders, because people upload it."""
+        values = self.to_dict()
+        values["command"] = values.pop("published_command")
+        return values | {"output": Path(self.output).name if self.output else None}
+
     def write(self, folder: Path) -> Path:
         """Write ``fewbit_report.json`` and ``fewbit_report.html`` into `folder`; returns the first.
 
         Raises:
             OutputError: the disk is full or cannot be written.
         """
-        values = self.to_dict()
+        values = self.published()
         write_text(folder / PAGE_NAME, page(values))
         return write_text(folder / REPORT_NAME, json.dumps(values, indent=1) + "\n")
 
@@ -128,6 +139,7 @@ class RunResult:
         records: layer name → `pipeline.layer_quantizer.LayerRecord`.
         notes: sentences for the user.
         command: command that repeats the run.
+        published_command: the same without the folders of paths.
         output: folder of the checkpoint; None for a model quantized in memory.
         resumed_layers: number of layers taken from an interrupted run.
         peak_memory_bytes: peak memory of the largest process; None where unknown.
@@ -138,6 +150,7 @@ class RunResult:
     records: Mapping[str, Mapping[str, Any]]
     notes: list[str]
     command: str
+    published_command: str
     output: Path | None
     resumed_layers: int
     peak_memory_bytes: int | None
@@ -150,6 +163,7 @@ def collect(run: Preparation, result: RunResult) -> Report:
     layers = tuple(dict(result.records[layer.name]) for layer in plan.layers)
     stored_bytes = sum(layer["stored_bytes"] for layer in layers)
     fallbacks = Counter(name for layer in layers for name in layer["fallbacks"])
+    contents = of_plan(plan, run.ctx.config)
     return Report(
         output=str(result.output) if result.output else None,
         model=asdict(run.origin),
@@ -175,8 +189,10 @@ def collect(run: Preparation, result: RunResult) -> Report:
         resumed_layers=result.resumed_layers,
         versions=versions(),
         command=result.command,
+        published_command=result.published_command,
         ranks=run.ctx.comm.world_size,
         distillation=result.distillation,
+        engines={entry.name: unsupported_reasons(entry, contents) for entry in ENGINES},
     )
 
 

@@ -1,6 +1,7 @@
 """The command that repeats a run: for the shell or, where the shell cannot express it, a few lines of Python.
 
-It contains only arguments that differ from the defaults. Paths stay as the user typed them.
+It contains only arguments that differ from the defaults. Paths stay as the user typed them, or lose their folders:
+files with the command are published.
 """
 
 from __future__ import annotations
@@ -25,25 +26,41 @@ _OPTIONS: dict[str, tuple[str, Any]] = {
     "allow_pickle": ("--allow-pickle", False),
     "evaluate_on": ("--eval", None),
 }
+_PATHS = ("output", "dataset", "evaluate_on")
 
 
-def reproduce(model: Any, config: QuantConfig, arguments: Mapping[str, Any]) -> str:
+def reproduce(
+    model: Any, config: QuantConfig, arguments: Mapping[str, Any], *, published: bool = False
+) -> str:
     """The command that repeats a run.
 
     Args:
         model: first argument of `fewbit.quantize`.
         config: settings of the run.
         arguments: keyword arguments of `fewbit.quantize`, at least the ones that differ from the defaults.
+        published: leave out the folders of paths.
     """
     values = {
         name: arguments[name]
         for name, (_, default) in _OPTIONS.items()
         if name in arguments and not _same(arguments[name], default)
     }
+    if published:
+        model = without_folders(model)
+        values |= {name: without_folders(values[name]) for name in _PATHS if name in values}
     given = [model, *values.values()]
     if arguments.get("tokenizer") is None and all(isinstance(v, (str, Path, bool, int)) for v in given):
         return _shell(model, config, values)
     return _python(model, config, {**values, "tokenizer": arguments.get("tokenizer")})
+
+
+def without_folders(value: Any) -> Any:
+    """The last name of a path; Hub ids and names of data sets stay, and whatever is no path."""
+    if not isinstance(value, (str, Path)) or not str(value):
+        return value
+    path = Path(value)
+    local = isinstance(value, Path) or path.is_absolute() or str(value)[0] in ".~" or path.exists()
+    return (path.name or path.resolve().name) if local else value
 
 
 def _same(value: Any, default: Any) -> bool:
