@@ -2,7 +2,7 @@
 
     python benchmarks/decode_cpu.py --results decode.json [--threads 2] [--models smollm2,1b] [--only REGEX]
     python benchmarks/decode_cpu.py --results decode.json --table
-    python benchmarks/decode_cpu.py --results decode.json --into docs/performance.md
+    python benchmarks/decode_cpu.py --results decode.json --into docs/performance-measurements.md
 
 Models have random weights of the true shapes (`random_models`), made once under --folder. Each runs in a process of its
 own, all alive at once. transformers in bfloat16 is in every run, because ratios refer to it; --only chooses among the
@@ -122,7 +122,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--prefill", type=int, default=512, help="tokens")
     parser.add_argument("--decode", type=int, default=32, help="tokens")
     parser.add_argument("--gptqmodel-python", help="python of an environment with GPTQModel")
-    parser.add_argument("--table", action="store_true", help="print the tables of docs/performance.md")
+    parser.add_argument(
+        "--table", action="store_true", help="print the tables of docs/performance-measurements.md"
+    )
     parser.add_argument("--into", type=Path, help="write the tables into this document")
     return parser.parse_args()
 

@@ -2,7 +2,7 @@
 
     python benchmarks/kernels_cpu.py --results kernels.json [--threads 2] [--only cpu,cpu_a8,Linear] [--shapes main]
     python benchmarks/kernels_cpu.py --results kernels.json --table
-    python benchmarks/kernels_cpu.py --results kernels.json --into docs/performance.md --plot docs/kernels.svg
+    python benchmarks/kernels_cpu.py --results kernels.json --into PAGE --plot docs/kernels.svg
 
 --shapes takes sets of shapes (main, bits, small, sweep), Llama models (1b, 8b, 70b) and folders of checkpoints.
 Candidates take turns, with cold caches (`layer_speed`). A later run with --only or other shapes adds to the results and
@@ -164,7 +164,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=10.0, help="seconds per shape and number of tokens")
     parser.add_argument("--ggml-folder", type=Path, help="folder of libggml-base.so and libggml-cpu.so")
     parser.add_argument("--gptqmodel-python", help="python of an environment with GPTQModel")
-    parser.add_argument("--table", action="store_true", help="print the tables of docs/performance.md")
+    parser.add_argument(
+        "--table", action="store_true", help="print the tables of docs/performance-measurements.md"
+    )
     parser.add_argument("--into", type=Path, help="write the tables into this document")
     parser.add_argument("--plot", type=Path, help="write the sweep as SVG")
     return parser.parse_args()

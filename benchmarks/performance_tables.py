@@ -1,4 +1,4 @@
-"""The Markdown tables and the plot of docs/performance.md, from the JSON of kernels_cpu.py and decode_cpu.py."""
+"""The tables and the plot of docs/performance-measurements.md, from the JSON of kernels_cpu.py and decode_cpu.py."""
 
 from __future__ import annotations
 

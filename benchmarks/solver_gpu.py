@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fewbit.config import LayerSettings
-from fewbit.gptq import SCALE_MULTIPLIERS, Hessian, InputGroup, fallback_reason, quantize_weight
+from fewbit.gptq import WIDER_GRIDS, Hessian, InputGroup, fallback_reason, quantize_weight
 from fewbit.gptq.backends import TORCH, Backend, select
 from fewbit.gptq.cholesky import factor_hessian
 from fewbit.gptq.gptq import BLOCK
@@ -108,7 +108,7 @@ def measure(layers: Layers, settings: LayerSettings, device: torch.device) -> Me
         return fit_grid(W, shared.D, shared.g_idx, bits, sym=settings.sym, search=backend.search)
 
     fast, some = select(device), W[:TORCH_ROWS]
-    grids = len(SCALE_MULTIPLIERS) if bits < 8 else 1
+    grids = 1 + len(WIDER_GRIDS) if bits < 8 else 1
     blocks, blocks_torch = (
         seconds(block(m, grids, bits, backend, device), device) * n / BLOCK for backend in (fast, TORCH)
     )
@@ -170,7 +170,7 @@ def table(shapes: Sequence[Layers], found: Sequence[Measured], settings: LayerSe
     ]
     for layers, one in zip(shapes, found, strict=True):
         n, m = layers.inputs, sum(layers.rows)
-        grids = len(SCALE_MULTIPLIERS) if settings.bits < 8 else 1
+        grids = 1 + len(WIDER_GRIDS) if settings.bits < 8 else 1
         fitting = m * n * attempts(settings) * STEPS_OF_AN_ATTEMPT / limit / one.grid
         inside = m * grids * n * (BLOCK - 1) / 2 / limit / one.blocks
         between = m * grids * n * max(n - BLOCK, 0) / 2 / limit / one.products

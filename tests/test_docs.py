@@ -26,7 +26,7 @@ RUN_ELSEWHERE = {
     "migrating.md": "compat/test_migrating.py",
 }
 # Commands for several machines, and for benchmarks that take hours. Whole pages, because others are made by scripts.
-NOT_RUN = {"scale.md", "accuracy.md", "performance.md", "compatibility.md"}
+NOT_RUN = {"scale.md", "accuracy.md", "performance.md", "performance-measurements.md", "compatibility.md"}
 RUN = [page for page in pages() if page.name not in {*RUN_ELSEWHERE, *NOT_RUN} and blocks(page)]
 LONG = {"choosing", "big-models", "mixed-precision"}  # minutes of quantization
 COMMANDS = typer.main.get_command(app).commands

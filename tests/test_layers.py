@@ -54,6 +54,7 @@ ADDED = {
     "distillation": (9, 1_300),
     "exports to other engines": (11, 1_250),
     "presets, fast loading by default": (0, 150),
+    "verdicts, reports without folders, engines on the card, faster calibration": (0, 210),
 }
 
 

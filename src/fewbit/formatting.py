@@ -6,7 +6,7 @@ import math
 
 DASH = "–"
 
-# KL divergence below which a verdict holds, in nats per token. The scale is that of Llama-3-8B on wikitext in the
+# KL divergence below which a verdict holds, in nats per token. The scale: Llama-3-8B on wikitext in the
 # formats of llama.cpp, as its documentation measured them: Q8_0 0.001, Q6_K 0.005, Q4_K_M 0.03, Q4_0 0.07, Q3_K_M 0.10,
 # IQ3_XXS 0.18, Q2_K 0.45.
 _VERDICTS = (

@@ -1,4 +1,4 @@
-"""What the tables of docs/performance.md are made of."""
+"""What the tables of docs/performance-measurements.md are made of."""
 
 import json
 

@@ -6,7 +6,7 @@ import torch
 import oracle
 from fewbit.config import LayerSettings
 from fewbit.errors import SolverError
-from fewbit.gptq import SCALE_MULTIPLIERS, Hessian, InputGroup, cholesky, quantize_weight
+from fewbit.gptq import WIDER_GRIDS, Hessian, InputGroup, cholesky, quantize_weight
 from fewbit.gptq.grid import fit_grid
 from fewbit.quantized_matrix import sequential_groups
 
@@ -68,12 +68,12 @@ def test_every_row_takes_the_grid_that_ends_with_the_lowest_error(sym, backend):
     shared = group.factored(chosen)
     fitted = fit_grid(W, shared.D, shared.g_idx, 2, sym=sym, search=backend.search)
     ratios = (codes.scales.float() / fitted.scales.float()).mean(1)
-    nearest = (ratios[:, None] - torch.tensor(SCALE_MULTIPLIERS)).abs().argmin(1)
+    nearest = (ratios[:, None] - torch.tensor((1.0, *WIDER_GRIDS))).abs().argmin(1)
     assert {0, 1, 2} >= set(nearest.tolist()) != {0}  # some rows are better off with a wider grid, all of it
 
     H_damped = oracle.damped(oracle.hessian(X), 0.01)
     losses = []
-    for stretch in SCALE_MULTIPLIERS:
+    for stretch in (1.0, *WIDER_GRIDS):
         s = (fitted.scales.float() * stretch).half().double().repeat_interleave(32, 1)
         z = fitted.zeros.double().repeat_interleave(32, 1)
         E = W.double() - s * (oracle.ldlq(W, H_damped, s, z, 2) - z)

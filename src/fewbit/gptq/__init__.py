@@ -3,10 +3,10 @@
 from .backends import fallback_reason
 from .correction import Holdout
 from .hessian import Hessian
-from .solve import SCALE_MULTIPLIERS, InputGroup, Solution, quantize_weight
+from .solve import WIDER_GRIDS, InputGroup, Solution, quantize_weight
 
 __all__ = [
-    "SCALE_MULTIPLIERS",
+    "WIDER_GRIDS",
     "Hessian",
     "Holdout",
     "InputGroup",

@@ -7,9 +7,11 @@ for a bad Hessian.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from torch import Tensor
 from ..config import LayerSettings
 from ..errors import SolverError
 from ..quantized_matrix import QuantizedMatrix, sequential_groups
-from .backends import Backend, select
+from .backends import select
 from .cholesky import NO_CORRECTION, SCALES_CLAMPED, FactoredHessian, factor_hessian
 from .correction import (
     ALPHA_SHRINKAGE,
@@ -30,13 +32,12 @@ from .correction import (
     local_sum,
     true_error,
 )
-from .gptq import Factor, round_columns
+from .gptq import Factor, RoundBlock, round_columns
 from .grid import Grid, clamped_scales, fit_grid, nearest, storable
 from .hessian import Hessian
 
-# Multiples of the fitted scales; every row takes the one that ends with the lowest loss. The wider ones are tried only
-# where the first one loses more than this multiple of what rounding alone would: where weights are clipped.
-SCALE_MULTIPLIERS = (1.0, 1.15, 1.3)
+# Multiples of the fitted scales. They are tried for rows that lose more than CLIPPED times what rounding alone would.
+WIDER_GRIDS = (1.15, 1.3)
 CLIPPED = 1.25
 
 # Weights on all candidate grids that are rounded at a time, in whole multiples of 32 rows: a matrix product gives a row
@@ -158,7 +159,13 @@ def quantize_weight(
         E = T - codes.dequantize()
         losses = (E @ group.hessian.matrix()).mul_(E).sum(dim=1, dtype=torch.float64)
     else:
-        codes, losses = _round_rows(T, H.factor, grid, settings, backend)
+        rounded = _round_rows(T, H.factor, grid, (1.0,), settings.bits, backend.round_block)
+        rows = _clipped_rows(rounded, grid, H.factor, settings.bits)
+        if len(rows):
+            some = Grid(grid.scales[rows], grid.zeros[rows], grid.g_idx)
+            wider = _round_rows(T[rows], H.factor, some, WIDER_GRIDS, settings.bits, backend.round_block)
+            _keep_better(rounded, rows, wider)
+        codes, losses = _matrix(rounded.codes, replace(grid, scales=rounded.scales), settings), rounded.losses
     loss, error = float(reduce(losses)), None
     fallbacks += _clamped(codes, reduce)
     if group.holdout is not None:
@@ -195,45 +202,24 @@ def _target(
     return torch.add(W, step, alpha=alpha, out=step), alpha, H.fallbacks
 
 
-def _round_rows(
-    T: Tensor, factor: Factor, grid: Grid, settings: LayerSettings, backend: Backend
-) -> tuple[QuantizedMatrix, Tensor]:
-    """Round T on the fitted grid, and rows that it clips on wider ones too; every row keeps the lowest loss.
+class Rounded(NamedTuple):
+    """Rows that are rounded.
 
-    The grid that fits the weights best clips the largest ones. While columns are rounded, each target also absorbs the
-    errors of earlier columns, which a clipped weight cannot. So with strongly correlated inputs a wider and coarser
-    grid ends with the lower loss.
+    Attributes:
+        codes: uint8 (m, n).
+        scales: float16 (m, G).
+        losses: float64 (m,).
     """
-    first, *wider = SCALE_MULTIPLIERS if settings.bits < 8 else (1.0,)
-    q, scales, losses = _best_of(T, factor, grid, (first,), settings, backend)
-    clipped = (losses > CLIPPED * _rounding_loss(grid, factor)).nonzero()[:, 0]
-    if wider and len(clipped):
-        # Whole multiples of rows, so that a part of the layer gives the bytes of the whole.
-        rows = clipped[torch.arange(-(-len(clipped) // ROW_MULTIPLE) * ROW_MULTIPLE) % len(clipped)]
-        some = Grid(grid.scales[rows], grid.zeros[rows], grid.g_idx)
-        better = _best_of(T[rows], factor, some, tuple(wider), settings, backend)
-        gains = better[2][: len(clipped)] < losses[clipped]
-        for old, new in zip((q, scales, losses), better, strict=True):
-            old[clipped[gains]] = new[: len(clipped)][gains]
-    return _matrix(q, Grid(scales, grid.zeros, grid.g_idx), settings), losses
+
+    codes: Tensor
+    scales: Tensor
+    losses: Tensor
 
 
-def _rounding_loss(grid: Grid, factor: Factor) -> Tensor:
-    """The loss of every row if no weight were clipped: Σ_i (d_i − λ) s_i² / 12. float64 (m,)."""
-    d = torch.zeros(grid.scales.shape[1], dtype=torch.float64, device=factor.d.device)
-    d.index_add_(0, grid.g_idx[factor.perm].long(), factor.d.double() - factor.added)
-    return grid.scales.double().square() @ d / 12
-
-
-def _best_of(
-    T: Tensor,
-    factor: Factor,
-    grid: Grid,
-    multipliers: tuple[float, ...],
-    settings: LayerSettings,
-    backend: Backend,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Round T on multiples of the fitted scales; codes, scales and loss of the best one of every row."""
+def _round_rows(
+    T: Tensor, factor: Factor, grid: Grid, multipliers: Sequence[float], bits: int, round_block: RoundBlock
+) -> Rounded:
+    """Round T on multiples of the fitted scales; every row keeps the one that ends with the lowest loss."""
     scaled = torch.stack([storable(grid.scales.float() * by).half() for by in multipliers])
     grids = Grid(scaled, grid.zeros.expand(scaled.shape), grid.g_idx)
     # Rows are independent: slices of them bound the memory of the candidates.
@@ -242,11 +228,38 @@ def _best_of(
     for a in range(0, len(T), step):
         rows = slice(a, a + step)
         some = Grid(grids.scales[:, rows], grids.zeros[:, rows], grid.g_idx)
-        codes, loss = round_columns(T[rows], factor, some, settings.bits, backend.round_block)
+        codes, loss = round_columns(T[rows], factor, some, bits, round_block)
         best, row = loss.argmin(0), torch.arange(loss.shape[1], device=T.device)
         parts.append((codes[best, row], some.scales[best, row], loss[best, row]))
-    q, scales, losses = (torch.cat(part) for part in zip(*parts, strict=True))
-    return q, scales, losses
+    return Rounded(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _clipped_rows(rounded: Rounded, grid: Grid, factor: Factor, bits: int) -> Tensor:
+    """Rows with clipped weights, int64: they lose more than rounding explains. Empty at 8 bits.
+
+    The grid that fits the weights best clips the largest ones. While columns are rounded, each target also absorbs the
+    errors of earlier columns, which a clipped weight cannot. So with strongly correlated inputs a wider and coarser
+    grid ends with the lower loss.
+    """
+    limit = math.inf if bits == 8 else CLIPPED
+    clipped = (rounded.losses > limit * _rounding_loss(grid, factor)).nonzero()[:, 0]
+    # Repeated up to a whole multiple of rows, so that a part of the layer gives the bytes of the whole.
+    count = -(-len(clipped) // ROW_MULTIPLE) * ROW_MULTIPLE
+    return clipped[torch.arange(count, device=clipped.device) % max(len(clipped), 1)]
+
+
+def _keep_better(rounded: Rounded, rows: Tensor, others: Rounded) -> None:
+    """Replace the rows of `rounded` for which `others` ends with the lower loss."""
+    gains = others.losses < rounded.losses[rows]
+    for old, new in zip(rounded, others, strict=True):
+        old[rows[gains]] = new[gains]
+
+
+def _rounding_loss(grid: Grid, factor: Factor) -> Tensor:
+    """The loss of every row if no weight were clipped: Σ_i (d_i − λ) s_i² / 12. float64 (m,)."""
+    d = torch.zeros(grid.scales.shape[1], dtype=torch.float64, device=factor.d.device)
+    d.index_add_(0, grid.g_idx[factor.perm].long(), factor.d.double() - factor.added)
+    return grid.scales.double().square() @ d / 12
 
 
 def _round_to_nearest(W: Tensor, settings: LayerSettings, reduce: RowReduce) -> Solution:

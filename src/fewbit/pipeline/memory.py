@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..gptq.gptq import BLOCK
-from ..gptq.solve import CANDIDATE_ELEMENTS, SCALE_MULTIPLIERS
+from ..gptq.solve import CANDIDATE_ELEMENTS, WIDER_GRIDS
 from ..modeling.layers import is_layer, matrix_shape
 from ..planning import Plan, block_of
 from .statistics import BatchMasks
@@ -116,8 +116,8 @@ def solver_bytes(
         holdout_tokens: Tokens on which the solution is judged.
     """
     weights = out_features * in_features
-    # The wider grids, for all rows at worst, beside the result of the first one.
-    candidates = min(len(SCALE_MULTIPLIERS) * weights, CANDIDATE_ELEMENTS)
+    # At worst all rows are rounded on the wider grids, beside the result of the fitted one.
+    candidates = min((1 + len(WIDER_GRIDS)) * weights, CANDIDATE_ELEMENTS)
     block = BLOCK_BYTES * candidates * min(BLOCK, in_features) // in_features
     on_candidates = CANDIDATE_BYTES * candidates + block + (5 if paths == 2 else 1) * weights
     rounded = ROUNDING_BYTES * weights + HOLDOUT_BYTES * out_features * holdout_tokens

@@ -1,7 +1,7 @@
 """fewbit's own kernels for CPUs: every bit width, group size, zero point, column order, shape and float dtype.
 
 All of them read the tiles of `packed`. They differ in the rounding of activations (`packed.Rounding`): 16 bits, 8 bits,
-or 16 bits for a few tokens and 8 bits for a prompt, which costs no measurable accuracy (docs/performance.md).
+or 16 bits for a few tokens and 8 bits for a prompt, without measurable loss (docs/performance-measurements.md).
 """
 
 from __future__ import annotations
