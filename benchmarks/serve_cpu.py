@@ -2,7 +2,7 @@
 
     python benchmarks/serve_cpu.py --results serve.json [--threads 2] [--rounds 5] [--requests 1,4,16,64]
         [--llama-python PYTHON] [--only REGEX]
-    python benchmarks/serve_cpu.py --results serve.json --table
+    python benchmarks/serve_cpu.py --results serve.json --table [--processor-time]
 
 `fewbit serve` with the model in 4 bits, groups of 32, is compared with `transformers serve` and the model in
 bfloat16, each with and without continuous batching, and with llama.cpp and the same weights as Q4_0 (`fewbit
@@ -10,6 +10,9 @@ export`, exact). Prompts are pieces of Wikipedia of unequal length. The numbers 
 and the end of a text is ignored. All requests of a round are sent at once. Servers answer the openai client
 through HTTP. llama.cpp runs in a process of its own (`llama_cpp_batches.py`), without HTTP. tokens/s are new
 tokens divided by the time until the last answer is complete.
+
+On a machine that is busy with other work, run it with one thread and take the table with --processor-time: new tokens
+divided by the seconds that the server's process computed.
 """
 
 from __future__ import annotations
@@ -61,6 +64,7 @@ class HttpServer:
                 [*command, "--host", "127.0.0.1", "--port", str(port)],
                 stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             )  # fmt: skip
+        self.pid = self._process.pid
         self._wait(log)
 
     def _wait(self, log: Path) -> None:
@@ -113,6 +117,7 @@ class LlamaCpp:
             [python, str(HERE / "llama_cpp_batches.py"), str(gguf), str(threads)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
         )  # fmt: skip
+        self.pid = self._process.pid
         if self._read() != "ready":
             raise SystemExit(f"llama.cpp did not start; see {log}")
 
@@ -196,36 +201,52 @@ def start(arguments: argparse.Namespace) -> dict[str, HttpServer | LlamaCpp]:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Number of requests → name → tokens/s in each round."""
+    """Number of requests → name → tokens per second, and per second of processor time, in each round."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     text = prepare.TEST.read_text(encoding="utf-8")
     servers = start(arguments)
+    found: dict[str, dict[str, list[list[float]]]] = {}
     try:
         for server in servers.values():
             server.answer(make_requests(2, 0, tokenizer, text))
-        found: dict[str, dict[str, list[float]]] = {}
         for round_ in range(1, arguments.rounds + 1):
             for count in arguments.requests:
                 requests = make_requests(count, round_, tokenizer, text)
                 for name, server in servers.items():
-                    result = server.answer(requests)
-                    expected = sum(request.new_tokens for request in requests)
-                    if result["tokens"] != expected:
-                        raise SystemExit(f"{name} made {result['tokens']} tokens instead of {expected}")
-                    rate = result["tokens"] / result["seconds"]
-                    found.setdefault(str(count), {}).setdefault(name, []).append(rate)
-                    print(f"round {round_}, {count} requests, {name}: {rate:.1f} tokens/s", flush=True)
+                    rates = rates_of(name, server, requests)
+                    found.setdefault(str(count), {}).setdefault(name, []).append(rates)
+                    print(f"round {round_}, {count} requests, {name}: {rates[0]:.1f} tokens/s", flush=True)
     finally:
         for server in servers.values():
             server.close()
     return {"threads": arguments.threads, "rates": found}
 
 
-def table(results: dict[str, Any]) -> str:
+def rates_of(name: str, server: HttpServer | LlamaCpp, requests: list[Request]) -> list[float]:
+    """Tokens per second, and per second of processor time."""
+    before = processor_seconds(server.pid)
+    result = server.answer(requests)
+    expected = sum(request.new_tokens for request in requests)
+    if result["tokens"] != expected:
+        raise SystemExit(f"{name} made {result['tokens']} tokens instead of {expected}")
+    return [expected / result["seconds"], expected / (processor_seconds(server.pid) - before)]
+
+
+def processor_seconds(pid: int) -> float:
+    import psutil
+
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
+
+
+def table(results: dict[str, Any], processor_time: bool) -> str:
     """Markdown: medians of the ratios to `BASE` of the same round and number of requests, with their range."""
-    rates = results["rates"]
+    rates = {
+        count: {name: [rate[processor_time] for rate in rounds] for name, rounds in by_name.items()}
+        for count, by_name in results["rates"].items()
+    }
     names = list(dict.fromkeys(name for by_name in rates.values() for name in by_name))
     lines = ["| | " + " | ".join(f"{count} request{'s'[: count != '1']}" for count in rates) + " |"]
     lines.append("|---" * (len(rates) + 1) + "|")
@@ -248,6 +269,7 @@ def main() -> None:
     )
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--table", action="store_true", help="print the table of former results")
+    parser.add_argument("--processor-time", action="store_true", help="in the table, instead of the clock's")
     parser.add_argument("--model", type=Path, default=prepare.MODEL)
     parser.add_argument("--folder", type=Path, default=Path("serve-models"), help="for models and logs")
     parser.add_argument("--threads", type=int, default=2)
@@ -262,7 +284,8 @@ def main() -> None:
         prepare.ensure()
         arguments.folder.mkdir(parents=True, exist_ok=True)
         arguments.results.write_text(json.dumps(measure(arguments), indent=1), encoding="utf-8")
-    print(table(json.loads(arguments.results.read_text(encoding="utf-8"))))
+    results = json.loads(arguments.results.read_text(encoding="utf-8"))
+    print(table(results, arguments.processor_time))
 
 
 if __name__ == "__main__":

@@ -80,6 +80,10 @@ def serve(
     model = load(checkpoint, where, wanted, kernel, trust_remote_code, **faster)
     if not model.can_generate():
         raise ModelError(f"{checkpoint} is a {type(model).__name__}, which cannot generate text")
+    if model.config.is_encoder_decoder:
+        raise ModelError(
+            f"{checkpoint} is an encoder and a decoder, which transformers' server does not serve"
+        )
     processor = load_tokenizer(checkpoint, trust_remote_code, AutoProcessor)
     if not quiet:
         dtype_name = str(model.dtype).removeprefix("torch.")
@@ -131,6 +135,7 @@ def _check_port(host: str, port: int) -> None:
     try:
         socket.create_server((host, port), family=family).close()
     except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (")[0]
         raise ConfigError(
-            f"cannot listen on {host}, port {port}: {error.strerror}; choose others with --host and --port"
+            f"cannot listen on {host}, port {port}: {reason}; choose others with --host and --port"
         ) from error

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import HTTPException
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException as AnyHTTPException
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cli.serve import Serve
 
@@ -38,6 +40,7 @@ class _Server(Serve):  # type: ignore[misc]
         wrap_generation(self, lambda manager: _Careful(manager, self._limit))
         if not self._served[2].chat_template:
             on_messages(self, _refuse_chat)
+        self.server.config.app.add_exception_handler(AnyHTTPException, _openai_error)
         self.server.config.timeout_graceful_shutdown = GRACE
         # uvicorn ends with the signal that it got. Python's own handler would then wait for transformers' threads,
         # which generate on.
@@ -83,7 +86,7 @@ class _Careful:
         return await self._manager.generate_non_streaming(model, processor, inputs, gen_config, **more)
 
     def _prepare(self, inputs: Any, gen_config: Any) -> None:
-        """Refuse a prompt that is too long, end the answer where the context ends, and sample if that is asked for."""
+        """Refuse impossible lengths, end the answer where the context ends, and sample if that is asked for."""
         ids = inputs["input_ids"]
         length = len(ids) if isinstance(ids, list) else ids.shape[-1]
         space = self._limit - length
@@ -91,6 +94,10 @@ class _Careful:
             raise HTTPException(
                 400, f"the prompt has {length} tokens; prompt and answer may have {self._limit} here"
             )
+        if length < 1:
+            raise HTTPException(400, "the prompt has no tokens")
+        if gen_config.max_new_tokens is not None and gen_config.max_new_tokens < 1:
+            raise HTTPException(400, f"max_tokens is {gen_config.max_new_tokens}; it must be at least 1")
         if gen_config.max_new_tokens is None or gen_config.max_new_tokens > space:
             gen_config.max_new_tokens = space
         _set_temperature(gen_config, _temperature(gen_config))
@@ -115,6 +122,12 @@ _SHARED: dict[str, Callable[[GenerationConfig], Any]] = {
     "logit_bias": lambda config: config.sequence_bias or None,
     "stop": lambda config: config.stop_strings or None,
 }
+
+
+def _openai_error(_: Any, error: AnyHTTPException) -> JSONResponse:
+    """An error in the form in which OpenAI clients find its reason."""
+    body = {"message": str(error.detail), "type": "invalid_request_error", "param": None, "code": None}
+    return JSONResponse({"error": body}, error.status_code)
 
 
 def _refuse_chat(*_: Any) -> None:
