@@ -43,6 +43,7 @@ PUBLIC = {
     "estimate/__init__.py:estimate",
     "gptq_arguments.py:__init__",
     "hf/fuse.py:attention_forward",
+    "hf/fuse.py:packed_attention_forward",
     "calibration/__init__.py:prepare",
     "distillation/__init__.py:distill",
 }
@@ -54,6 +55,7 @@ ADDED = {
     "distillation": (9, 1_300),
     "exports to other engines": (11, 1_250),
     "presets, fast loading by default": (0, 150),
+    "serving": (2, 430),
 }
 
 

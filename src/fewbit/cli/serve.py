@@ -131,9 +131,9 @@ def _check_installed() -> None:
 
 def _check_port(host: str, port: int) -> None:
     """Refuse an address that is in use or not this machine's, before the model is loaded."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    version = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        socket.create_server((host, port), family=family).close()
+        socket.create_server((host, port), family=version).close()
     except OSError as error:
         reason = (error.strerror or str(error)).partition(" (")[0]
         raise ConfigError(

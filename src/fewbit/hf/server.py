@@ -51,7 +51,7 @@ class _Server(Serve):  # type: ignore[misc]
 class _Careful:
     """A generation manager of transformers that answers what can be answered, and refuses the rest.
 
-    transformers' own goes on beyond the model's context, samples only where generation_config.json says so, and with
+    transformers' own generates beyond the model's context, samples only where generation_config.json says so, and with
     continuous batching takes all settings but the length from the first request; one request larger than the cache
     ends all others.
     """
