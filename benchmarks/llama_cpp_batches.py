@@ -6,9 +6,13 @@ Needs llama-cpp-python, and runs in an environment of its own (`serve_cpu.py --l
 JSON, `[[prompt, new tokens], …]` with prompts as token ids, and answers each with `{"seconds": …, "tokens":
 …}`. Prompts and new tokens of different requests share batches of at most `BATCH` tokens, as in llama.cpp's own
 server. The likeliest token is taken, and the end of the text is ignored.
+
+The embeddings, which are the output layer too, are first rounded to 8 bits (`MODEL-8bit-head.gguf`), as fewbit
+does while running. The other weights stay the same.
 """
 
 import json
+import os
 import sys
 import time
 
@@ -83,8 +87,21 @@ class Batches:
         return last
 
 
+def with_8bit_head(path: str) -> str:
+    """The path of the model with embeddings in 8 bits, written if it is missing."""
+    target = path.removesuffix(".gguf") + "-8bit-head.gguf"
+    if not os.path.exists(target):
+        options = llama_cpp.llama_model_quantize_default_params()
+        # Weights that are in this type already are copied.
+        options.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
+        options.token_embedding_type = options.output_tensor_type = llama_cpp.GGML_TYPE_Q8_0
+        if llama_cpp.llama_model_quantize(path.encode(), target.encode(), options):
+            raise SystemExit(f"llama.cpp cannot write {target}")
+    return target
+
+
 def main() -> None:
-    batches = Batches(sys.argv[1], int(sys.argv[2]))
+    batches = Batches(with_8bit_head(sys.argv[1]), int(sys.argv[2]))
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         print(json.dumps(batches.answer(json.loads(line))), flush=True)

@@ -39,6 +39,8 @@ import prepare
 BASE = "transformers bfloat16"
 BATCHED = ", continuous batching"
 CACHE_TOKENS = 16384
+# Servers without batches answer one request after another: more of them take longer, at the same rate.
+ENOUGH_WITHOUT_BATCHES = 4
 PROMPT_TOKENS, NEW_TOKENS = (16, 128), (8, 40)
 HERE = Path(__file__).parent
 
@@ -200,8 +202,8 @@ def start(arguments: argparse.Namespace) -> dict[str, HttpServer | LlamaCpp]:
     return servers
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Number of requests → name → tokens per second, and per second of processor time, in each round."""
+def measure(arguments: argparse.Namespace) -> None:
+    """Write number of requests → name → tokens per second, and per second of processor time, of each round."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -215,13 +217,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             for count in arguments.requests:
                 requests = make_requests(count, round_, tokenizer, text)
                 for name, server in servers.items():
-                    rates = rates_of(name, server, requests)
+                    batched = name.endswith(BATCHED) or isinstance(server, LlamaCpp)
+                    rates = rates_of(name, server, requests[: None if batched else ENOUGH_WITHOUT_BATCHES])
                     found.setdefault(str(count), {}).setdefault(name, []).append(rates)
                     print(f"round {round_}, {count} requests, {name}: {rates[0]:.1f} tokens/s", flush=True)
+                results = {"threads": arguments.threads, "rates": found}
+                arguments.results.write_text(json.dumps(results, indent=1), encoding="utf-8")
     finally:
         for server in servers.values():
             server.close()
-    return {"threads": arguments.threads, "rates": found}
 
 
 def rates_of(name: str, server: HttpServer | LlamaCpp, requests: list[Request]) -> list[float]:
@@ -283,7 +287,7 @@ def main() -> None:
     if not arguments.table:
         prepare.ensure()
         arguments.folder.mkdir(parents=True, exist_ok=True)
-        arguments.results.write_text(json.dumps(measure(arguments), indent=1), encoding="utf-8")
+        measure(arguments)
     results = json.loads(arguments.results.read_text(encoding="utf-8"))
     print(table(results, arguments.processor_time))
 

@@ -297,6 +297,23 @@ def test_requests_that_follow_each_other_do_not_see_each_other(tmp_path):
     assert fused.config._attn_implementation == ATTENTION
 
 
+def test_other_calls_work_while_batches_run(tmp_path):
+    plain, fused = models_of(tmp_path, AutoConfig.for_model("llama", **COMMON))
+    ids = torch.tensor([[0, 0, 7, 9, 4], [5, 6, 7, 8, 9]])
+    options = {
+        "attention_mask": (ids != 0).long(),
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "eos_token_id": -1,
+    }
+    expected = plain.generate(ids, **options, pad_token_id=0)
+    fused.init_continuous_batching()
+    assert torch.equal(fused.generate(ids, **options, pad_token_id=0), expected)
+    assert torch.equal(
+        fused.generate(ids[1:], max_new_tokens=6, do_sample=False, eos_token_id=-1), expected[1:]
+    )
+
+
 def test_sliding_windows_keep_torchs_attention_in_batches(tmp_path):
     _, fused = models_of(tmp_path, AutoConfig.for_model("mistral", **COMMON, sliding_window=8))
     manager = fused.init_continuous_batching()

@@ -126,20 +126,28 @@ def packed_attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """The same for continuous batching: the queries of all requests follow each other, and so do the keys.
 
-    torch's attention would let every query see the keys of all requests, through a mask.
+    torch's attention would let every query see the keys of all requests, through a mask. Calls from elsewhere, while
+    batches run, have a mask of padding or none.
     """
+    kwargs |= {"dropout": dropout, "scaling": scaling, "is_causal": True}
+    if "cu_seq_lens_q" not in kwargs:
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, None, None].bool() & _causal(query.shape[2], key.shape[2])
+        return attention_forward(module, query, key, value, attention_mask, **kwargs)
     queries, keys = kwargs.pop("cu_seq_lens_q").tolist(), kwargs.pop("cu_seq_lens_k").tolist()
-    kwargs["is_causal"] = True
     parts = []
     for (q0, q1), (k0, k1) in zip(itertools.pairwise(queries), itertools.pairwise(keys), strict=True):
         count, length = q1 - q0, k1 - k0
         # The last token sees all; other parts of a prompt see what was read before them.
-        mask = (
-            None if count in (1, length) else torch.ones(count, length, dtype=torch.bool).tril(length - count)
-        )
+        mask = None if count in (1, length) else _causal(count, length)
         request = query[:, :, q0:q1], key[:, :, k0:k1], value[:, :, k0:k1], mask
-        parts.append(attention_forward(module, *request, dropout=dropout, scaling=scaling, **kwargs)[0])
+        parts.append(attention_forward(module, *request, **kwargs)[0])
     return torch.cat(parts, dim=1), None
+
+
+def _causal(queries: int, keys: int) -> Tensor:
+    """True where a query sees a key; the last query sees all."""
+    return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
 
 
 def _is_supported(query: Tensor, key: Tensor, value: Tensor) -> bool:
