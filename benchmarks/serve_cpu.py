@@ -106,7 +106,7 @@ class HttpServer:
         return int(answer.usage.completion_tokens)
 
     def close(self) -> None:
-        self._process.terminate()
+        self._process.kill()  # transformers' server may wait long for a client before it ends
         self._process.wait()
 
 
