@@ -43,6 +43,7 @@ PUBLIC = {
     "estimate/__init__.py:estimate",
     "gptq_arguments.py:__init__",
     "hf/fuse.py:attention_forward",
+    "hf/fuse.py:packed_attention_forward",
     "calibration/__init__.py:prepare",
     "distillation/__init__.py:distill",
 }
@@ -55,6 +56,7 @@ ADDED = {
     "exports to other engines": (11, 1_250),
     "presets, fast loading by default": (0, 150),
     "verdicts, reports without folders, engines on the card, faster calibration": (0, 210),
+    "serving": (2, 430),
 }
 
 

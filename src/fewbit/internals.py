@@ -218,6 +218,16 @@ def uses_attention(model: PreTrainedModel, name: str) -> bool:
     return bool(model._supports_attention_backend) and model.config._attn_implementation == name
 
 
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """As ``set_attn_implementation``, without looking for a flash kernel of that name on the Hub."""
+    model.config._attn_implementation = name
+
+
+def restore_attention_after(manager: Any, name: str) -> None:
+    """Let a manager of continuous batching set its model's attention to `name` when it stops."""
+    manager._original_attn_impl = name
+
+
 def class_mapping(auto_class: Any) -> Mapping[Any, Any] | None:
     """Return configuration class → model class of an auto class (AutoModelForCausalLM …); None for other classes."""
     found: Mapping[Any, Any] | None = getattr(auto_class, "_model_mapping", None)
@@ -265,3 +275,29 @@ def _storages(values: Iterable[object]) -> Iterator[UntypedStorage]:
                 yield value.untyped_storage()
         elif isinstance(value, (list, tuple)):
             yield from _storages(value)
+
+
+# transformers: its server
+def pin_served_model(server: Any, name: str, model: PreTrainedModel, processor: Any) -> None:
+    """Let a ``transformers.cli.serve.Serve`` answer for `name` only, with a model that is loaded already.
+
+    Its endpoints that load and unload models then change nothing.
+    """
+    models = server._model_manager
+    models._load_model = lambda *args, **kwargs: model
+    models._load_processor = lambda *args, **kwargs: processor
+    models.force_model, models.model_timeout = name, -1
+    models.load_model_and_processor(models.process_model_name(name))
+
+
+def wrap_generation(server: Any, wrap: Callable[[Any], Any]) -> None:
+    """Let `server` use `wrap(manager)` for each of its generation managers."""
+    state = server._generation_state
+    original = state.get_manager
+    state.get_manager = lambda *args, **kwargs: wrap(original(*args, **kwargs))
+
+
+def on_messages(server: Any, action: Callable[..., Any]) -> None:
+    """Call `action` where `server` would prepare the messages of a chat."""
+    for handler in (server._chat_handler, server._response_handler):
+        handler.get_processor_inputs_from_messages = action

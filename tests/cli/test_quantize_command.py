@@ -156,7 +156,7 @@ def test_help_has_examples():
 
 
 @pytest.mark.parametrize(
-    "command", ["quantize", "eval", "inspect", "verify", "generate", "convert", "demo", "env"]
+    "command", ["quantize", "eval", "inspect", "verify", "generate", "serve", "convert", "demo", "env"]
 )
 def test_every_command_has_help_with_examples_and_can_say_more_or_less(command):
     result = invoke(command, "--help", env={"COLUMNS": "200"})

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    ContinuousBatchingConfig,
     Gemma2Config,
     GenerationConfig,
     Phi3Config,
@@ -19,7 +20,7 @@ from transformers import (
 import fewbit
 from fewbit import native
 from fewbit.errors import KernelError
-from fewbit.hf.fuse import merge_and_fuse
+from fewbit.hf.fuse import ATTENTION, merge_and_fuse
 from fewbit.kernels.cpu.fused_ops import FusedGatedMLP, FusedRMSNorm
 from models import random_sequences, tiny_model
 from tiny_gptq import llama, write_checkpoint
@@ -292,6 +293,45 @@ def test_continuous_batching_works(tmp_path):
     ]
     assert len(found[0]) == 3
     assert sorted(found[0]) == sorted(found[1])
+
+
+def test_requests_that_follow_each_other_do_not_see_each_other(tmp_path):
+    """Prompts in several parts, and answers, in the same batches."""
+    plain, fused = models_of(tmp_path, AutoConfig.for_model("llama", **COMMON))
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 90, (n,), generator=generator).tolist() for n in (19, 1, 40, 7)]
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    batching = ContinuousBatchingConfig(max_batch_tokens=16, num_blocks=8, page_size=16)
+    results = fused.generate_batch(prompts, generation_config=config, continuous_batching_config=batching)
+    found = {tuple(one.prompt_ids): one.generated_tokens for one in results.values()}
+    for prompt in prompts:
+        expected = plain.generate(torch.tensor([prompt]), generation_config=config)[0, len(prompt) :]
+        assert found[tuple(prompt)] == expected.tolist()
+    assert fused.config._attn_implementation == ATTENTION
+
+
+def test_other_calls_work_while_batches_run(tmp_path):
+    plain, fused = models_of(tmp_path, AutoConfig.for_model("llama", **COMMON))
+    ids = torch.tensor([[0, 0, 7, 9, 4], [5, 6, 7, 8, 9]])
+    options = {
+        "attention_mask": (ids != 0).long(),
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "eos_token_id": -1,
+    }
+    expected = plain.generate(ids, **options, pad_token_id=0)
+    fused.init_continuous_batching()
+    assert torch.equal(fused.generate(ids, **options, pad_token_id=0), expected)
+    assert torch.equal(
+        fused.generate(ids[1:], max_new_tokens=6, do_sample=False, eos_token_id=-1), expected[1:]
+    )
+
+
+def test_sliding_windows_keep_torchs_attention_in_batches(tmp_path):
+    _, fused = models_of(tmp_path, AutoConfig.for_model("mistral", **COMMON, sliding_window=8))
+    manager = fused.init_continuous_batching()
+    assert fused.config._attn_implementation == "sdpa"
+    assert manager.model is fused
 
 
 def test_models_without_quantized_layers_are_unchanged():

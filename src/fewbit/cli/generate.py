@@ -52,7 +52,7 @@ def generate(
     The texts of several prompts follow each other in their order, with an empty line between.
     """
     import torch
-    from transformers import TextStreamer
+    from transformers import AutoTokenizer, TextStreamer
 
     from ..context import resolve_device
     from ..hf.generate import generate as write
@@ -67,7 +67,7 @@ def generate(
     model = load(checkpoint, where, wanted, kernel, trust_remote_code, **faster)
     if not model.can_generate():
         raise ModelError(f"{checkpoint} is a {type(model).__name__}, which cannot generate text")
-    tokenizer = _tokenizer(checkpoint, trust_remote_code)
+    tokenizer = load_tokenizer(checkpoint, trust_remote_code, AutoTokenizer)
     inputs = _encode(tokenizer, prompt, chat, checkpoint).to(where)
     torch.manual_seed(seed)
     decoding = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
@@ -96,11 +96,10 @@ def _speed(result: Generation) -> list[str]:
     return [speed, f"key-value cache: {result.cache}"]
 
 
-def _tokenizer(checkpoint: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
+def load_tokenizer(checkpoint: str, trust_remote_code: bool, auto_class: Any) -> Any:
+    """What `auto_class` (AutoTokenizer, AutoProcessor) loads for a checkpoint, or a `ModelError` that says why not."""
     try:
-        return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        return auto_class.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(

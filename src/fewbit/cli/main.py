@@ -25,6 +25,7 @@ from .generate import generate
 from .inspect import inspect
 from .plan import plan
 from .quantize import quantize
+from .serve import serve
 from .verify import verify
 
 
@@ -74,6 +75,7 @@ app.command("eval")(eval_)
 app.command()(inspect)
 app.command()(verify)
 app.command()(generate)
+app.command()(serve)
 app.command()(bench)
 app.command()(convert)
 app.command()(distill)

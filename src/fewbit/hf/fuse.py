@@ -6,17 +6,25 @@ first compared with the model's own code, which still runs with gradients, hooks
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from .. import native
-from ..internals import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_attention_forward, uses_attention
+from ..internals import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    restore_attention_after,
+    sdpa_attention_forward,
+    set_attention,
+    uses_attention,
+)
 from ..kernels.cpu.fused_ops import fuse_gated_mlps, fuse_norms
 from ..kernels.cpu.kernel import Cpu, Cpu16, CpuInt8, can_bypass_dispatch
 from ..kernels.cpu.lm_head import add_int8_lm_head, reason_against_int8
@@ -29,7 +37,9 @@ FAST_KERNELS = ("auto", "auto_a16", Cpu.name, Cpu16.name, CpuInt8.name)
 EXACT_KERNELS = ("auto_a16", Cpu16.name)
 AUTO = "auto"
 
-ATTENTION = "fewbit"  # the name of the attention in transformers' registry
+# Names of the attention in transformers' registry. transformers packs requests of unequal length without a mask for
+# functions that have "flash" in their name.
+ATTENTION, PACKED_ATTENTION = "fewbit", "fewbit_flash"
 
 # Arguments that change what attention computes.
 _UNUSUAL = ("position_bias", "softcap", "cache", "s_aux")
@@ -106,6 +116,42 @@ def attention_forward(
     return result
 
 
+def packed_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The same for continuous batching: the queries of all requests follow each other, and so do the keys.
+
+    torch's attention would let every query see the keys of all requests, through a mask. Calls from elsewhere, while
+    batches run, have a mask of padding or none.
+    """
+    kwargs |= {"dropout": dropout, "scaling": scaling, "is_causal": True}
+    if "cu_seq_lens_q" not in kwargs:
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, None, None].bool() & _causal(query.shape[2], key.shape[2])
+        return attention_forward(module, query, key, value, attention_mask, **kwargs)
+    queries, keys = kwargs.pop("cu_seq_lens_q").tolist(), kwargs.pop("cu_seq_lens_k").tolist()
+    parts = []
+    for (q0, q1), (k0, k1) in zip(itertools.pairwise(queries), itertools.pairwise(keys), strict=True):
+        count, length = q1 - q0, k1 - k0
+        # The last token sees all; other parts of a prompt see what was read before them.
+        mask = None if count in (1, length) else _causal(count, length)
+        request = query[:, :, q0:q1], key[:, :, k0:k1], value[:, :, k0:k1], mask
+        parts.append(attention_forward(module, *request, **kwargs)[0])
+    return torch.cat(parts, dim=1), None
+
+
+def _causal(queries: int, keys: int) -> Tensor:
+    """True where a query sees a key; the last query sees all."""
+    return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+
+
 def _is_supported(query: Tensor, key: Tensor, value: Tensor) -> bool:
     batch, heads, _, size = query.shape
     return (
@@ -147,17 +193,24 @@ def _replace_attention(model: nn.Module) -> bool:
         return False
     AttentionInterface.register(ATTENTION, attention_forward)
     AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
+    AttentionMaskInterface.register(PACKED_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"])
     model.set_attn_implementation(ATTENTION)
     return True
 
 
 class _ContinuousBatching:
-    """`init_continuous_batching` of a model: it works with torch's attention only."""
+    """`init_continuous_batching` of a model: it checks the name of the attention, and batches have another form."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if uses_attention(self._model, ATTENTION):
-            self._model.set_attn_implementation("sdpa")
-        return type(self._model).init_continuous_batching(self._model, *args, **kwargs)
+        fused = uses_attention(self._model, ATTENTION)
+        if fused:
+            sliding = getattr(self._model.config.get_text_config(), "sliding_window", None)
+            set_attention(self._model, "sdpa" if sliding else PACKED_ATTENTION)
+        manager = type(self._model).init_continuous_batching(self._model, *args, **kwargs)
+        if fused:
+            restore_attention_after(manager, ATTENTION)
+        return manager
