@@ -58,8 +58,8 @@ gpu: $(BIN)/python
 	exit $$(cat $(GPU)/failed)
 
 lint:
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples scripts
+	$(BIN)/ruff format --check src tests benchmarks examples scripts
 	$(BIN)/mypy
 
 docs: torch
