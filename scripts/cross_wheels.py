@@ -60,6 +60,11 @@ SYSTEMS = {
 }
 
 
+# zig has names of its own for processors. An argument of gcc and clang is replaced before zig sees it.
+_IN_ZIGS_WORDS = """set -- "${@/#-march=armv8.2-a+dotprod/-mcpu=generic+v8_2a+dotprod}"
+"""
+
+
 def build(system: System, output: Path) -> Path:
     """Build the wheel for `system` into `output`."""
     with tempfile.TemporaryDirectory() as name:
@@ -103,9 +108,11 @@ def write_toolchain(system: System, folder: Path) -> Path:
 
     zig = Path(ziglang.__file__).parent / "zig"
     for tool in ("c++", "cc", "ar", "ranlib"):
-        target = f"-target {system.zig}" if tool in ("c++", "cc") else ""
         program = folder / tool
-        program.write_text(f'#!/bin/sh\nexec "{zig}" {tool} {target} "$@"\n', encoding="utf-8")
+        command = f'exec "{zig}" {tool} "$@"'
+        if tool in ("c++", "cc"):
+            command = f'exec "{zig}" {tool} -target {system.zig} "$@"'
+        program.write_text(f"#!/bin/bash\n{_IN_ZIGS_WORDS}{command}\n", encoding="utf-8")
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
     name, processor = system.cmake
     lines = [
