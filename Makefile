@@ -4,6 +4,7 @@
 #   make test-memory   runs the compiled kernels' tests under AddressSanitizer (needs gcc or clang)
 #   make gpu    on a machine with a GPU: its tests, and the tables of docs/gpu.md
 #   make docs   builds the documentation into site/
+#   make dist   builds the source distribution and a wheel into dist/, and checks them
 # Inside an active virtual environment they use it; otherwise they make .venv.
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := torch==2.13.0
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-slow test-memory gpu lint docs clean torch
+.PHONY: demo test test-slow test-memory gpu lint docs dist clean torch
 
 demo: torch
 	$(PIP) install --quiet .
@@ -57,13 +58,19 @@ gpu: $(BIN)/python
 	exit $$(cat $(GPU)/failed)
 
 lint:
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples scripts
+	$(BIN)/ruff format --check src tests benchmarks examples scripts
 	$(BIN)/mypy
 
-docs: $(BIN)/python
-	$(PIP) install --quiet 'mkdocs-material>=9.5'
+docs: torch
+	$(PIP) install --quiet '.[docs]'
 	$(BIN)/python -m mkdocs build --strict
+
+dist: $(BIN)/python
+	$(PIP) install --quiet build twine
+	rm -f dist/fewbit-*
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 torch: $(BIN)/python
 	@$(BIN)/python -c "import torch" 2>/dev/null \

@@ -112,7 +112,8 @@ struct Bfloat16 {
     __m512i word(const Tile<BITS>& tile) const {
         if constexpr (BITS == 3) {
             const __m512i code = _mm512_set1_epi16(7 << 4), eight = _mm512_set1_epi16(0x4100);
-            return _mm512_ternarylogic_epi32(tile.template pair<I, 4>(), code, eight, 0xea);  // a and b, or c
+            const __m512i pair = tile.template pair<I, 4>();  // apart: the next line is a macro in clang
+            return _mm512_ternarylogic_epi32(pair, code, eight, 0xea);  // a and b, or c
         } else if constexpr (DIGITS == 2) {
             const __m512i codes = tile.template pair<I / 2>();
             return I % 2 ? _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), high) : _mm512_permutexvar_epi16(codes, low);

@@ -104,6 +104,11 @@ def test_the_site_builds_and_fetches_nothing(tmp_path):
     for file in built:
         for tag in re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", file.read_text(encoding="utf-8")):
             assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", tag), f"{file.name}: {tag}"
+    # What mkdocs generates from the source.
+    commands_page, api = ((tmp_path / name / "index.html").read_text("utf-8") for name in ("cli", "api"))
+    assert all(f"<code>fewbit {name}</code>" in commands_page for name in COMMANDS)
+    generated = {*fewbit.__all__} - {"__version__", "FewbitError"} | {"errors.FewbitError"}
+    assert not [name for name in generated if f'id="fewbit.{name}"' not in api]
 
 
 def test_every_page_is_in_the_table_of_contents():

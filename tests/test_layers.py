@@ -24,7 +24,7 @@ LAYERS = [
     "native atomic_io formatting profiling resources distributed quantized_matrix input_groups context internals",
     "modeling calibration gptq checkpoint",
     "kernels planning mixed_precision pipeline",
-    "hf engines evaluation verification",
+    "hf engines evaluation inspection verification",
     "preparation report output estimate distillation quantization exports",
     "gptq_arguments integration",
     "compat cli bench demo __main__",
@@ -40,6 +40,7 @@ EXEMPT = ("kernels/", "cli/", "compat/", "native.py", "gptq/triton_backend.py", 
 PUBLIC = {
     "quantization.py:quantize",
     "hf/load.py:load",
+    "hf/prompts.py:generate",
     "estimate/__init__.py:estimate",
     "gptq_arguments.py:__init__",
     "hf/fuse.py:attention_forward",
@@ -57,6 +58,7 @@ ADDED = {
     "presets, fast loading by default": (0, 150),
     "verdicts, reports without folders, engines on the card, faster calibration": (0, 210),
     "serving": (2, 430),
+    "inspect, generate and plan in Python": (2, 240),
 }
 
 

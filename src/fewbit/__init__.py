@@ -14,44 +14,63 @@ from .errors import FewbitError
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .checkpoint.convert import convert
     from .distillation import DistillConfig, distill
+    from .estimate import estimate as plan
     from .evaluation import evaluate
     from .exports import export
     from .hf.load import load
+    from .hf.prompts import generate
+    from .inspection import inspect
     from .integration import register, unregister
     from .quantization import quantize
+    from .report.report import Report
+    from .verification import verify
 
 # Loaded when first used, so that `import fewbit` does not import transformers.
 _LAZY = {
-    "quantize": "quantization",
-    "distill": "distillation",
-    "DistillConfig": "distillation",
-    "evaluate": "evaluation",
-    "export": "exports",
-    "load": "hf.load",
-    "register": "integration",
-    "unregister": "integration",
+    "DistillConfig": "distillation.DistillConfig",
+    "Report": "report.report.Report",
+    "convert": "checkpoint.convert.convert",
+    "distill": "distillation.distill",
+    "evaluate": "evaluation.evaluate",
+    "export": "exports.export",
+    "generate": "hf.prompts.generate",
+    "inspect": "inspection.inspect",
+    "load": "hf.load.load",
+    "plan": "estimate.estimate",
+    "quantize": "quantization.quantize",
+    "register": "integration.register",
+    "unregister": "integration.unregister",
+    "verify": "verification.verify",
 }
 
 __all__ = [
     "DistillConfig",
     "FewbitError",
     "QuantConfig",
+    "Report",
     "__version__",
+    "convert",
     "distill",
     "evaluate",
     "export",
+    "generate",
+    "inspect",
     "load",
+    "plan",
     "quantize",
     "register",
     "unregister",
+    "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'fewbit' has no attribute {name!r}")
-    return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    module, _, attribute = _LAZY[name].rpartition(".")
+    return getattr(import_module(f".{module}", __name__), attribute)
 
 
 def __dir__() -> list[str]:

@@ -19,6 +19,8 @@ Method = Literal["gptq", "rtn"]
 Format = Literal["gptq", "gptq_v2"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quality = Literal["fast", "default", "best"]
+ExportTarget = Literal["compressed-tensors", "awq", "gguf", "mlx", "auto-round", "dense"]
+DenseDtype = Literal["float16", "bfloat16", "float32"]
 
 BITS = (2, 3, 4, 8)
 ACT_ORDERS, METHODS, FORMATS, DTYPES, QUALITIES = map(get_args, (ActOrder, Method, Format, Dtype, Quality))
@@ -56,9 +58,9 @@ class LayerSettings:
     bits: int
     group_size: int
     sym: bool
-    act_order: str
+    act_order: ActOrder
     damp: float
-    method: str
+    method: Method
 
     def __post_init__(self) -> None:
         _one_of("bits", self.bits, BITS)
@@ -129,13 +131,13 @@ class QuantConfig:
     bits: int = 4
     group_size: int = 128
     sym: bool = True
-    act_order: str = "group"
+    act_order: ActOrder = "group"
     damp: float = 0.01
-    method: str = "gptq"
+    method: Method = "gptq"
     ignore: tuple[str, ...] | str = ()
     override: Mapping[str, Mapping[str, Any] | str] = field(default_factory=dict)
-    correction: float | str = AUTO
-    quality: str = "default"
+    correction: float | Literal["auto"] = "auto"
+    quality: Quality = "default"
     fast: bool = False
     target_bits: float | None = None
     tune: bool = False
@@ -144,12 +146,12 @@ class QuantConfig:
     distill_tokens: int = 500_000
     lm_head: bool = False
     mtp: bool = False
-    format: str = "gptq"
+    format: Format = "gptq"
     num_samples: int = 128
     seq_len: int = 2048
     batch_size: int = 1
     seed: int = 0
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -218,7 +220,7 @@ class QuantConfig:
         return any(method not in WITHOUT_CALIBRATION for method in (self.method, *own))
 
     @property
-    def effective_correction(self) -> float | str:
+    def effective_correction(self) -> float | Literal["auto"]:
         """The correction in use: 0 in a fast run."""
         return 0.0 if self.fast else self.correction
 

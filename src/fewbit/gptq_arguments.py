@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .atomic_io import write_whole
-from .config import FORMATS, QuantConfig
+from .config import FORMATS, ActOrder, QuantConfig
 from .context import resolve_device
 from .errors import CalibrationError, ConfigError, ModelError
 from .hf import blocks
@@ -99,7 +99,9 @@ def quant_config(
     **same: Any,
 ) -> QuantConfig:
     """Translate the older tools' settings; those in `same` have the same name here."""
-    order = "full" if desc_act and not static_groups else "group" if desc_act or act_group_aware else "none"
+    order: ActOrder = (
+        "full" if desc_act and not static_groups else "group" if desc_act or act_group_aware else "none"
+    )
     return QuantConfig(damp=damp_percent, act_order=order, **same)
 
 

@@ -68,6 +68,7 @@ class VerifyResult:
 
     @property
     def ok(self) -> bool:
+        """Whether nothing is wrong."""
         return not self.problems
 
 

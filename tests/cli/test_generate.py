@@ -99,7 +99,7 @@ def test_encoder_decoder(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        (("--chat",), ModelError, "has no chat template; leave out --chat"),
+        (("--chat",), ModelError, "has no chat template; leave out chat (--chat)"),
         (("--kernel", "marlin"), KernelError, "device is cpu, not cuda"),
         (("--device", "quantum"), ConfigError, "device 'quantum' cannot be used here"),
         (("-p", ""), ConfigError, "the prompt is empty"),

@@ -173,7 +173,7 @@ def test_a_gguf_file_without_its_package(tmp_path, monkeypatch):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.setitem(sys.modules, "gguf", None)
     found = estimate(tmp_path / "model.gguf", CONFIG, dataset=random_sequences())
-    assert any("pip install 'fewbit[gguf]'" in problem for problem in found.problems)
+    assert any("pip install gguf sentencepiece" in problem for problem in found.problems)
 
 
 def test_a_device_that_is_not_there(model):

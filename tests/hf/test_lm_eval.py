@@ -1,6 +1,6 @@
 """Benchmarks with lm-evaluation-harness: with a stand-in for it, and, slow, with itself and tasks in a folder.
 
-pip install 'fewbit[lm-eval]' && python -m pytest -m slow tests/hf/test_lm_eval.py
+pip install lm_eval accelerate && python -m pytest -m slow tests/hf/test_lm_eval.py
 """
 
 import importlib.machinery
@@ -121,7 +121,7 @@ def test_questions_that_cannot_be_read(harness):
 
 def test_the_extra_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DependencyError, match=r"need lm-evaluation-harness: pip install 'fewbit\[lm-eval\]'"):
+    with pytest.raises(DependencyError, match="need lm-evaluation-harness: pip install lm_eval accelerate"):
         run_tasks(llama(), None, ["arc_easy"])
     assert isinstance(run("no-such-model", "--tasks", "arc_easy").exception, DependencyError)
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from ..config import Dtype
 from ..errors import FewbitError
 from ..profiling import memory_in_use_bytes, peak_memory_bytes
 
@@ -50,7 +51,7 @@ class Worker:
         return actions[request.pop("do")](**request)
 
     def _load(
-        self, model: str, device: str, dtype: str, kernel: str | None, threads: int, options: dict[str, Any]
+        self, model: str, device: str, dtype: Dtype, kernel: str | None, threads: int, options: dict[str, Any]
     ) -> dict[str, Any]:
         from ..hf.load import kernels, load
         from ..modeling.source import open_source

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..config import FORMATS
+from ..config import FORMATS, Format
 from ..errors import CheckpointError, ConfigError
 from . import layout, manifest
 from .layout import PARTS, QWEIGHT, QZEROS, SCALES, Shaped
@@ -78,7 +78,7 @@ class _Seen:
 def convert(
     path: str | Path,
     output: str | Path,
-    fmt: str,
+    fmt: Format,
     *,
     max_shard_size: int | str = "5GB",
     allow_pickle: bool = False,

@@ -6,7 +6,7 @@ import inspect
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,10 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from .. import formatting
-from ..engines import ENGINES, engine
-
-if TYPE_CHECKING:
-    from ..engines import Contents
+from ..engines import engine
 
 # Results go to stdout; progress and notes to stderr, so that `--json` can be piped.
 console = Console(stderr=True)
@@ -103,13 +100,6 @@ class _Lines:
         if 0 < done < total and elapsed >= 1:
             line += f", {formatting.duration(elapsed * (total - done) / done)} left"
         console.print(line, highlight=False, markup=False)
-
-
-def engine_reasons(contents: Contents) -> dict[str, list[str]]:
-    """Engine → reasons why it cannot load a checkpoint; empty where no reason is known."""
-    from ..engines import unsupported_reasons
-
-    return {entry.name: unsupported_reasons(entry, contents) for entry in ENGINES}
 
 
 def engine_table(reasons: Mapping[str, Sequence[str]], asked: Collection[str] | None, verbose: bool) -> Table:

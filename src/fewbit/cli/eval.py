@@ -118,7 +118,7 @@ def eval_(
         Console().print(_score_table(scores))
 
 
-def _load(source: Source, dtype: str, device: torch.device, kernel: str) -> nn.Module:
+def _load(source: Source, dtype: Dtype, device: torch.device, kernel: str) -> nn.Module:
     """Load with fewbit if the folder is a GPTQ checkpoint, else with transformers."""
     if source.gguf is not None or not _is_gptq(source.folder):
         return source.load_model(dtype, device)

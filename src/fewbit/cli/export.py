@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from .. import formatting
+from ..config import DenseDtype, ExportTarget
 from .display import console, examples
 from .options import AsJson
-
-ExportTarget = Literal["compressed-tensors", "awq", "gguf", "mlx", "auto-round", "dense"]
-DenseDtype = Literal["float16", "bfloat16", "float32"]
 
 
 @examples(

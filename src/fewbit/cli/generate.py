@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..config import Dtype
-from ..errors import ConfigError, ModelError
 from .display import console, examples, quiet_libraries
 from .options import Fuse, LmHeadRuntime, TrustRemoteCode, head_bits
 
@@ -52,30 +50,28 @@ def generate(
     The texts of several prompts follow each other in their order, with an empty line between.
     """
     import torch
-    from transformers import AutoTokenizer, TextStreamer
+    from transformers import TextStreamer
 
     from ..context import resolve_device
+    from ..hf import prompts
     from ..hf.generate import generate as write
     from ..hf.load import kernels, load
 
     quiet_libraries()
-    if not all(prompt):
-        raise ConfigError("the prompt is empty; give some text to go on from: -p TEXT")
+    prompts.refuse_empty(prompt)
     where = resolve_device(device)
     wanted = "bfloat16" if dtype == "auto" and where.type == "cpu" else dtype
     faster: dict[str, Any] = {"fuse": fuse, "lm_head_runtime": head_bits(lm_head_runtime)}
     model = load(checkpoint, where, wanted, kernel, trust_remote_code, **faster)
-    if not model.can_generate():
-        raise ModelError(f"{checkpoint} is a {type(model).__name__}, which cannot generate text")
-    tokenizer = load_tokenizer(checkpoint, trust_remote_code, AutoTokenizer)
-    inputs = _encode(tokenizer, prompt, chat, checkpoint).to(where)
+    prompts.refuse_other_models(model, checkpoint)
+    tokenizer = prompts.load_tokenizer(checkpoint, trust_remote_code)
+    inputs = prompts.encode(tokenizer, prompt, chat, checkpoint).to(where)
     torch.manual_seed(seed)
-    decoding = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    decoding = prompts.DECODING
     # transformers streams one text; several are written when all are complete.
     streamer = TextStreamer(tokenizer, skip_prompt=True, **decoding) if len(prompt) == 1 else None
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    sampling["pad_token_id"] = tokenizer.pad_token_id
-    result = write(model, inputs, max_new_tokens, streamer=streamer, **sampling)
+    options = {**prompts.sampling(temperature), "pad_token_id": tokenizer.pad_token_id}
+    result = write(model, inputs, max_new_tokens, streamer=streamer, **options)
     if streamer is None:
         sys.stdout.write("\n\n".join(tokenizer.decode(row, **decoding) for row in result.tokens) + "\n")
     if quiet:
@@ -94,35 +90,3 @@ def _speed(result: Generation) -> list[str]:
         + (f": {result.decode_rate:.1f} tokens/s" if result.steps > 1 else "")
     )
     return [speed, f"key-value cache: {result.cache}"]
-
-
-def load_tokenizer(checkpoint: str, trust_remote_code: bool, auto_class: Any) -> Any:
-    """What `auto_class` (AutoTokenizer, AutoProcessor) loads for a checkpoint, or a `ModelError` that says why not."""
-    try:
-        return auto_class.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"{checkpoint} has no tokenizer that can be loaded: {reason} Copy the original model's "
-            "tokenizer files into it"
-        ) from error
-
-
-def _encode(tokenizer: Any, prompts: Sequence[str], chat: bool, checkpoint: str) -> Any:
-    """All prompts in one batch, the shorter ones padded on the left."""
-    if chat and not tokenizer.chat_template:
-        raise ModelError(f"{checkpoint} has no chat template; leave out --chat")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # masked: any token will do
-    padding = {"padding": len(prompts) > 1, "return_tensors": "pt"}
-    tokenizer.padding_side = "left"
-    if chat:
-        messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True, **padding
-        )
-    inputs = tokenizer(list(prompts), **padding)
-    for prompt, mask in zip(prompts, inputs["attention_mask"], strict=True):
-        if not mask.any():
-            raise ConfigError(f"the tokenizer of {checkpoint} makes no token of the prompt {prompt!r}")
-    return inputs

@@ -207,6 +207,6 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _correction(text: str) -> float | str:
+def _correction(text: str) -> Any:
     """A number if the text is one; QuantConfig checks the rest."""
     return float(text) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text.lower()) else text

@@ -16,7 +16,7 @@ from rich.table import Column, Table
 
 from .. import formatting
 from ..engines import engine
-from .display import NO, console, engine_reasons, examples, quiet_libraries
+from .display import NO, console, examples, quiet_libraries
 from .options import AsJson, Engines, QuantizeArguments, with_options
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def show_estimate(
     """
     from ..engines import of_plan
     from ..estimate import estimate
+    from ..inspection import engine_reasons
 
     quiet_libraries()
     found = estimate(arguments.model, arguments.config, **arguments.keywords, processes=processes)

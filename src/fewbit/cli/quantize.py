@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, cast, get_args
 
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 
 from .. import formatting
+from ..config import ExportTarget
 from .display import INTERRUPTED, console, examples, progress_bar, quiet_libraries
-from .export import ExportTarget, show_export
+from .export import show_export
 from .options import AsJson, QuantizeArguments, with_options
 from .plan import show_estimate
 
@@ -75,7 +76,9 @@ def quantize(
     elif is_leader and not quiet:
         _show(report, verbose)
     for target in (export or ()) if is_leader else ():
-        result = exports.export(arguments.output, _beside(arguments.output, target), target)
+        result = exports.export(
+            arguments.output, _beside(arguments.output, target), cast(ExportTarget, target)
+        )
         if not (quiet or as_json):
             show_export(result)
 

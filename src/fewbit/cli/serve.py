@@ -70,8 +70,8 @@ def serve(
 
     from ..context import resolve_device
     from ..hf.load import kernels, load
+    from ..hf.prompts import load_tokenizer
     from ..hf.server import run
-    from .generate import load_tokenizer
 
     quiet_libraries()
     where = resolve_device(device)

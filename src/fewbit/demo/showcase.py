@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import QuantConfig
+from ..config import Method, QuantConfig
 from ..evaluation import evaluate, windows
 from ..hf.load import load
 from ..modeling.source import open_source
@@ -19,7 +19,7 @@ from ..quantization import quantize
 from . import calibration_text, evaluation_text, model_path
 
 BITS = (4, 3, 2)
-METHODS = {"rtn": "round to nearest", "gptq": "GPTQ"}
+METHODS: dict[Method, str] = {"rtn": "round to nearest", "gptq": "GPTQ"}
 SETTINGS: dict[str, Any] = {"group_size": 64, "seq_len": 256, "num_samples": 128}
 EVALUATION_WINDOWS = 48
 PROMPT = "It was a very fine morning, and Elizabeth"
@@ -81,7 +81,7 @@ class Showcase:
         size = sum(path.stat().st_size for path in self.source.weight_files())
         return self._measure("original", stored_bits, size, self.base, None)
 
-    def _quantized(self, bits: int, method: str, output: Path) -> Row:
+    def _quantized(self, bits: int, method: Method, output: Path) -> Row:
         name = f"{bits} bits, {METHODS[method]}"
         report = quantize(
             model_path(),

@@ -20,7 +20,7 @@ from torch import nn
 
 from .. import __version__, native
 from ..checkpoint.writer import parse_size
-from ..config import QuantConfig
+from ..config import Dtype, QuantConfig
 from ..context import Progress, RunContext, no_progress, resolve_device
 from ..distributed import open_communicator
 from ..errors import ConfigError, ModelError
@@ -71,6 +71,7 @@ class Distillation:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
         return asdict(self)
 
 
@@ -197,7 +198,7 @@ def _rate(model: nn.Module) -> float:
     return 2e-3 if min(layer.bits for _, layer in quantized_layers(model)) == 2 else 1e-3
 
 
-def training_dtype(device: torch.device) -> str:
+def training_dtype(device: torch.device) -> Dtype:
     """bfloat16 where the device multiplies it fast: its rounding is far below the error of quantization."""
     fast = device.type == "cuda" or (device.type == "cpu" and "avx512_bf16" in native.instruction_sets())
     return "bfloat16" if fast else "float32"

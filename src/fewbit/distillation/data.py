@@ -12,7 +12,7 @@ from torch import Tensor
 from ..calibration import prepare
 from ..calibration.inputs import is_more_than_tokens
 from ..calibration.sequences import collate
-from ..config import QuantConfig
+from ..config import Dtype, QuantConfig
 from ..errors import CalibrationError, ConfigError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class DistillConfig:
     batch_size: int = 2
     rate: float | None = None
     seed: int = 0
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
 
     def __post_init__(self) -> None:
         for name in ("tokens", "seq_len", "batch_size"):

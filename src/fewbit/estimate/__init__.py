@@ -173,11 +173,26 @@ def estimate(
 ) -> Estimate:
     """Estimate what `fewbit.quantize` would do with the same arguments. Writes nothing that stays.
 
-    With several `processes` memory and time are for each of them. All run on this machine: without GPUs they share its
-    cores and its memory.
-
     Takes a few seconds: one calibration batch runs through the first blocks, and a layer of every width is solved.
-    Without a dataset it plans with as many tokens as the configuration asks for.
+
+    Args:
+        model: a folder, a ``.gguf`` file or a Hub id.
+        config: settings; the default is 4 bits, group size 128, symmetric.
+        dataset: calibration text. Without one the estimate takes as many tokens as `config` asks for.
+        tokenizer: tokenizer for the text; by default the one beside the model.
+        output: folder to write. Its disk is measured, and whether it can be used.
+        device: "auto", "cpu", "cuda", "cuda:1", "xpu" or "mps".
+        resume: continue an interrupted run found in `output`.
+        max_shard_size: bytes, or text such as "5GB".
+        trust_remote_code: run Python code that comes with the model.
+        allow_pickle: read weights from .bin files.
+        evaluate_on: a text on which the result is then measured.
+        offload_dir: a folder for the activations of paused calibration batches.
+        processes: number of processes of torchrun. Memory and time are then for each of them. All run on this machine:
+            without GPUs they share its cores and its memory.
+
+    Returns:
+        What the run would do, need and take. `problems` has what would make it fail; nothing is raised for that.
     """
     config, found = config or QuantConfig(), Estimate(processes)
     folder, scratch = (None if path is None else Path(path) for path in (output, offload_dir))

@@ -21,7 +21,7 @@ from ..checkpoint.layout import G_IDX, PARTS, QWEIGHT, QZEROS, SCALES, Shaped
 from ..checkpoint.reader import Checkpoint, LayerSpec, open_checkpoint, refuse_lost_zeros
 from ..checkpoint.safe_io import files_beside_weights
 from ..checkpoint.writer import CONFIG, QUANTIZE_CONFIG, CheckpointWriter, refuse_non_empty
-from ..config import BITS, LayerSettings, QuantConfig
+from ..config import BITS, DenseDtype, ExportTarget, LayerSettings, QuantConfig
 from ..errors import CheckpointError, ConfigError, OutputError
 from ..quantized_matrix import sequential_groups
 from ..report.report import PAGE_NAME, REPORT_NAME
@@ -67,9 +67,9 @@ class ExportResult:
 def export(
     checkpoint: str | Path,
     output: str | Path,
-    to: str,
+    to: ExportTarget,
     *,
-    dtype: str | None = None,
+    dtype: DenseDtype | None = None,
     allow_inexact: bool = False,
     max_shard_size: int | str = "5GB",
 ) -> ExportResult:

@@ -38,9 +38,7 @@ def package() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise DependencyError(
-            "GGUF files need the package gguf: pip install 'fewbit[gguf]' or pip install gguf"
-        ) from error
+        raise DependencyError("GGUF files need the package gguf: pip install gguf") from error
     return gguf
 
 

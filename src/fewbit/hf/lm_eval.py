@@ -105,9 +105,7 @@ def run_tasks(
 def require_harness() -> None:
     """Raise DependencyError if lm-evaluation-harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise DependencyError(
-            "benchmark tasks need lm-evaluation-harness: pip install 'fewbit[lm-eval]' (or pip install lm_eval)"
-        )
+        raise DependencyError("benchmark tasks need lm-evaluation-harness: pip install lm_eval accelerate")
 
 
 def _check_known(tasks: Sequence[str], known: Sequence[str]) -> None:

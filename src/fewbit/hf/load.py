@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -21,6 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..checkpoint import layout
 from ..checkpoint.reader import Checkpoint, open_checkpoint
+from ..config import Dtype
 from ..errors import CheckpointError, ConfigError, DependencyError, FewbitError
 from ..kernels import registry
 from ..modeling.source import download
@@ -35,7 +36,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def load(
     path: str | Path,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | str | None = None,
+    dtype: torch.dtype | Dtype | None = None,
     kernel: str = "auto",
     trust_remote_code: bool = False,
     *,
@@ -43,7 +44,7 @@ def load(
     max_memory: Mapping[Any, Any] | None = None,
     quantization_config: Mapping[str, Any] | None = None,
     fuse: bool = True,
-    lm_head_runtime: int | str | None = "auto",
+    lm_head_runtime: Literal[8, 16, "auto"] | None = "auto",
 ) -> PreTrainedModel:
     """Load a GPTQ checkpoint, written by any tool.
 

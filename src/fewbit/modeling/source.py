@@ -490,7 +490,7 @@ def _gguf_dequantize() -> Any:
         import gguf  # noqa: F401
     except ImportError as error:
         raise DependencyError(
-            "reading .gguf files needs the gguf package: pip install 'fewbit[gguf]'"
+            "reading .gguf files needs the packages gguf and sentencepiece: pip install gguf sentencepiece"
         ) from error
     return transformers.GgufConfig(dequantize=True)
 

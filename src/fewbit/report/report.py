@@ -94,6 +94,7 @@ class Report:
 
     @property
     def modules(self) -> int:
+        """Number of quantized layers."""
         return len(self.layers)
 
     def summary(self) -> dict[str, Any]:
@@ -111,6 +112,7 @@ class Report:
         }
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, as in ``fewbit_report.json``."""
         return asdict(self)
 
     def published(self) -> dict[str, Any]:

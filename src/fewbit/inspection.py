@@ -1,0 +1,165 @@
+"""`inspect`: what a checkpoint is, which kernels can run it here, and which engines load it. Reads headers only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint.reader import Checkpoint, LayerSpec, open_checkpoint
+from .engines import ENGINES, Contents, of_checkpoint, unsupported_reasons
+from .errors import CheckpointError
+from .hf.model_check import expected
+from .kernels import registry
+
+
+@dataclass(frozen=True)
+class KernelUse:
+    """What one kernel can do with a checkpoint on this machine.
+
+    Attributes:
+        kernel: its name.
+        device: type of the device.
+        modules: number of layers that it can run.
+        why_not: the first reason why it cannot run others; None if it runs all.
+    """
+
+    kernel: str
+    device: str
+    modules: int
+    why_not: str | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Result of `inspect`.
+
+    Attributes:
+        model_type: as config.json names it; None where it does not.
+        format: "gptq" (v1) or "gptq_v2".
+        bits: bits of layers without a rule for them, as the next three.
+        group_size: inputs that share a scale; −1 for the whole row.
+        sym: symmetric grids.
+        desc_act: groups that are not consecutive inputs.
+        assumed: settings that the files do not state, read as the default.
+        made_by: the tools that wrote it, where stated.
+        modules: number of quantized layers.
+        layouts: layout of a layer in words → number of layers.
+        padded_modules: number of layers that do not fill their last words.
+        quantized_weights: number of quantized weights.
+        bits_per_weight: stored bits for each, with scales, zero points and g_idx; None without quantized layers.
+        quantized_bytes: size of the quantized layers.
+        other_bytes: size of everything else.
+        files: number of weight files.
+        kinds: "linear", "conv2d" or "unknown" → number of layers.
+        kernels: for every kernel, what it can do with the checkpoint here.
+        engines: engine → reasons why it cannot load the checkpoint; empty where no reason is known.
+        layers: every quantized layer.
+    """
+
+    model_type: str | None
+    format: str
+    bits: int
+    group_size: int
+    sym: bool
+    desc_act: bool
+    assumed: list[str]
+    made_by: list[str]
+    modules: int
+    layouts: dict[str, int]
+    padded_modules: int
+    quantized_weights: int
+    bits_per_weight: float | None
+    quantized_bytes: int
+    other_bytes: int
+    files: int
+    kinds: dict[str, int]
+    kernels: list[KernelUse]
+    engines: dict[str, list[str]]
+    layers: tuple[LayerSpec, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON that ``fewbit inspect --json`` prints: everything but the layers."""
+        result = asdict(self)
+        del result["layers"]
+        result["readers"] = result.pop("engines")
+        return result
+
+
+def inspect(checkpoint: str | Path) -> Inspection:
+    """Say what the GPTQ checkpoint in a folder is, from any tool. `verify` checks its contents.
+
+    Args:
+        checkpoint: a checkpoint's folder.
+
+    Raises:
+        CheckpointError: it is not a GPTQ checkpoint, or damaged.
+    """
+    opened = open_checkpoint(Path(checkpoint))
+    kinds = _kinds(opened)
+    contents = of_checkpoint(opened, kinds)
+    specs, settings = opened.layers.values(), opened.settings
+    weights = sum(spec.in_features * spec.out_features for spec in specs)
+    nbytes = sum(spec.nbytes for spec in specs)
+    return Inspection(
+        model_type=opened.config.get("model_type"),
+        format=settings.format,
+        bits=settings.bits,
+        group_size=settings.group_size,
+        sym=settings.sym,
+        desc_act=settings.desc_act,
+        assumed=list(settings.assumed),
+        made_by=list(settings.quantizers),
+        modules=len(specs),
+        layouts=dict(Counter(map(layout_text, specs))),
+        padded_modules=sum(spec.padded for spec in specs),
+        quantized_weights=weights,
+        bits_per_weight=nbytes * 8 / weights if weights else None,
+        quantized_bytes=nbytes,
+        other_bytes=sum(info.nbytes for info in opened.tensors.values()) - nbytes,
+        files=len(opened.weights.files),
+        kinds=dict(Counter(kinds.get(name, "unknown") for name in opened.layers)),
+        kernels=_kernels(opened.config, contents),
+        engines=engine_reasons(contents),
+        layers=tuple(specs),
+    )
+
+
+def engine_reasons(contents: Contents) -> dict[str, list[str]]:
+    """Engine → reasons why it cannot load a checkpoint; empty where no reason is known."""
+    return {entry.name: unsupported_reasons(entry, contents) for entry in ENGINES}
+
+
+def layout_text(spec: LayerSpec) -> str:
+    """Bits, groups and grid of a layer in words."""
+    groups = "one group per row" if spec.group_size == -1 else f"groups of {spec.group_size}"
+    order = ", act-order" if spec.desc_act else ""
+    return f"{spec.bits} bits, {groups}, {'symmetric' if spec.sym else 'asymmetric'}{order}"
+
+
+def _kinds(checkpoint: Checkpoint) -> dict[str, str]:
+    """Layer → "linear" or "conv2d", from the model; empty where transformers cannot build it."""
+    try:
+        model = expected(checkpoint.path, checkpoint.config, checkpoint.tensors)
+    except CheckpointError:
+        return {}  # `verify` says what is wrong
+    return model.kinds if model else {}
+
+
+def _kernels(config: Mapping[str, Any], contents: Contents) -> list[KernelUse]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stated = config.get("dtype") or config.get("torch_dtype") or "float16"
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    dtype = dtypes.get(str(stated), torch.float16)
+    able: Counter[str] = Counter()
+    reasons: dict[str, str] = {}
+    for _, spec in contents.layers:
+        for name, reason in registry.explain(spec, device, dtype):
+            able[name] += reason is None
+            if reason is not None:
+                reasons.setdefault(name, reason)
+    return [KernelUse(name, device.type, count, reasons.get(name)) for name, count in able.items()]
