@@ -345,7 +345,7 @@ def test_errors_before_the_model_is_loaded(tmp_path, folder, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "fastapi" else name)
     error = refused(folder, *port)
     assert isinstance(error, DependencyError)
-    assert str(error) == "serving needs fastapi: pip install 'fewbit[serve]'"
+    assert str(error) == "serving needs fastapi: pip install 'transformers[serving]' psutil"
     monkeypatch.undo()
     monkeypatch.setattr("transformers.__version__", "5.1.0")
     assert "serving needs transformers 5.24 or newer, 5.1.0 is installed" in str(refused(folder, *port))

@@ -118,14 +118,14 @@ def _how_to_use(name: str, host: str, port: int, chat: bool) -> list[str]:
 def _check_installed() -> None:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise DependencyError(f"serving needs {', '.join(missing)}: pip install 'fewbit[serve]'")
+        raise DependencyError(f"serving needs {', '.join(missing)}: pip install 'transformers[serving]' psutil")
     import transformers
     from packaging.version import Version
 
     if Version(transformers.__version__) < Version(_TRANSFORMERS):
         raise DependencyError(
             f"serving needs transformers {_TRANSFORMERS} or newer, {transformers.__version__} is installed: "
-            "pip install 'fewbit[serve]'"
+            "pip install -U 'transformers[serving]'"
         )
 
 
