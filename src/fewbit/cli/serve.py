@@ -125,7 +125,7 @@ def _check_installed() -> None:
     if Version(transformers.__version__) < Version(_TRANSFORMERS):
         raise DependencyError(
             f"serving needs transformers {_TRANSFORMERS} or newer, {transformers.__version__} is installed: "
-            "pip install -U 'transformers[serving]'"
+            "pip install 'transformers[serving]'"
         )
 
 
