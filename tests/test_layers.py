@@ -26,7 +26,7 @@ LAYERS = [
     "kernels planning mixed_precision pipeline",
     "hf engines evaluation verification",
     "preparation report output estimate distillation quantization exports",
-    "gptq_arguments integration",
+    "gptq_arguments integration vllm_plugin",
     "compat cli bench demo __main__",
 ]
 RANK = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer.split()}
@@ -54,6 +54,7 @@ ADDED = {
     "distillation": (9, 1_300),
     "exports to other engines": (11, 1_250),
     "presets, fast loading by default": (0, 150),
+    "plugin for vLLM": (5, 600),
 }
 
 
