@@ -2,8 +2,9 @@
 
     python benchmarks/vllm_speed.py --python V/bin/python [--threads 1] [--model smollm2 | 1b] [--rounds 5]
 
-runs in fewbit's environment; V is vLLM's, with fewbit installed. The model has random weights of the true shapes, at
-4, 3, 2 and 8 bits in groups of 64. vLLM's own kernel takes 4 bits only.
+runs in fewbit's environment; V is vLLM's, with fewbit installed. The model has random weights of the true shapes, in
+groups of 64. vLLM's own kernel takes 4 bits only. vLLM compiles the models, which takes a minute for each; --eager
+saves that and is slower.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ GROUP_SIZE = 64
 BASE = "vLLM's own, 4 bits"
 
 
-def candidates(folder: Path, python: str, requests: int, dtype: str) -> dict[str, Candidate]:
+def candidates(folder: Path, requests: int, arguments: argparse.Namespace) -> dict[str, Candidate]:
     """What is measured, by name."""
 
     def candidate(bits: int, method: str) -> Candidate:
-        options = {"requests": requests}
-        return Candidate(str(folder / f"{bits}"), dtype, method, options, command=(python, WORKER))
+        options = {"requests": requests, "enforce_eager": arguments.eager}
+        command = (arguments.python, WORKER)
+        return Candidate(str(folder / f"{bits}"), arguments.dtype, method, options, command=command)
 
-    return {BASE: candidate(4, "gptq")} | {f"fewbit, {b} bits": candidate(b, "fewbit") for b in (4, 3, 2, 8)}
+    return {BASE: candidate(4, "gptq")} | {
+        f"fewbit, {b} bits": candidate(b, "fewbit") for b in arguments.bits
+    }
 
 
 def table(results: dict[str, Result], requests: int) -> str:
@@ -60,15 +64,17 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="smollm2, 1b, or a folder with a config.json")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2, 8])
+    parser.add_argument("--eager", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16")
     arguments = parser.parse_args()
     config = random_models.config_of(str(prepare.MODEL) if arguments.model == "smollm2" else arguments.model)
     with tempfile.TemporaryDirectory() as folder:
-        for bits in (4, 3, 2, 8):
+        for bits in {4, *arguments.bits}:
             random_models.write(config, Path(folder) / f"{bits}", bits, GROUP_SIZE)
         for requests in arguments.requests:
-            wanted = candidates(Path(folder), arguments.python, requests, arguments.dtype)
+            wanted = candidates(Path(folder), requests, arguments)
             results, refused = measure_models(wanted, threads=arguments.threads, rounds=arguments.rounds)
             print(table(results, requests), *refused.items(), sep="\n", flush=True)
 

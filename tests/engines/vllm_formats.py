@@ -3,8 +3,8 @@
     python tests/engines/vllm_formats.py --python V/bin/python     measures; writes vllm_formats.json and the page
     python tests/engines/vllm_formats.py                           writes the page from the record
 
-runs in fewbit's environment; V is vLLM's, with fewbit installed (read_vllm_cpu.py, read_vllm_fewbit.py). The checkpoints are
-those of `cells`; outcomes are those of `measure`, and ``not written`` where `fewbit export` refuses.
+runs in fewbit's environment; V is vLLM's, with fewbit installed (read_vllm_cpu.py, read_vllm_fewbit.py). The
+checkpoints are those of `cells`; outcomes are those of `measure`, and ``not written`` where `fewbit export` refuses.
 """
 
 from __future__ import annotations

@@ -25,8 +25,12 @@ import fewbit
 from models import tiny_model, tiny_tokenizer
 from moe_models import MOE_SHAPES
 
-# vLLM takes these from the environment only: the engine in this process, and a small cache.
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+# vLLM takes these from the environment only: the engine in this process, a small cache.
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise each process wants a NUMA node to itself
+}
 vllm = pytest.importorskip(
     "vllm", reason="needs vLLM: pip install 'fewbit[vllm]' in an environment of its own"
 )
@@ -60,10 +64,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 with some settings."""
     folder = tmp_path_factory.mktemp("checkpoint") / "out"
-    config = fewbit.QuantConfig(
-        **{"group_size": 64, **SETTINGS[request.param]}, fast=True, num_samples=8, seq_len=128
-    )
-    text = (prepare.DATA / "wiki.train.txt").read_text()[:100_000]
+    settings = {"group_size": 64, "fast": True, "num_samples": 4, "seq_len": 128, **SETTINGS[request.param]}
+    text = (prepare.DATA / "wiki.train.txt").read_text()[:20_000]
+    config = fewbit.QuantConfig(**settings)
     fewbit.quantize(prepare.MODEL, config, dataset=[text], output=folder, device="cpu")
     return folder
 

@@ -106,6 +106,7 @@ class FewbitConfig(QuantizationConfig):  # type: ignore[misc]
         tensors = {
             name: TensorInfo(DTYPES[info["dtype"]], tuple(info["shape"]), *info["data_offsets"])
             for name, info in headers.items()
+            if "dtype" in info  # else the metadata of a file
         }
         self.layers = {name: layer_spec(name, self.settings, tensors) for name in layer_names(tensors)}
         if not self.layers:
