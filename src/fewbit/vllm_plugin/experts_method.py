@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationConfig, apply_moe_activation
 from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEQuantConfig
@@ -19,10 +18,8 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from ..checkpoint.layout import PARTS
 from ..errors import CheckpointError, ConfigError
-from ..kernels.cpu.kernel import Cpu
-from ..kernels.cpu.merged import MergedLinear
 from . import shards
-from .shards import WEIGHT, DenseShard, Shard
+from .shards import WEIGHT, DenseShard, Projection, Shard
 
 _GATE, _UP, _DOWN = "w1", "w3", "w2"  # vLLM's names of the projections
 
@@ -48,7 +45,7 @@ class FewbitExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             raise ConfigError(f"{prefix}: experts with biases are not supported by fewbit's plugin for vLLM")
         self._formats, self._fmt, self._prefix = formats, fmt, prefix
         self._tensors: dict[tuple[int, str], dict[str, Tensor]] = {}
-        self._experts: list[tuple[_Projection, _Projection]] = []  # gate and up; down
+        self._experts: list[tuple[Projection, Projection]] = []  # gate and up; down
 
     def create_weights(
         self,
@@ -82,7 +79,7 @@ class FewbitExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             rows = torch.arange(first, last)
             up = [self._whole(expert, name, layer.hidden_size).outputs(rows) for name in gated]
             down = self._whole(expert, _DOWN, self.moe.intermediate_size).inputs(first, last)
-            self._experts.append((_Projection(up), _Projection([down])))
+            self._experts.append((Projection(up), Projection([down])))
         self._tensors = {}
 
     def apply(
@@ -136,19 +133,3 @@ class FewbitExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         if tensors is None:
             raise CheckpointError(f"{where}: the files have no weights")
         return shards.read(tensors, self._formats, self._fmt, in_features, where)
-
-
-class _Projection:
-    """Products with the same input, side by side."""
-
-    def __init__(self, parts: Sequence[Shard | DenseShard]) -> None:
-        self._products = [
-            partial(functional.linear, weight=part.weight)
-            if isinstance(part, DenseShard)
-            else MergedLinear(part.pack(), Cpu.rounding)
-            for part in shards.merge(parts)
-        ]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        results = [product(x) for product in self._products]
-        return results[0] if len(results) == 1 else torch.cat(results, dim=-1)

@@ -2,7 +2,10 @@
 
 While vLLM loads, the tensors of each part (q, k, v) are kept as they come. Which outputs of which part belong where,
 and which inputs this process has, is asked of vLLM's own loader: it is given row numbers to load instead of weights.
-Then each run of outputs is packed; parts with equal settings become one product. A part may also be unquantized.
+Then the outputs are packed; parts with equal settings become one product. A part may also be unquantized.
+
+In a compiled model a layer is one operator that finds its weights by name, so that vLLM's cache of compiled models
+holds nothing of them.
 """
 
 from __future__ import annotations
@@ -13,19 +16,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
 from ..checkpoint.layout import PARTS, SCALES
 from ..errors import CheckpointError
-from ..kernels.cpu.kernel import Cpu, product
-from ..kernels.cpu.packed import PackedWeight
 from . import shards
-from .shards import WEIGHT, DenseShard, Shard
+from .shards import WEIGHT, DenseShard, Projection, Shard
 
 _PART = 1 << 40  # row numbers of part i begin at i · _PART
-_TENSORS = PackedWeight._fields[:5]
+
+# torch.library.custom_op would take as long as a small product.
+_LIBRARY = torch.library.Library("fewbit_vllm", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define("linear(Tensor x, Tensor? bias, str name, int outputs) -> Tensor")  # type: ignore[no-untyped-call]
+
+
+def _linear(x: Tensor, bias: Tensor | None, name: str, outputs: int) -> Tensor:
+    projection: Projection = get_forward_context().no_compile_layers[name].projection
+    return projection(x, bias)
+
+
+def _empty(x: Tensor, bias: Tensor | None, name: str, outputs: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], outputs))
+
+
+_LIBRARY.impl("linear", _linear, "CPU")  # type: ignore[no-untyped-call]
+torch.library.register_fake("fewbit_vllm::linear", _empty, lib=_LIBRARY)
 
 
 class FewbitLinearMethod(LinearMethodBase):  # type: ignore[misc]
@@ -39,9 +57,10 @@ class FewbitLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def __init__(self, formats: Sequence[tuple[int, int]], fmt: str, prefix: str) -> None:
         self._formats, self._fmt, self._prefix = formats, fmt, prefix
+        self._name = f"fewbit {prefix}"  # vLLM's own layers are called `prefix`
         self._parts: dict[Any, dict[str, Tensor]] = {}
         self._sizes = (0, 0, 0)  # inputs of the whole layer, inputs here, outputs here
-        self._products: list[tuple[int, int, int] | None] = []
+        self.projection: Projection | None = None
 
     def create_weights(
         self,
@@ -59,6 +78,7 @@ class FewbitLinearMethod(LinearMethodBase):  # type: ignore[misc]
             parameter = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
             set_weight_attrs(parameter, {"weight_loader": partial(self._collect, name)})
             layer.register_parameter(name, parameter)
+        get_current_vllm_config().compilation_config.static_forward_context[self._name] = self
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Pack the tensors that this process needs, and let go of the others.
@@ -66,34 +86,19 @@ class FewbitLinearMethod(LinearMethodBase):  # type: ignore[misc]
         Raises:
             CheckpointError: the files lack a part of the layer.
         """
-        del layer.weight
+        del layer.weight  # other code of vLLM would take the empty one for a dense weight
         rows, columns = self._rows(layer), self._columns(layer)
         runs = [self._part(part).outputs(outputs).inputs(*columns) for part, outputs in _runs(rows)]
         self._parts = {}
-        for number, run in enumerate(shards.merge(runs)):
-            if isinstance(run, DenseShard):
-                self._products.append(None)
-                layer.register_buffer(f"{WEIGHT}_{number}", run.weight, persistent=False)
-                continue
-            weight = run.pack()
-            self._products.append(weight[5:])
-            for name, tensor in zip(_TENSORS, weight[:5], strict=True):
-                layer.register_buffer(f"{name}_{number}", tensor, persistent=False)
+        self.projection = Projection(runs)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(tokens, inputs here) → (tokens, outputs here)"""
-        if len(self._products) == 1:
-            return self._product(layer, 0, x, bias)
-        parts = [self._product(layer, number, x, None) for number in range(len(self._products))]
-        y = torch.cat(parts, dim=-1)
-        return y if bias is None else y + bias
-
-    def _product(self, layer: Any, number: int, x: Tensor, bias: Tensor | None) -> Tensor:
-        sizes = self._products[number]
-        if sizes is None:
-            return functional.linear(x, getattr(layer, f"{WEIGHT}_{number}"), bias)
-        tensors = [getattr(layer, f"{name}_{number}") for name in _TENSORS]
-        return product(x, PackedWeight._make([*tensors, *sizes]), bias, rounding=Cpu.rounding)
+        if torch.compiler.is_compiling():
+            y: Tensor = torch.ops.fewbit_vllm.linear(x, bias, self._name, self._sizes[2])
+            return y
+        assert self.projection is not None
+        return self.projection(x, bias)
 
     def _collect(self, name: str, parameter: nn.Parameter, loaded: Tensor, shard_id: Any = None) -> None:
         self._parts.setdefault(shard_id, {})[name] = shards.kept(name, loaded, parameter.dtype)

@@ -2,20 +2,24 @@
 
 An engine merges layers with the same input (q, k and v), and spreads a layer over processes: by its outputs, or by its
 inputs. A `Shard` holds a layer's tensors in canonical form, a `DenseShard` those of a layer that is not quantized.
-`outputs`, `inputs` and `merge` do the rest, exactly.
+`outputs`, `inputs` and `merge` do the rest, exactly, and a `Projection` multiplies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..checkpoint import layout
 from ..errors import CheckpointError
 from ..kernels.cpu import packed
+from ..kernels.cpu.kernel import Cpu
+from ..kernels.cpu.merged import MergedLinear
 from ..kernels.cpu.packed import PackedWeight
 from ..quantized_matrix import group_count, sequential_groups
 
@@ -161,3 +165,31 @@ def _concatenate(a: Shard, b: Shard) -> Shard:
         scales=torch.cat([a.scales, b.scales], dim=1),
         zeros=torch.cat([a.zeros, b.zeros], dim=1),
     )
+
+
+class Projection:
+    """Products of one input with several shards, side by side: (…, in) → (…, out). No gradients.
+
+    Attributes:
+        products: number of products; neighbors with equal settings share one.
+    """
+
+    def __init__(self, shards: Sequence[Shard | DenseShard]) -> None:
+        merged = merge(shards)
+        self.products = len(merged)
+        self._multiply = [
+            partial(_dense_product, shard.weight)
+            if isinstance(shard, DenseShard)
+            else MergedLinear(shard.pack(), Cpu.rounding)
+            for shard in merged
+        ]
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.products == 1:
+            return self._multiply[0](x, bias)
+        y = torch.cat([multiply(x) for multiply in self._multiply], dim=-1)
+        return y if bias is None else y + bias
+
+
+def _dense_product(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    return functional.linear(x, weight, bias)
