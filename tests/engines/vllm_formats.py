@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ HERE = Path(__file__).parent
 RECORD = HERE / "vllm_formats.json"
 PAGE = HERE.parents[1] / "docs" / "vllm.md"
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
+_ALIKE, _SHOWN = 40, 160  # characters of a reason
 EXPORTS = ("compressed-tensors", "awq", "auto-round")
 # Column → (engine, export or None for the checkpoint itself).
 WAYS = {
@@ -98,25 +100,28 @@ def _lines(record: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield f"| | {' | '.join(WAYS)} |"
     yield "|---" * (len(WAYS) + 1) + "|"
-    notes: list[str] = []
+    notes: dict[str, str] = {}
     for name, ways in record["cells"].items():
         yield f"| {name} | {' | '.join(_field(ways[way], notes) for way in WAYS)} |"
     yield ""
-    for number, note in enumerate(notes, 1):
+    for number, note in enumerate(notes.values(), 1):
         yield f"{number}. {note}"
 
 
-def _field(found: Mapping[str, Any], notes: list[str]) -> str:
-    """One cell of the table. Reasons become numbered notes."""
+def _field(found: Mapping[str, Any], notes: dict[str, str]) -> str:
+    """One cell of the table. Reasons become numbered notes: one, with its first example, for those that begin alike."""
     if found["outcome"] == "reads":
         return "yes"
     if found["outcome"] == "misreads":
         return f"**wrong**, KL {found['kl']:g}"
+    # The counts and layers before the reason differ from cell to cell.
+    text = re.sub(r"^.*cannot hold this checkpoint: (\d+ of \d+ layers: )?", "", found["reason"])
+    text = text.removesuffix(". Target dense can").replace("`", "").replace("|", "/")
     who = "vLLM refuses" if found["outcome"] == "refuses" else "`fewbit export` refuses"
-    text = f"{who}: `{found['reason'].replace('`', '').replace('|', '/')}`"
-    if text not in notes:
-        notes.append(text)
-    return f"no ({notes.index(text) + 1})"
+    key = who + re.sub(r"\d+|True|False", "", text)[:_ALIKE]
+    shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]} …"
+    notes.setdefault(key, f"{who}, for example: `{shown}`")
+    return f"no ({list(notes).index(key) + 1})"
 
 
 def page_with(text: str, record: Mapping[str, Any]) -> str:

@@ -102,11 +102,11 @@ def generated(llm: Any, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def own_tokens(model: Any, prompt: list[int]) -> list[int]:
-    """What transformers generates with fewbit's layers."""
+    """What transformers generates with fewbit's layers; no token that the model can choose ends it."""
     ids = torch.tensor([prompt])
     result = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
-        do_sample=False, pad_token_id=0,
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False,
+        eos_token_id=model.config.vocab_size, pad_token_id=0,
     )  # fmt: skip
     return result[0, len(prompt) :].tolist()
 
@@ -120,7 +120,8 @@ def test_logits_and_tokens_are_fewbits_own(checkpoint: Path) -> None:
         with torch.no_grad():
             expected = own(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
         found = log_probabilities(llm, prompt)
-        assert (found - expected).abs().max() < 2e-3
+        assert (found - expected).abs().max() < 1e-2
+        assert (expected.exp() * (expected - found)).sum(-1).mean().abs() < 1e-6
     assert generated(llm, prompts) == [own_tokens(own, prompt) for prompt in prompts]
 
 

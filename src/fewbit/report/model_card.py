@@ -161,7 +161,7 @@ fewbit.register()
 model = AutoModelForCausalLM.from_pretrained("{target}")
 ```
 
-With vLLM or SGLang, on a GPU:
+With vLLM (on CPUs after `pip install 'fewbit[vllm]'`) or SGLang:
 
 ```
 vllm serve {target}
