@@ -1,7 +1,7 @@
 """A linear layer of vLLM whose weight stays quantized, whatever vLLM merged in it and how it spreads it.
 
-While vLLM loads, the tensors of each part (q, k, v) are kept as they come. Which outputs of which part belong where,
-and which inputs this process has, is asked of vLLM's own loader: it is given row numbers to load instead of weights.
+While vLLM loads, the tensors of each part (q, k, v) are kept as they come. Where the outputs of a part belong, and
+which inputs this process has, is asked of vLLM's own loader: it is given row numbers to load instead of weights.
 Then the outputs are packed; parts with equal settings become one product. A part may also be unquantized.
 
 In a compiled model a layer is one operator that finds its weights by name, so that vLLM's cache of compiled models

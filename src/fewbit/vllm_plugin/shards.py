@@ -1,7 +1,7 @@
 """The part of a quantized layer that one process of an engine multiplies with. Knows nothing of vLLM.
 
 An engine merges layers with the same input (q, k and v), and spreads a layer over processes: by its outputs, or by its
-inputs. A `Shard` holds a layer's tensors in canonical form, a `DenseShard` those of a layer that is not quantized.
+inputs. A `Shard` holds a layer's tensors in canonical form, a `DenseShard` the weight of one that is not quantized.
 `outputs`, `inputs` and `merge` do the rest, exactly, and a `Projection` multiplies.
 """
 
@@ -110,8 +110,8 @@ def read(
     """A whole layer from its tensors.
 
     Args:
-        tensors: by short name, as in the checkpoint: ``weight``, or those of a quantized layer, perhaps without
-            ``g_idx``.
+        tensors: by short name, as in the checkpoint: ``weight``, or the parts of a quantized layer, perhaps
+            without ``g_idx``.
         formats: (bits, group size) of the layers that it can be; the shapes decide.
         fmt: "gptq" or "gptq_v2".
         in_features: number of inputs of the whole layer.
