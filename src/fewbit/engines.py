@@ -95,6 +95,7 @@ ENGINES = (
         out_multiple=32,
         merges=True,
     ),
+    # Not measured in all cells of tests/engines yet; docs/vllm.md has 20 of them.
     Engine("vllm-fewbit", "vLLM 0.32 on CPUs, with fewbit's plugin", measured=False, uneven=True),
     Engine("sglang", "SGLang on NVIDIA GPUs", measured=False, v2=False, out_multiple=32, merges=True),
     Engine(
