@@ -26,7 +26,7 @@ LAYERS = [
     "kernels planning mixed_precision pipeline",
     "hf engines evaluation inspection verification",
     "preparation report output estimate distillation quantization exports",
-    "gptq_arguments integration",
+    "gptq_arguments integration vllm_plugin",
     "compat cli bench demo __main__",
 ]
 RANK = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer.split()}
@@ -34,8 +34,16 @@ RANK = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer.split(
 # A file here is named after a command, or after a module of an older tool, whatever other folders contain.
 NAMED_BY_OTHERS = {"cli", "compat"}
 SAME_NAME = {"__init__.py", "kernel.py", "layout.py"}  # one concept, told apart by the folder
-# Arguments of kernels are tensors and strides; options of commands and arguments of older tools are given.
-EXEMPT = ("kernels/", "cli/", "compat/", "native.py", "gptq/triton_backend.py", "gptq/backends/")
+# Arguments of kernels are tensors and strides; options of commands and arguments of older tools and of vLLM are given.
+EXEMPT = (
+    "kernels/",
+    "cli/",
+    "compat/",
+    "vllm_plugin/",
+    "native.py",
+    "gptq/triton_backend.py",
+    "gptq/backends/",
+)
 # The public interface, and signatures that other packages define, take more than 7 parameters.
 PUBLIC = {
     "quantization.py:quantize",
@@ -59,6 +67,7 @@ ADDED = {
     "verdicts, reports without folders, engines on the card, faster calibration": (0, 210),
     "serving": (2, 430),
     "inspect, generate and plan in Python": (2, 240),
+    "plugin for vLLM": (5, 680),
 }
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # the command line reads the table, and must not import torch
     from .kernels.spec import KernelSpec
     from .planning import Plan
 
-EngineName = Literal["vllm", "vllm-cpu", "sglang", "transformers", "gptqmodel", "onnxruntime"]
+EngineName = Literal["vllm", "vllm-cpu", "vllm-fewbit", "sglang", "transformers", "gptqmodel", "onnxruntime"]
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,8 @@ ENGINES = (
         out_multiple=32,
         merges=True,
     ),
+    # Not measured in all cells of tests/engines yet; docs/vllm.md has 20 of them.
+    Engine("vllm-fewbit", "vLLM 0.32 on CPUs, with fewbit's plugin", measured=False, uneven=True),
     Engine("sglang", "SGLang on NVIDIA GPUs", measured=False, v2=False, out_multiple=32, merges=True),
     Engine(
         "transformers",

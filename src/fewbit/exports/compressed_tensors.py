@@ -1,5 +1,7 @@
 """compressed-tensors, format pack-quantized: vLLM and SGLang read 2, 3, 4 and 8 bits of it, and unequal settings.
 
+That is on GPUs; vLLM on CPUs reads 4 bits only (docs/vllm.md).
+
 A row's codes are a little-endian stream of bits along the inputs, as in GPTQ, cut off after the last word:
 
     weight_packed      int32 (out, ⌈in · bits / 32⌉)

@@ -151,6 +151,7 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self._loading: PreTrainedModel | None = None
         if quantization_config.quant_method == OWN_METHOD:
             quantization_config.quant_method = QuantizationMethod.GPTQ
 
@@ -178,14 +179,20 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
             insert_empty_layer(model, module_name, name, settings, infos)
         _refuse_merged_experts(model, infos)
         untie_quantized(model)
+        self._loading = model
 
     def update_weight_conversions(
-        self, weight_conversions: list[internals.WeightTransform], model: PreTrainedModel
+        self, weight_conversions: list[internals.WeightTransform], model: PreTrainedModel | None = None
     ) -> list[internals.WeightTransform]:
-        """Drop the conversions that would merge experts which are unfused in `model`."""
-        return unfused_conversions(model, weight_conversions)
+        """Drop the conversions that would merge experts which are unfused in `model`.
+
+        Older versions of transformers (5.19, which vLLM asks for) do not pass the model that is being loaded.
+        """
+        loading = model if model is not None else self._loading
+        return weight_conversions if loading is None else unfused_conversions(loading, weight_conversions)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        self._loading = None
         kernel = kernel_name(self.quantization_config.backend)
         self._warn_without_order([layer for _, layer in quantized_layers(model)])
         for name, layer in quantized_layers(model):

@@ -10,8 +10,10 @@ import os
 
 from protocol import answer
 
-# vLLM's own settings, which it takes from the environment only: the engine in this process, and a small cache.
+# vLLM's own settings, which it takes from the environment only: the engine in this process, a small cache, and no
+# plugin unless it was asked for.
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+os.environ.setdefault("VLLM_PLUGINS", "")
 
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.distributed import cleanup_dist_env_and_memory
