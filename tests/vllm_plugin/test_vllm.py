@@ -32,9 +32,7 @@ os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise each process wants a NUMA node to itself
 }
-vllm = pytest.importorskip(
-    "vllm", reason="needs vLLM: pip install '.[vllm]' in an environment of its own"
-)
+vllm = pytest.importorskip("vllm", reason="needs vLLM: pip install '.[vllm]' in an environment of its own")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not prepare.MODEL.exists(), reason="needs SmolLM2: python benchmarks/prepare.py"),

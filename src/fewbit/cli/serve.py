@@ -118,7 +118,9 @@ def _how_to_use(name: str, host: str, port: int, chat: bool) -> list[str]:
 def _check_installed() -> None:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise DependencyError(f"serving needs {', '.join(missing)}: pip install 'transformers[serving]' psutil")
+        raise DependencyError(
+            f"serving needs {', '.join(missing)}: pip install 'transformers[serving]' psutil"
+        )
     import transformers
     from packaging.version import Version
 
