@@ -15,7 +15,7 @@ from .display import console, examples
 from .options import AsJson
 
 ExportTarget = Literal["compressed-tensors", "awq", "gguf", "mlx", "auto-round", "dense"]
-DenseDtype = Literal["float16", "bfloat16", "float32"]
+PlainDtype = Literal["float16", "bfloat16", "float32", "q8_0"]
 
 
 @examples(
@@ -30,7 +30,13 @@ def export(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder to write, empty or new; a file for gguf.")
     ],
-    dtype: Annotated[DenseDtype | None, typer.Option(help="With --to dense; default: the model's.")] = None,
+    dtype: Annotated[
+        PlainDtype | None,
+        typer.Option(
+            help="With --to dense: of the weights. With --to gguf: of embeddings and output layer, q8_0 too. Default: "
+            "the model's."
+        ),
+    ] = None,
     allow_inexact: Annotated[
         bool, typer.Option("--allow-inexact", help="Also where the format only holds the weights nearly.")
     ] = False,
