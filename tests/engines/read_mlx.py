@@ -1,7 +1,8 @@
 """mlx-lm reads folders on the CPU: see protocol.py.
 
 Environment: ``python -m venv V && V/bin/pip install mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2``.
-With ``--generate``, the answer is the most likely continuation of the tokens.
+With ``--generate``, the answer is the most likely continuation of the tokens. With ``--save``, logits go into
+CHECKPOINT.npy, and the answer is empty.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import sys
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load
 from protocol import answer
 
-NEW_TOKENS = 64
+NEW_TOKENS = 32
 
 
 def read(checkpoint: str, tokens: list[int]) -> list[list[float]]:
@@ -26,6 +28,13 @@ def generate(checkpoint: str, tokens: list[int]) -> list[list[int]]:
     return [[int(token) for token, _ in generate_step(mx.array(tokens), model, max_tokens=NEW_TOKENS)]]
 
 
+def save(checkpoint: str, tokens: list[int]) -> list[list[float]]:
+    np.save(f"{checkpoint}.npy", np.array(read(checkpoint, tokens), dtype=np.float32))
+    return []
+
+
+MODES = {"--generate": generate, "--save": save}
+
 if __name__ == "__main__":
-    mode = generate if sys.argv[1] == "--generate" and sys.argv.pop(1) else read
+    mode = MODES[sys.argv.pop(1)] if sys.argv[1] in MODES else read
     answer(mode, "mlx-lm", "mlx")

@@ -65,8 +65,8 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
     return stated
 
 
-def add_vocabulary(writer: Any, folder: Path, size: int, gguf: Any) -> None:
-    """Add the tokenizer in `folder`, for an embedding of `size` rows.
+def add_vocabulary(writer: Any, folder: Path, size: int, gguf: Any) -> list[str]:
+    """Add the tokenizer in `folder`, for an embedding of `size` rows. Returns sentences for the user.
 
     Raises:
         CheckpointError: there is none, or llama.cpp has no equal.
@@ -85,11 +85,18 @@ def add_vocabulary(writer: Any, folder: Path, size: int, gguf: Any) -> None:
     special = gguf.SpecialVocab(folder, load_merges=split is not None, n_vocab=size)
     special.add_special_token["bos"] = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     special.add_to_gguf(writer, quiet=True)
+    if split is None and (stated.get("pre_tokenizer") or {}).get("prepend_scheme") == "first":
+        return ["a text that begins with a space gets one more space in llama.cpp than in transformers"]
+    return []
 
 
 def _tokens(tokenizer: Any, size: int, unknown: str | None) -> tuple[list[str], list[int]]:
     """Token and kind of every row of the embedding; rows without a token are called unused."""
     by_id = {number: token for token, number in tokenizer.get_vocab().items()}
+    if max(by_id) >= size:
+        raise CheckpointError(
+            f"the tokenizer has a token {max(by_id)}, and the embedding {size} rows: they do not belong to one model"
+        )
     added = tokenizer.added_tokens_decoder
     tokens, kinds = [], []
     for number in range(size):
