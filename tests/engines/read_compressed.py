@@ -1,8 +1,8 @@
 """transformers reads folders of compressed-tensors: see protocol.py.
 
 Environment: fewbit's own, with ``pip install compressed-tensors==0.20.1``.
-The products are float32. transformers 5.24 keeps symmetric layers packed. Asymmetric ones it has to decode when it loads
-them (``dequantize=True``), with the settings of the first group of layers for all.
+The products are float32. transformers 5.24 keeps symmetric layers packed. Asymmetric ones it has to decode when it
+loads them (``dequantize=True``), with the settings of the first group of layers for all.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """GGUF: the blocks decode to the same weights with the package gguf, and transformers runs the file."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -212,3 +214,19 @@ def test_a_window_that_llama_cpp_does_not_have_limits_the_context(tmp_path):
     assert any("context limited to 32 of 64 tokens" in note for note in result.notes)
     fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
     assert fields["llama.context_length"].contents() == 32
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_a_space_that_llama_cpp_adds_elsewhere_is_refused(scheme, tmp_path):
+    folder = quantized(tmp_path, "llama")
+    stated = json.loads((folder / "tokenizer.json").read_text())
+    stated["model"]["byte_fallback"] = True
+    stated["pre_tokenizer"] = {
+        "type": "Metaspace",
+        "replacement": "▁",
+        "prepend_scheme": scheme,
+        "split": False,
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(stated))
+    with pytest.raises(CheckpointError, match=r"changes text first \(Metaspace\)"):
+        export(folder, tmp_path / "out.gguf", "gguf")

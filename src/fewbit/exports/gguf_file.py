@@ -71,7 +71,7 @@ def write_gguf(
     writer = gguf.GGUFWriter(unfinished, gguf.MODEL_ARCH_NAMES[arch])
     try:
         notes = add_settings(writer, checkpoint.config, kind, gguf)
-        notes += add_vocabulary(writer, checkpoint.path, checkpoint.config["vocab_size"], gguf)
+        add_vocabulary(writer, checkpoint.path, checkpoint.config["vocab_size"], gguf)
         names = gguf.get_tensor_name_map(arch, checkpoint.config["num_hidden_layers"])
         tensors = list(_tensors(checkpoint, grids, kind, names, plain))
         for name, shape, dtype, _ in tensors:

@@ -27,7 +27,7 @@ _PATTERNS = {
 # How BPE with byte fallback, in tokenizer.json, turns spaces into "▁".
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 _PREPEND = {"type": "Prepend", "prepend": "▁"}
-_METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
+_METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False}
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 
@@ -65,8 +65,8 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
     return stated
 
 
-def add_vocabulary(writer: Any, folder: Path, size: int, gguf: Any) -> list[str]:
-    """Add the tokenizer in `folder`, for an embedding of `size` rows. Returns sentences for the user.
+def add_vocabulary(writer: Any, folder: Path, size: int, gguf: Any) -> None:
+    """Add the tokenizer in `folder`, for an embedding of `size` rows.
 
     Raises:
         CheckpointError: there is none, or llama.cpp has no equal.
@@ -85,9 +85,6 @@ def add_vocabulary(writer: Any, folder: Path, size: int, gguf: Any) -> list[str]
     special = gguf.SpecialVocab(folder, load_merges=split is not None, n_vocab=size)
     special.add_special_token["bos"] = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     special.add_to_gguf(writer, quiet=True)
-    if split is None and (stated.get("pre_tokenizer") or {}).get("prepend_scheme") == "first":
-        return ["a text that begins with a space gets one more space in llama.cpp than in transformers"]
-    return []
 
 
 def _tokens(tokenizer: Any, size: int, unknown: str | None) -> tuple[list[str], list[int]]:
@@ -131,9 +128,10 @@ def _adds_space(stated: Mapping[str, Any]) -> bool:
             return False
         if steps == [_PREPEND, _REPLACE]:
             return True
-    for scheme, adds in (("first", True), ("never", False)):
-        if not steps and before == {**_METASPACE, "prepend_scheme": scheme}:
-            return adds
+    if (
+        not steps and before == _METASPACE
+    ):  # "first" is not here: llama.cpp also adds a space after special tokens
+        return False
     kinds = [step["type"] for step in steps] or [before.get("type")]
     raise _unknown(f"changes text first ({', '.join(map(str, kinds))})")
 
