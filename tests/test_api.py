@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import fewbit
 from docs_runner import DOCS
 from fewbit.cli.main import app
-from fewbit.config import ACT_ORDERS, DTYPES, FORMATS, METHODS, QUALITIES, DenseDtype, ExportTarget
+from fewbit.config import ACT_ORDERS, DTYPES, FORMATS, METHODS, QUALITIES, ExportTarget, PlainDtype
 from fewbit.errors import ConfigError, ModelError
 from fewbit.exports import DTYPES as DENSE_DTYPES
 from fewbit.exports import GGUF, TARGETS
@@ -86,7 +86,7 @@ def test_string_options_are_literals():
         assert choices(config[name]) == set(values), name
     assert choices(config["correction"]) == {"auto"}
     assert choices(typing.get_type_hints(fewbit.export)["to"]) == choices(ExportTarget) == {*TARGETS, GGUF}
-    assert choices(DenseDtype) == set(DENSE_DTYPES)
+    assert choices(PlainDtype) == {*DENSE_DTYPES, "q8_0"}
     assert choices(typing.get_type_hints(fewbit.convert)["fmt"]) == set(FORMATS)
     assert choices(typing.get_type_hints(fewbit.load)["dtype"]) == set(DTYPES)
 

@@ -20,7 +20,7 @@ Format = Literal["gptq", "gptq_v2"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quality = Literal["fast", "default", "best"]
 ExportTarget = Literal["compressed-tensors", "awq", "gguf", "mlx", "auto-round", "dense"]
-DenseDtype = Literal["float16", "bfloat16", "float32"]
+PlainDtype = Literal["float16", "bfloat16", "float32", "q8_0"]  # of exported weights that stay unquantized
 
 BITS = (2, 3, 4, 8)
 ACT_ORDERS, METHODS, FORMATS, DTYPES, QUALITIES = map(get_args, (ActOrder, Method, Format, Dtype, Quality))

@@ -21,7 +21,21 @@ if TYPE_CHECKING:  # the command line reads the table, and must not import torch
     from .kernels.spec import KernelSpec
     from .planning import Plan
 
-EngineName = Literal["vllm", "vllm-cpu", "vllm-fewbit", "sglang", "transformers", "gptqmodel", "onnxruntime"]
+EngineName = Literal[
+    "vllm",
+    "vllm-cpu",
+    "vllm-fewbit",
+    "vllm-humming",
+    "sglang",
+    "transformers",
+    "gptqmodel",
+    "onnxruntime",
+    "llama.cpp",
+    "mlx-lm",
+    "compressed-tensors",
+    "awq",
+    "auto-round",
+]
 
 
 @dataclass(frozen=True)
@@ -32,10 +46,13 @@ class Engine:
         name: name on the command line (``--for``).
         title: engine, version and device.
         measured: whether the engine runs on a CPU, so that tests check its row.
+        target: what it reads, as `fewbit export --to` calls it; empty if it reads the checkpoint itself.
         bits: supported bit widths.
         group_sizes: supported group sizes; None for any.
+        group_multiple: number that must divide the group size.
+        best_groups: group sizes that `quantize --for` tries, in this order.
         row_is_group: whether group size −1 is replaced by the row's width, which must then be in `group_sizes`.
-        asymmetric: whether zero points are read.
+        asymmetric: bit widths at which zero points are read.
         act_order: "any"; "one group" (only with group size −1, where the order has no effect); or
             "4 bits, symmetric", because zero points are ignored then.
         v2: whether format gptq_v2 is read right; otherwise it is read as v1 without an error.
@@ -46,16 +63,19 @@ class Engine:
         settings_per_layer: whether layers may differ from the settings that config.json states for all.
         lm_head: whether a quantized output embedding is read.
         plain_projections: whether a projection inside a block may stay dense.
-        foreign_asymmetric: whether asymmetric grids in format gptq are read from other writers.
+        v1_zeros: whose asymmetric grids in format gptq are read: "anyone's", "its own" or "none".
     """
 
     name: EngineName
     title: str
     measured: bool
+    target: str = ""
     bits: tuple[int, ...] = (2, 3, 4, 8)
     group_sizes: tuple[int, ...] | None = None
+    group_multiple: int = 1
+    best_groups: tuple[int, ...] = (128, 64, 32)
     row_is_group: bool = False
-    asymmetric: bool = True
+    asymmetric: tuple[int, ...] = (2, 3, 4, 8)
     act_order: Literal["any", "one group", "4 bits, symmetric"] = "any"
     v2: bool = True
     uneven: bool = False
@@ -65,7 +85,7 @@ class Engine:
     settings_per_layer: bool = True
     lm_head: bool = True
     plain_projections: bool = True
-    foreign_asymmetric: bool = True
+    v1_zeros: Literal["anyone's", "its own", "none"] = "anyone's"
 
 
 _MARLIN_GROUPS = (-1, 32, 64, 128)
@@ -78,7 +98,7 @@ ENGINES = (
         measured=False,
         bits=(4, 8),
         group_sizes=_MARLIN_GROUPS,
-        asymmetric=False,
+        asymmetric=(),
         act_order="one group",
         out_multiple=8,
         merges=True,
@@ -89,7 +109,7 @@ ENGINES = (
         measured=True,
         bits=(4,),
         group_sizes=_MARLIN_GROUPS,
-        asymmetric=False,
+        asymmetric=(),
         act_order="one group",
         in_multiple=32,
         out_multiple=32,
@@ -114,7 +134,7 @@ ENGINES = (
         measured=True,
         group_sizes=_GPTQMODEL_GROUPS,
         uneven=True,
-        foreign_asymmetric=False,
+        v1_zeros="its own",
     ),
     Engine(
         "onnxruntime",
@@ -126,6 +146,68 @@ ENGINES = (
         act_order="4 bits, symmetric",
         v2=False,
         plain_projections=False,
+    ),
+    Engine(
+        "vllm-humming",
+        "vLLM 0.32 with --quantization humming, on NVIDIA GPUs",
+        measured=False,
+        group_sizes=_GPTQMODEL_GROUPS[1:],
+        act_order="one group",
+        merges=True,
+        lm_head=False,
+        v1_zeros="none",
+    ),
+    Engine(
+        "llama.cpp",
+        "llama.cpp, after fewbit export --to gguf",
+        measured=True,
+        target="gguf",
+        group_multiple=32,
+        best_groups=(32, 64, 128),  # a block has a scale for 32 inputs in any case
+        asymmetric=(2, 3, 4),
+        act_order="one group",
+    ),
+    Engine(
+        "mlx-lm",
+        "mlx-lm 0.32, after fewbit export --to mlx",
+        measured=True,
+        target="mlx",
+        group_multiple=32,
+        best_groups=(64, 32, 128),
+        asymmetric=(),
+        act_order="one group",
+        in_multiple=32,
+    ),
+    Engine(
+        "compressed-tensors",
+        "vLLM and SGLang on NVIDIA GPUs, after fewbit export --to compressed-tensors",
+        measured=False,
+        target="compressed-tensors",
+        act_order="one group",
+        merges=True,
+    ),
+    Engine(
+        "awq",
+        "vLLM and SGLang on NVIDIA GPUs, after fewbit export --to awq",
+        measured=False,
+        target="awq",
+        bits=(4,),
+        group_sizes=_MARLIN_GROUPS,
+        act_order="one group",
+        out_multiple=8,
+        merges=True,
+        settings_per_layer=False,
+        lm_head=False,
+        plain_projections=False,  # GPTQModel misreads them
+    ),
+    Engine(
+        "auto-round",
+        "vLLM and SGLang on NVIDIA GPUs, after fewbit export --to auto-round",
+        measured=False,
+        target="auto-round",
+        asymmetric=(),
+        act_order="one group",
+        merges=True,
     ),
 )
 
@@ -210,14 +292,16 @@ def unsupported_reasons(engine: Engine, contents: Contents) -> list[str]:
     layers = Counter(reason for _, spec in contents.layers for reason in _of_layer(engine, spec))
     reasons = [f"{plural(count, 'layer')}: {reason}" for reason, count in layers.items()]
     if engine.merges:
-        reasons += _of_base(engine, contents)
+        reasons += _of_base(engine, contents) if not engine.target else ()
         reasons += _of_merged(contents)
     if not engine.settings_per_layer:
         apart = {name for name, spec in contents.layers if spec.layer_format != contents.base}
         if apart:
             reasons.append(f"{plural(len(apart), 'layer')}: settings of their own, for example {min(apart)}")
     v1 = any(spec.format == "gptq" and not spec.sym for _, spec in contents.layers)
-    if v1 and not (engine.foreign_asymmetric or contents.by_gptqmodel):
+    if v1 and engine.v1_zeros == "none":
+        reasons.append("asymmetric grids in format gptq, whose zero points it misreads (--format gptq_v2)")
+    if v1 and engine.v1_zeros == "its own" and not contents.by_gptqmodel:
         reasons.append("asymmetric grids in format gptq, which it reads from itself only (--format gptq_v2)")
     heads = [name for name, _ in contents.layers if name.rpartition(".")[2] in OUTPUT_EMBEDDINGS]
     if heads and not engine.lm_head:
@@ -238,6 +322,8 @@ def _of_layer(engine: Engine, spec: KernelSpec) -> Iterator[str]:
     if spec.format == "gptq_v2" and not engine.v2 and looks_at_zeros:
         yield "format gptq_v2, which it takes for gptq and misreads (--format gptq)"
     per_word = 32 if spec.bits == 3 else 32 // spec.bits  # three words hold 32 values of 3 bits
+    if engine.target:  # an export packs the words anew
+        per_word = 1
     for width, multiple, what in (
         (spec.out_features, engine.out_multiple, "outputs"),
         (spec.in_features, engine.in_multiple, "inputs"),
@@ -258,8 +344,9 @@ def _of_order(engine: Engine, spec: KernelSpec) -> Iterator[str]:
 def _of_grid(engine: Engine, bits: int, sym: bool) -> Iterator[str]:
     if bits not in engine.bits:
         yield f"{bits} bits; it takes {_listed(engine.bits)}"
-    if not sym and not engine.asymmetric:
-        yield "asymmetric grids; it takes symmetric ones (--sym)"
+    if not sym and bits not in engine.asymmetric:
+        at = f" at {bits} bits" if engine.asymmetric else ""
+        yield f"asymmetric grids{at}; it takes symmetric ones (--sym)"
 
 
 def _of_groups(engine: Engine, spec: KernelSpec) -> Iterator[str]:
@@ -268,6 +355,8 @@ def _of_groups(engine: Engine, spec: KernelSpec) -> Iterator[str]:
     if engine.group_sizes is not None and size not in engine.group_sizes:
         whole = " (the whole row)" if size != spec.group_size else ""
         yield f"group size {size}{whole}; it takes {_listed(engine.group_sizes)}"
+    if inputs % engine.group_multiple:
+        yield f"groups of {inputs} inputs; it takes multiples of {engine.group_multiple}"
     if spec.in_features % inputs and not engine.uneven:
         yield f"{spec.in_features} inputs, which groups of {inputs} do not divide"
 

@@ -1,13 +1,16 @@
-"""docs/compatibility.md: the measured matrix between two marks, from measured.json and fewbit's own rules.
+"""The measured parts of docs/compatibility.md and docs/engines.md, from measured.json and fewbit's own rules.
 
-python tests/engines/matrix.py            rewrites the part between the marks
+python tests/engines/matrix.py            rewrites what is between the marks of both pages
+
+docs/engines.md has one table of all engines; docs/compatibility.md has the details for those that read the checkpoint
+itself.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from fewbit.config import BITS
 from fewbit.engines import ENGINES
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
+ENGINES_PAGE = PAGE.with_name("engines.md")
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 NO, WRONG = "–", "wrong"
 _ALIKE, _SHOWN = 60, 160  # characters of a refusal
@@ -25,7 +29,7 @@ _ALIKE, _SHOWN = 60, 160  # characters of a refusal
 
 def table(record: Mapping[str, Any]) -> str:
     """The measured part of the page, in Markdown."""
-    titles = {engine.name: engine.title for engine in ENGINES}
+    titles = {engine.name: engine.title for engine in ENGINES if not engine.target}
     parts = [_section(titles[name], name, record[name]) for name in titles if name in record]
     return "\n".join(parts)
 
@@ -94,12 +98,61 @@ def _reasons(cells: Iterable[Mapping[str, Any]]) -> Iterator[str]:
         yield f"- {len(said)} refused: `{text if len(text) <= _SHOWN else text[:_SHOWN] + ' …'}`"
 
 
-def page_with(text: str, record: Mapping[str, Any]) -> str:
+def overview(record: Mapping[str, Any]) -> str:
+    """One table of all engines: a row for each and each bit width, the groups that it reads in each field."""
+    orders = ("group", "full")
+    columns = [
+        f"{grid}{', act-order `full`' if order == 'full' else ''}"
+        for order in orders
+        for grid in ("symmetric", "asymmetric")
+    ]
+    lines = [f"| engine | bits | {' | '.join(columns)} | what else it does not read |", "|---" * 7 + "|"]
+    for entry in ENGINES:
+        for bits in BITS if entry.name in record else ():
+            cells = [
+                cell for cell in record[entry.name]["cells"] if cell["bits"] == bits and not cell["variation"]
+            ]
+            fields = [
+                _groups([cell for cell in cells if (cell["sym"], cell["act_order"]) == (sym, order)])
+                for order in orders
+                for sym in (True, False)
+            ]
+            why = _why_not(record[entry.name]["cells"]) if bits == BITS[0] else ""
+            lines.append(
+                f"| {entry.name if bits == BITS[0] else ''} | {bits} | {' | '.join(fields)} | {why} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _groups(cells: Sequence[Mapping[str, Any]]) -> str:
+    """The group sizes that are read, in the formats in which they are."""
+    found: dict[str, list[str]] = {}
+    for group in GROUPS:
+        outcomes = {cell["format"]: cell["outcome"] for cell in cells if cell["group_size"] == group}
+        found.setdefault(_field(outcomes), []).append("row" if group == -1 else str(group))
+    named = [
+        f"{', '.join(groups)}{'' if which == 'v1, v2' else f' ({which})'}"
+        for which, groups in found.items()
+        if which != NO
+    ]
+    everything = found.get("v1, v2", []) if len(found) == 1 else []
+    return "all" if everything else "; ".join(named) or NO
+
+
+def _why_not(cells: Sequence[Mapping[str, Any]]) -> str:
+    """The other checkpoints that it does not read."""
+    return ", ".join(cell["variation"] for cell in cells if cell["variation"] and cell["outcome"] != "reads")
+
+
+def page_with(text: str, part: str) -> str:
     """The page with its measured part replaced."""
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n{table(record)}\n{END}{tail}"
+    return f"{head}{BEGIN}\n{part}\n{END}{tail}"
 
+
+PARTS = {PAGE: table, ENGINES_PAGE: overview}
 
 if __name__ == "__main__":
-    PAGE.write_text(page_with(PAGE.read_text(), json.loads(MEASURED.read_text())))
+    for page, part in PARTS.items():
+        page.write_text(page_with(page.read_text(), part(json.loads(MEASURED.read_text()))))

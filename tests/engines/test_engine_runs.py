@@ -26,7 +26,10 @@ def test_an_engine_reads_and_refuses_what_the_table_says(
     surprises = []
     for cell, result in zip(CELLS, found, strict=True):
         config = cell.config()
-        reasons = unsupported_reasons(engine(name), of_plan(make_plan(model, config), config))
-        if (result["outcome"] == "reads") != (not reasons):
+        entry = engine(name)
+        reasons = unsupported_reasons(entry, of_plan(make_plan(model, config), config))
+        reads = result["outcome"] == "reads"
+        # vLLM and SGLang, which take less than the engine that reads the same files here.
+        if reads != (not reasons) and (entry.measured or not reads):
             surprises.append((cell.name, result, reasons))
     assert surprises == []

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from typer.testing import CliRunner
 
 import fewbit
-from fewbit.cli.export import ExportTarget
 from fewbit.cli.main import app
+from fewbit.config import ExportTarget
 from fewbit.errors import CheckpointError, ConfigError, OutputError
-from fewbit.exports import GGUF, TARGETS, check_before, export
+from fewbit.exports import GGUF, TARGETS, export
 from fewbit.exports.awq import Awq
 from fewbit.exports.compressed_tensors import CompressedTensors
 from fewbit.exports.mlx import Mlx
@@ -218,7 +218,7 @@ def test_wrong_arguments(tmp_path):
     write_checkpoint(tmp_path / "in", llama())
     with pytest.raises(ConfigError, match="targets are compressed-tensors, awq"):
         export(tmp_path / "in", tmp_path / "out", "exl2")
-    with pytest.raises(ConfigError, match="dtype is for target dense"):
+    with pytest.raises(ConfigError, match="dtype is for the targets dense and gguf"):
         export(tmp_path / "in", tmp_path / "out", "mlx", dtype="float16")
     with pytest.raises(ConfigError, match="dtype must be one of"):
         export(tmp_path / "in", tmp_path / "out", "dense", dtype="int8")
@@ -259,27 +259,3 @@ def test_quantize_exports_in_one_go(tmp_path):
     assert result.exit_code == 0, result.output
     assert "14 layers written as mlx" in result.output.replace("\n", " ")
     assert {"out", "out-mlx", "out-dense"} <= {path.name for path in tmp_path.iterdir()}
-
-
-@pytest.mark.parametrize(
-    ("to", "settings", "words"),
-    [
-        ("awq", {"bits": 3}, "3 bits"),
-        ("awq", {"target_bits": 3.5}, "2 bits"),
-        ("awq", {"override": {"down_proj": {"bits": 8}}}, "8 bits"),
-        ("awq", {"override": {"down_proj": {"group_size": 64}}}, "one group size"),
-        ("mlx", {"sym": False}, "rounded"),
-        ("gguf", {"act_order": "full"}, "act-order"),
-        ("gguf", {"bits": 8, "sym": False}, "asymmetric"),
-        ("auto-round", {"sym": False}, "asymmetric"),
-        ("compressed-tensors", {"act_order": "full"}, "act-order"),
-    ],
-)
-def test_what_cannot_be_exported_is_refused_before_the_work(to, settings, words, tmp_path):
-    output = tmp_path / "out.gguf"
-    with pytest.raises(ConfigError, match=words):
-        check_before(fewbit.QuantConfig(**settings), to, output)
-    check_before(fewbit.QuantConfig(), to, output)
-    output.write_text("something else")
-    with pytest.raises(OutputError, match=r"out\.gguf"):
-        check_before(fewbit.QuantConfig(), to, output)

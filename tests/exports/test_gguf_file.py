@@ -1,5 +1,7 @@
 """GGUF: the blocks decode to the same weights with the package gguf, and transformers runs the file."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,13 +10,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
 
 import fewbit
-from fewbit.errors import CheckpointError, OutputError
+from fewbit.errors import CheckpointError, ConfigError, OutputError
 from fewbit.exports import export
 from fewbit.exports.gguf_blocks import blocks_of, judge, type_of
 from tiny_gptq import llama, logits
@@ -78,7 +81,7 @@ MODELS = {
 }
 
 
-def of_config(kind):
+def of_config(kind, **changes):
     torch.manual_seed(0)
     config = kind(
         vocab_size=200,
@@ -90,6 +93,7 @@ def of_config(kind):
         head_dim=128 if kind is Qwen3Config else 24,  # transformers does not read it from the file
         max_position_embeddings=64,
         tie_word_embeddings=kind is Qwen3Config,
+        **changes,
     )
     model = AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in model.named_parameters():
@@ -151,7 +155,7 @@ def test_what_is_refused_leaves_no_file(tmp_path):
     with pytest.raises(OutputError, match=r"ends with \.gguf"):
         export(folder, tmp_path / "out", "gguf")
     text = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(text.replace('"model_type": "llama"', '"model_type": "olmo"'))
+    (folder / "config.json").write_text(text.replace('"model_type": "llama"', '"model_type": "bloom"'))
     with pytest.raises(CheckpointError, match="knows the model types llama, mistral"):
         export(folder, tmp_path / "out.gguf", "gguf")
     assert not list(tmp_path.glob("*out*"))
@@ -164,3 +168,65 @@ def test_an_unknown_way_to_split_text_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="splits text in a way"):
         export(folder, tmp_path / "out.gguf", "gguf")
     assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"rope_type": "default"', '"rope_type": "yarn"', "the rope scaling 'yarn' in a model of type llama"),
+        ('"hidden_act": "silu"', '"hidden_act": "relu"', "the activation 'relu'"),
+        (
+            '"rope_type": "default"',
+            '"rope_type": "default", "partial_rotary_factor": 0.5',
+            "partial rotary embeddings",
+        ),
+    ],
+)
+def test_settings_that_llama_cpp_computes_otherwise_are_refused(old, new, words, tmp_path):
+    folder = quantized(tmp_path, "llama")
+    text = (folder / "config.json").read_text()
+    assert old in text
+    (folder / "config.json").write_text(text.replace(old, new))
+    with pytest.raises(CheckpointError, match=words):
+        export(folder, tmp_path / "out.gguf", "gguf")
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("float16", "F16"), ("float32", "F32"), ("q8_0", "Q8_0")])
+def test_embeddings_in_another_type(dtype, kind, tmp_path):
+    folder = quantized(tmp_path, "qwen2")
+    export(folder, tmp_path / "out.gguf", "gguf", dtype=dtype)
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    for name in ("token_embd.weight", "output.weight"):
+        assert found[name].tensor_type.name == kind
+    assert found["blk.0.attn_norm.weight"].tensor_type.name == "F32"
+    truth = fewbit.load(folder, dtype="float32", kernel="reference").get_input_embeddings().weight
+    values = gguf.quants.dequantize(found["token_embd.weight"].data, found["token_embd.weight"].tensor_type)
+    step = float(truth.detach().abs().max()) / (127 if dtype == "q8_0" else 2048)
+    assert float((torch.from_numpy(values.astype("float32")) - truth.detach()).abs().max()) <= step
+    with pytest.raises(ConfigError, match="float32, q8_0; got 'int8'"):
+        export(folder, tmp_path / "again.gguf", "gguf", dtype="int8")
+
+
+def test_a_window_that_llama_cpp_does_not_have_limits_the_context(tmp_path):
+    MODELS["mistral"] = lambda: of_config(MistralConfig, sliding_window=32)
+    folder = quantized(tmp_path, "mistral")
+    result = export(folder, tmp_path / "out.gguf", "gguf")
+    assert any("context limited to 32 of 64 tokens" in note for note in result.notes)
+    fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
+    assert fields["llama.context_length"].contents() == 32
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_a_space_that_llama_cpp_adds_elsewhere_is_refused(scheme, tmp_path):
+    folder = quantized(tmp_path, "llama")
+    stated = json.loads((folder / "tokenizer.json").read_text())
+    stated["model"]["byte_fallback"] = True
+    stated["pre_tokenizer"] = {
+        "type": "Metaspace",
+        "replacement": "▁",
+        "prepend_scheme": scheme,
+        "split": False,
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(stated))
+    with pytest.raises(CheckpointError, match=r"changes text first \(Metaspace\)"):
+        export(folder, tmp_path / "out.gguf", "gguf")

@@ -1,4 +1,4 @@
-"""Rewriting a checkpoint without changing a weight: v1 ↔ v2, AutoGPTQ folders, pickles, other shard sizes.
+"""Rewriting a checkpoint without changing a weight: v1 ↔ v2, AutoGPTQ folders, pickles, compressed-tensors.
 
 One tensor or layer is in memory at a time. Only ``qzeros`` differ between the formats. Format "gptq" cannot store zero
 point 0; the grid of such groups is reversed (see `layout.without_zero_point_0`), which is exact.
@@ -7,8 +7,8 @@ point 0; the grid of such groups is reversed (see `layout.without_zero_point_0`)
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ from ..config import FORMATS, Format
 from ..errors import CheckpointError, ConfigError
 from . import layout, manifest
 from .layout import PARTS, QWEIGHT, QZEROS, SCALES, Shaped
+from .pack_quantized import open_any
 from .quantization_config import CheckpointSettings
 from .reader import (
+    Checkpoint,
     LayerSpec,
+    WeightFiles,
     layer_names,
     layer_spec,
-    open_weights,
     read_config,
     read_weight_map,
     refuse_lost_zeros,
@@ -59,11 +61,13 @@ class ConvertResult:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """Tensors of the source by name."""
+class _Pickles(WeightFiles):
+    """The tensors of pickle files, which are in memory."""
 
-    tensors: Mapping[str, TensorInfo]
-    tensor: Callable[[str], Tensor]
+    loaded: Mapping[str, Tensor] = field(kw_only=True)
+
+    def tensor(self, name: str) -> Tensor:
+        return self.loaded[name]
 
 
 @dataclass
@@ -86,7 +90,7 @@ def convert(
     """Write the checkpoint in the folder `path` to the folder `output` in format `fmt`.
 
     Args:
-        path: a GPTQ checkpoint from any tool.
+        path: a GPTQ checkpoint from any tool, or one of compressed-tensors (pack-quantized).
         output: missing, empty, or left by an interrupted conversion.
         fmt: "gptq" (v1) or "gptq_v2".
         max_shard_size: of each weight file.
@@ -100,13 +104,11 @@ def convert(
     source_folder, output_folder = Path(path), Path(output)
     if fmt not in FORMATS:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}; got {fmt!r}")
-    config, found, settings, _ = read_config(source_folder)
-    if not config:
+    source = _open_source(source_folder, allow_pickle)
+    if not source.config:
         raise CheckpointError(f"{source_folder} has no {CONFIG}; copy the original model's into it")
     refuse_non_empty(output_folder)
-    source = _open_source(source_folder, found.get("model_file_base_name"), allow_pickle)
-    specs = {name: layer_spec(name, settings, source.tensors) for name in layer_names(source.tensors)}
-
+    specs, settings = source.layers, source.settings
     seen = _Seen()
     with CheckpointWriter(output_folder, _planned(source, specs), max_shard_size) as writer:
         for name in source.tensors:
@@ -116,13 +118,13 @@ def convert(
             elif part == QWEIGHT:  # the layer's other parts are written with it
                 for short, tensor in _converted(source, specs[layer], settings, fmt, seen).items():
                     writer.add(f"{layer}.{short}", tensor)
-        restated = _restated(found, settings, fmt, seen)
+        restated = _restated(source.quantization, settings, fmt, seen)
         others = files_beside_weights(source_folder)
-        writer.finish(config, restated, {n: path for n, path in others.items() if n not in _REWRITTEN})
+        writer.finish(source.config, restated, {n: path for n, path in others.items() if n not in _REWRITTEN})
     return ConvertResult(output_folder, fmt, len(specs), seen.turned_groups)
 
 
-def _planned(source: _Source, specs: Mapping[str, LayerSpec]) -> dict[str, Shaped]:
+def _planned(source: Checkpoint, specs: Mapping[str, LayerSpec]) -> dict[str, Shaped]:
     """Dtype and shape of every tensor of the result, in its order."""
     planned: dict[str, Shaped] = {}
     for name, info in source.tensors.items():
@@ -138,7 +140,7 @@ def _planned(source: _Source, specs: Mapping[str, LayerSpec]) -> dict[str, Shape
 
 
 def _converted(
-    source: _Source, spec: LayerSpec, settings: CheckpointSettings, fmt: str, seen: _Seen
+    source: Checkpoint, spec: LayerSpec, settings: CheckpointSettings, fmt: str, seen: _Seen
 ) -> dict[str, Tensor]:
     """Pack the layer in format `fmt`; where the format cannot store zero point 0, the grid is turned round."""
     codes = unpack_layer(spec, source.tensor, f"layer {spec.name}")
@@ -172,15 +174,18 @@ def _restated(
     }
 
 
-def _open_source(folder: Path, base_name: str | None, allow_pickle: bool) -> _Source:
+def _open_source(folder: Path, allow_pickle: bool) -> Checkpoint:
     pickles = _find_pickles(folder) if allow_pickle and not any(folder.glob("*.safetensors")) else []
     if not pickles:
-        weights = open_weights(folder, base_name)
-        return _Source(weights.tensors, weights.tensor)
+        return open_any(folder)
+    config, found, settings, _ = read_config(folder)
     loaded: dict[str, Tensor] = {}
     for path in pickles:
         loaded.update(_load_pickle(path))
-    return _Source({name: _describe(tensor) for name, tensor in loaded.items()}, loaded.__getitem__)
+    tensors = {name: _describe(tensor) for name, tensor in loaded.items()}
+    layers = {name: layer_spec(name, settings, tensors) for name in layer_names(tensors)}
+    weights = _Pickles(folder, None, tuple(pickles), tensors, {}, loaded=loaded)
+    return Checkpoint(folder, config, found, settings, weights, layers)
 
 
 def _find_pickles(folder: Path) -> list[Path]:

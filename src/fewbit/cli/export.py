@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from .. import formatting
-from ..config import DenseDtype, ExportTarget
+from ..config import ExportTarget, PlainDtype
 from .display import console, examples
 from .options import AsJson
 
@@ -28,7 +28,13 @@ def export(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder to write, empty or new; a file for gguf.")
     ],
-    dtype: Annotated[DenseDtype | None, typer.Option(help="With --to dense; default: the model's.")] = None,
+    dtype: Annotated[
+        PlainDtype | None,
+        typer.Option(
+            help="With --to dense: of the weights. With --to gguf: of embeddings and output layer, q8_0 too. Default: "
+            "the model's."
+        ),
+    ] = None,
     allow_inexact: Annotated[
         bool, typer.Option("--allow-inexact", help="Also where the format only holds the weights nearly.")
     ] = False,

@@ -37,6 +37,15 @@ Engines = Annotated[
         help=f"Can it load this? {', '.join(_ENGINES)}. Repeatable.",
     ),
 ]
+ChosenFor = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--for",
+        metavar="ENGINE",
+        callback=_known_engines,
+        help=f"Choose group size and format for it, where you do not, or refuse: {', '.join(_ENGINES)}. Repeatable.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Fuse = Annotated[
     bool, typer.Option(help="On the CPU: merged layers, norms, MLPs and attention in one call each.")

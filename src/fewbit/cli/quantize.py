@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
@@ -12,9 +14,10 @@ from rich.table import Column, Table
 
 from .. import formatting
 from ..config import ExportTarget
+from ..engines import engine
 from .display import INTERRUPTED, console, examples, progress_bar, quiet_libraries
 from .export import show_export
-from .options import AsJson, QuantizeArguments, with_options
+from .options import AsJson, ChosenFor, QuantizeArguments, with_options
 from .plan import show_estimate
 
 
@@ -22,11 +25,14 @@ from .plan import show_estimate
     "fewbit quantize ./SmolLM2-135M -o ./SmolLM2-135M-4bit --dataset notes.txt",
     "fewbit quantize org/model -o out --bits 3 --group-size 64 --dataset wikitext2 --eval wikitext2",
     "fewbit quantize model.gguf -o out --dataset chats.jsonl --override 'down_proj=bits:8' --ignore 'layers.0'",
+    "fewbit quantize ./SmolLM2-135M -o out --dataset notes.txt --for llama.cpp --export gguf",
     "torchrun --nproc-per-node 8 -m fewbit quantize org/model -o out --dataset wikitext2",
 )
 @with_options
 def quantize(
     arguments: QuantizeArguments,
+    *,
+    context: typer.Context,
     export: Annotated[
         list[str] | None,
         typer.Option(
@@ -34,6 +40,7 @@ def quantize(
             help=f"Then also write it, beside the output, as {', '.join(get_args(ExportTarget))}. Repeatable.",
         ),
     ] = None,
+    for_: ChosenFor = None,
     push_to_hub: Annotated[str | None, typer.Option(help="Upload the result to this Hub repository.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only plan the run, as fewbit plan does.")
@@ -45,6 +52,9 @@ def quantize(
     """Quantize a model with GPTQ into a checkpoint that transformers, vLLM, SGLang and GPTQModel read."""
     from ..distributed import launched_processes, launched_rank, torchrun_session
 
+    if for_ or export:
+        given = {name for name in context.params if _is_given(context, name)}
+        arguments = _prepared(arguments, given, for_ or (), export or ())
     if dry_run:
         if launched_rank() in (None, 0):
             show_estimate(arguments, launched_processes(), as_json=as_json, verbose=verbose, quiet=quiet)
@@ -54,8 +64,6 @@ def quantize(
     from .. import exports
     from .. import quantization as api
 
-    for target in export or ():
-        exports.check_before(arguments.config, target, _beside(arguments.output, target))
     quiet_libraries()
     with torchrun_session(arguments.keywords["device"]) as is_leader:
         try:
@@ -81,6 +89,41 @@ def quantize(
         )
         if not (quiet or as_json):
             show_export(result)
+    if is_leader and not (quiet or as_json):
+        for target in {engine(name).target for name in for_ or ()} - {"", *(export or ())}:
+            console.print(
+                f"next: fewbit export {arguments.output} --to {target} -o {_beside(arguments.output, target)}",
+                markup=False,
+                soft_wrap=True,
+            )
+
+
+def _is_given(context: typer.Context, option: str) -> bool:
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _prepared(
+    arguments: QuantizeArguments, given: Collection[str], engines: Sequence[str], targets: Sequence[str]
+) -> QuantizeArguments:
+    """Choose settings for the engines, and refuse what could not be exported."""
+    from ..exports.before import check_export, open_prospect, settings_for
+
+    quiet_libraries()
+    keywords, config = arguments.keywords, arguments.config
+    options = {name: keywords[name] for name in ("trust_remote_code", "allow_pickle")}
+    prospect = open_prospect(arguments.model, config.dtype, **options)
+    if engines:
+        config = settings_for(engines, prospect, config, given)
+    for name in ("group_size", "format"):
+        if getattr(config, name) != getattr(arguments.config, name):
+            console.print(
+                f"note: {name} is {getattr(config, name)}, for {', '.join(engines)}", highlight=False
+            )
+    outputs = {target: arguments.output and _beside(arguments.output, target) for target in targets}
+    for target in dict.fromkeys([*targets, *(to for name in engines if (to := engine(name).target))]):
+        check_export(prospect, config, target, outputs.get(target))
+    return dataclasses.replace(arguments, config=config)
 
 
 def _beside(output: Path, target: str) -> Path:

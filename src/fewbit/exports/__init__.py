@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,21 @@ import torch
 
 from ..checkpoint import layout, manifest
 from ..checkpoint.layout import G_IDX, PARTS, QWEIGHT, QZEROS, SCALES, Shaped
-from ..checkpoint.reader import Checkpoint, LayerSpec, open_checkpoint, refuse_lost_zeros
+from ..checkpoint.pack_quantized import open_any
+from ..checkpoint.reader import Checkpoint, LayerSpec, refuse_lost_zeros
 from ..checkpoint.safe_io import files_beside_weights
-from ..checkpoint.writer import CONFIG, QUANTIZE_CONFIG, CheckpointWriter, refuse_non_empty
-from ..config import BITS, DenseDtype, ExportTarget, LayerSettings, QuantConfig
+from ..checkpoint.writer import (
+    CONFIG,
+    QUANTIZE_CONFIG,
+    CheckpointWriter,
+    refuse_non_empty,
+    with_legacy_keys,
+)
+from ..config import ExportTarget, PlainDtype
 from ..errors import CheckpointError, ConfigError, OutputError
 from ..quantized_matrix import sequential_groups
 from ..report.report import PAGE_NAME, REPORT_NAME
-from . import gguf_blocks, gguf_file
+from . import gguf_blocks, gguf_file, gguf_models
 from .auto_round import AutoRound
 from .awq import Awq
 from .compressed_tensors import CompressedTensors
@@ -33,7 +40,7 @@ from .dense import Dense
 from .mlx import Mlx
 from .target import LayerGrid, Target, Verdict
 
-__all__ = ["DTYPES", "GGUF", "TARGETS", "ExportResult", "check_before", "export"]
+__all__ = ["DTYPES", "GGUF", "TARGETS", "ExportResult", "check_file", "export", "target_of"]
 
 TARGETS: Mapping[str, type[Target]] = {
     target.name: target for target in (CompressedTensors, Awq, Mlx, AutoRound, Dense)
@@ -69,7 +76,7 @@ def export(
     output: str | Path,
     to: ExportTarget,
     *,
-    dtype: DenseDtype | None = None,
+    dtype: PlainDtype | None = None,
     allow_inexact: bool = False,
     max_shard_size: int | str = "5GB",
 ) -> ExportResult:
@@ -79,7 +86,8 @@ def export(
         checkpoint: folder of a checkpoint, from any tool.
         output: folder to write: missing, empty, or left by an interrupted export. For target "gguf", a new file.
         to: one of `TARGETS`, or "gguf".
-        dtype: of the weights, for target "dense": float16, bfloat16 or float32; None keeps the model's.
+        dtype: float16, bfloat16 or float32, for target "dense": of the weights, for "gguf": of embeddings and other
+            matrices that are not quantized, also q8_0; None keeps the model's.
         allow_inexact: also write layers that the format can only hold nearly.
         max_shard_size: of each weight file.
 
@@ -89,14 +97,12 @@ def export(
         OutputError: the output is not empty, or cannot be written.
     """
     folder, target_folder = Path(checkpoint), Path(output)
-    opened = open_checkpoint(folder)
+    opened = open_any(folder)
     if not opened.config:
         raise CheckpointError(f"{folder} has no {CONFIG}; copy the original model's into it")
     if to == GGUF:
-        if dtype is not None:
-            raise ConfigError("dtype is for target dense; gguf keeps the scales' dtype")
-        return _export_gguf(opened, target_folder, allow_inexact)
-    target = _target(to, dtype, opened.config)
+        return _export_gguf(opened, target_folder, dtype, allow_inexact)
+    target = target_of(to, dtype, opened.config)
     refuse_non_empty(target_folder)
     grids = {name: _grid(opened, spec) for name, spec in opened.layers.items()}
     verdicts = {name: target.judge(grid) for name, grid in grids.items()}
@@ -116,58 +122,17 @@ def export(
     return _result(target_folder, target.name, verdicts, target.notes(list(grids.values())))
 
 
-def check_before(config: QuantConfig, to: str, output: Path) -> None:
-    """Refuse an export of the result of a quantization before the work.
+def target_of(name: str, dtype: str | None, config: Mapping[str, Any]) -> Target:
+    """Return the target called `name`.
 
     Raises:
-        ConfigError: the target is unknown, or could not hold the result of these settings exactly. Widths of layers
-            are not known yet.
-        OutputError: the output is there already.
-        DependencyError: a package is missing.
+        ConfigError: there is none, or it takes no such `dtype`.
     """
-    target = None if to == GGUF else _target(to, None, {})
-    settings = [config.defaults, *(one for pattern in config.override if (one := config.rule(pattern)))]
-    if config.target_bits is not None:  # any bits may be chosen
-        settings = [replace(one, bits=bits) for one in settings for bits in BITS]
-    grids = [_pretended(one) for one in settings]
-    verdicts = [gguf_blocks.judge(grid) if target is None else target.judge(grid) for grid in grids]
-    reasons = [reason for verdict in verdicts if (reason := verdict.refused or verdict.reason)]
-    reason_for_all = target.judge_all(grids) if target is not None else None
-    reasons += [reason_for_all] if reason_for_all else []
-    if reasons:
-        raise ConfigError(
-            f"the result of these settings cannot be exported to {to} exactly: {reasons[0]}. Other settings, or leave "
-            "out export and call `fewbit export` with --allow-inexact"
-        )
-    if target is None:
-        _check_file(output)
-    else:
-        refuse_non_empty(output)
-
-
-def _check_file(file: Path) -> None:
-    """Check what a GGUF file needs."""
-    if file.suffix != ".gguf" or file.exists():
-        raise OutputError(f"{file} must be a new file whose name ends with .gguf")
-    gguf_file.package()
-
-
-def _pretended(settings: LayerSettings) -> LayerGrid:
-    """A layer with such settings, a convenient width, and the zero points at both ends of its range."""
-    bits, size = settings.bits, settings.group_size
-    zeros = [2 ** (bits - 1)] * 2 if settings.sym else [1, 2**bits - 1]
-    order = settings.act_order == "full" and size != -1
-    scales = torch.full((64, 2), 0.1, dtype=torch.float16)
-    shape = (64, 256 if size == -1 else 2 * size)
-    return LayerGrid("", shape, bits, size, scales, torch.tensor([zeros] * 64), order)
-
-
-def _target(name: str, dtype: str | None, config: Mapping[str, Any]) -> Target:
     if name not in TARGETS:
         raise ConfigError(f"cannot export to {name!r}; targets are {', '.join((*TARGETS, GGUF))}")
     if name != Dense.name:
         if dtype is not None:
-            raise ConfigError(f"dtype is for target dense; {name} keeps the scales' dtype")
+            raise ConfigError(f"dtype is for the targets dense and gguf; {name} keeps the scales' dtype")
         return TARGETS[name]()
     stated = dtype or config.get("dtype") or config.get("torch_dtype") or "float16"
     if stated not in DTYPES:
@@ -220,17 +185,32 @@ def _result(output: Path, target: str, verdicts: Mapping[str, Verdict], notes: S
     )
 
 
-def _export_gguf(opened: Checkpoint, file: Path, allow_inexact: bool) -> ExportResult:
-    _check_file(file)
-    gguf_file.check_model(opened)
+def _export_gguf(opened: Checkpoint, file: Path, dtype: str | None, allow_inexact: bool) -> ExportResult:
+    if dtype is not None and dtype not in (*DTYPES, gguf_file.Q8_0):
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, {gguf_file.Q8_0}; got {dtype!r}")
+    check_file(file)
+    gguf_models.kind_of(opened.config)
     grids = {name: _grid(opened, spec) for name, spec in opened.layers.items()}
     verdicts = {name: gguf_blocks.judge(grid) for name, grid in grids.items()}
     _check("GGUF (llama.cpp)", verdicts, None, allow_inexact)
     file.parent.mkdir(parents=True, exist_ok=True)
-    gguf_file.write_gguf(opened, grids, file)
+    plain = None if dtype is None else DTYPES.get(dtype, gguf_file.Q8_0)
+    notes = gguf_file.write_gguf(opened, grids, file, plain)
     kinds = Counter(gguf_blocks.type_of(grid) for grid in grids.values())
     said = ", ".join(f"{count} layers as {kind}" for kind, count in kinds.items())
-    return _result(file, GGUF, verdicts, [said])
+    return _result(file, GGUF, verdicts, [said, *notes])
+
+
+def check_file(file: Path) -> None:
+    """Check what a GGUF file needs.
+
+    Raises:
+        OutputError: it is there already, or has another name.
+        DependencyError: the package gguf is missing.
+    """
+    if file.suffix != ".gguf" or file.exists():
+        raise OutputError(f"{file} must be a new file whose name ends with .gguf")
+    gguf_file.package()
 
 
 def _planned(checkpoint: Checkpoint, target: Target, grids: Mapping[str, LayerGrid]) -> dict[str, Shaped]:
@@ -246,7 +226,8 @@ def _planned(checkpoint: Checkpoint, target: Target, grids: Mapping[str, LayerGr
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    config = with_legacy_keys(checkpoint.config)  # mlx-lm looks there
+    return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
 def _plain(checkpoint: Checkpoint) -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checkpoint import layout
 from ..checkpoint.layout import Shaped
+from ..checkpoint.quantization_config import OUTPUT_EMBEDDINGS
 from ..quantized_matrix import QuantizedMatrix
 from .target import EXACT, LayerGrid, Target, Verdict, most_common, refuse_order_and_short_groups
 
@@ -43,6 +44,7 @@ class AutoRound(Target):
             name: {"bits": bits, "group_size": group_size, "sym": True}
             for name, (group_size, bits) in kinds.items()
             if (group_size, bits) != usual
+            or name.rpartition(".")[2] in OUTPUT_EMBEDDINGS  # only if it is named
         }
         extra |= {name: {"bits": 16, "data_type": "float"} for name in plain}
         quantization = {
