@@ -116,10 +116,10 @@ def solver_bytes(
         holdout_tokens: Tokens on which the solution is judged.
     """
     weights = out_features * in_features
-    # At worst all rows are rounded on the wider grids, beside the result of the fitted one.
-    candidates = min((1 + len(WIDER_GRIDS)) * weights, CANDIDATE_ELEMENTS)
+    # At worst every row is rounded on the wider grids, from a copy of its targets, beside its codes on the fitted one.
+    candidates = min(len(WIDER_GRIDS) * weights, CANDIDATE_ELEMENTS)
     block = BLOCK_BYTES * candidates * min(BLOCK, in_features) // in_features
-    on_candidates = CANDIDATE_BYTES * candidates + block + (5 if paths == 2 else 1) * weights
+    on_candidates = CANDIDATE_BYTES * candidates + block + (10 if paths == 2 else 6) * weights
     rounded = ROUNDING_BYTES * weights + HOLDOUT_BYTES * out_features * holdout_tokens
     correction = CORRECTION_BYTES * weights if paths == 2 else 0
     return (4 * weights if converted else 0) + max(on_candidates, rounded, correction)
