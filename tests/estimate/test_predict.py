@@ -41,7 +41,9 @@ def on_gpu(works, shards=SHARDS, baseline=0, free=None):
     list(itertools.product((1, 2), (128, 1024), (512, 640), (torch.float32, torch.bfloat16))),
 )
 def test_the_solver_holds_what_is_predicted(paths, m, n, dtype, monkeypatch):
-    monkeypatch.setattr("fewbit.gptq.solve.CLIPPED", 0.0)  # the most that a layer can need: every row on every grid
+    monkeypatch.setattr(
+        "fewbit.gptq.solve.CLIPPED", 0.0
+    )  # the most that a layer can need: every row on every grid
     holdout = 256 if paths == 2 else 0
     W, X = torch.randn(m, n).to(dtype), torch.randn(64, n).to(dtype)
     with LiveBytes() as live:
