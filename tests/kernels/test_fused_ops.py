@@ -287,8 +287,11 @@ def test_continuous_batching_works(tmp_path):
     plain, fused = models_of(tmp_path, AutoConfig.for_model("llama", **COMMON))
     prompts = [[5, 9, 2, 7], [7, 1], [3, 4, 5, 6, 7, 8, 9]]
     config = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    # By default transformers takes most of the memory for the cache.
+    small = ContinuousBatchingConfig(max_batch_tokens=64, num_blocks=8, page_size=16)
+    options = {"generation_config": config, "continuous_batching_config": small}
     found = [
-        [one.generated_tokens for one in model.generate_batch(prompts, generation_config=config).values()]
+        [one.generated_tokens for one in model.generate_batch(prompts, **options).values()]
         for model in (plain, fused)
     ]
     assert len(found[0]) == 3
