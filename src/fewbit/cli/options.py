@@ -20,6 +20,9 @@ from ..engines import ENGINES
 
 _ENGINES = [entry.name for entry in ENGINES]
 
+# Groups of options in --help.
+ACCURACY, CALIBRATION, OUTPUT, ADVANCED = "Accuracy", "Calibration", "Output", "Advanced"
+
 
 def _known_engines(names: list[str] | None) -> list[str] | None:
     for name in names or ():
@@ -90,72 +93,145 @@ def quantize_arguments(
     bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
     group_size: Annotated[int, typer.Option(help="Inputs that share a scale; -1: the whole row.")] = 128,
     sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric or asymmetric grids.")] = True,
-    act_order: Annotated[ActOrder, typer.Option(help="Order of the columns; full writes a g_idx.")] = "group",
-    damp: Annotated[float, typer.Option(help="Damping, as a fraction of mean(diag H).")] = 0.01,
+    act_order: Annotated[
+        ActOrder, typer.Option(help="Order of the columns; full writes a g_idx.", rich_help_panel=ACCURACY)
+    ] = "group",
+    damp: Annotated[
+        float, typer.Option(help="Damping, as a fraction of mean(diag H).", rich_help_panel=ACCURACY)
+    ] = 0.01,
     correction: Annotated[
         str,
-        typer.Option(help="Move targets towards the full-precision outputs: 0 to 1, or auto.", metavar="A"),
+        typer.Option(
+            help="Move targets towards the full-precision outputs: 0 to 1, or auto.",
+            metavar="A",
+            rich_help_panel=ACCURACY,
+        ),
     ] = "auto",
     quality: Annotated[
-        Quality, typer.Option(help="fast: --fast. best: --tune --distill. What each costs: docs/choosing.md.")
+        Quality,
+        typer.Option(
+            help="fast: --fast. best: --tune --distill. What each costs: docs/choosing.md.",
+            rich_help_panel=ACCURACY,
+        ),
     ] = "default",
     fast: Annotated[
-        bool, typer.Option("--fast", help="Half the time: no full-precision path, no correction.")
+        bool,
+        typer.Option(
+            "--fast", help="Half the time: no full-precision path, no correction.", rich_help_panel=ACCURACY
+        ),
     ] = False,
     target_bits: Annotated[
         float | None,
-        typer.Option(help="Average stored bits per weight; bits and groups are then chosen per layer."),
+        typer.Option(
+            help="Average stored bits per weight; bits and groups are then chosen per layer.",
+            rich_help_panel=ACCURACY,
+        ),
     ] = None,
     tune: Annotated[
-        bool, typer.Option("--tune", help="Also train rounding and scales block by block. Takes minutes.")
+        bool,
+        typer.Option(
+            "--tune",
+            help="Also train rounding and scales block by block. Takes minutes.",
+            rich_help_panel=ACCURACY,
+        ),
     ] = False,
-    tune_steps: Annotated[int, typer.Option(help="Steps per block with --tune.")] = 100,
+    tune_steps: Annotated[
+        int, typer.Option(help="Steps per block with --tune.", rich_help_panel=ACCURACY)
+    ] = 100,
     distill: Annotated[
         bool,
-        typer.Option("--distill", help="Finally train the scales on the whole model's loss. Takes hours."),
+        typer.Option(
+            "--distill",
+            help="Finally train the scales on the whole model's loss. Takes hours.",
+            rich_help_panel=ACCURACY,
+        ),
     ] = False,
-    distill_tokens: Annotated[int, typer.Option(help="Tokens to train on with --distill.")] = 500_000,
-    method: Annotated[Method, typer.Option(help="gptq, or rtn (round-to-nearest, no text needed).")] = "gptq",
+    distill_tokens: Annotated[
+        int, typer.Option(help="Tokens to train on with --distill.", rich_help_panel=ACCURACY)
+    ] = 500_000,
+    method: Annotated[
+        Method,
+        typer.Option(help="gptq, or rtn (round-to-nearest, no text needed).", rich_help_panel=ACCURACY),
+    ] = "gptq",
     dataset: Annotated[
         str | None,
-        typer.Option(help="wikitext2, c4, c4-new, a .txt, .jsonl or .parquet file, or - for stdin."),
+        typer.Option(
+            help="wikitext2, c4, c4-new, a .txt, .jsonl or .parquet file, or - for stdin.",
+        ),
     ] = None,
     num_samples: Annotated[
-        int, typer.Option("--num-samples", "--nsamples", help="Calibration sequences.")
+        int,
+        typer.Option(
+            "--num-samples", "--nsamples", help="Calibration sequences.", rich_help_panel=CALIBRATION
+        ),
     ] = 128,
-    seq_len: Annotated[int, typer.Option("--seq-len", "--seqlen", help="Tokens in each.")] = 2048,
-    batch_size: Annotated[int, typer.Option(help="Sequences in a forward pass.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu or mps.")] = "auto",
+    seq_len: Annotated[
+        int, typer.Option("--seq-len", "--seqlen", help="Tokens in each.", rich_help_panel=CALIBRATION)
+    ] = 2048,
+    batch_size: Annotated[
+        int, typer.Option(help="Sequences in a forward pass.", rich_help_panel=CALIBRATION)
+    ] = 1,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu or mps.", rich_help_panel=ADVANCED)
+    ] = "auto",
     dtype: Annotated[
         Dtype,
-        typer.Option(help="Dtype of the model: for calibration and for weights that are not quantized."),
+        typer.Option(
+            help="Dtype of the model: for calibration and for weights that are not quantized.",
+            rich_help_panel=ADVANCED,
+        ),
     ] = "auto",
     ignore: Annotated[
-        list[str] | None, typer.Option(help="REGEX of layers not to quantize. Repeatable.")
+        list[str] | None,
+        typer.Option(help="REGEX of layers not to quantize. Repeatable.", rich_help_panel=ADVANCED),
     ] = None,
     override: Annotated[
-        list[str] | None, typer.Option(help="'REGEX=bits:8,group_size:32' or 'REGEX=skip'. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="'REGEX=bits:8,group_size:32' or 'REGEX=skip'. Repeatable.", rich_help_panel=ADVANCED
+        ),
     ] = None,
-    lm_head: Annotated[bool, typer.Option("--lm-head", help="Also quantize the output embedding.")] = False,
+    lm_head: Annotated[
+        bool, typer.Option("--lm-head", help="Also quantize the output embedding.", rich_help_panel=ADVANCED)
+    ] = False,
     mtp: Annotated[
         bool,
         typer.Option(
-            "--mtp", help="Also round layers for multi-token prediction; otherwise they are copied."
+            "--mtp",
+            help="Also round layers for multi-token prediction; otherwise they are copied.",
+            rich_help_panel=ADVANCED,
         ),
     ] = False,
-    format: Annotated[Format, typer.Option(help="gptq (v1) is read by everything.")] = "gptq",
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
-    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run.")] = True,
+    format: Annotated[
+        Format, typer.Option(help="gptq (v1) is read by everything.", rich_help_panel=OUTPUT)
+    ] = "gptq",
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.", rich_help_panel=OUTPUT)] = "5GB",
+    resume: Annotated[
+        bool,
+        typer.Option("--resume/--no-resume", help="Continue an interrupted run.", rich_help_panel=OUTPUT),
+    ] = True,
     eval_dataset: Annotated[
-        str | None, typer.Option("--eval", help="Evaluate the result on this text, against the original.")
+        str | None,
+        typer.Option(
+            "--eval", help="Evaluate the result on this text, against the original.", rich_help_panel=OUTPUT
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Chooses the calibration windows.")] = 0,
-    strict: Annotated[bool, typer.Option("--strict", help="Fail where a fallback would be used.")] = False,
+    seed: Annotated[
+        int, typer.Option(help="Chooses the calibration windows.", rich_help_panel=CALIBRATION)
+    ] = 0,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail where a fallback would be used.", rich_help_panel=ADVANCED)
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weight files.")] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read .bin weight files.", rich_help_panel=ADVANCED)
+    ] = False,
     offload_dir: Annotated[
         Path | None,
-        typer.Option(help="Folder for the activations of paused batches, instead of memory. Same result."),
+        typer.Option(
+            help="Folder for the activations of paused batches, instead of memory. Same result.",
+            rich_help_panel=ADVANCED,
+        ),
     ] = None,
 ) -> QuantizeArguments:
     """The arguments that the options describe; the signature defines the command line."""
