@@ -8,18 +8,16 @@ through transformers' ``generate``, as its users do. Imports nothing from fewbit
 
 from __future__ import annotations
 
-import json
 import os
 import resource
-import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 import torch
+from worker_protocol import answer_requests, resident_bytes
 
 _PROMPT = 16
 
@@ -56,7 +54,7 @@ class Worker:
             if hasattr(m, "qweight") or "Linear" in type(m).__name__
         )
         lines = [f"{count} layers: {kind}" for kind, count in kinds.most_common()]
-        return {"seconds": seconds, "kernels": lines, "memory_bytes": _resident()}
+        return {"seconds": seconds, "kernels": lines, "memory_bytes": resident_bytes()}
 
     def prefill(self, tokens: int) -> dict[str, Any]:
         ids = self._tokens(tokens)
@@ -89,20 +87,5 @@ class Worker:
         return torch.randint(self._vocabulary(), (1, count), generator=generator)
 
 
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def main() -> None:
-    """Answer requests until stdin ends; whatever else is printed goes to stderr."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    worker = Worker()
-    for line in sys.stdin:
-        request = json.loads(line)
-        answer = getattr(worker, request.pop("do"))(**request)
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    answer_requests(Worker())

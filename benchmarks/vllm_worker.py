@@ -8,12 +8,9 @@ requests that are decoded at the same time; all others go to vLLM. Imports nothi
 
 from __future__ import annotations
 
-import json
 import os
 import resource
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 # vLLM takes these from the environment only: the engine in this process, and a small cache.
@@ -21,6 +18,7 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": 
 
 import torch
 from vllm import LLM, SamplingParams, TokensPrompt
+from worker_protocol import answer_requests, resident_bytes
 
 _PROMPT = 16
 
@@ -40,7 +38,7 @@ class Worker:
         self.engine = llm.llm_engine
         seconds = time.perf_counter() - start
         used = self.engine.model_config.quantization
-        return {"seconds": seconds, "kernels": [used], "memory_bytes": _resident()}
+        return {"seconds": seconds, "kernels": [used], "memory_bytes": resident_bytes()}
 
     def prefill(self, tokens: int) -> dict[str, Any]:
         start = time.perf_counter()
@@ -72,20 +70,5 @@ class Worker:
         return torch.randint(vocabulary, (count,), generator=generator).tolist()
 
 
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def main() -> None:
-    """Answer requests until stdin ends; whatever else is printed goes to stderr."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    worker = Worker()
-    for line in sys.stdin:
-        request = json.loads(line)
-        answer = getattr(worker, request.pop("do"))(**request)
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    answer_requests(Worker())

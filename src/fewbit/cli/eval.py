@@ -15,7 +15,7 @@ from .. import formatting
 from ..config import Dtype
 from ..errors import CalibrationError, ConfigError
 from .display import console, examples, plain, progress_bar, quiet_libraries
-from .options import AsJson, TrustRemoteCode
+from .options import AsJson, Device, TrustRemoteCode
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ def eval_(
     limit: Annotated[int | None, typer.Option(min=1, help="First N questions of each task only.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows or prompts in a forward pass.")] = 1,
     bos: Annotated[bool, typer.Option("--bos", help="Begin every window with the BOS token.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu or mps.")] = "auto",
+    device: Device = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Of the forward pass; auto keeps the model's.")] = "auto",
     kernel: Annotated[
         str,

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..config import Dtype
 from .display import console, examples, quiet_libraries
-from .options import Fuse, LmHeadRuntime, TrustRemoteCode, head_bits
+from .options import ActivationDtype, Device, Fuse, KernelName, LmHeadRuntime, TrustRemoteCode, head_bits
 
 if TYPE_CHECKING:
     from ..hf.generate import Generation
@@ -31,11 +30,9 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu or mps.")] = "auto",
-    dtype: Annotated[
-        Dtype, typer.Option(help="Of the activations; auto: bfloat16 on CPU, else the checkpoint's.")
-    ] = "auto",
-    kernel: Annotated[str, typer.Option(help="auto, or one that `fewbit inspect` lists.")] = "auto",
+    device: Device = "auto",
+    dtype: ActivationDtype = "auto",
+    kernel: KernelName = "auto",
     fuse: Fuse = True,
     lm_head_runtime: LmHeadRuntime = "auto",
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,

@@ -49,6 +49,11 @@ ChosenFor = Annotated[
         help=f"Choose group size and format for it, where you do not, or refuse: {', '.join(_ENGINES)}. Repeatable.",
     ),
 ]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu or mps.")]
+ActivationDtype = Annotated[
+    Dtype, typer.Option(help="Of the activations; auto: bfloat16 on CPU, else the checkpoint's.")
+]
+KernelName = Annotated[str, typer.Option(help="auto, or one that `fewbit inspect` lists.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Fuse = Annotated[
     bool, typer.Option(help="On the CPU: merged layers, norms, MLPs and attention in one call each.")

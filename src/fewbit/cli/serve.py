@@ -11,10 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import Dtype
 from ..errors import ConfigError, DependencyError, ModelError
 from .display import console, examples, quiet_libraries
-from .options import Fuse, LmHeadRuntime, TrustRemoteCode, head_bits
+from .options import ActivationDtype, Device, Fuse, KernelName, LmHeadRuntime, TrustRemoteCode, head_bits
 
 # What transformers' server imports; its release is in pyproject.toml too.
 _PACKAGES = ("fastapi", "uvicorn", "openai", "pydantic", "psutil")
@@ -49,11 +48,9 @@ def serve(
     enable_cors: Annotated[
         bool, typer.Option("--enable-cors", help="Let web pages of other origins use it.")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu or mps.")] = "auto",
-    dtype: Annotated[
-        Dtype, typer.Option(help="Of the activations; auto: bfloat16 on CPU, else the checkpoint's.")
-    ] = "auto",
-    kernel: Annotated[str, typer.Option(help="auto, or one that `fewbit inspect` lists.")] = "auto",
+    device: Device = "auto",
+    dtype: ActivationDtype = "auto",
+    kernel: KernelName = "auto",
     fuse: Fuse = True,
     lm_head_runtime: LmHeadRuntime = "auto",
     trust_remote_code: TrustRemoteCode = False,

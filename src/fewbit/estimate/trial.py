@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 
 from ..errors import ModelError
+from ..hf.fuse import fast_attention
 from ..internals import EveryOperation
 from ..modeling.experts import RoutedExperts, routed_modules
 from ..modeling.layers import input_rows
@@ -166,7 +167,7 @@ def run_trial(
         return {}
 
     unchanged = UnchangedWeights(model)
-    with torch.no_grad(), weights.on_demand(lambda shard: None):
+    with torch.no_grad(), fast_attention(model), weights.on_demand(lambda shard: None):
         with _load_rate(weights, trial, profiler):
             Scheduler(points, [job], Hooks(lambda name, inputs: None, on_block_end), blocks=blocks).run()
             unchanged.check()

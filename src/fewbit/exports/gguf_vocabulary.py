@@ -128,9 +128,8 @@ def _adds_space(stated: Mapping[str, Any]) -> bool:
             return False
         if steps == [_PREPEND, _REPLACE]:
             return True
-    if (
-        not steps and before == _METASPACE
-    ):  # "first" is not here: llama.cpp also adds a space after special tokens
+    # Its prepend_scheme "first" has no equal: llama.cpp also adds a space after special tokens.
+    if not steps and before == _METASPACE:
         return False
     kinds = [step["type"] for step in steps] or [before.get("type")]
     raise _unknown(f"changes text first ({', '.join(map(str, kinds))})")
