@@ -127,9 +127,9 @@ TOOLS: dict[str, Callable[[accuracy.Job, Setting], dict[str, Any]]] = {
 }
 
 
-def measure(job: accuracy.Job, one: Setting) -> dict[str, Any]:
+def measure(job: accuracy.Job, one: Setting, keep: Path | None) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
-        job = replace(job, work=Path(folder))
+        job = replace(job, work=Path(folder) if keep is None else keep / f"{one.tool}-{one.mode}-{one.size}")
         found = accuracy.in_child(TOOLS[one.tool], job, one)
         row = "plain" if one.tool == "gguf" else "default"  # a dense model, or a checkpoint that fewbit reads
         cell = accuracy.Cell(row, 0, GROUP_SIZE, True, 0)
@@ -152,6 +152,7 @@ def main() -> None:
     )
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the quantized models here")
     parser.add_argument("--chart", type=Path, metavar="FILE.svg", help="only draw what was measured")
     arguments = parser.parse_args()
     if arguments.chart:
@@ -179,7 +180,7 @@ def main() -> None:
         name = f"{one.tool}/{one.mode}/{one.size}"
         if arguments.only not in (None, name) or (one.tool, one.mode, one.size) in done:
             continue
-        found = measure(job, one)
+        found = measure(job, one, arguments.keep)
         with RESULTS.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"protocol": asdict(protocol), "setting": asdict(one), **found}) + "\n")
         kl = {text: score["kl"] for text, score in found.get("texts", {}).items()}

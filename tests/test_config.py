@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from fewbit import QuantConfig
 from fewbit.config import parse_overrides
@@ -68,6 +69,49 @@ def test_bad_values_are_refused(values, message):
 def test_unknown_keys_are_refused_with_a_hint(key, hint):
     with pytest.raises(ConfigError, match=f"QuantConfig has no setting '{key}'; use {hint}"):
         QuantConfig.from_dict({key: 1})
+
+
+def test_unknown_keywords_are_refused_like_unknown_keys():
+    with pytest.raises(ConfigError, match="QuantConfig has no setting 'desc_act'; use act_order='full'"):
+        QuantConfig(desc_act=True)
+    with pytest.raises(ConfigError, match="QuantConfig has no setting 'groupsize'; use group_size"):
+        QuantConfig(groupsize=64)
+
+
+def test_settings_may_be_a_config_a_dict_or_keywords():
+    expected = QuantConfig(bits=3, sym=False)
+    assert QuantConfig.of(expected, {}) is expected
+    assert QuantConfig.of({"bits": 3, "sym": False}, {}) == expected
+    assert QuantConfig.of({"bits": 3}, {"sym": False}) == expected
+    assert QuantConfig.of(None, {"bits": 3, "sym": False}) == expected
+    assert QuantConfig.of(None, {}) == QuantConfig()
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        (None, {"bit": 3}, "fewbit.quantize has no argument 'bit'; use bits"),
+        (None, {"datset": "a.txt"}, "fewbit.quantize has no argument 'datset'; use dataset"),
+        ({"bits": 3}, {"bits": 4}, "bits is given twice: in config, and by itself"),
+        (QuantConfig(), {"bits": 4}, "bits is given beside config: set it in the config"),
+        (4, {}, "config must be a QuantConfig or a dict of its fields; got 4"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(config, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        QuantConfig.of(config, settings)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "bfloat16", torch.bfloat16, "torch.bfloat16"])
+def test_other_names_of_a_dtype(dtype):
+    assert QuantConfig(dtype=dtype).dtype == "bfloat16"
+
+
+def test_a_group_size_that_fits_is_the_default():
+    assert QuantConfig().group_size == "auto"
+    assert QuantConfig().defaults.group_size == 128
+    with pytest.raises(ConfigError, match="group_size must be an integer"):
+        QuantConfig(group_size="automatic")
 
 
 def test_errors_have_one_root_and_are_value_errors():

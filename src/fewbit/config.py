@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 from .errors import ConfigError
 
@@ -23,15 +23,35 @@ ExportTarget = Literal["compressed-tensors", "awq", "gguf", "mlx", "auto-round",
 PlainDtype = Literal["float16", "bfloat16", "float32", "q8_0"]  # of exported weights that stay unquantized
 
 BITS = (2, 3, 4, 8)
+# Other names of the dtypes.
+DTYPE_NAMES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+}
 ACT_ORDERS, METHODS, FORMATS, DTYPES, QUALITIES = map(get_args, (ActOrder, Method, Format, Dtype, Quality))
 WITHOUT_CALIBRATION = ("rtn",)  # methods that need no inputs of the layers
-AUTO = "auto"
+AUTO: Final = "auto"
+GROUP_SIZES = (128, 64, 32)  # what "auto" chooses from: the largest that divides the inputs of every layer
 SKIP = "skip"
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"fast": True},
     "default": {},
     "best": {"tune": True, "distill": True},
 }
+
+# Arguments of `fewbit.quantize` beside the settings, for hints.
+_ARGUMENTS = (
+    "dataset",
+    "tokenizer",
+    "output",
+    "device",
+    "evaluate_on",
+    "max_shard_size",
+    "trust_remote_code",
+)
 
 # What users of other tools type, and what it is called here.
 _FOREIGN_KEYS = {
@@ -95,7 +115,8 @@ class QuantConfig:
 
     Attributes:
         bits: 2, 3, 4 or 8.
-        group_size: inputs that share one scale and zero point; −1 for one group per row.
+        group_size: inputs that share one scale and zero point; −1 for one group per row. "auto" is the largest of
+            128, 64 and 32 that divides the inputs of every layer, and 128 if none does.
         sym: symmetric grids (zero point fixed at 2^(bits−1)) or asymmetric ones.
         act_order: column order of the solver. "group" sorts inside and between groups and needs no
             g_idx; "full" is the classic desc_act and writes one; "none" keeps the order.
@@ -129,7 +150,7 @@ class QuantConfig:
     """
 
     bits: int = 4
-    group_size: int = 128
+    group_size: int | Literal["auto"] = "auto"
     sym: bool = True
     act_order: ActOrder = "group"
     damp: float = 0.01
@@ -154,6 +175,11 @@ class QuantConfig:
     dtype: Dtype = "auto"
     strict: bool = False
 
+    def __new__(cls, *values: Any, **settings: Any) -> QuantConfig:
+        """Refuse unknown names with a hint, before Python does without one."""
+        _refuse_unknown(settings, [f.name for f in dataclasses.fields(cls)], "QuantConfig")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         _one_of("quality", self.quality, QUALITIES)
         for name, value in PRESETS[self.quality].items():
@@ -167,6 +193,7 @@ class QuantConfig:
             )
         object.__setattr__(self, "ignore", tuple(self.ignore))
         object.__setattr__(self, "override", dict(self.override))
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
         for name in ("lm_head", "mtp", "strict", "fast", "tune", "distill"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
@@ -226,8 +253,11 @@ class QuantConfig:
 
     @property
     def defaults(self) -> LayerSettings:
-        """The settings of a layer that no override touches."""
-        return LayerSettings(**{key: getattr(self, key) for key in LAYER_KEYS})
+        """The settings of a layer that no override touches; "auto" counts as the largest group size."""
+        settings = {key: getattr(self, key) for key in LAYER_KEYS}
+        if self.group_size == AUTO:
+            settings["group_size"] = GROUP_SIZES[0]
+        return LayerSettings(**settings)
 
     def layer(self, name: str) -> LayerSettings | None:
         """The settings of the layer called `name`; None where it is to stay as it is."""
@@ -270,8 +300,33 @@ class QuantConfig:
         Raises:
             ConfigError: a key is unknown; the message names the nearest known one.
         """
-        _refuse_unknown(values, [f.name for f in dataclasses.fields(cls)], "QuantConfig")
         return cls(**values)
+
+    @classmethod
+    def of(cls, config: QuantConfig | Mapping[str, Any] | None, settings: Mapping[str, Any]) -> QuantConfig:
+        """What a caller means by a config, a dict of its fields, or its fields as keyword arguments.
+
+        Raises:
+            ConfigError: a key is unknown, a setting is given twice, or `config` is something else.
+        """
+        fields = [f.name for f in dataclasses.fields(cls)]
+        _refuse_unknown(settings, [*_ARGUMENTS, *fields], "fewbit.quantize", "argument")
+        if config is None or isinstance(config, Mapping):
+            twice = sorted(set(config or ()) & set(settings))
+            if not twice:
+                return cls(**(config or {}), **settings)
+            raise ConfigError(f"{twice[0]} is given twice: in config, and by itself")
+        if not isinstance(config, QuantConfig):
+            raise ConfigError(f"config must be a QuantConfig or a dict of its fields; got {config!r}")
+        if settings:
+            raise ConfigError(f"{next(iter(settings))} is given beside config: set it in the config")
+        return config
+
+
+def dtype_name(dtype: Any) -> Any:
+    """The name that fewbit uses for a dtype: of "bf16" and of torch.bfloat16 too; other values stay as they are."""
+    name = str(dtype).removeprefix("torch.")
+    return DTYPE_NAMES.get(name, name if name in DTYPES else dtype)
 
 
 def parse_overrides(texts: Iterable[str]) -> dict[str, dict[str, Any] | str]:
@@ -338,7 +393,7 @@ def _check_pattern(pattern: object) -> None:
         raise ConfigError(f"{pattern!r} is not a regular expression: {error}") from error
 
 
-def _refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> None:
+def _refuse_unknown(given: Iterable[str], known: Iterable[str], where: str, what: str = "setting") -> None:
     known = list(known)
     for key in given:
         if key in known:
@@ -347,4 +402,4 @@ def _refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> N
         if hint is None:
             near = difflib.get_close_matches(key, known, n=1)
             hint = near[0] if near else f"one of {', '.join(known)}"
-        raise ConfigError(f"{where} has no setting {key!r}; use {hint}")
+        raise ConfigError(f"{where} has no {what} {key!r}; use {hint}")

@@ -279,7 +279,7 @@ def of_plan(plan: Plan, config: QuantConfig) -> Contents:
         for bits, group_size in choices[layer.name]
     ]
     bits, group_size = (
-        (config.bits, config.group_size) if config.target_bits is None else choices[layers[0][0]][0]
+        (config.bits, config.defaults.group_size) if config.target_bits is None else choices[layers[0][0]][0]
     )
     base = LayerFormat.of(replace(config.defaults, bits=bits, group_size=group_size))
     return Contents(base, layers, [item.name for item in plan.skipped])

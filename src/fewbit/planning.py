@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from .checkpoint.assemble import names_on_disk, separate_layers
 from .checkpoint.layout import empty_layer
-from .config import LayerSettings, QuantConfig
+from .config import AUTO, GROUP_SIZES, LayerSettings, QuantConfig
 from .errors import ConfigError, ModelError
 from .internals import NonDynamicallyQuantizableLinear, WeightNames, conversions_of
 from .modeling.experts import unfused_modules, why_fused
@@ -146,6 +146,21 @@ def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
     others = [item for item in _others(model) if all(item.name != other.name for other in skipped)]
     notes = (*_notes(layers), *_split_notes(layers, split), *_expert_notes(model))
     return Plan(tuple(layers), tuple(skipped), notes, tuple(others))
+
+
+def fit_group_size(model: nn.Module, config: QuantConfig) -> QuantConfig:
+    """Replace the group size "auto" with the largest usual one that divides the inputs of every layer.
+
+    Raises:
+        ConfigError, ModelError: as `make_plan`.
+    """
+    if config.group_size != AUTO:
+        return config
+    config = dataclasses.replace(config, group_size=GROUP_SIZES[0])
+    layers = make_plan(model, config).layers
+    widths = {layer.in_features for layer in layers if "group_size" not in config.overridden(layer.name)}
+    fitting = [size for size in GROUP_SIZES if all(width % size == 0 for width in widths)]
+    return dataclasses.replace(config, group_size=fitting[0]) if fitting else config
 
 
 def plan_copied(tensors: Mapping[str, tuple[int, ...]], config: QuantConfig) -> list[LayerPlan]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .calibration import Calibration, prepare
-from .config import QuantConfig
+from .config import GROUP_SIZES, QuantConfig
 from .context import RunContext
 from .errors import CalibrationError, ConfigError, ModelError
 from .evaluation import windows
@@ -24,7 +24,7 @@ from .modeling.experts import unfuse
 from .modeling.source import LoadedModel, Source, load_tokenizer
 from .pipeline.quantize_layers import check_weights
 from .pipeline.streaming import StreamedWeights, Weights
-from .planning import Plan, make_plan, plan_copied
+from .planning import Plan, fit_group_size, make_plan, plan_copied
 
 # Tokens per window and number of windows on which the result is measured.
 EVALUATION_SEQ_LEN = 512
@@ -89,7 +89,7 @@ class Preparation:
     asks for one after the other, and collects what is wrong.
 
     Attributes:
-        ctx: the run.
+        ctx: the run; `plan` chooses its group size where that is "auto".
         source: the model as it was given.
         dataset: calibration text.
         tokenizer: tokenizer, or where it is; None for the one beside the model.
@@ -193,8 +193,20 @@ class Preparation:
 
     @cached_property
     def plan(self) -> Plan:
-        """What will happen to every weight matrix; with a bit budget, before bits are chosen."""
-        return make_plan(self.model, self.ctx.config)
+        """What will happen to every weight matrix; with a bit budget, before bits are chosen.
+
+        The group size of `ctx.config` is a number from here on.
+        """
+        given, config = self.ctx.config, fit_group_size(self.model, self.ctx.config)
+        self.ctx = replace(self.ctx, config=config)
+        plan = make_plan(self.model, config)
+        if config.group_size == given.defaults.group_size or config.target_bits is not None:
+            return plan
+        note = (
+            f"group size {config.group_size}: the largest of {', '.join(map(str, GROUP_SIZES))} that divides the "
+            "inputs of every layer"
+        )
+        return replace(plan, notes=(note, *plan.notes))
 
     @cached_property
     def origin(self) -> Origin:
@@ -216,6 +228,7 @@ class Preparation:
     @cached_property
     def fingerprint(self) -> dict[str, str]:
         """Hashes of everything that decides the bytes of the result."""
+        self.plan  # noqa: B018 - it may choose a group size
         with self.ctx.profiler.time("check"):
             return fingerprint_of(self.ctx.config, self.calibration, self.source.fingerprint())
 

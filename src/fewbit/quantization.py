@@ -8,7 +8,7 @@ For a path the result is a folder and a `Report`; for a model in memory it is th
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -38,7 +38,7 @@ _LOG = logging.getLogger("fewbit")
 
 def quantize(
     model: str | Path | M,
-    config: QuantConfig | None = None,
+    config: QuantConfig | Mapping[str, Any] | None = None,
     *,
     dataset: Any = None,
     tokenizer: Any = None,
@@ -52,6 +52,7 @@ def quantize(
     push_to_hub: str | None = None,
     offload_dir: str | Path | None = None,
     progress: Progress | None = None,
+    **settings: Any,
 ) -> Report | M:
     """Quantize a model with GPTQ.
 
@@ -60,7 +61,7 @@ def quantize(
 
     Args:
         model: a folder, a ``.gguf`` file or a Hub id; or an nn.Module, which is quantized in place.
-        config: settings; the default is 4 bits, group size 128, symmetric.
+        config: settings, as a `QuantConfig` or a dict of its fields; the default is 4 bits, symmetric.
         dataset: calibration text in any form that `fewbit.calibration.prepare` takes: a list of strings
             or of token dicts, a `datasets.Dataset`, a .txt, .jsonl or .parquet file, or a known name.
         tokenizer: tokenizer for the text; by default the one beside the model.
@@ -75,6 +76,7 @@ def quantize(
         offload_dir: a folder for the activations of paused calibration batches, which are then not held in memory.
             It is left empty. The result is the same.
         progress: callback, called as ``progress(phase, done, total)``.
+        settings: fields of `QuantConfig`, such as ``bits=3``, instead of `config`.
 
     Returns:
         A `Report` for a path; for a module the module itself, its layers now `QuantLinear`, with the
@@ -83,7 +85,7 @@ def quantize(
     Raises:
         FewbitError: a subclass says what is wrong, where, and what to do next.
     """
-    config = config or QuantConfig()
+    config = QuantConfig.of(config, settings)
     arguments = {
         "dataset": dataset,
         "tokenizer": tokenizer,
@@ -125,11 +127,11 @@ def quantize(
         with destination.open(run) as sink:
             resumed = len(sink.records)
             plan, choice = choose_bits(
-                run.model, run.plan, run.calibration, run.weights, ctx, destination.budget
+                run.model, run.plan, run.calibration, run.weights, run.ctx, destination.budget
             )
             notes = [*source.notes, *plan.notes, *run.calibration.notes, *destination.notes, *choice]
             with fast_attention(run.model):
-                notes += quantize_layers(run.model, plan, run.calibration, sink, run.weights, ctx)
+                notes += quantize_layers(run.model, plan, run.calibration, sink, run.weights, run.ctx)
             destination.write(run, plan, sink)
             distilled = destination.distillation
             notes += distilled.notes if distilled else ()

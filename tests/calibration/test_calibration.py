@@ -223,7 +223,7 @@ def test_each_string_is_one_sequence_padded_on_the_right(tokenizer):
 
 
 def test_long_strings_are_cut_and_empty_ones_left_out_with_notes(tokenizer):
-    result = prepare([PROSE[:2000], "", "Yes."], tokenizer, seq_len=16)
+    result = prepare([PROSE[:2000], "", "Yes."], tokenizer, num_samples=2, seq_len=16)
     assert rows(result) == [ids_of(tokenizer, PROSE[:2000])[:16], ids_of(tokenizer, "Yes.")]
     assert result.notes == (
         "1 empty sequences were left out",
@@ -233,10 +233,18 @@ def test_long_strings_are_cut_and_empty_ones_left_out_with_notes(tokenizer):
 
 def test_more_sequences_than_samples_are_chosen_evenly_with_a_note():
     dataset = [[i, i + 1] for i in range(40)]
-    result = prepare(dataset, num_samples=4, seq_len=8)
+    result = prepare(dataset, num_samples=4, seq_len=4)
     assert [row[0] // 10 for row in rows(result)] == [0, 1, 2, 3]
     assert result.notes == ("4 of 40 sequences were used: raise num_samples to use more",)
     assert len(prepare(dataset, num_samples=None, seq_len=8).batches) == 40
+
+
+def test_a_list_with_far_less_text_than_asked_for_is_noted():
+    (note,) = prepare([[1] * 7, [2] * 9], num_samples=4, seq_len=16).notes
+    assert note.startswith(
+        "the dataset gives 2 sequences of 8 tokens on average; 4 of 16 were asked for. More or longer"
+    )
+    assert prepare([[1] * 16] * 2, num_samples=4, seq_len=16).notes == ()
 
 
 @pytest.mark.parametrize("wrap", [list, torch.tensor, lambda ids: torch.tensor([ids])])
@@ -253,7 +261,7 @@ def test_left_padding_moves_to_the_right_and_inner_masks_stay(tokenizer):
         {"input_ids": [[0, 0, 5, 6], [1, 2, 3, 4]], "attention_mask": [[0, 0, 1, 1], [1, 0, 1, 1]]},
         {"input_ids": [9, 9], "attention_mask": [0, 0]},
     ]
-    result = prepare(dataset, tokenizer, batch_size=2)
+    result = prepare(dataset, tokenizer, num_samples=2, seq_len=4, batch_size=2)
     pad = tokenizer.pad_token_id
     assert result.batches[0]["input_ids"].tolist() == [[5, 6, pad, pad], [1, 2, 3, 4]]
     assert result.batches[0]["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 0, 1, 1]]

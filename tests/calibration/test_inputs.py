@@ -17,7 +17,7 @@ IMAGE = {
 
 
 def test_a_batch_stays_as_it_is():
-    result = prepare([BatchFeature(IMAGE, tensor_type="pt")], seq_len=2)
+    result = prepare([BatchFeature(IMAGE, tensor_type="pt")], num_samples=1, seq_len=2)
     (batch,) = result.batches
     assert batch["input_ids"].tolist() == [[5, 9, 9, 6]]
     assert batch["attention_mask"].tolist() == [[0, 1, 1, 1]]

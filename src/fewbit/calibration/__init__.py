@@ -130,7 +130,8 @@ def _sample_sequences(
     full = [sequence for sequence in read if "input_ids" not in sequence or sequence["input_ids"].shape[1]]
     chosen = [full[i] for i in choose(len(full), num_samples, seed)]
     notes = list(_sequence_notes(chosen, len(read) - len(full), max(count, len(full)), seq_len))
-    return [s if is_more_than_tokens(s) else truncate(s, seq_len) for s in chosen], notes
+    cut = [s if is_more_than_tokens(s) else truncate(s, seq_len) for s in chosen]
+    return cut, [*notes, *_shortfall(cut, num_samples, seq_len)]
 
 
 def _batches(sequences: list[Batch], batch_size: int, pad_token_id: int | None) -> Iterator[Batch]:
@@ -146,6 +147,16 @@ def _batches(sequences: list[Batch], batch_size: int, pad_token_id: int | None) 
             waiting = []
     if waiting:
         yield collate(waiting, pad_token_id)
+
+
+def _shortfall(sequences: list[Batch], num_samples: int | None, seq_len: int) -> Iterator[str]:
+    """Fewer than half of the tokens that were asked for."""
+    tokens = sum(map(count_tokens, sequences))
+    if num_samples is not None and 0 < tokens < num_samples * seq_len / 2:
+        yield (
+            f"the dataset gives {len(sequences)} sequences of {round(tokens / len(sequences))} tokens on average; "
+            f"{num_samples} of {seq_len} were asked for. More or longer text makes the result more accurate"
+        )
 
 
 def _sequence_notes(chosen: list[Batch], empty: int, count: int, seq_len: int) -> Iterator[str]:

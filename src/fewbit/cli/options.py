@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..config import ActOrder, Dtype, Format, Method, Quality, QuantConfig, parse_overrides
+from ..config import AUTO, ActOrder, Dtype, Format, Method, Quality, QuantConfig, parse_overrides
 from ..engines import ENGINES
 
 _ENGINES = [entry.name for entry in ENGINES]
@@ -96,7 +96,13 @@ def quantize_arguments(
         Path | None, typer.Option("-o", "--output", help="Folder to write; new, empty or interrupted.")
     ] = None,
     bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Inputs that share a scale; -1: the whole row.")] = 128,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Inputs that share a scale; -1: the whole row.",
+            show_default="128, 64 or 32: the first that fits",
+        ),
+    ] = None,
     sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric or asymmetric grids.")] = True,
     act_order: Annotated[
         ActOrder, typer.Option(help="Order of the columns; full writes a g_idx.", rich_help_panel=ACCURACY)
@@ -242,7 +248,7 @@ def quantize_arguments(
     """The arguments that the options describe; the signature defines the command line."""
     config = QuantConfig(
         bits=bits,
-        group_size=group_size,
+        group_size=AUTO if group_size is None else group_size,
         sym=sym,
         act_order=act_order,
         damp=damp,

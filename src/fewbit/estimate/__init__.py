@@ -157,7 +157,7 @@ class Estimate:
 
 def estimate(
     model: str | Path,
-    config: QuantConfig | None = None,
+    config: QuantConfig | Mapping[str, Any] | None = None,
     *,
     dataset: Any = None,
     tokenizer: Any = None,
@@ -170,6 +170,7 @@ def estimate(
     evaluate_on: Any = None,
     offload_dir: str | Path | None = None,
     processes: int = 1,
+    **settings: Any,
 ) -> Estimate:
     """Estimate what `fewbit.quantize` would do with the same arguments. Writes nothing that stays.
 
@@ -177,7 +178,7 @@ def estimate(
 
     Args:
         model: a folder, a ``.gguf`` file or a Hub id.
-        config: settings; the default is 4 bits, group size 128, symmetric.
+        config: settings, as a `QuantConfig` or a dict of its fields; the default is 4 bits, symmetric.
         dataset: calibration text. Without one the estimate takes as many tokens as `config` asks for.
         tokenizer: tokenizer for the text; by default the one beside the model.
         output: folder to write. Its disk is measured, and whether it can be used.
@@ -190,11 +191,12 @@ def estimate(
         offload_dir: a folder for the activations of paused calibration batches.
         processes: number of processes of torchrun. Memory and time are then for each of them. All run on this machine:
             without GPUs they share its cores and its memory.
+        settings: fields of `QuantConfig`, such as ``bits=3``, instead of `config`.
 
     Returns:
         What the run would do, need and take. `problems` has what would make it fail; nothing is raised for that.
     """
-    config, found = config or QuantConfig(), Estimate(processes)
+    config, found = QuantConfig.of(config, settings), Estimate(processes)
     folder, scratch = (None if path is None else Path(path) for path in (output, offload_dir))
     found.attempt(check_processes, dataset, processes)
     if found.problems:

@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..checkpoint import layout
 from ..checkpoint.reader import Checkpoint, open_checkpoint
-from ..config import Dtype
+from ..config import Dtype, dtype_name
 from ..errors import CheckpointError, ConfigError, DependencyError, FewbitError
 from ..kernels import registry
 from ..modeling.source import download
@@ -147,6 +147,7 @@ def _dtype(dtype: torch.dtype | str | None, checkpoint: Checkpoint) -> torch.dty
         return next((found for found in dense if found.is_floating_point), "auto")
     if isinstance(dtype, torch.dtype):
         return dtype
+    dtype = dtype_name(dtype)
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype must be auto, {', '.join(_DTYPES)} or a torch.dtype; got {dtype!r}")
     return _DTYPES[dtype]

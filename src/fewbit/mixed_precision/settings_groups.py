@@ -59,7 +59,7 @@ def make_groups(plan: Plan, config: QuantConfig) -> list[SettingsGroup]:
         group_size = layer.settings.group_size if "group_size" in explicit else None
         members.setdefault((merge_key(layer.name), bits, group_size), []).append(layer)
     return [
-        SettingsGroup(tuple(layers), _choices(layers, bits, group_size, config.group_size))
+        SettingsGroup(tuple(layers), _choices(layers, bits, group_size, config.defaults.group_size))
         for (_, bits, group_size), layers in members.items()
     ]
 
