@@ -68,6 +68,7 @@ ADDED = {
     "serving": (2, 430),
     "inspect, generate and plan in Python": (2, 240),
     "plugin for vLLM": (5, 680),
+    "group sizes that fit, settings as keywords, conversations, the original in inspect": (0, 200),
     "settings for engines, more model types in GGUF, reading compressed-tensors": (3, 700),
 }
 

@@ -4,7 +4,7 @@ from torch import nn
 
 from fewbit import QuantConfig
 from fewbit.errors import ConfigError, ModelError
-from fewbit.planning import block_of, make_plan
+from fewbit.planning import block_of, fit_group_size, make_plan
 from models import tiny_model
 
 
@@ -89,6 +89,23 @@ def test_nothing_to_quantize():
         make_plan(tiny_model("llama"), QuantConfig(ignore=(".*",)))
     with pytest.raises(ModelError, match="it has no linear layers"):
         make_plan(nn.Embedding(4, 4), QuantConfig())
+
+
+@pytest.mark.parametrize(
+    ("widths", "config", "expected"),
+    [
+        ((128, 256), {}, 128),
+        ((64, 128), {}, 64),
+        ((64, 96), {}, 32),
+        ((48, 80), {}, 128),  # none divides them
+        ((64, 96), {"group_size": 128}, 128),  # as asked
+        ((64, 96), {"override": {"down_proj": {"group_size": -1}}}, 64),
+        ((64, 96), {"ignore": ("down_proj",)}, 64),
+    ],
+)
+def test_the_group_size_that_fits(widths, config, expected):
+    model = tiny_model("llama", hidden_size=widths[0], intermediate_size=widths[1])
+    assert fit_group_size(model, QuantConfig(**config)).group_size == expected
 
 
 def test_widths_that_groups_do_not_divide_are_noted():

@@ -309,6 +309,20 @@ def test_rtn_needs_no_dataset(tmp_path, model_folder):
     assert report.fallbacks == {}
 
 
+def test_the_group_size_is_chosen_for_the_model_and_settings_may_be_keywords(tmp_path):
+    folder = save_tiny(tmp_path / "model", hidden_size=64, intermediate_size=96)
+    report = fewbit.quantize(folder, method="rtn", output=tmp_path / "out")
+    assert {layer["group_size"] for layer in report.layers} == {32}
+    assert report.config["group_size"] == 32
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["group_size"] == 32
+    )
+    assert (
+        report.notes[0] == "group size 32: the largest of 128, 64, 32 that divides the inputs of every layer"
+    )
+    assert fewbit.plan(folder, {"method": "rtn"}).plan.layers[0].settings.group_size == 32
+
+
 def test_layers_with_the_same_input_share_a_hessian(monkeypatch):
     from fewbit.pipeline import statistics as hessians
 

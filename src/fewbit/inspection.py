@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,10 +12,15 @@ from typing import Any
 import torch
 
 from .checkpoint.reader import Checkpoint, LayerSpec, open_checkpoint
+from .checkpoint.safe_io import read_json
+from .checkpoint.writer import REPORT_NAME
 from .engines import ENGINES, Contents, of_checkpoint, unsupported_reasons
 from .errors import CheckpointError
 from .hf.model_check import expected
 from .kernels import registry
+
+# In the header of a model card: one name, or a list of them.
+_BASE_MODEL = re.compile(r"^base_model:\s*(?:-\s*)?([^\s#\[]+)", re.M)
 
 
 @dataclass(frozen=True)
@@ -25,12 +31,14 @@ class KernelUse:
         kernel: its name.
         device: type of the device.
         modules: number of layers that it can run.
+        used: number of layers that it runs with ``kernel="auto"``.
         why_not: the first reason why it cannot run others; None if it runs all.
     """
 
     kernel: str
     device: str
     modules: int
+    used: int
     why_not: str | None
 
 
@@ -40,6 +48,8 @@ class Inspection:
 
     Attributes:
         model_type: as config.json names it; None where it does not.
+        base_model: name of the original model, from fewbit's report or the model card; None where neither has it.
+        base_bytes: size of its weights in memory; None where unknown.
         format: "gptq" (v1) or "gptq_v2".
         bits: bits of layers without a rule for them, as the next three.
         group_size: inputs that share a scale; −1 for the whole row.
@@ -62,6 +72,8 @@ class Inspection:
     """
 
     model_type: str | None
+    base_model: str | None
+    base_bytes: int | None
     format: str
     bits: int
     group_size: int
@@ -105,8 +117,11 @@ def inspect(checkpoint: str | Path) -> Inspection:
     specs, settings = opened.layers.values(), opened.settings
     weights = sum(spec.in_features * spec.out_features for spec in specs)
     nbytes = sum(spec.nbytes for spec in specs)
+    original = _original(opened.path)
     return Inspection(
         model_type=opened.config.get("model_type"),
+        base_model=original.get("name"),
+        base_bytes=original.get("bytes"),
         format=settings.format,
         bits=settings.bits,
         group_size=settings.group_size,
@@ -155,11 +170,24 @@ def _kernels(config: Mapping[str, Any], contents: Contents) -> list[KernelUse]:
     stated = config.get("dtype") or config.get("torch_dtype") or "float16"
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     dtype = dtypes.get(str(stated), torch.float16)
-    able: Counter[str] = Counter()
+    able, used = Counter[str](), Counter[str]()
     reasons: dict[str, str] = {}
-    for _, spec in contents.layers:
+    for spec, count in Counter(spec for _, spec in contents.layers).items():
         for name, reason in registry.explain(spec, device, dtype):
-            able[name] += reason is None
+            able[name] += count * (reason is None)
             if reason is not None:
                 reasons.setdefault(name, reason)
-    return [KernelUse(name, device.type, count, reasons.get(name)) for name, count in able.items()]
+        used[registry.choose(spec, device, dtype)[0].name] += count
+    return [KernelUse(name, device.type, able[name], used[name], reasons.get(name)) for name in able]
+
+
+def _original(folder: Path) -> dict[str, Any]:
+    """The original model as fewbit's report names it, else as the model card does; empty if neither does."""
+    path = folder / REPORT_NAME
+    found = read_json(path).get("model") if path.is_file() else None
+    if isinstance(found, dict):
+        return found
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    stated = _BASE_MODEL.search(text.split("\n---")[0]) if text.startswith("---\n") else None
+    return {"name": stated[1]} if stated else {}

@@ -21,7 +21,7 @@ from .checkpoint.assemble import checkpoint_tensors, names_on_disk, separate_lay
 from .checkpoint.layout import Shaped, pack
 from .checkpoint.quantization_config import build
 from .checkpoint.safetensors_file import check_finite
-from .checkpoint.writer import CheckpointWriter, is_written, parse_size
+from .checkpoint.writer import PAGE_NAME, REPORT_NAME, CheckpointWriter, is_written, parse_size
 from .config import QuantConfig
 from .distillation import Distillation, distill_into
 from .distillation.data import DistillData, fingerprint_of_run, settings_of, text_of_run
@@ -35,7 +35,7 @@ from .pipeline.layer_quantizer import MemorySink, NonLeaderSink, ResultSink
 from .planning import LayerPlan, Plan, output_embedding_name, plan_copied
 from .preparation import Preparation
 from .report.model_card import CARD_NAME, model_card
-from .report.report import PAGE_NAME, REPORT_NAME, Report, write_text
+from .report.report import Report, write_text
 
 _UNDISTILLED = "undistilled"  # the checkpoint before distillation, in the journal's folder
 

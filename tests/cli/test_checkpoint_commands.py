@@ -77,6 +77,28 @@ def test_inspect_shows_what_a_checkpoint_is_and_which_kernels_can_run_it(tmp_pat
     kernels = {row["kernel"]: row for row in facts["kernels"]}
     assert kernels["reference"]["modules"] == 2
     assert kernels["marlin"]["why_not"]
+    assert sum(row["used"] for row in facts["kernels"]) == 2
+    assert "runs 2 of them with kernel=auto" in shown
+
+
+def test_inspect_names_the_original_from_the_report_or_the_card(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_fewbit(out)
+    assert json.loads(run("inspect", out, "--json"))["base_model"] is None
+    (out / "README.md").write_text(
+        "---\nlicense: mit\nbase_model:\n- org/one\ntags: [a]\n---\nbase_model: no\n"
+    )
+    assert json.loads(run("inspect", out, "--json"))["base_model"] == "org/one"
+    (out / "README.md").write_text("---\nbase_model: org/two\n---\n")
+    assert "org/two" in run("inspect", out)
+    model = {
+        "name": "org/three",
+        "bytes": 10 * sum(path.stat().st_size for path in out.glob("*.safetensors")),
+    }
+    (out / "fewbit_report.json").write_text(json.dumps({"model": model}))
+    shown = run("inspect", out)
+    assert "org/three" in shown
+    assert "× smaller" in shown
 
 
 def test_quiet_and_verbose(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typer.testing import CliRunner
 
 from fewbit.cli.generate import generate
 from fewbit.errors import CheckpointError, ConfigError, KernelError, ModelError
+from fewbit.hf import prompts
 from models import tiny_tokenizer
 from tiny_gptq import llama, t5, write_checkpoint
 
@@ -19,8 +20,8 @@ def folder(tmp_path):
     return str(tmp_path)
 
 
-def run(*args):
-    return CliRunner().invoke(app, args)
+def run(*args, said=None):
+    return CliRunner().invoke(app, args, input=said)
 
 
 def test_writes_text_and_speed(folder):
@@ -53,10 +54,38 @@ def test_several_prompts_in_their_order(folder):
         named = [word for prompt in prompts for word in ("-p", prompt)]
         return run(folder, *named, "--max-new-tokens", "6", "--dtype", "float32", "--device", "cpu", *options)
 
-    alone = [text(prompt, options=["-q"]).stdout.removesuffix("\n") for prompt in ("the", "hello")]
+    alone = [text(prompt).stdout.removesuffix("\n") for prompt in ("the", "hello")]
     together = text("the", "hello")
     assert together.stdout == "\n\n".join(alone) + "\n"
+    assert together.stdout.startswith("the")
+    alone = [text(prompt, options=["-q"]).stdout.removesuffix("\n") for prompt in ("the", "hello")]
+    assert text("the", "hello", options=["-q"]).stdout == "\n\n".join(alone) + "\n"
     assert "12 tokens in 2 texts" in together.stderr
+
+
+def test_the_prompt_is_echoed_unless_quiet(folder):
+    options = ("-p", "the", "--max-new-tokens", "20", "--device", "cpu")
+    assert run(folder, *options).stdout == "the" + run(folder, *options, "-q").stdout
+
+
+def test_a_conversation_goes_on_from_all_that_was_said(folder, monkeypatch):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    chats, real = [], prompts.encode_chats
+
+    def encode_chats(tokenizer, batch, checkpoint):
+        chats.append([(message["role"], message["content"]) for message in batch[0]])
+        return real(tokenizer, batch, checkpoint)
+
+    monkeypatch.setattr(prompts, "encode_chats", encode_chats)
+    result = run(folder, "--chat", "--max-new-tokens", "9", "--device", "cpu", said="the\n\nhello\n")
+    assert result.exit_code == 0, result.output
+    first, second = chats
+    assert first == [("user", "the")]
+    assert [role for role, _ in second] == ["user", "assistant", "user"]
+    assert [second[0], second[2]] == [("user", "the"), ("user", "hello")]
+    assert second[1][1].strip() in result.stdout
 
 
 def test_seed_decides_what_is_sampled(folder):
@@ -103,12 +132,18 @@ def test_encoder_decoder(tmp_path):
         (("--kernel", "marlin"), KernelError, "device is cpu, not cuda"),
         (("--device", "quantum"), ConfigError, "device 'quantum' cannot be used here"),
         (("-p", ""), ConfigError, "the prompt is empty"),
+        (("-p", "", "--chat"), ConfigError, "the prompt is empty"),
     ],
 )
 def test_errors(folder, arguments, error, words):
     result = run(folder, "-p", "the", "--device", "cpu", *arguments)
     assert isinstance(result.exception, error)
     assert words in str(result.exception)
+
+
+def test_no_prompt(folder):
+    assert "the prompt is empty" in str(run(folder).exception)
+    assert "has no chat template" in str(run(folder, "--chat", "--device", "cpu", said="the\n").exception)
 
 
 def test_no_tokenizer(tmp_path):

@@ -1,5 +1,7 @@
 """What a real run leaves behind: report, page and card, and in which order."""
 
+import dataclasses
+import html
 import json
 import os
 import re
@@ -53,6 +55,16 @@ def test_the_report_is_written(run):
 def test_the_page_is_made_of_the_report(run):
     out, report = run
     assert (out / "fewbit_report.html").read_text(encoding="utf-8") == page(report.published())
+
+
+def test_the_report_is_short_in_a_console_and_the_page_in_a_notebook(run):
+    out, report = run
+    kl = report.evaluation["quantized"]["kl"]
+    assert repr(report).startswith(f"<Report model → {out}: 14 layers, ")
+    assert f"KL {kl:.4f} ({formatting.verdict(kl)})" in repr(report)
+    assert "KL not measured" in repr(dataclasses.replace(report, evaluation=None))
+    (inside,) = re.findall(r'^<iframe srcdoc="([^"]*)"', report._repr_html_())
+    assert html.unescape(inside) == page(report.published())
 
 
 def test_no_file_tells_where_it_was_made(run, inputs):

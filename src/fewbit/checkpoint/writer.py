@@ -36,6 +36,8 @@ from .safetensors_file import DTYPE_NAMES, encode_header
 
 CONFIG = "config.json"
 QUANTIZE_CONFIG = "quantize_config.json"
+REPORT_NAME = "fewbit_report.json"
+PAGE_NAME = "fewbit_report.html"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MARKER = ".fewbit-incomplete"

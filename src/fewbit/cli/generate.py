@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,19 +17,20 @@ if TYPE_CHECKING:
 
 @examples(
     'fewbit generate ./SmolLM2-135M-4bit -p "The capital of France is"',
-    'fewbit generate ./SmolLM2-135M-4bit --chat -p "Name three rivers." --max-new-tokens 60 --temperature 0.7',
+    "fewbit generate ./SmolLM2-135M-4bit --chat --temperature 0.7",
+    'fewbit generate ./SmolLM2-135M-4bit --chat -p "Name three rivers." --max-new-tokens 60',
     'fewbit generate ./SmolLM2-135M-4bit -p "One" -p "Two, three" --lm-head-runtime 8',
 )
 def generate(
     checkpoint: Annotated[str, typer.Argument(help="A quantized checkpoint: a folder or a Hub id.")],
     prompt: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option("-p", "--prompt", help="The text to go on from. Repeatable: all in one batch."),
-    ],
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
+        bool, typer.Option("--chat", help="Use the model's chat template. Without a prompt: a conversation.")
     ] = False,
     device: Device = "auto",
     dtype: ActivationDtype = "auto",
@@ -40,11 +42,12 @@ def generate(
     verbose: Annotated[
         bool, typer.Option("-v", "--verbose", help="Also device, dtype and prompt tokens.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only the text and errors.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only the new text and errors.")] = False,
 ) -> None:
     """Write text with a quantized checkpoint, token by token; its speed goes to stderr.
 
-    The texts of several prompts follow each other in their order, with an empty line between.
+    The texts of several prompts follow each other in their order, with an empty line between. Each begins with its
+    prompt, unless --chat or --quiet is set. `--chat` without a prompt reads your messages until Ctrl-D.
     """
     import torch
     from transformers import TextStreamer
@@ -55,28 +58,58 @@ def generate(
     from ..hf.load import kernels, load
 
     quiet_libraries()
-    prompts.refuse_empty(prompt)
+    if prompt is not None or not chat:
+        prompts.refuse_empty(prompt or ())
     where = resolve_device(device)
     wanted = "bfloat16" if dtype == "auto" and where.type == "cpu" else dtype
     faster: dict[str, Any] = {"fuse": fuse, "lm_head_runtime": head_bits(lm_head_runtime)}
     model = load(checkpoint, where, wanted, kernel, trust_remote_code, **faster)
     prompts.refuse_other_models(model, checkpoint)
     tokenizer = prompts.load_tokenizer(checkpoint, trust_remote_code)
-    inputs = prompts.encode(tokenizer, prompt, chat, checkpoint).to(where)
     torch.manual_seed(seed)
-    decoding = prompts.DECODING
+    decoding, echo = prompts.DECODING, not (chat or quiet)
+
+    def answer(inputs: Any, streamed: bool) -> Generation:
+        streamer = TextStreamer(tokenizer, skip_prompt=True, **decoding) if streamed else None
+        options = {**prompts.sampling(temperature), "pad_token_id": tokenizer.pad_token_id}
+        return write(model, inputs.to(where), max_new_tokens, streamer=streamer, **options)
+
+    if not prompt:
+        _converse(tokenizer, checkpoint, partial(answer, streamed=True))
+        return
+    inputs = prompts.encode(tokenizer, prompt, chat, checkpoint)
     # transformers streams one text; several are written when all are complete.
-    streamer = TextStreamer(tokenizer, skip_prompt=True, **decoding) if len(prompt) == 1 else None
-    options = {**prompts.sampling(temperature), "pad_token_id": tokenizer.pad_token_id}
-    result = write(model, inputs, max_new_tokens, streamer=streamer, **options)
-    if streamer is None:
-        sys.stdout.write("\n\n".join(tokenizer.decode(row, **decoding) for row in result.tokens) + "\n")
+    streamed = len(prompt) == 1
+    if echo and streamed:
+        print(prompt[0], end="", flush=True)
+    result = answer(inputs, streamed)
+    if not streamed:
+        before = prompt if echo else [""] * len(prompt)
+        texts = (tokenizer.decode(row, **decoding) for row in result.tokens)
+        print("\n\n".join(map("".join, zip(before, texts, strict=True))))
     if quiet:
         return
     for line in (*_speed(result), *kernels(model)):
         console.print(line, markup=False, highlight=False)
     if verbose:
         console.print(f"on {where} in {str(model.dtype).removeprefix('torch.')}")
+
+
+def _converse(tokenizer: Any, checkpoint: str, answer: Callable[[Any], Generation]) -> None:
+    """Answer messages from the standard input, each with all that was said before."""
+    from ..hf import prompts
+
+    said: list[dict[str, str]] = []
+    while True:
+        try:
+            text = console.input("[bold]> [/]")
+        except EOFError:
+            return
+        if not text.strip():
+            continue
+        said.append({"role": "user", "content": text})
+        tokens = answer(prompts.encode_chats(tokenizer, [said], checkpoint)).tokens[0]
+        said.append({"role": "assistant", "content": tokenizer.decode(tokens, **prompts.DECODING)})
 
 
 def _speed(result: Generation) -> list[str]:

@@ -60,6 +60,8 @@ def inspect(
 def _summary(found: Inspection) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("model", plain(found.model_type or "unknown"))
+    if found.base_model:
+        table.add_row("original", plain(found.base_model))
     table.add_row("format", found.format)
     table.add_row("made by", plain(", ".join(found.made_by) or "not stated"))
     for text, count in found.layouts.items():
@@ -72,7 +74,10 @@ def _summary(found: Inspection) -> Table:
         per_weight = f"{found.bits_per_weight:.2f}, with scales, zero points and g_idx"
         table.add_row("bits per weight", per_weight)
     quantized, other = formatting.size(found.quantized_bytes), formatting.size(found.other_bytes)
-    table.add_row("size", f"{quantized} quantized, {other} not, in {found.files} file(s)")
+    table.add_row("size", f"{quantized} quantized, {other} not, in {formatting.plural(found.files, 'file')}")
+    if found.base_bytes:
+        ratio = found.base_bytes / (found.quantized_bytes + found.other_bytes)
+        table.add_row("", f"{formatting.size(found.base_bytes)} before: {ratio:.1f} × smaller")
     return table
 
 
@@ -87,9 +92,10 @@ def _layers(found: Inspection) -> Table:
 
 
 def _kernel_table(found: Inspection) -> Table:
-    table = Table("kernel", "layers", "why not", box=None, padding=(0, 2, 0, 0))
+    table = Table("kernel", "layers", "", box=None, padding=(0, 2, 0, 0))
     unknown = ", if all layers are linear" if found.kinds.get("unknown") else ""
     table.title, table.title_justify = f"kernels on {found.kernels[0].device}{unknown}", "left"
     for row in found.kernels:
-        table.add_row(row.kernel, f"{row.modules} of {found.modules}", row.why_not or "")
+        here = f"runs {row.used} of them with kernel=auto" if row.used else ""
+        table.add_row(row.kernel, f"{row.modules} of {found.modules}", row.why_not or here)
     return table

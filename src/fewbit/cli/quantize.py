@@ -142,8 +142,8 @@ def _after_interrupt(output: Path) -> str:
 
 
 def _show(report: Any, verbose: bool) -> None:
+    from ..checkpoint.writer import PAGE_NAME
     from ..report.layer_stats import error_measure, error_name, mean, worst_layer
-    from ..report.report import PAGE_NAME
 
     results = Console()
     if verbose:

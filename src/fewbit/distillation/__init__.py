@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .. import __version__, native
-from ..checkpoint.writer import parse_size
+from ..checkpoint.writer import PAGE_NAME, REPORT_NAME, parse_size
 from ..config import Dtype, QuantConfig
 from ..context import Progress, RunContext, no_progress, resolve_device
 from ..distributed import open_communicator
@@ -29,7 +29,7 @@ from ..hf.quantized_layers import quantized_layers
 from ..modeling.source import Source, open_source
 from ..pipeline.journal import FOLDER, Journal, check_output
 from ..report.page import page
-from ..report.report import PAGE_NAME, REPORT_NAME, write_text
+from ..report.report import write_text
 from ..report.reproduce import without_folders
 from ..resources import takes_at_most
 from .data import DistillConfig, DistillData, distill_data

@@ -13,9 +13,8 @@ from ..checkpoint import manifest
 from ..checkpoint.layout import PARTS, QWEIGHT, SCALES
 from ..checkpoint.reader import open_weights, read_config
 from ..checkpoint.safe_io import files_beside_weights
-from ..checkpoint.writer import CONFIG, QUANTIZE_CONFIG, CheckpointWriter, is_written
+from ..checkpoint.writer import CONFIG, PAGE_NAME, QUANTIZE_CONFIG, REPORT_NAME, CheckpointWriter, is_written
 from ..hf.quantized_layers import FileNames
-from ..report.report import PAGE_NAME, REPORT_NAME
 
 
 def model_names(model: Any, folder: Path) -> dict[str, str]:

@@ -23,7 +23,9 @@ from ..checkpoint.reader import Checkpoint, LayerSpec, refuse_lost_zeros
 from ..checkpoint.safe_io import files_beside_weights
 from ..checkpoint.writer import (
     CONFIG,
+    PAGE_NAME,
     QUANTIZE_CONFIG,
+    REPORT_NAME,
     CheckpointWriter,
     refuse_non_empty,
     with_legacy_keys,
@@ -31,7 +33,6 @@ from ..checkpoint.writer import (
 from ..config import ExportTarget, PlainDtype
 from ..errors import CheckpointError, ConfigError, OutputError
 from ..quantized_matrix import sequential_groups
-from ..report.report import PAGE_NAME, REPORT_NAME
 from . import gguf_blocks, gguf_file, gguf_models
 from .auto_round import AutoRound
 from .awq import Awq

@@ -5,7 +5,7 @@ prompts ─ tokenizer of the checkpoint ─ one batch, padded on the left ─ `h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -134,19 +134,34 @@ def load_tokenizer(checkpoint: str, trust_remote_code: bool, auto_class: Any = A
 
 def encode(tokenizer: Any, prompts: Sequence[str], chat: bool, checkpoint: str) -> Any:
     """All prompts in one batch, the shorter ones padded on the left."""
-    if chat and not tokenizer.chat_template:
-        raise ModelError(f"{checkpoint} has no chat template; leave out chat (--chat)")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # masked: any token will do
-    padding = {"padding": len(prompts) > 1, "return_tensors": "pt"}
-    tokenizer.padding_side = "left"
     if chat:
-        messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True, **padding
+        return encode_chats(
+            tokenizer, [[{"role": "user", "content": prompt}] for prompt in prompts], checkpoint
         )
-    inputs = tokenizer(list(prompts), **padding)
+    inputs = tokenizer(list(prompts), **_padding(tokenizer, len(prompts)))
     for prompt, mask in zip(prompts, inputs["attention_mask"], strict=True):
         if not mask.any():
             raise ConfigError(f"the tokenizer of {checkpoint} makes no token of the prompt {prompt!r}")
     return inputs
+
+
+def encode_chats(tokenizer: Any, chats: Sequence[Sequence[Mapping[str, str]]], checkpoint: str) -> Any:
+    """Conversations in the model's chat template, in one batch; each message has a ``role`` and a ``content``.
+
+    Raises:
+        ModelError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise ModelError(f"{checkpoint} has no chat template; leave out chat (--chat)")
+    options = _padding(tokenizer, len(chats))
+    return tokenizer.apply_chat_template(
+        list(map(list, chats)), add_generation_prompt=True, return_dict=True, **options
+    )
+
+
+def _padding(tokenizer: Any, count: int) -> dict[str, Any]:
+    """Arguments that pad several texts on the left; the tokenizer gets a padding token if it has none."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masked: any token will do
+    tokenizer.padding_side = "left"
+    return {"padding": count > 1, "return_tensors": "pt"}

@@ -6,6 +6,7 @@ files contain times, memory and paths, so the checkpoint has the same bytes for 
 
 from __future__ import annotations
 
+import html
 import json
 import platform
 from collections import Counter
@@ -16,19 +17,17 @@ from typing import Any
 
 import torch
 
-from .. import __version__
+from .. import __version__, formatting
 from ..atomic_io import write_whole
+from ..checkpoint.writer import PAGE_NAME, REPORT_NAME
 from ..engines import ENGINES, of_plan, unsupported_reasons
 from ..errors import OutputError
 from ..planning import Plan
 from ..preparation import Origin, Preparation
 from .page import page
 
-REPORT_NAME = "fewbit_report.json"
-PAGE_NAME = "fewbit_report.html"
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """Result of one quantization run.
 
@@ -96,6 +95,23 @@ class Report:
     def modules(self) -> int:
         """Number of quantized layers."""
         return len(self.layers)
+
+    def __repr__(self) -> str:
+        kl = self.evaluation["quantized"]["kl"] if self.evaluation else None
+        before, after = self.model["bytes"], self.result_bytes
+        facts = [
+            formatting.plural(self.modules, "layer"),
+            f"{self.bits_per_weight:.2f} bits per weight",
+            f"{formatting.size(before)} → {formatting.size(after)}",
+            "KL not measured" if kl is None else f"KL {kl:.4f} ({formatting.verdict(kl)})",
+            *(f"{count} × {name}" for name, count in self.fallbacks.items()),
+        ]
+        where = f" → {self.output}" if self.output else ""
+        return f"<Report {self.model['name']}{where}: {', '.join(facts)}>"
+
+    def _repr_html_(self) -> str:
+        """The page, in a frame: what notebooks show."""
+        return f'<iframe srcdoc="{html.escape(page(self.published()))}" width="100%" height="640"></iframe>'
 
     def summary(self) -> dict[str, Any]:
         """The JSON that ``fewbit quantize --json`` prints."""
