@@ -27,7 +27,7 @@ test: torch
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: torch
-	$(PIP) install --quiet '.[test,lm-eval]'
+	$(PIP) install --quiet '.[test,lm-eval]' matplotlib
 	$(BIN)/python -m pytest -m slow
 
 # The module is built apart and found first on the path; leaks are Python's own.

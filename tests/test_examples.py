@@ -1,5 +1,9 @@
-"""examples/minimal.py does what it teaches: its codes are GPTQ's, and its calibration pass is true-sequential."""
+"""examples/minimal.py does what it teaches: its codes are GPTQ's, and its calibration pass is true-sequential.
 
+The notebook runs from its first cell to its last.
+"""
+
+import json
 import runpy
 from pathlib import Path
 
@@ -63,3 +67,25 @@ def test_gptq_loses_less_than_rounding_to_nearest(bits):
         kl[method] = sum(errors.values()), EXAMPLE["kl_divergence"](model, original, evaluation)
     assert kl["gptq"][0] < 0.8 * kl["rtn"][0]
     assert kl["gptq"][1] < 0.8 * kl["rtn"][1]
+
+
+def notebook_cells():
+    text = (Path(__file__).parents[1] / "examples" / "quantize_and_compare.ipynb").read_text(encoding="utf-8")
+    return [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_holds_no_outputs():
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in notebook_cells())
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(capsys):
+    pytest.importorskip("matplotlib").use("Agg")
+    names = {}
+    for cell in notebook_cells():
+        exec("".join(cell["source"]), names)
+    kl = [report.evaluation["quantized"]["kl"] for report in names["reports"].values()]
+    assert kl == sorted(kl)  # 8, 4, 3, 2 bits
+    assert names["mixed"].evaluation["quantized"]["kl"] < kl[-1]
+    assert names["distilled"].after < names["distilled"].before
+    assert "verify: no problems" in capsys.readouterr().out
