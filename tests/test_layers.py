@@ -21,7 +21,8 @@ TREES = {path: ast.parse(source) for path, source in SOURCES.items()}
 # A unit (a folder or a file of src/fewbit) imports units of its own layer and of the layers above it in this list.
 LAYERS = [
     "__init__ errors config",
-    "native atomic_io formatting profiling resources distributed quantized_matrix input_groups context internals",
+    "native atomic_io formatting profiling resources distributed quantized_matrix input_groups context "
+    "torch_internals transformers_internals",
     "modeling calibration gptq checkpoint",
     "kernels planning mixed_precision pipeline",
     "hf engines evaluation inspection verification",
@@ -68,7 +69,7 @@ ADDED = {
     "serving": (2, 430),
     "inspect, generate and plan in Python": (2, 240),
     "plugin for vLLM": (5, 680),
-    "group sizes that fit, settings as keywords, conversations, the original in inspect": (0, 200),
+    "group sizes that fit, settings as keywords, conversations, the original in inspect": (1, 230),
     "settings for engines, more model types in GGUF, reading compressed-tensors": (3, 700),
 }
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from . import errors, native
 from .errors import ConfigError, FewbitError, RankError
-from .internals import default_store
+from .torch_internals import default_store
 
 T = TypeVar("T")
 

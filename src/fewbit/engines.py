@@ -287,8 +287,6 @@ def of_plan(plan: Plan, config: QuantConfig) -> Contents:
 
 def unsupported_reasons(engine: Engine, contents: Contents) -> list[str]:
     """Return why `engine` cannot load such a checkpoint with the right weights; an empty list if it can."""
-    from .planning import block_of
-
     layers = Counter(reason for _, spec in contents.layers for reason in _of_layer(engine, spec))
     reasons = [f"{plural(count, 'layer')}: {reason}" for reason, count in layers.items()]
     if engine.merges:
@@ -306,10 +304,19 @@ def unsupported_reasons(engine: Engine, contents: Contents) -> list[str]:
     heads = [name for name, _ in contents.layers if name.rpartition(".")[2] in OUTPUT_EMBEDDINGS]
     if heads and not engine.lm_head:
         reasons.append(f"{heads[0]} is quantized, which it does not notice")
-    plain = [name for name in contents.plain if name.endswith("proj") and block_of(name) != name]
-    if plain and not engine.plain_projections:
+    if not engine.plain_projections and (plain := _plain_projections(contents)):
         reasons.append(f"{plural(len(plain), 'projection')} not quantized, for example {min(plain)}")
     return reasons
+
+
+def _plain_projections(contents: Contents) -> list[str]:
+    """Projections inside of blocks that are not quantized."""
+    names = [name for name in contents.plain if name.endswith("proj")]
+    if not names:
+        return []
+    from .planning import block_of
+
+    return [name for name in names if block_of(name) != name]
 
 
 def _of_layer(engine: Engine, spec: KernelSpec) -> Iterator[str]:

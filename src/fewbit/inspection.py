@@ -16,9 +16,10 @@ from .checkpoint.safe_io import read_json
 from .checkpoint.writer import REPORT_NAME
 from .engines import ENGINES, Contents, of_checkpoint, unsupported_reasons
 from .errors import CheckpointError
-from .hf.model_check import expected
 from .kernels import registry
 
+# Ends of the names of classes whose quantized layers are all linear.
+_LINEAR = ("ForCausalLM", "LMHeadModel")
 # In the header of a model card: one name, or a list of them.
 _BASE_MODEL = re.compile(r"^base_model:\s*(?:-\s*)?([^\s#\[]+)", re.M)
 
@@ -158,6 +159,11 @@ def layout_text(spec: LayerSpec) -> str:
 
 def _kinds(checkpoint: Checkpoint) -> dict[str, str]:
     """Layer → "linear" or "conv2d", from the model; empty where transformers cannot build it."""
+    classes = checkpoint.config.get("architectures")
+    if isinstance(classes, list) and classes and all(str(name).endswith(_LINEAR) for name in classes):
+        return dict.fromkeys(checkpoint.layers, "linear")
+    from .hf.model_check import expected  # transformers takes seconds to import
+
     try:
         model = expected(checkpoint.path, checkpoint.config, checkpoint.tensors)
     except CheckpointError:

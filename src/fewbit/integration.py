@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from transformers import GPTQConfig as TransformersGPTQConfig
 from transformers import PreTrainedModel
 
-from . import internals
+from . import transformers_internals
 from .checkpoint.writer import CONFIG, QUANTIZE_CONFIG, with_legacy_keys
 from .config import SKIP, QuantConfig
 from .errors import CalibrationError, ConfigError
@@ -165,8 +165,10 @@ def register(*, fast: bool = True) -> None:
     quantizer = OnTheFlyQuantizer if fast else _AsItIs
     _patches.extend(
         [
-            _Patch.apply(internals.AUTO_QUANTIZER_MAPPING, METHOD, lambda _: quantizer),
-            _Patch.apply(internals.AUTO_QUANTIZATION_CONFIG_MAPPING, METHOD, lambda _: GPTQConfig),
+            _Patch.apply(transformers_internals.AUTO_QUANTIZER_MAPPING, METHOD, lambda _: quantizer),
+            _Patch.apply(
+                transformers_internals.AUTO_QUANTIZATION_CONFIG_MAPPING, METHOD, lambda _: GPTQConfig
+            ),
             _Patch.apply(TransformersGPTQConfig, "__init__", _keep_unknown),
             _Patch.apply(TransformersGPTQConfig, "post_init", _without_optimum),
             _Patch.apply(PreTrainedModel, "save_pretrained", _with_quantize_config),
@@ -219,7 +221,7 @@ def _with_quantize_config(original: Callable[..., None]) -> Callable[..., None]:
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         original(self, save_directory, *args, **kwargs)
         config = getattr(self.config, "quantization_config", None)
-        saved = not internals.has_adapter(self) and kwargs.get("is_main_process", True)
+        saved = not transformers_internals.has_adapter(self) and kwargs.get("is_main_process", True)
         if isinstance(config, GPTQConfig) and saved:
             write_json(Path(save_directory) / QUANTIZE_CONFIG, config.to_dict())
             saved_config = json.loads((Path(save_directory) / CONFIG).read_text(encoding="utf-8"))

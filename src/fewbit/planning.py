@@ -21,10 +21,11 @@ from .checkpoint.assemble import names_on_disk, separate_layers
 from .checkpoint.layout import empty_layer
 from .config import AUTO, GROUP_SIZES, LayerSettings, QuantConfig
 from .errors import ConfigError, ModelError
-from .internals import NonDynamicallyQuantizableLinear, WeightNames, conversions_of
 from .modeling.experts import unfused_modules, why_fused
 from .modeling.layers import has_plain_forward, is_layer, matrix_shape
 from .modeling.multimodal import parts_of
+from .torch_internals import NonDynamicallyQuantizableLinear
+from .transformers_internals import WeightNames, conversions_of
 
 _BLOCK = re.compile(r"^(?:.*?\.)?\d+(?=\.|$)")
 _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")

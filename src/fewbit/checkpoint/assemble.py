@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .. import internals
+from .. import transformers_internals
 
 
 def checkpoint_tensors(
@@ -88,18 +88,20 @@ def _disk_layout(
         return state
     with ExitStack() as stack:
         if split:
-            stack.callback(internals.set_conversions, model, internals.conversions(model))
+            stack.callback(
+                transformers_internals.set_conversions, model, transformers_internals.conversions(model)
+            )
             keep_split(model, split)
-        reverted: dict[str, Tensor] = internals.revert_weight_conversion(model, state)
+        reverted: dict[str, Tensor] = transformers_internals.revert_weight_conversion(model, state)
     return reverted
 
 
 def keep_split(model: PreTrainedModel, layers: Iterable[str]) -> None:
     """Make ``save_pretrained`` write `layers`, and others of their kind, one by one."""
-    used = internals.conversions_of(model)
-    dropped = internals.converters_of((f"{name}.weight" for name in layers), used)
+    used = transformers_internals.conversions_of(model)
+    dropped = transformers_internals.converters_of((f"{name}.weight" for name in layers), used)
     if dropped:
-        internals.set_conversions(model, [entry for entry in used if entry not in dropped])
+        transformers_internals.set_conversions(model, [entry for entry in used if entry not in dropped])
 
 
 def separate_layers(model: nn.Module, names: Iterable[str]) -> set[str]:

@@ -21,7 +21,6 @@ from torch import Tensor, UntypedStorage, nn
 
 from ..errors import ModelError
 from ..hf.fuse import fast_attention
-from ..internals import EveryOperation
 from ..modeling.experts import RoutedExperts, routed_modules
 from ..modeling.layers import input_rows
 from ..pipeline.expert_calibration import ExpertCalibration
@@ -31,6 +30,7 @@ from ..pipeline.statistics import CACHED_HESSIANS, BatchMasks
 from ..pipeline.streaming import StreamedWeights, Weights
 from ..planning import LayerPlan, Plan, block_of
 from ..profiling import Profiler
+from ..torch_internals import EveryOperation
 
 # A batch is cut so that a block does about this many operations on it, but not below this many tokens.
 _OPERATIONS, _FEWEST_TOKENS = 1.5e11, 256

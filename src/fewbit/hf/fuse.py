@@ -18,17 +18,17 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from .. import native
-from ..internals import (
+from ..kernels.cpu.fused_ops import fuse_gated_mlps, fuse_norms
+from ..kernels.cpu.kernel import Cpu, Cpu16, CpuInt8, can_bypass_dispatch
+from ..kernels.cpu.lm_head import add_int8_lm_head, reason_against_int8
+from ..kernels.cpu.merged import MergedCpuKernel, merge_layers
+from ..transformers_internals import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     restore_attention_after,
     sdpa_attention_forward,
     set_attention,
     uses_attention,
 )
-from ..kernels.cpu.fused_ops import fuse_gated_mlps, fuse_norms
-from ..kernels.cpu.kernel import Cpu, Cpu16, CpuInt8, can_bypass_dispatch
-from ..kernels.cpu.lm_head import add_int8_lm_head, reason_against_int8
-from ..kernels.cpu.merged import MergedCpuKernel, merge_layers
 
 _LOG = logging.getLogger("fewbit")
 

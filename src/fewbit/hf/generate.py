@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from .. import internals
-from ..internals import DynamicLayer
+from .. import transformers_internals
+from ..transformers_internals import DynamicLayer
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
@@ -71,7 +71,7 @@ def generate(
     prompts = inputs["input_ids"]
     cache, reason = preallocated_cache(model, prompts.shape[1] + max_new_tokens)
     if cache is not None:
-        options = {internals.cache_argument(model): cache, **options}
+        options = {transformers_internals.cache_argument(model): cache, **options}
     clock = Clock()
     start = time.perf_counter()
     with torch.inference_mode():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .. import internals
+from .. import torch_internals, transformers_internals
 from ..checkpoint import layout
 from ..checkpoint.safetensors_file import TensorInfo
 from ..errors import CheckpointError
@@ -137,7 +137,7 @@ def _meta_model(folder: Path, config: Mapping[str, Any], tensors: int) -> PreTra
         if hasattr(parsed, "quantization_config"):
             del parsed.quantization_config
         with torch.device("meta"), _limited(4 * tensors + 2_000):
-            model: PreTrainedModel = internals.build(model_class, parsed)
+            model: PreTrainedModel = transformers_internals.build(model_class, parsed)
     except ImportError:
         return None  # a package that this architecture needs is not here
     except UNBUILDABLE as error:
@@ -162,7 +162,7 @@ def _limited(most: int) -> Iterator[None]:
                 f"config.json describes a model of more than {most:,} parameters, far more than the files hold"
             )
 
-    handle = internals.register_module_parameter_registration_hook(count)
+    handle = torch_internals.register_module_parameter_registration_hook(count)
     try:
         yield
     finally:
@@ -185,7 +185,7 @@ def _parameter_names(model: PreTrainedModel, names: list[str]) -> tuple[dict[str
 
 def _required(model: PreTrainedModel, state: Mapping[str, Tensor], provided: set[str]) -> list[str]:
     """Return parameters and persistent buffers that are not tied to a provided one and not optional."""
-    ignored = [re.compile(pattern) for pattern in internals.optional_parameters(model)]
+    ignored = [re.compile(pattern) for pattern in transformers_internals.optional_parameters(model)]
     tied: dict[str, str] = model.all_tied_weights_keys
     tied_to_provided = {source for target, source in tied.items() if target in provided}
     return [

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .. import internals
+from .. import transformers_internals
 from ..checkpoint import quantization_config as quantization
 from ..checkpoint.reader import layer_spec
 from ..checkpoint.safetensors_file import TensorInfo
@@ -98,7 +98,7 @@ def insert_empty_layer(
 
 def untie_quantized(model: PreTrainedModel) -> None:
     """Untie a quantized output embedding, which has its own tensors, from the input embedding."""
-    internals.untie(model, {f"{name}.weight" for name, _ in quantized_layers(model)})
+    transformers_internals.untie(model, {f"{name}.weight" for name, _ in quantized_layers(model)})
 
 
 def dense(layer: QuantizedLayer, dtype: torch.dtype) -> nn.Module:
@@ -144,7 +144,7 @@ class FileNames:
             self._names = _weight_names(model)
 
     def rename(self, name: str) -> tuple[str, list[str]]:
-        """See `internals.WeightNames.rename`."""
+        """See `transformers_internals.WeightNames.rename`."""
         return self._names.rename(name)
 
     def _is_single_expert(self, layer: str, fused: set[str]) -> bool:
@@ -153,6 +153,6 @@ class FileNames:
         return bool(merged) or not fused.isdisjoint((name.rsplit(".", 3)[0], name.rsplit(".", 2)[0]))
 
 
-def _weight_names(model: PreTrainedModel) -> internals.WeightNames:
-    default = internals.get_model_conversion_mapping(model)
-    return internals.WeightNames(model, unfused_conversions(model, default))
+def _weight_names(model: PreTrainedModel) -> transformers_internals.WeightNames:
+    default = transformers_internals.get_model_conversion_mapping(model)
+    return transformers_internals.WeightNames(model, unfused_conversions(model, default))

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
-from .. import internals
+from .. import torch_internals, transformers_internals
 from ..checkpoint import layout
 from ..checkpoint import quantization_config as quantization
 from ..checkpoint.assemble import keep_split
@@ -182,8 +182,10 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
         self._loading = model
 
     def update_weight_conversions(
-        self, weight_conversions: list[internals.WeightTransform], model: PreTrainedModel | None = None
-    ) -> list[internals.WeightTransform]:
+        self,
+        weight_conversions: list[transformers_internals.WeightTransform],
+        model: PreTrainedModel | None = None,
+    ) -> list[transformers_internals.WeightTransform]:
         """Drop the conversions that would merge experts which are unfused in `model`.
 
         Older versions of transformers (5.19, which vLLM asks for) do not pass the model that is being loaded.
@@ -199,8 +201,8 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
             missing = [
                 part
                 for part in layout.PARTS
-                if part not in internals.non_persistent_buffers(layer)
-                and not internals.is_loaded(layer.get_buffer(part))
+                if part not in torch_internals.non_persistent_buffers(layer)
+                and not transformers_internals.is_loaded(layer.get_buffer(part))
             ]
             if missing:
                 raise CheckpointError(
@@ -218,7 +220,7 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
     def _warn_without_order(self, layers: list[QuantizedLayer]) -> None:
         """Say what is assumed where the configuration says desc_act, and the files have no g_idx."""
         count = sum(
-            layout.G_IDX in internals.non_persistent_buffers(layer)
+            layout.G_IDX in torch_internals.non_persistent_buffers(layer)
             and layer.spec.act_order
             and layer.spec.group_size != -1
             for layer in layers
@@ -245,7 +247,7 @@ class FewbitQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """Return the tensors in the format that the model's configuration says; None if they are in it already."""
         config = getattr(model.config, "quantization_config", None)
-        if not isinstance(config, GPTQConfig) or internals.has_adapter(model):
+        if not isinstance(config, GPTQConfig) or transformers_internals.has_adapter(model):
             return None, {}
         # accelerate may have offloaded some layers, whose zero points cannot be converted here.
         if any(buffer.is_meta for _, layer in quantized_layers(model) for buffer in layer.buffers()):
@@ -360,8 +362,8 @@ def _in_format(layer: QuantizedLayer, parts: dict[str, Tensor], fmt: str) -> dic
 
 def offer() -> None:
     """Add the method "fewbit" to transformers; nothing that exists is replaced."""
-    internals.AUTO_QUANTIZER_MAPPING.setdefault(OWN_METHOD, FewbitQuantizer)
-    internals.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(OWN_METHOD, GPTQConfig)
+    transformers_internals.AUTO_QUANTIZER_MAPPING.setdefault(OWN_METHOD, FewbitQuantizer)
+    transformers_internals.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(OWN_METHOD, GPTQConfig)
 
 
 def replace_layers(

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cli.serve import Serve
 
-from ..internals import on_messages, pin_served_model, wrap_generation
+from ..transformers_internals import on_messages, pin_served_model, wrap_generation
 from .blocks import SEQLEN_KEYS
 
 # Seconds that answers may still take after SIGTERM or Ctrl-C.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .. import internals
+from .. import torch_internals, transformers_internals
 from ..checkpoint import layout
 from ..checkpoint.quantization_config import LayerFormat
 from ..errors import CheckpointError, KernelError
@@ -47,7 +47,7 @@ class QuantizedWeight(Tensor):
             cls, shape, dtype=layer.compute_dtype, device=layer.device
         )
         weight._layer = layer
-        internals.mark_loaded(weight)
+        transformers_internals.mark_loaded(weight)
         return weight
 
     def __init__(self, layer: QuantizedLayer, shape: tuple[int, ...]) -> None:
@@ -70,7 +70,7 @@ class QuantizedWeight(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run any operation on the dequantized weight."""
-        if internals.is_mutating(func) and args and isinstance(args[0], QuantizedWeight):
+        if torch_internals.is_mutating(func) and args and isinstance(args[0], QuantizedWeight):
             raise KernelError(_UNCHANGEABLE)
 
         def dense(value: Any) -> Any:
@@ -78,7 +78,7 @@ class QuantizedWeight(Tensor):
                 value._layer.dequantize().view(value.shape) if isinstance(value, QuantizedWeight) else value
             )
 
-        return func(*internals.tree_map(dense, args), **internals.tree_map(dense, kwargs or {}))
+        return func(*torch_internals.tree_map(dense, args), **torch_internals.tree_map(dense, kwargs or {}))
 
 
 class QuantizedLayer(nn.Module):
@@ -113,7 +113,7 @@ class QuantizedLayer(nn.Module):
         self.kernel_asked = "reference"
         self.trainable = False  # whether a kernel without gradients to the input was ruled out
         self.kernel_reasons: tuple[tuple[str, str | None], ...] = ()
-        internals.mark_loaded(self)
+        transformers_internals.mark_loaded(self)
 
     # Attributes that other libraries read from a GPTQ layer.
     @property
@@ -230,7 +230,7 @@ class QuantizedLayer(nn.Module):
         if canonical:
             for name in set(self._buffers) - set(layout.PARTS):
                 del self._buffers[name]
-                internals.non_persistent_buffers(self).discard(name)
+                torch_internals.non_persistent_buffers(self).discard(name)
             self._buffers.update(canonical)
         self.kernel = registry.get("reference")
 
@@ -248,7 +248,7 @@ class QuantizedLayer(nn.Module):
 
     def fill_in_g_idx(self) -> None:
         """Write the g_idx that the checkpoint left out, after a loader has allocated the buffers."""
-        if layout.G_IDX in internals.non_persistent_buffers(self):
+        if layout.G_IDX in torch_internals.non_persistent_buffers(self):
             self._buffers[layout.G_IDX] = self._sequential().to(self.device)
 
     # Moving, saving and loading, as nn.Module does it.

@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from .. import internals
+from .. import transformers_internals
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -115,7 +115,7 @@ def _standard(module: nn.Module, own: Mapping[str, Tensor]) -> ExpertLayout | st
             FusedParameter(first, parts, transposed, interleaved, bias[first]),
             FusedParameter(_DOWN, (_DOWN,), transposed, bias=bias[_DOWN]),
         ),
-        activation=internals.expert_activation(module),
+        activation=transformers_internals.expert_activation(module),
         norm=norm,
     )
 

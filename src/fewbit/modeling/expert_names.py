@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from .. import internals
-from ..internals import (
+from .. import transformers_internals
+from ..transformers_internals import (
     Concatenate,
     MergeModulelist,
     WeightConverter,
@@ -83,9 +83,9 @@ def _without(entry: WeightTransform, weights: Iterable[str]) -> WeightTransform:
     if type(entry) is WeightRenaming:
         back = entry.reverse_transform()
         kept = all(back.rename_source_key(name)[0].split(".")[-2] == name.split(".")[-2] for name in weights)
-        return entry if kept else internals.guarded(entry, _NO_NUMBER_AND_DOT)
+        return entry if kept else transformers_internals.guarded(entry, _NO_NUMBER_AND_DOT)
     if isinstance(entry, WeightConverter) and any(entry.rename_source_key(name)[1] for name in weights):
-        return internals.with_prefix(entry, _NO_NUMBER)
+        return transformers_internals.with_prefix(entry, _NO_NUMBER)
     return entry
 
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .. import internals
-from ..internals import WeightTransform
+from .. import transformers_internals
+from ..transformers_internals import WeightTransform
 from .expert_layouts import Activation, ExpertLayout, layout_of
 from .expert_names import in_files, unfused_conversions_of
 
@@ -312,7 +312,7 @@ def unfuse(model: nn.Module) -> dict[str, UnfusedExperts]:
     """
     if not isinstance(model, PreTrainedModel):
         return {}
-    conversions = internals.conversions_of(model)
+    conversions = transformers_internals.conversions_of(model)
     modules = {}
     shared = _shared_experts(model)
     for name, fused, layout in list(_fused_modules(model)):
@@ -323,9 +323,9 @@ def unfuse(model: nn.Module) -> dict[str, UnfusedExperts]:
         modules[name] = _CLASSES[layout.forward](fused, layout, stored_fused=known.fused)
         setattr(model.get_submodule(parent), own, modules[name])
         # The initialization of some classes, which runs after loading, looks for the fused parameters.
-        internals.mark_loaded(model.get_submodule(parent))
+        transformers_internals.mark_loaded(model.get_submodule(parent))
     if modules:
-        internals.set_conversions(model, unfused_conversions(model, conversions))
+        transformers_internals.set_conversions(model, unfused_conversions(model, conversions))
     return modules
 
 
@@ -354,7 +354,7 @@ def fused_modules(model: nn.Module) -> set[str]:
 
 def why_fused(model: nn.Module) -> dict[str, str]:
     """Return every parameter that is still fused → why it cannot be unfused."""
-    conversions = internals.conversions_of(model) if isinstance(model, PreTrainedModel) else []
+    conversions = transformers_internals.conversions_of(model) if isinstance(model, PreTrainedModel) else []
     reasons, shared = {}, _shared_experts(model)
     for name, module, layout in _fused_modules(model):
         reason = layout if isinstance(layout, str) else in_files(name, layout, conversions).reason

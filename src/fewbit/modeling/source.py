@@ -25,7 +25,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 from yaml import YAMLError
 
-from .. import internals
+from .. import transformers_internals
 from ..checkpoint.low_precision import METHODS, DequantizedTensor, dequantized, method_of
 from ..checkpoint.reader import open_weights
 from ..checkpoint.safe_io import WEIGHT_SUFFIXES, files_beside_weights
@@ -293,7 +293,7 @@ class Source:
     def _concrete_class(self, config: Any) -> Any:
         """The class itself, where `_model_class` leaves the choice to an automatic one."""
         found = self._model_class(config)
-        mapping = internals.class_mapping(found)
+        mapping = transformers_internals.class_mapping(found)
         if mapping is None:
             return found
         if self.trust_remote_code and getattr(config, "auto_map", None):

@@ -27,8 +27,8 @@ from torch import UntypedStorage
 
 from ..errors import CalibrationError, OutputError
 from ..formatting import size
-from ..internals import EveryOperation, is_mutating, without_dispatch_modes
 from ..profiling import Profiler
+from ..torch_internals import EveryOperation, is_mutating, without_dispatch_modes
 from .memory import RESIDENT_STORAGES, ActivationBudget
 from .streaming import release_freed_memory
 

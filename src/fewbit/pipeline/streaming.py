@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..checkpoint.safetensors_file import FileTensor, check_all_finite
-from ..internals import WeightNames, conversions, load_converted
 from ..modeling.experts import UnfusedExperts, unfused_modules
 from ..modeling.source import without_progress_bars
 from ..planning import block_of, output_embedding_name
 from ..profiling import Profiler
+from ..transformers_internals import WeightNames, conversions, load_converted
 from .prefetch import HostTensors, Prefetcher
 
 Restore = Callable[[str], None]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import native
 from ...checkpoint import layout
-from ...internals import tracing_state
+from ...torch_internals import tracing_state
 from ..spec import Kernel, KernelSpec, QuantizedBuffers
 from . import packed
 from .packed import PackedWeight, Rounding

@@ -1,22 +1,18 @@
-"""Everything that fewbit uses of torch's and transformers' private interfaces.
+"""Everything that fewbit uses of transformers' private interfaces.
 
-No other module imports a private module or reads a private attribute of a model, so a new release of either library can
-break only this file. ``tests/test_internals.py`` checks each entry against the installed versions.
+No other module imports a private module of transformers or reads a private attribute of a model, so a new release can
+break only this file. ``tests/test_internals.py`` checks each entry against the installed version.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, UntypedStorage, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -43,45 +39,14 @@ __all__ = [
     "Concatenate",
     "DynamicLayer",
     "MergeModulelist",
-    "NonDynamicallyQuantizableLinear",
-    "TorchDispatchMode",
     "WeightConverter",
     "WeightNames",
     "WeightRenaming",
     "WeightTransform",
     "get_model_conversion_mapping",
-    "register_module_parameter_registration_hook",
     "revert_weight_conversion",
     "sdpa_attention_forward",
-    "tracing_state",
-    "tree_leaves",
-    "tree_map",
-    "without_dispatch_modes",
 ]
-
-# Context manager: run without the active TorchDispatchModes.
-without_dispatch_modes = _disable_current_modes
-
-
-# torch
-# Returns the state of torch.jit.trace; None if it is not recording. Called for every product.
-tracing_state = torch._C._get_tracing_state
-
-
-def is_mutating(operator: Any) -> bool:
-    """Return whether an aten operator writes to one of its arguments."""
-    mutable: bool = operator._schema.is_mutable
-    return mutable
-
-
-def default_store() -> Any:
-    """Return the key-value store of the default process group."""
-    return torch.distributed.distributed_c10d._get_default_store()
-
-
-def non_persistent_buffers(module: nn.Module) -> set[str]:
-    """Return the names of the buffers that ``state_dict`` leaves out."""
-    return module._non_persistent_buffers_set
 
 
 # transformers: names and layouts of weights
@@ -243,38 +208,6 @@ def expert_activation(experts: nn.Module) -> Callable[[Tensor], Tensor]:
 def has_adapter(model: PreTrainedModel) -> bool:
     """Return whether an adapter was loaded with transformers' own ``load_adapter``."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
-
-
-class EveryOperation(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Calls `before` and `after` around every operation of torch, with the storages that it uses."""
-
-    def __init__(
-        self,
-        before: Callable[[Any, list[UntypedStorage]], None],
-        after: Callable[[list[UntypedStorage], list[UntypedStorage]], None],
-    ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._before, self._after = before, after
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        inputs = list(_storages((*args, *kwargs.values())))
-        self._before(func, inputs)
-        result = func(*args, **kwargs)
-        self._after(inputs, list(_storages((result,))))
-        return result
-
-
-def _storages(values: Iterable[object]) -> Iterator[UntypedStorage]:
-    """Yield the storages of all plain tensors; tensor subclasses have none."""
-    for value in values:
-        if isinstance(value, Tensor):
-            if type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided:
-                yield value.untyped_storage()
-        elif isinstance(value, (list, tuple)):
-            yield from _storages(value)
 
 
 # transformers: its server
