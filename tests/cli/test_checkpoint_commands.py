@@ -114,6 +114,11 @@ def test_inspect_knows_convolutions_only_where_transformers_knows_the_model(tmp_
     assert "kernels on" in run("inspect", tmp_path / "llama")
     assert "if all layers are linear" not in run("inspect", tmp_path / "llama")
     write_fewbit(tmp_path / "unknown")
+    assert json.loads(run("inspect", tmp_path / "unknown", "--json"))["kinds"] == {
+        "linear": 2
+    }  # by the class's name
+    path = tmp_path / "unknown" / "config.json"
+    path.write_text(path.read_text().replace("SampleForCausalLM", "SampleModel"))
     assert "if all layers are linear" in run("inspect", tmp_path / "unknown")
     assert json.loads(run("inspect", tmp_path / "unknown", "--json"))["kinds"] == {"unknown": 2}
 
