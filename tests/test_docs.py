@@ -31,7 +31,7 @@ RUN = [page for page in pages() if page.name not in {*RUN_ELSEWHERE, *NOT_RUN} a
 LONG = {"choosing", "big-models", "mixed-precision"}  # minutes of quantization
 COMMANDS = typer.main.get_command(app).commands
 # How many blocks of the other pages are only shown. They cannot be kept true by a test: let them stay few.
-SHOWN_ONLY = 19
+SHOWN_ONLY = 16
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ TREES = {path: ast.parse(source) for path, source in SOURCES.items()}
 # A unit (a folder or a file of src/fewbit) imports units of its own layer and of the layers above it in this list.
 LAYERS = [
     "__init__ errors config",
-    "native atomic_io formatting profiling resources distributed quantized_matrix input_groups context "
+    "native atomic_io formatting profiling resources distributed quantized_matrix input_groups context progress "
     "torch_internals transformers_internals",
     "modeling calibration gptq checkpoint",
     "kernels planning mixed_precision pipeline",
@@ -69,7 +69,10 @@ ADDED = {
     "serving": (2, 430),
     "inspect, generate and plan in Python": (2, 240),
     "plugin for vLLM": (5, 680),
-    "group sizes that fit, settings as keywords, conversations, the original in inspect": (1, 230),
+    "group sizes that fit, settings as keywords, conversations, the original in inspect, progress from Python": (
+        2,
+        280,
+    ),
     "settings for engines, more model types in GGUF, reading compressed-tensors": (3, 700),
 }
 

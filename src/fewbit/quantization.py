@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from .config import QuantConfig
-from .context import Progress, RunContext, no_progress, resolve_device
+from .context import Progress, RunContext, resolve_device
 from .distributed import Communicator, open_communicator
 from .errors import ConfigError
 from .evaluation import evaluate
@@ -28,6 +28,7 @@ from .pipeline.offload import check_offload_dir
 from .pipeline.quantize_layers import quantize_layers
 from .preparation import EvaluationText, Preparation
 from .profiling import Profiler, peak_memory_bytes
+from .progress import progress_of
 from .report.report import Report, RunResult, collect
 from .report.reproduce import reproduce
 
@@ -51,7 +52,7 @@ def quantize(
     evaluate_on: Any = None,
     push_to_hub: str | None = None,
     offload_dir: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     **settings: Any,
 ) -> Report | M:
     """Quantize a model with GPTQ.
@@ -75,7 +76,8 @@ def quantize(
         push_to_hub: a Hub repository that the result is uploaded to.
         offload_dir: a folder for the activations of paused calibration batches, which are then not held in memory.
             It is left empty. The result is the same.
-        progress: callback, called as ``progress(phase, done, total)``.
+        progress: True for a bar in a terminal or notebook, and lines in the log elsewhere; False for neither; or a
+            callback, called as ``progress(phase, done, total)``.
         settings: fields of `QuantConfig`, such as ``bits=3``, instead of `config`.
 
     Returns:
@@ -119,7 +121,7 @@ def quantize(
         source = open_source(model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     with open_communicator() as comm:
         where = source.device or resolve_device(device)
-        shown = progress if progress and comm.is_leader else no_progress
+        shown = progress_of(progress if comm.is_leader else False, "quantize")
         ctx = RunContext(config, where, comm, Profiler(where), shown, offload_dir)
         run = Preparation(ctx, source, dataset, tokenizer, evaluate_on)
         destination.check(comm)

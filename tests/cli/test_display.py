@@ -3,13 +3,14 @@
 from typer.testing import CliRunner
 
 import fewbit
+from fewbit import progress
 from fewbit.cli import display
 from fewbit.cli.main import app
 
 
 def test_progress_is_lines_without_a_terminal(monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with display.progress_bar("quantize") as update:
         for done in range(11):
             update("quantize", done, 10)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from .. import formatting
+from ..context import Progress, no_progress
 from ..engines import engine
+from ..progress import Bar, Lines
 
 # Results go to stdout; progress and notes to stderr, so that `--json` can be piped.
 console = Console(stderr=True)
@@ -54,52 +54,16 @@ def examples(*commands: str) -> Callable[[F], F]:
 
 
 @contextmanager
-def progress_bar(title: str, *, hidden: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+def progress_bar(title: str, *, hidden: bool = False) -> Iterator[Progress]:
     """Show a progress bar, or lines where there is no terminal; yields its callback ``(phase, done, total)``."""
-    if not console.is_terminal:
-        yield (lambda phase, done, total: None) if hidden else _Lines(title)
+    if hidden or not console.is_terminal:
+        yield no_progress if hidden else Lines(title, partial(console.print, highlight=False, markup=False))
         return
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=hidden) as bar:
-        task = bar.add_task(title, total=None)
-
-        def update(phase: str, done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, description=f"{title}: {phase}" if phase else title)
-
-        yield update
-
-
-class _Lines:
-    """Progress for a log: a line at the start of a phase, at its end, and every `SECONDS` between."""
-
-    SECONDS = 15.0
-
-    def __init__(self, title: str) -> None:
-        self._title, self._phase = title, ""
-        self._started = self._last = time.monotonic()
-
-    def __call__(self, phase: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        begins = phase != self._phase
-        if begins:
-            self._phase, self._started = phase, now
-        if not begins and done < total and now - self._last < self.SECONDS:
-            return
-        self._last, elapsed = now, now - self._started
-        name = f"{self._title}: {phase}" if phase not in ("", self._title) else self._title
-        line = f"{name} {formatting.percent(done / max(total, 1))}"
-        if elapsed >= 1:
-            line += f" after {formatting.duration(elapsed)}"
-        if 0 < done < total and elapsed >= 1:
-            line += f", {formatting.duration(elapsed * (total - done) / done)} left"
-        console.print(line, highlight=False, markup=False)
+    bar = Bar(title)
+    try:
+        yield bar
+    finally:
+        bar.close()
 
 
 def engine_table(reasons: Mapping[str, Sequence[str]], asked: Collection[str] | None, verbose: bool) -> Table:

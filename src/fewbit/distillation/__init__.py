@@ -28,6 +28,7 @@ from ..hf.load import load
 from ..hf.quantized_layers import quantized_layers
 from ..modeling.source import Source, open_source
 from ..pipeline.journal import FOLDER, Journal, check_output
+from ..progress import progress_of
 from ..report.page import page
 from ..report.report import write_text
 from ..report.reproduce import without_folders
@@ -86,7 +87,7 @@ def distill(
     resume: bool = True,
     max_shard_size: int | str = "5GB",
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
 ) -> Distillation:
     """Train the scales, norm weights and biases of a GPTQ checkpoint against the original model's logits.
 
@@ -102,7 +103,7 @@ def distill(
         resume: continue an interrupted run found in `output`; False refuses it.
         max_shard_size: bytes, or text such as "5GB".
         trust_remote_code: run Python code that comes with the models.
-        progress: callback, called as ``progress("distill", steps done, steps)``.
+        progress: as for `fewbit.quantize`; the callback is called as ``progress("distill", steps done, steps)``.
 
     Raises:
         FewbitError: a subclass says what is wrong, where, and what to do next.
@@ -131,7 +132,9 @@ def distill(
         comm.assert_same(**fingerprint)
         journal = Journal(target, fingerprint, resume) if comm.is_leader else None
         try:
-            ctx = RunContext(QuantConfig(), resolve_device(device), comm, progress=progress or no_progress)
+            ctx = RunContext(
+                QuantConfig(), resolve_device(device), comm, progress=progress_of(progress, "distill")
+            )
             result = distill_into(target, folder, source, data, config, ctx, max_shard_size)
             if journal is not None:
                 _add_to_report(folder, target, result, source.name, config)

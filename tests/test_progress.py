@@ -1,0 +1,58 @@
+"""Progress of a run from Python: a bar for people, lines for a log, a callback, or nothing."""
+
+import io
+import logging
+import sys
+
+import pytest
+
+import fewbit
+from fewbit import progress
+from models import random_sequences, tiny_model
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def run(**options):
+    fewbit.quantize(tiny_model("llama"), bits=8, dataset=random_sequences(2), fast=True, **options)
+
+
+def test_a_bar_for_each_phase_in_a_terminal(monkeypatch):
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    callback = progress.progress_of(True, "quantize")
+    for phase in ("measure", "quantize"):
+        for done in (1, 2, 4):
+            callback(phase, done, 4)
+    assert "quantize: measure: 100%" in shown.getvalue()
+    assert "quantize: 100%" in shown.getvalue()
+
+
+def test_lines_in_the_log_elsewhere(caplog, capsys):
+    with caplog.at_level(logging.INFO, "fewbit"):
+        run()
+    lines = [record.message for record in caplog.records if record.levelno == logging.INFO]
+    assert lines[-1].startswith("quantize 100 %")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_callback_or_nothing(caplog, monkeypatch):
+    calls = []
+    run(progress=lambda *call: calls.append(call))
+    phase, done, total = calls[-1]
+    assert (phase, done) == ("quantize", total)
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    with caplog.at_level(logging.INFO, "fewbit"):
+        run(progress=False)
+    assert shown.getvalue() == ""
+    assert not [record for record in caplog.records if record.levelno == logging.INFO]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_bar_in_a_notebook(given, monkeypatch):
+    monkeypatch.setattr(progress, "_IN_NOTEBOOK", True)
+    assert isinstance(progress.progress_of(given, "quantize"), progress.Bar) is given
