@@ -31,6 +31,7 @@ import prepare
 RESULTS = Path(__file__).with_name("results") / "pareto.jsonl"
 GROUP_SIZE = 64
 DISTILL_TOKENS = 100_000  # a fifth of the default, to end within half an hour a point
+ASYMMETRIC = "asymmetric, 32"  # the defaults with the kind of grid that most GGUF types have
 GGUF_TYPES = (
     *("Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0"),
     *("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
@@ -63,6 +64,7 @@ def settings(tools: list[str]) -> Iterator[Setting]:
         else:
             for mode in ("fast", "default", "best"):
                 yield from (Setting(tool, mode, size) for size in ("8", "4", "3", "2", "3.5", "2.5"))
+            yield from (Setting(tool, ASYMMETRIC, size) for size in ("4", "3", "2"))
 
 
 # Each of these leaves a model in job.output and returns facts, among them the bits of a weight.
@@ -75,8 +77,9 @@ def with_fewbit(job: accuracy.Job, one: Setting) -> dict[str, Any]:
     size: dict[str, Any] = {"target_bits": float(one.size)} if "." in one.size else {"bits": int(one.size)}
     config = fewbit.QuantConfig(
         **size,
-        quality=one.mode,
-        group_size=GROUP_SIZE,
+        quality="default" if one.mode == ASYMMETRIC else one.mode,
+        sym=one.mode != ASYMMETRIC,
+        group_size=32 if one.mode == ASYMMETRIC else GROUP_SIZE,
         num_samples=protocol.samples,
         seq_len=protocol.seq_len,
         # Training takes hours in float32, and gains nothing from it.

@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fewbit
+from fewbit import native
 from fewbit.checkpoint.convert import convert
 from fewbit.checkpoint.layout import unpack
+from fewbit.context import computing_dtype
 from fewbit.errors import CalibrationError, ConfigError, ModelError, OutputError, SolverError
 from models import FAMILIES, SMALL, TEXT, random_sequences, save_tiny, tiny_model, tiny_tokenizer
 
@@ -105,6 +107,46 @@ def test_same_inputs_give_the_same_bytes(tmp_path, text_file, model_folder):
     files = {path.name for path in (tmp_path / "a").iterdir()} - {"fewbit_report.json", "fewbit_report.html"}
     for name in files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_a_cpu_that_multiplies_16_bits_slowly_computes_in_float32(tmp_path, text_file, monkeypatch):
+    folder, original = tmp_path / "model", tiny_model("llama").bfloat16()
+    original.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    monkeypatch.setattr(native, "instruction_sets", lambda: ("avx2",))
+    found = {}
+    for dtype in ("auto", "float32"):
+        report = fewbit.quantize(
+            folder, dtype=dtype, dataset=text_file, output=tmp_path / dtype, evaluate_on=text_file, **SMALL
+        )
+        found[dtype] = load_file(tmp_path / dtype / "model.safetensors")
+        slow = any("this CPU multiplies bfloat16 slowly" in note for note in report.notes)
+        assert slow is (dtype == "auto")
+        assert report.model["dtype"] == ("bfloat16" if slow else "float32")
+        assert json.loads((tmp_path / dtype / "config.json").read_text())["dtype"] == report.model["dtype"]
+    state = original.state_dict()
+    assert found["auto"].keys() == found["float32"].keys()
+    for name, tensor in found["auto"].items():
+        if name in state:  # what is not quantized is the original's
+            assert tensor.dtype is torch.bfloat16
+            assert torch.equal(tensor, state[name])
+        else:
+            assert torch.equal(tensor, found["float32"][name]), name
+
+
+@pytest.mark.parametrize(
+    ("sets", "dtype", "device", "expected"),
+    [
+        (("avx2",), "bfloat16", "cpu", "float32"),
+        (("avx512", "avx512_bf16"), "bfloat16", "cpu", "bfloat16"),
+        (("avx512", "avx512_bf16"), "float16", "cpu", "float32"),
+        (("avx2",), "float32", "cpu", "float32"),
+        (("avx2",), "float16", "cuda", "float16"),
+    ],
+)
+def test_the_dtype_to_compute_in(sets, dtype, device, expected, monkeypatch):
+    monkeypatch.setattr(native, "instruction_sets", lambda: sets)
+    assert computing_dtype(getattr(torch, dtype), torch.device(device)) is getattr(torch, expected)
 
 
 def test_shards_have_an_index(tmp_path, text_file, model_folder):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from . import native
 from .config import QuantConfig
 from .distributed import Communicator
 from .errors import ConfigError
@@ -40,6 +41,17 @@ class RunContext:
     profiler: Profiler = field(default_factory=Profiler)
     progress: Progress = no_progress
     offload_dir: Path | None = None
+
+
+def computing_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """`dtype`, or float32 where a CPU would multiply 16-bit numbers several times more slowly.
+
+    Only CPUs with instructions for bfloat16 multiply it fast; float16 is slow on all that torch has kernels for.
+    """
+    if device.type != "cpu" or dtype.itemsize != 2:
+        return dtype
+    fast = dtype is torch.bfloat16 and "avx512_bf16" in native.instruction_sets()
+    return dtype if fast else torch.float32
 
 
 def resolve_device(name: str) -> torch.device:

@@ -161,7 +161,8 @@ class CheckpointFolder:
         if is_written(folder):  # killed between the last file and the end of the journal
             return
         names = [layer.name for layer in plan.layers]
-        values = source.config_dict(model)
+        dtypes = run.weights.stored_dtypes
+        values = source.config_dict(model, run.origin.dtype)
         if output_embedding_name(model) in names:
             values["tie_word_embeddings"] = False
         extra: dict[str, Path | bytes] = dict(source.files_to_copy())
@@ -170,7 +171,7 @@ class CheckpointFolder:
         packed = {layer.name: layer.packed() for layer in plan.layers}
         states = run.weights.state_by_shard()
         planned: dict[str, Shaped] = dict(
-            checkpoint_tensors(model, names, packed.__getitem__, states, values=False)
+            checkpoint_tensors(model, names, packed.__getitem__, states, values=False, dtypes=dtypes)
         )
         copied = {name: tensor for name, tensor in run.weights.unused.items() if name not in planned}
         extra_layers = plan_copied({name: t.info.shape for name, t in copied.items()}, run.ctx.config)
@@ -179,7 +180,7 @@ class CheckpointFolder:
         planned |= {f"{layer.name}.{s}": t for layer in extra_layers for s, t in layer.packed().items()}
         shards = run.weights.shards(without=[f"{name}.weight" for name in names])
         with CheckpointWriter(folder, planned, self._shard_bytes) as writer:
-            for name, tensor in checkpoint_tensors(model, names, sink.tensors, shards):
+            for name, tensor in checkpoint_tensors(model, names, sink.tensors, shards, dtypes=dtypes):
                 writer.add(name, tensor)
             for name, file_tensor in copied.items():
                 for key, tensor in _copy(name, file_tensor.read(), rounded.get(name), run.ctx.config.format):

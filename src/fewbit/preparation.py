@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import __version__
 from .calibration import Calibration, prepare
 from .config import GROUP_SIZES, QuantConfig
-from .context import RunContext
+from .context import RunContext, computing_dtype
 from .errors import CalibrationError, ConfigError, ModelError
 from .evaluation import windows
 from .mixed_precision import check_budget
@@ -64,7 +64,7 @@ class Origin:
         name: Hub id, name of the folder or file, or class of a model in memory.
         hub_id: Hub id, if the model was downloaded.
         architecture: class of the model.
-        dtype: dtype in which the model was read.
+        dtype: dtype of the tensors that stay unquantized.
         parameters: number of parameters, tensors of the files that the class does not use included.
         bytes: size of all parameters in that dtype.
         file_bytes: size of the weight files; None for a model in memory.
@@ -159,7 +159,15 @@ class Preparation:
             if isinstance(source, Source) and source.streams:
                 model, files = source.build_model(ctx.config.dtype)
                 unfuse(model)
+                stored = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+                own = next(model.parameters()).dtype
+                if ctx.config.dtype == "auto" and computing_dtype(own, ctx.device) is not own:
+                    model, files = source.build_model("float32")
+                    unfuse(model)
+                    note = f"this CPU multiplies {own} slowly: the model runs in float32, and the result keeps {own}"
+                    source.notes[:] = dict.fromkeys([*source.notes, note.replace("torch.", "")])
                 weights = StreamedWeights(model, files, ctx.device, ctx.profiler)
+                weights.stored_dtypes = stored
                 if left_out := source.files_left_out():
                     source.notes.append(
                         f"{len(left_out)} files beside the weights are not copied, for example {left_out[0]}: copy "
@@ -211,16 +219,18 @@ class Preparation:
     @cached_property
     def origin(self) -> Origin:
         """The model before the run; asked for before the model is changed."""
-        files, parameters = self.source.weight_files(), list(self.model.parameters())
+        files, parameters = self.source.weight_files(), dict(self.model.named_parameters())
+        stored = {name: self.weights.stored_dtypes.get(name, p.dtype) for name, p in parameters.items()}
         unused = [tensor.info for tensor in self.weights.unused.values()]
         return Origin(
             name=self.source.name,
             hub_id=self.source.hub_id,
             architecture=type(self.model).__name__,
-            dtype=str(parameters[0].dtype).removeprefix("torch."),
-            parameters=sum(parameter.numel() for parameter in parameters)
+            dtype=str(next(iter(stored.values()))).removeprefix("torch."),
+            parameters=sum(parameter.numel() for parameter in parameters.values())
             + sum(math.prod(t.shape) for t in unused),
-            bytes=sum(parameter.nbytes for parameter in parameters) + sum(t.nbytes for t in unused),
+            bytes=sum(parameter.numel() * stored[name].itemsize for name, parameter in parameters.items())
+            + sum(t.nbytes for t in unused),
             file_bytes=None if files is None else sum(path.stat().st_size for path in files),
             license=self.source.license,
         )

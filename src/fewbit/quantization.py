@@ -13,10 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
 
 from .config import QuantConfig
-from .context import Progress, RunContext, resolve_device
+from .context import Progress, RunContext, computing_dtype, resolve_device
 from .distributed import Communicator, open_communicator
 from .errors import ConfigError
 from .evaluation import evaluate
@@ -175,9 +176,11 @@ def _evaluate(run: Preparation, text: EvaluationText, folder: Path | None) -> di
     assert isinstance(run.source, Source)
     assert folder is not None
     run.release()  # two other models are loaded
-    base = run.source.load_model("auto", run.ctx.device)
+    own: torch.dtype = getattr(torch, run.origin.dtype)
+    dtype = computing_dtype(own, run.ctx.device)
+    base = run.source.load_model(str(dtype).removeprefix("torch."), run.ctx.device)
     # As `fewbit eval`: only the weights are rounded.
-    model = load(folder, run.ctx.device, None, "auto_a16", run.source.trust_remote_code)
+    model = load(folder, run.ctx.device, dtype, "auto_a16", run.source.trust_remote_code)
     count = len(text.windows)
 
     def shown(start: int) -> Callable[[int, int], None]:

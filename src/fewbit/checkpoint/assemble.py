@@ -10,7 +10,7 @@ one, with the names of the model's own modules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 
 import torch
@@ -27,6 +27,7 @@ def checkpoint_tensors(
     shards: Iterable[list[str]],
     *,
     values: bool = True,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every (name, tensor) of the checkpoint, in the order of `shards`.
 
@@ -36,6 +37,7 @@ def checkpoint_tensors(
         layer_tensors: Returns a layer's packed tensors by their short names.
         shards: Names of the model's state in parts; while a part is the current one, its tensors are in memory.
         values: False for tensors on the meta device: dtypes and shapes of the checkpoint, without reading weights.
+        dtypes: Dtypes of tensors of the model's state in the checkpoint, where they differ from the model's.
     """
     quantized = {f"{name}.weight": name for name in layers}
     split = separate_layers(model, layers)
@@ -51,7 +53,8 @@ def checkpoint_tensors(
                 for short, tensor in layer_tensors(name).items():
                     yield f"{prefix}.{short}", tensor
             elif key in saved:
-                plain[key] = state[key].detach() if values else torch.empty_like(state[key], device="meta")
+                tensor = state[key].detach() if values else torch.empty_like(state[key], device="meta")
+                plain[key] = tensor.to((dtypes or {}).get(key, tensor.dtype))
         yield from _disk_layout(model, plain, split).items()
 
 

@@ -119,7 +119,15 @@ def eval_(
 
 
 def _load(source: Source, dtype: Dtype, device: torch.device, kernel: str) -> nn.Module:
-    """Load with fewbit if the folder is a GPTQ checkpoint, else with transformers."""
+    """Load with fewbit if the folder is a GPTQ checkpoint, else with transformers.
+
+    "auto" is the model's dtype, or float32 on a CPU that multiplies that slowly.
+    """
+    from ..context import computing_dtype
+
+    own = getattr(source.load_config(), "dtype", None)
+    if dtype == "auto" and own is not None and computing_dtype(own, device) is not own:
+        dtype = "float32"
     if source.gguf is not None or not _is_gptq(source.folder):
         return source.load_model(dtype, device)
     from ..hf.load import load

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import __version__, native
+from .. import __version__
 from ..checkpoint.writer import PAGE_NAME, REPORT_NAME, parse_size
 from ..config import Dtype, QuantConfig
-from ..context import Progress, RunContext, no_progress, resolve_device
+from ..context import Progress, RunContext, computing_dtype, no_progress, resolve_device
 from ..distributed import open_communicator
 from ..errors import ConfigError, ModelError
 from ..hf.load import load
@@ -203,7 +203,7 @@ def _rate(model: nn.Module) -> float:
 
 def training_dtype(device: torch.device) -> Dtype:
     """bfloat16 where the device multiplies it fast: its rounding is far below the error of quantization."""
-    fast = device.type == "cuda" or (device.type == "cpu" and "avx512_bf16" in native.instruction_sets())
+    fast = device.type in ("cpu", "cuda") and computing_dtype(torch.bfloat16, device) is torch.bfloat16
     return "bfloat16" if fast else "float32"
 
 

@@ -110,7 +110,10 @@ def sizes_of(weights: Weights, plan: Plan, config: QuantConfig, source: Source) 
     for layer in plan_copied({name: tensor.shape for name, tensor in tensors.items()}, config):
         del tensors[f"{layer.name}.weight"]
         tensors |= {f"{layer.name}.{short}": tensor for short, tensor in layer.packed().items()}
-    tensors |= checkpoint_tensors(model, list(packed), packed.__getitem__, states, values=False)
+    dtypes = weights.stored_dtypes
+    tensors |= checkpoint_tensors(
+        model, list(packed), packed.__getitem__, states, values=False, dtypes=dtypes
+    )
     entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     layers = {name: sum(tensor.nbytes for tensor in parts.values()) for name, parts in packed.items()}
     quantized = sum(layers.values())

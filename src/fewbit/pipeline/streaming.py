@@ -50,11 +50,13 @@ class Weights:
     Attributes:
         unused: Tensors of the source that the model has no parameter for, by their names in the files, such as the
             layers for multi-token prediction. The checkpoint gets a copy.
+        stored_dtypes: Tensors that the checkpoint gets in another dtype than the one the model computes in.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.unused: dict[str, FileTensor] = {}
+        self.stored_dtypes: dict[str, torch.dtype] = {}
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def load(self, name: str) -> None:
@@ -117,6 +119,7 @@ class StreamedWeights(Weights):
         self, model: nn.Module, files: Mapping[str, FileTensor], device: torch.device, profiler: Profiler
     ) -> None:
         self.model, self.device = model, device
+        self.stored_dtypes = {}
         self.read_bytes = self.resident_bytes = self.peak_bytes = self.prefetched_shards = 0
         self._prefetches = device.type != "cpu"
         self._prefetcher: Prefetcher | None = None
