@@ -162,7 +162,8 @@ class CheckpointFolder:
             return
         names = [layer.name for layer in plan.layers]
         dtypes = run.weights.stored_dtypes
-        values = source.config_dict(model, run.origin.dtype)
+        values = source.config_dict(model)
+        values["torch_dtype" if "torch_dtype" in values else "dtype"] = run.origin.dtype
         if output_embedding_name(model) in names:
             values["tie_word_embeddings"] = False
         extra: dict[str, Path | bytes] = dict(source.files_to_copy())

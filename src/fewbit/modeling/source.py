@@ -233,11 +233,8 @@ class Source:
             return None
         return load_tokenizer(self.folder, **self._options)
 
-    def config_dict(self, model: nn.Module, dtype: str | None = None) -> dict[str, Any]:
-        """``config.json`` of the result: the source's own where there is one, else the model's.
-
-        `dtype` is that of the tensors that are stored unquantized, if it is not the model's.
-        """
+    def config_dict(self, model: nn.Module) -> dict[str, Any]:
+        """``config.json`` of the result without its dtype: the source's own where there is one, else the model's."""
         path = self.folder / "config.json"
         if self.gguf is None:
             values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -247,8 +244,6 @@ class Source:
             for private in ("_name_or_path", "_model_name_or_path"):
                 values.pop(private, None)
         values.setdefault("architectures", [type(model).__name__])
-        key = "torch_dtype" if "torch_dtype" in values else "dtype"
-        values[key] = dtype or str(next(model.parameters()).dtype).removeprefix("torch.")
         return values
 
     def files_to_copy(self) -> dict[str, Path]:
