@@ -3,7 +3,7 @@
     python benchmarks/prepare.py
     python benchmarks/pareto.py --tools fewbit gguf
     python benchmarks/pareto.py --tools gptqmodel --gptqmodel-python V/bin/python
-    python benchmarks/pareto.py --chart docs/pareto.svg
+    python benchmarks/pareto.py --chart docs/pareto.svg --table docs/accuracy.md
 
 A point is a tool, a setting and a size. Each is quantized in a process of its own, on the calibration tokens that
 fewbit draws, and its dequantized weights are scored in float32 by fewbit.evaluation. Size is the mean number of stored
@@ -157,9 +157,14 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the quantized models here")
     parser.add_argument("--chart", type=Path, metavar="FILE.svg", help="only draw what was measured")
+    parser.add_argument(
+        "--table", type=Path, metavar="PAGE.md", help="with --chart: also list the points there"
+    )
     arguments = parser.parse_args()
     if arguments.chart:
         pareto_chart.write(arguments.chart, read())
+        if arguments.table:
+            pareto_chart.write_table(arguments.table, read())
         return
     protocol = accuracy.Protocol(
         prepare.RESCALED.name, "wiki", "wiki, austen", arguments.samples, 512, arguments.windows, "float32"

@@ -8,6 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+BEGIN, END = (
+    "<!-- points: begin (written by benchmarks/pareto.py --chart --table) -->",
+    "<!-- points: end -->",
+)
 _WIDTH, _HEIGHT = 860, 520
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 190, 50, 60
 _BITS = (2.0, 9.0)
@@ -40,6 +44,20 @@ def write(path: Path, records: Iterable[dict[str, Any]], text: str = "wiki") -> 
     lowest = min(kl for values in points.values() for _, kl, _ in values)
     scale = _Scale(10 ** math.floor(math.log10(lowest)), 10.0)
     path.write_text(_svg(points, scale), encoding="utf-8")
+
+
+def write_table(document: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write all points into the page `document`, between its two marks, by size."""
+    lines = ["| | stored bits per weight | wiki: KL | Austen: KL |", "|---|---|---|---|"]
+    for record in sorted((r for r in records if "texts" in r), key=lambda r: r["bits"]):
+        one, texts = record["setting"], record["texts"]
+        name = one["size"] if one["tool"] == "gguf" else f"{one['size']} bits"
+        kl = [f"{texts[text]['kl']:.4f} ± {texts[text]['kl_stderr']:.4f}" for text in ("wiki", "austen")]
+        lines.append(f"| {one['tool']} {one['mode']}: {name} | {record['bits']:.2f} | {kl[0]} | {kl[1]} |")
+    text = document.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    document.write_text("\n".join([before + BEGIN, *lines, END + after]), encoding="utf-8")
 
 
 class _Scale:

@@ -11,10 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import __version__
 from .calibration import Calibration, prepare
+from .checkpoint.safetensors_file import FileTensor
 from .config import GROUP_SIZES, QuantConfig
 from .context import RunContext, computing_dtype
 from .errors import CalibrationError, ConfigError, ModelError
@@ -157,15 +159,7 @@ class Preparation:
         ctx, source = self.ctx, self.source
         with ctx.profiler.time("load"):
             if isinstance(source, Source) and source.streams:
-                model, files = source.build_model(ctx.config.dtype)
-                unfuse(model)
-                stored = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-                own = next(model.parameters()).dtype
-                if ctx.config.dtype == "auto" and computing_dtype(own, ctx.device) is not own:
-                    model, files = source.build_model("float32")
-                    unfuse(model)
-                    note = f"this CPU multiplies {own} slowly: the model runs in float32, and the result keeps {own}"
-                    source.notes[:] = dict.fromkeys([*source.notes, note.replace("torch.", "")])
+                model, files, stored = _built(source, ctx)
                 weights = StreamedWeights(model, files, ctx.device, ctx.profiler)
                 weights.stored_dtypes = stored
                 if left_out := source.files_left_out():
@@ -246,6 +240,26 @@ class Preparation:
     def meta(self) -> dict[str, Any]:
         """What the checkpoint says about the calibration."""
         return {"calibration": self.calibration.fingerprint}
+
+
+def _built(
+    source: Source, ctx: RunContext
+) -> tuple[nn.Module, dict[str, FileTensor], dict[str, torch.dtype]]:
+    """The model without weights, where its weights lie, and the dtypes of its state in the checkpoint."""
+    model, files = source.build_model(ctx.config.dtype)
+    unfuse(model)
+    stored = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    own = next(model.parameters()).dtype
+    if computing_dtype(own, ctx.device) is not own:
+        note = f"this CPU multiplies {own} slowly: ".replace("torch.", "")
+        if ctx.config.dtype == "auto":
+            model, files = source.build_model("float32")
+            unfuse(model)
+            note += "the model runs in float32, and what is not quantized keeps its dtype"
+        else:
+            note += "dtype auto runs the model in float32, and keeps the dtype of what is not quantized"
+        source.notes[:] = dict.fromkeys([*source.notes, note])  # the source was opened twice
+    return model, files, stored
 
 
 def calibrate(config: QuantConfig, dataset: Any, tokenizer: Any, model_config: Any) -> Calibration:

@@ -34,9 +34,24 @@ def test_the_chart_shows_every_point(tmp_path):
     assert lower["fewbit best, 4: 0.0900"] > lower["fewbit best, 2: 0.8000"]  # smaller divergences lie lower
 
 
+def test_the_points_are_listed_by_size(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{pareto_chart.BEGIN}\nold\n{pareto_chart.END}\nafter\n")
+    records = [record("fewbit", "best", "4", 4.36, 0.09), record("gguf", "imatrix", "Q2_K", 2.625, 1.3)]
+    for one in records:
+        one["texts"] = {key: {**one["texts"]["wiki"], "kl_stderr": 0.01} for key in ("wiki", "austen")}
+    pareto_chart.write_table(page, [*records, {"setting": records[0]["setting"], "error": "refused"}])
+    lines = page.read_text().splitlines()
+    assert lines[0] == "before"
+    assert lines[-1] == "after"
+    assert "| gguf imatrix: Q2_K | 2.62 | 1.3000 ± 0.0100 | 1.3000 ± 0.0100 |" in lines
+    assert lines.index("| fewbit best: 4 bits | 4.36 | 0.0900 ± 0.0100 | 0.0900 ± 0.0100 |") == 5
+    assert "old" not in lines
+
+
 def test_points_are_listed_once():
     found = list(pareto.settings(["fewbit", "gguf", "gptqmodel"]))
-    assert len(found) == len(set(found)) == 18 + 15 + 8
+    assert len(found) == len(set(found)) == 21 + 15 + 8
 
 
 def test_ggml_types_come_back(tmp_path):
