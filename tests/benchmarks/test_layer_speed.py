@@ -178,6 +178,7 @@ def test_copies_do_not_share_memory():
     assert first.tiles.data_ptr() != second.tiles.data_ptr()
 
 
+@pytest.mark.slow  # minutes without instructions for bfloat16
 def test_limits_of_this_machine():
     found = gpu.measure_machine(rounds=1)
     assert found.threads == torch.get_num_threads()

@@ -125,7 +125,7 @@ def _load(source: Source, dtype: Dtype, device: torch.device, kernel: str) -> nn
     """
     from ..context import computing_dtype
 
-    own = getattr(source.load_config(), "dtype", None)
+    own = getattr(source.load_config(), "dtype", None) if source.gguf is None else None
     if dtype == "auto" and own is not None and computing_dtype(own, device) is not own:
         dtype = "float32"
     if source.gguf is not None or not _is_gptq(source.folder):

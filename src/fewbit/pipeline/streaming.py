@@ -298,6 +298,10 @@ class StreamedWeights(Weights):
                     files = {name: prefetched.get(self._files[name], self._files[name]) for name in sources}
                     load_converted(self.model, files, self.device)
         tensors = {name: self._get(name) for name in members}
+        for name, tensor in tensors.items():
+            stored = self.stored_dtypes.get(name, tensor.dtype)
+            if stored is not tensor.dtype:  # compute with the values that the checkpoint gets
+                tensor.data.copy_(tensor.to(stored))
         check_all_finite(tensors)
         self._tie(shard)
         size = sum(tensor.nbytes for tensor in tensors.values())
