@@ -48,13 +48,13 @@ class Machine:
     name: str = "CPU"
 
 
-def measure_machine(rounds: int = 7) -> Machine:
-    """Measure the CPU; takes about two seconds per core."""
+def measure_machine(rounds: int = 7, *, side: int = 2048) -> Machine:
+    """Measure the CPU with products of (side / 2, side) and (side, side); takes about two seconds per core."""
     buffer = _read_buffer()
     reads = in_turns({"sum": seconds_per_call(buffer.sum)}, rounds)["sum"].minimum
     dtypes = (torch.float32, torch.bfloat16)
-    products = in_turns({_name(dtype): seconds_per_call(_product(dtype)) for dtype in dtypes}, rounds)
-    work = 2 * 1024 * 2048 * 2048
+    products = in_turns({_name(dtype): seconds_per_call(_product(dtype, side)) for dtype in dtypes}, rounds)
+    work = side**3  # a multiply-add counts as two
     return Machine(
         threads=torch.get_num_threads(),
         read_bandwidth=_BUFFER / reads,
@@ -77,8 +77,8 @@ def _read_buffer() -> Tensor:
     return torch.frombuffer(pages, dtype=torch.float32).fill_(1.0)
 
 
-def _product(dtype: torch.dtype) -> Callable[[], Tensor]:
-    left, right = torch.randn(1024, 2048, dtype=dtype), torch.randn(2048, 2048, dtype=dtype)
+def _product(dtype: torch.dtype, side: int) -> Callable[[], Tensor]:
+    left, right = torch.randn(side // 2, side, dtype=dtype), torch.randn(side, side, dtype=dtype)
     return lambda: left @ right
 
 

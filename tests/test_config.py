@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 
+import fewbit
 from fewbit import QuantConfig
 from fewbit.config import parse_overrides
 from fewbit.errors import ConfigError, FewbitError
@@ -80,18 +81,18 @@ def test_unknown_keywords_are_refused_like_unknown_keys():
 
 def test_settings_may_be_a_config_a_dict_or_keywords():
     expected = QuantConfig(bits=3, sym=False)
-    assert QuantConfig.of(expected, {}) is expected
-    assert QuantConfig.of({"bits": 3, "sym": False}, {}) == expected
-    assert QuantConfig.of({"bits": 3}, {"sym": False}) == expected
-    assert QuantConfig.of(None, {"bits": 3, "sym": False}) == expected
-    assert QuantConfig.of(None, {}) == QuantConfig()
+    assert QuantConfig.of(expected, {}, fewbit.quantize) is expected
+    assert QuantConfig.of({"bits": 3, "sym": False}, {}, fewbit.quantize) == expected
+    assert QuantConfig.of({"bits": 3}, {"sym": False}, fewbit.quantize) == expected
+    assert QuantConfig.of(None, {"bits": 3, "sym": False}, fewbit.quantize) == expected
+    assert QuantConfig.of(None, {}, fewbit.quantize) == QuantConfig()
 
 
 @pytest.mark.parametrize(
     ("config", "settings", "message"),
     [
-        (None, {"bit": 3}, "fewbit.quantize has no argument 'bit'; use bits"),
-        (None, {"datset": "a.txt"}, "fewbit.quantize has no argument 'datset'; use dataset"),
+        (None, {"bit": 3}, "fewbit has no argument 'bit'; use bits"),
+        (None, {"datset": "a.txt"}, "fewbit has no argument 'datset'; use dataset"),
         ({"bits": 3}, {"bits": 4}, "bits is given twice: in config, and by itself"),
         (QuantConfig(), {"bits": 4}, "bits is given beside config: set it in the config"),
         (4, {}, "config must be a QuantConfig or a dict of its fields; got 4"),
@@ -99,7 +100,7 @@ def test_settings_may_be_a_config_a_dict_or_keywords():
 )
 def test_settings_that_cannot_be_meant_are_refused(config, settings, message):
     with pytest.raises(ConfigError, match=message):
-        QuantConfig.of(config, settings)
+        QuantConfig.of(config, settings, fewbit.quantize)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "bfloat16", torch.bfloat16, "torch.bfloat16"])

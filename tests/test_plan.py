@@ -4,7 +4,7 @@ from torch import nn
 
 from fewbit import QuantConfig
 from fewbit.errors import ConfigError, ModelError
-from fewbit.planning import block_of, fit_group_size, make_plan
+from fewbit.planning import block_of, make_plan, plan_and_group_size
 from models import tiny_model
 
 
@@ -105,7 +105,12 @@ def test_nothing_to_quantize():
 )
 def test_the_group_size_that_fits(widths, config, expected):
     model = tiny_model("llama", hidden_size=widths[0], intermediate_size=widths[1])
-    assert fit_group_size(model, QuantConfig(**config)).group_size == expected
+    plan, fitted = plan_and_group_size(model, QuantConfig(**config))
+    assert fitted.group_size == expected
+    free = [layer for layer in plan.layers if "override" not in config or "down_proj" not in layer.name]
+    assert {layer.settings.group_size for layer in free} == {expected}
+    noted = any(note.startswith(f"group size {expected}: the largest of 128, 64, 32") for note in plan.notes)
+    assert noted is (expected != 128)
 
 
 def test_widths_that_groups_do_not_divide_are_noted():

@@ -39,6 +39,16 @@ def test_lines_in_the_log_elsewhere(caplog, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_the_time_left_counts_from_where_a_phase_begins(monkeypatch):
+    now, lines = [0.0], []
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    callback = progress.Lines("quantize", lines.append)
+    callback("quantize", 50, 100)  # a run that goes on
+    now[0] = 20.0
+    callback("quantize", 60, 100)
+    assert lines == ["quantize 50.0 %", "quantize 60.0 % after 20.0 s, 80.0 s left"]
+
+
 def test_a_callback_or_nothing(caplog, monkeypatch):
     calls = []
     run(progress=lambda *call: calls.append(call))
@@ -48,6 +58,7 @@ def test_a_callback_or_nothing(caplog, monkeypatch):
     monkeypatch.setattr(sys, "stderr", shown)
     with caplog.at_level(logging.INFO, "fewbit"):
         run(progress=False)
+        run(progress=None)
     assert shown.getvalue() == ""
     assert not [record for record in caplog.records if record.levelno == logging.INFO]
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from fewbit.checkpoint.layout import unpack
 from fewbit.context import computing_dtype
 from fewbit.errors import CalibrationError, ConfigError, ModelError, OutputError, SolverError
 from models import FAMILIES, SMALL, TEXT, random_sequences, save_tiny, tiny_model, tiny_tokenizer
+from moe_models import tiny_moe
 
 
 def logits(model, seed=3):
@@ -109,8 +111,9 @@ def test_same_inputs_give_the_same_bytes(tmp_path, text_file, model_folder):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
-def test_a_cpu_that_multiplies_16_bits_slowly_computes_in_float32(tmp_path, text_file, monkeypatch):
-    folder, original = tmp_path / "model", tiny_model("llama").bfloat16()
+@pytest.mark.parametrize("make", [partial(tiny_model, "llama"), partial(tiny_moe, "mixtral")])
+def test_a_cpu_that_multiplies_16_bits_slowly_computes_in_float32(tmp_path, text_file, monkeypatch, make):
+    folder, original = tmp_path / "model", make().bfloat16()
     original.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     monkeypatch.setattr(native, "instruction_sets", lambda: ("avx2",))
@@ -122,7 +125,7 @@ def test_a_cpu_that_multiplies_16_bits_slowly_computes_in_float32(tmp_path, text
         found[dtype] = load_file(tmp_path / dtype / "model.safetensors")
         slow = [note for note in report.notes if "this CPU multiplies bfloat16 slowly" in note]
         assert len(slow) == (dtype != "float32")
-        assert any("dtype auto runs" in note for note in slow) is (dtype == "bfloat16")
+        assert any("dtype auto reads" in note for note in slow) is (dtype == "bfloat16")
         assert report.model["dtype"] == ("float32" if dtype == "float32" else "bfloat16")
         assert json.loads((tmp_path / dtype / "config.json").read_text())["dtype"] == report.model["dtype"]
     state = original.state_dict()
@@ -133,6 +136,12 @@ def test_a_cpu_that_multiplies_16_bits_slowly_computes_in_float32(tmp_path, text
             assert torch.equal(tensor, state[name])
         else:
             assert torch.equal(tensor, found["float32"][name]), name
+
+
+def test_a_model_in_memory_that_is_multiplied_slowly_is_noted(monkeypatch):
+    monkeypatch.setattr(native, "instruction_sets", lambda: ("avx2",))
+    model = fewbit.quantize(tiny_model("llama").bfloat16(), dataset=random_sequences(2), fast=True, bits=8)
+    assert "this CPU multiplies bfloat16 slowly: a model in float32" in str(model.fewbit_report.notes)
 
 
 @pytest.mark.parametrize(

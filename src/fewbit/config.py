@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
 
@@ -41,17 +42,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {},
     "best": {"tune": True, "distill": True},
 }
-
-# Arguments of `fewbit.quantize` beside the settings, for hints.
-_ARGUMENTS = (
-    "dataset",
-    "tokenizer",
-    "output",
-    "device",
-    "evaluate_on",
-    "max_shard_size",
-    "trust_remote_code",
-)
 
 # What users of other tools type, and what it is called here.
 _FOREIGN_KEYS = {
@@ -142,7 +132,7 @@ class QuantConfig:
         num_samples: calibration sequences. seq_len: tokens in each. batch_size: sequences per batch.
         seed: chooses the calibration windows.
         dtype: in which the model is read: for the forward pass, and for what is stored unquantized. "auto"
-            keeps the model's.
+            keeps the model's; where a CPU multiplies that slowly, only the forward pass is in float32.
         strict: every fallback is an error.
 
     Raises:
@@ -303,14 +293,19 @@ class QuantConfig:
         return cls(**values)
 
     @classmethod
-    def of(cls, config: QuantConfig | Mapping[str, Any] | None, settings: Mapping[str, Any]) -> QuantConfig:
-        """What a caller means by a config, a dict of its fields, or its fields as keyword arguments.
+    def of(
+        cls,
+        config: QuantConfig | Mapping[str, Any] | None,
+        settings: Mapping[str, Any],
+        function: Callable[..., Any],
+    ) -> QuantConfig:
+        """What a caller of `function` means by a config, a dict of its fields, or its fields as keyword arguments.
 
         Raises:
             ConfigError: a key is unknown, a setting is given twice, or `config` is something else.
         """
-        fields = [f.name for f in dataclasses.fields(cls)]
-        _refuse_unknown(settings, [*_ARGUMENTS, *fields], "fewbit.quantize", "argument")
+        known = [*inspect.signature(function).parameters, *(f.name for f in dataclasses.fields(cls))]
+        _refuse_unknown(settings, known, "fewbit", "argument")
         if config is None or isinstance(config, Mapping):
             twice = sorted(set(config or ()) & set(settings))
             if not twice:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,14 @@ from typing import Any
 import torch
 
 from .checkpoint.reader import Checkpoint, LayerSpec, open_checkpoint
-from .checkpoint.safe_io import read_json
+from .checkpoint.safe_io import read_card, read_json
 from .checkpoint.writer import REPORT_NAME
 from .engines import ENGINES, Contents, of_checkpoint, unsupported_reasons
 from .errors import CheckpointError
 from .kernels import registry
 
-# Ends of the names of classes whose quantized layers are all linear.
+# Ends of the names of classes that read text alone: all their quantized layers are linear.
 _LINEAR = ("ForCausalLM", "LMHeadModel")
-# In the header of a model card: one name, or a list of them.
-_BASE_MODEL = re.compile(r"^base_model:\s*(?:-\s*)?([^\s#\[]+)", re.M)
 
 
 @dataclass(frozen=True)
@@ -118,11 +116,11 @@ def inspect(checkpoint: str | Path) -> Inspection:
     specs, settings = opened.layers.values(), opened.settings
     weights = sum(spec.in_features * spec.out_features for spec in specs)
     nbytes = sum(spec.nbytes for spec in specs)
-    original = _original(opened.path)
+    base_model, base_bytes = _original(opened.path)
     return Inspection(
         model_type=opened.config.get("model_type"),
-        base_model=original.get("name"),
-        base_bytes=original.get("bytes"),
+        base_model=base_model,
+        base_bytes=base_bytes,
         format=settings.format,
         bits=settings.bits,
         group_size=settings.group_size,
@@ -159,8 +157,11 @@ def layout_text(spec: LayerSpec) -> str:
 
 def _kinds(checkpoint: Checkpoint) -> dict[str, str]:
     """Layer → "linear" or "conv2d", from the model; empty where transformers cannot build it."""
-    classes = checkpoint.config.get("architectures")
-    if isinstance(classes, list) and classes and all(str(name).endswith(_LINEAR) for name in classes):
+    config, classes = checkpoint.config, checkpoint.config.get("architectures")
+    parts = {key for key in config if key.endswith("_config")} - {
+        "quantization_config"
+    }  # of images, of sound …
+    if not parts and isinstance(classes, list) and classes and all(str(c).endswith(_LINEAR) for c in classes):
         return dict.fromkeys(checkpoint.layers, "linear")
     from .hf.model_check import expected  # transformers takes seconds to import
 
@@ -187,13 +188,15 @@ def _kernels(config: Mapping[str, Any], contents: Contents) -> list[KernelUse]:
     return [KernelUse(name, device.type, able[name], used[name], reasons.get(name)) for name in able]
 
 
-def _original(folder: Path) -> dict[str, Any]:
-    """The original model as fewbit's report names it, else as the model card does; empty if neither does."""
+def _original(folder: Path) -> tuple[str | None, int | None]:
+    """Name and size of the original model, as fewbit's report or the model card state them; untrusted."""
     path = folder / REPORT_NAME
-    found = read_json(path).get("model") if path.is_file() else None
-    if isinstance(found, dict):
-        return found
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    stated = _BASE_MODEL.search(text.split("\n---")[0]) if text.startswith("---\n") else None
-    return {"name": stated[1]} if stated else {}
+    stated: object = None
+    if path.is_file():
+        with suppress(CheckpointError):  # a damaged report is no reason to refuse the checkpoint
+            stated = read_json(path).get("model")
+    if not isinstance(stated, dict):
+        named = read_card(folder).get("base_model")
+        stated = {"name": named[0] if isinstance(named, list) and named else named}
+    name, size = stated.get("name"), stated.get("bytes")
+    return name if isinstance(name, str) else None, size if type(size) is int else None

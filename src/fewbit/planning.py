@@ -149,19 +149,29 @@ def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
     return Plan(tuple(layers), tuple(skipped), notes, tuple(others))
 
 
-def fit_group_size(model: nn.Module, config: QuantConfig) -> QuantConfig:
-    """Replace the group size "auto" with the largest usual one that divides the inputs of every layer.
+def plan_and_group_size(model: nn.Module, config: QuantConfig) -> tuple[Plan, QuantConfig]:
+    """Plan, with the group size "auto" replaced by the largest usual one that divides the inputs of every layer.
+
+    Returns:
+        The plan, and the config with the group size that it has.
 
     Raises:
         ConfigError, ModelError: as `make_plan`.
     """
+    plan = make_plan(model, config)  # takes "auto" for the largest size
     if config.group_size != AUTO:
-        return config
-    config = dataclasses.replace(config, group_size=GROUP_SIZES[0])
-    layers = make_plan(model, config).layers
-    widths = {layer.in_features for layer in layers if "group_size" not in config.overridden(layer.name)}
-    fitting = [size for size in GROUP_SIZES if all(width % size == 0 for width in widths)]
-    return dataclasses.replace(config, group_size=fitting[0]) if fitting else config
+        return plan, config
+    widths = {layer.in_features for layer in plan.layers if "group_size" not in config.overridden(layer.name)}
+    fitting = (size for size in GROUP_SIZES if all(width % size == 0 for width in widths))
+    config = dataclasses.replace(config, group_size=next(fitting, GROUP_SIZES[0]))
+    if config.group_size == GROUP_SIZES[0]:
+        return plan, config
+    plan = make_plan(model, config)
+    if config.target_bits is not None:  # chosen for each layer later
+        return plan, config
+    sizes = ", ".join(map(str, GROUP_SIZES))
+    note = f"group size {config.group_size}: the largest of {sizes} that divides the inputs of every layer"
+    return dataclasses.replace(plan, notes=(note, *plan.notes)), config
 
 
 def plan_copied(tensors: Mapping[str, tuple[int, ...]], config: QuantConfig) -> list[LayerPlan]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import __version__
 from .calibration import Calibration, prepare
 from .checkpoint.safetensors_file import FileTensor
-from .config import GROUP_SIZES, QuantConfig
+from .config import AUTO, QuantConfig
 from .context import RunContext, computing_dtype
 from .errors import CalibrationError, ConfigError, ModelError
 from .evaluation import windows
@@ -26,7 +26,7 @@ from .modeling.experts import unfuse
 from .modeling.source import LoadedModel, Source, load_tokenizer
 from .pipeline.quantize_layers import check_weights
 from .pipeline.streaming import StreamedWeights, Weights
-from .planning import Plan, fit_group_size, make_plan, plan_copied
+from .planning import Plan, plan_and_group_size, plan_copied
 
 # Tokens per window and number of windows on which the result is measured.
 EVALUATION_SEQ_LEN = 512
@@ -160,8 +160,7 @@ class Preparation:
         with ctx.profiler.time("load"):
             if isinstance(source, Source) and source.streams:
                 model, files, stored = _built(source, ctx)
-                weights = StreamedWeights(model, files, ctx.device, ctx.profiler)
-                weights.stored_dtypes = stored
+                weights = StreamedWeights(model, files, ctx.device, ctx.profiler, stored)
                 if left_out := source.files_left_out():
                     source.notes.append(
                         f"{len(left_out)} files beside the weights are not copied, for example {left_out[0]}: copy "
@@ -182,6 +181,19 @@ class Preparation:
             return model, Weights(model)
 
     @property
+    def notes(self) -> list[str]:
+        """Sentences for the user about the source and how it is read."""
+        dtype = self.origin.dtype
+        if computing_dtype(getattr(torch, dtype), self.ctx.device) is getattr(torch, dtype):
+            return list(self.source.notes)
+        how = (
+            "the model runs in float32, and what is not quantized keeps its dtype"
+            if self.weights.stored_dtypes
+            else "a model in float32 runs several times as fast (dtype auto reads one block by block in float32)"
+        )
+        return [*self.source.notes, f"this CPU multiplies {dtype} slowly: {how}"]
+
+    @property
     def model(self) -> nn.Module:
         return self.opened[0]
 
@@ -199,16 +211,9 @@ class Preparation:
 
         The group size of `ctx.config` is a number from here on.
         """
-        given, config = self.ctx.config, fit_group_size(self.model, self.ctx.config)
+        plan, config = plan_and_group_size(self.model, self.ctx.config)
         self.ctx = replace(self.ctx, config=config)
-        plan = make_plan(self.model, config)
-        if config.group_size == given.defaults.group_size or config.target_bits is not None:
-            return plan
-        note = (
-            f"group size {config.group_size}: the largest of {', '.join(map(str, GROUP_SIZES))} that divides the "
-            "inputs of every layer"
-        )
-        return replace(plan, notes=(note, *plan.notes))
+        return plan
 
     @cached_property
     def origin(self) -> Origin:
@@ -245,21 +250,18 @@ class Preparation:
 def _built(
     source: Source, ctx: RunContext
 ) -> tuple[nn.Module, dict[str, FileTensor], dict[str, torch.dtype]]:
-    """The model without weights, where its weights lie, and the dtypes of its state in the checkpoint."""
+    """The model without weights, where its weights lie, and `Weights.stored_dtypes`."""
     model, files = source.build_model(ctx.config.dtype)
     unfuse(model)
-    stored = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     own = next(model.parameters()).dtype
-    if computing_dtype(own, ctx.device) is not own:
-        note = f"this CPU multiplies {own} slowly: ".replace("torch.", "")
-        if ctx.config.dtype == "auto":
-            model, files = source.build_model("float32")
-            unfuse(model)
-            note += "the model runs in float32, and what is not quantized keeps its dtype"
-        else:
-            note += "dtype auto runs the model in float32, and keeps the dtype of what is not quantized"
-        source.notes[:] = dict.fromkeys([*source.notes, note])  # the source was opened twice
-    return model, files, stored
+    if ctx.config.dtype != AUTO or computing_dtype(own, ctx.device) is own:
+        return model, files, {}
+    stored = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    model, files = source.build_model("float32")
+    unfuse(model)
+    changed = {name: stored[name] for name, t in model.state_dict().items() if t.dtype is not stored[name]}
+    source.notes[:] = dict.fromkeys(source.notes)  # the source was opened twice
+    return model, files, changed
 
 
 def calibrate(config: QuantConfig, dataset: Any, tokenizer: Any, model_config: Any) -> Calibration:

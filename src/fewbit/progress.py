@@ -17,18 +17,18 @@ _LOG = logging.getLogger("fewbit")
 _IN_NOTEBOOK = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
 
 
-def progress_of(progress: Progress | bool, title: str) -> Progress:
+def progress_of(progress: Progress | bool | None, title: str) -> Progress:
     """The callback that a caller asks for.
 
     Args:
         progress: a callback; True for a bar in a terminal or a notebook, and lines in the log (level INFO) elsewhere;
-            False for nothing.
+            False or None for nothing.
         title: what is in progress.
     """
-    if not isinstance(progress, bool):
-        return progress
     if not progress:
         return no_progress
+    if progress is not True:
+        return progress
     return Bar(title) if _IN_NOTEBOOK or sys.stderr.isatty() else Lines(title, _LOG.info)
 
 
@@ -44,7 +44,8 @@ class Bar:
             self.close()
             self._phase = phase
             form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
-            self._bar = tqdm(total=total, desc=name_of(self._title, phase), bar_format=form)
+            name = name_of(self._title, phase)
+            self._bar = tqdm(total=total, initial=done, desc=name, bar_format=form)
         self._bar.total = total
         self._bar.update(done - self._bar.n)
         if done >= total:
@@ -70,20 +71,22 @@ class Lines:
     def __init__(self, title: str, write: Callable[[str], object]) -> None:
         self._title, self._write, self._phase = title, write, ""
         self._started = self._last = time.monotonic()
+        self._first = 0
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         now = time.monotonic()
         begins = phase != self._phase
         if begins:
-            self._phase, self._started = phase, now
+            self._phase, self._started, self._first = phase, now, done
         if not begins and done < total and now - self._last < self.SECONDS:
             return
         self._last, elapsed = now, now - self._started
         line = f"{name_of(self._title, phase)} {formatting.percent(done / max(total, 1))}"
         if elapsed >= 1:
             line += f" after {formatting.duration(elapsed)}"
-        if 0 < done < total and elapsed >= 1:
-            line += f", {formatting.duration(elapsed * (total - done) / done)} left"
+        if self._first < done < total and elapsed >= 1:
+            left = elapsed * (total - done) / (done - self._first)
+            line += f", {formatting.duration(left)} left"
         self._write(line)
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from .config import QuantConfig
+from .config import QuantConfig, dtype_name
 from .context import Progress, RunContext, computing_dtype, resolve_device
 from .distributed import Communicator, open_communicator
 from .errors import ConfigError
@@ -53,7 +53,7 @@ def quantize(
     evaluate_on: Any = None,
     push_to_hub: str | None = None,
     offload_dir: str | Path | None = None,
-    progress: Progress | bool = True,
+    progress: Progress | bool | None = True,
     **settings: Any,
 ) -> Report | M:
     """Quantize a model with GPTQ.
@@ -88,7 +88,7 @@ def quantize(
     Raises:
         FewbitError: a subclass says what is wrong, where, and what to do next.
     """
-    config = QuantConfig.of(config, settings)
+    config = QuantConfig.of(config, settings, quantize)
     arguments = {
         "dataset": dataset,
         "tokenizer": tokenizer,
@@ -132,7 +132,7 @@ def quantize(
             plan, choice = choose_bits(
                 run.model, run.plan, run.calibration, run.weights, run.ctx, destination.budget
             )
-            notes = [*source.notes, *plan.notes, *run.calibration.notes, *destination.notes, *choice]
+            notes = [*run.notes, *plan.notes, *run.calibration.notes, *destination.notes, *choice]
             with fast_attention(run.model):
                 notes += quantize_layers(run.model, plan, run.calibration, sink, run.weights, run.ctx)
             destination.write(run, plan, sink)
@@ -176,9 +176,8 @@ def _evaluate(run: Preparation, text: EvaluationText, folder: Path | None) -> di
     assert isinstance(run.source, Source)
     assert folder is not None
     run.release()  # two other models are loaded
-    own: torch.dtype = getattr(torch, run.origin.dtype)
-    dtype = computing_dtype(own, run.ctx.device)
-    base = run.source.load_model(str(dtype).removeprefix("torch."), run.ctx.device)
+    dtype = computing_dtype(getattr(torch, run.origin.dtype), run.ctx.device)
+    base = run.source.load_model(dtype_name(dtype), run.ctx.device)
     # As `fewbit eval`: only the weights are rounded.
     model = load(folder, run.ctx.device, dtype, "auto_a16", run.source.trust_remote_code)
     count = len(text.windows)

@@ -99,6 +99,9 @@ def test_inspect_names_the_original_from_the_report_or_the_card(tmp_path: Path) 
     shown = run("inspect", out)
     assert "org/three" in shown
     assert "× smaller" in shown
+    for damaged in ("{", "[]", '{"model": 3}', '{"model": {"name": [1], "bytes": "many"}}'):
+        (out / "fewbit_report.json").write_text(damaged)
+        assert "× smaller" not in run("inspect", out)
 
 
 def test_quiet_and_verbose(tmp_path: Path) -> None:
@@ -118,9 +121,11 @@ def test_inspect_knows_convolutions_only_where_transformers_knows_the_model(tmp_
         "linear": 2
     }  # by the class's name
     path = tmp_path / "unknown" / "config.json"
-    path.write_text(path.read_text().replace("SampleForCausalLM", "SampleModel"))
+    config = json.loads(path.read_text())
+    for changed in ({**config, "vision_config": {}}, {**config, "architectures": ["SampleModel"]}):
+        path.write_text(json.dumps(changed))
+        assert json.loads(run("inspect", tmp_path / "unknown", "--json"))["kinds"] == {"unknown": 2}
     assert "if all layers are linear" in run("inspect", tmp_path / "unknown")
-    assert json.loads(run("inspect", tmp_path / "unknown", "--json"))["kinds"] == {"unknown": 2}
 
     from transformers import ViTConfig, ViTForImageClassification
 

@@ -80,6 +80,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(read_bytes(path), str(path))
 
 
+def read_card(folder: Path) -> dict[str, Any]:
+    """Read the header of a folder's model card; an empty dict where none can be read."""
+    from huggingface_hub import metadata_load  # only folders with a card need it
+    from yaml import YAMLError
+
+    path = folder / "README.md"
+    try:
+        found = metadata_load(path) if path.is_file() else None
+    except (OSError, ValueError, YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def files_beside_weights(folder: Path) -> dict[str, Path]:
     """Find the files of a model folder and its subfolders by relative name, without weights and hidden files."""
     files = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}

@@ -58,7 +58,10 @@ def eval_(
     batch_size: Annotated[int, typer.Option(min=1, help="Windows or prompts in a forward pass.")] = 1,
     bos: Annotated[bool, typer.Option("--bos", help="Begin every window with the BOS token.")] = False,
     device: Device = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Of the forward pass; auto keeps the model's.")] = "auto",
+    dtype: Annotated[
+        Dtype,
+        typer.Option(help="Of the forward pass; auto: the model's, or float32 where a CPU is faster so."),
+    ] = "auto",
     kernel: Annotated[
         str,
         typer.Option(help="auto_a16 (no activation in 8 bits), auto, or one that `fewbit inspect` lists."),

@@ -50,11 +50,9 @@ def generate(
     prompt, unless --chat or --quiet is set. `--chat` without a prompt reads your messages until Ctrl-D.
     """
     import torch
-    from transformers import TextStreamer
 
     from ..context import resolve_device
     from ..hf import prompts
-    from ..hf.generate import generate as write
     from ..hf.load import kernels, load
 
     quiet_libraries()
@@ -67,32 +65,43 @@ def generate(
     prompts.refuse_other_models(model, checkpoint)
     tokenizer = prompts.load_tokenizer(checkpoint, trust_remote_code)
     torch.manual_seed(seed)
-    decoding, echo = prompts.DECODING, not (chat or quiet)
-
-    def answer(inputs: Any, streamed: bool) -> Generation:
-        streamer = TextStreamer(tokenizer, skip_prompt=True, **decoding) if streamed else None
-        options = {**prompts.sampling(temperature), "pad_token_id": tokenizer.pad_token_id}
-        return write(model, inputs.to(where), max_new_tokens, streamer=streamer, **options)
-
+    answer = partial(_answer, model, tokenizer, max_new_tokens, prompts.sampling(temperature))
     if not prompt:
-        _converse(tokenizer, checkpoint, partial(answer, streamed=True))
+        _converse(tokenizer, checkpoint, answer)
         return
-    inputs = prompts.encode(tokenizer, prompt, chat, checkpoint)
-    # transformers streams one text; several are written when all are complete.
-    streamed = len(prompt) == 1
-    if echo and streamed:
-        print(prompt[0], end="", flush=True)
-    result = answer(inputs, streamed)
-    if not streamed:
-        before = prompt if echo else [""] * len(prompt)
-        texts = (tokenizer.decode(row, **decoding) for row in result.tokens)
-        print("\n\n".join(map("".join, zip(before, texts, strict=True))))
+    inputs, echo = prompts.encode(tokenizer, prompt, chat, checkpoint), not (chat or quiet)
+    if len(prompt) == 1:
+        print(prompt[0] if echo else "", end="", flush=True)
+        result = answer(inputs)
+    else:  # transformers streams one text; several are written when all are complete
+        result = answer(inputs, streamed=False)
+        texts = [tokenizer.decode(row, **prompts.DECODING) for row in result.tokens]
+        print("\n\n".join(map(str.__add__, prompt, texts) if echo else texts))
     if quiet:
         return
     for line in (*_speed(result), *kernels(model)):
         console.print(line, markup=False, highlight=False)
     if verbose:
         console.print(f"on {where} in {str(model.dtype).removeprefix('torch.')}")
+
+
+def _answer(
+    model: Any,
+    tokenizer: Any,
+    max_new_tokens: int,
+    sampling: dict[str, Any],
+    inputs: Any,
+    streamed: bool = True,
+) -> Generation:
+    """Generate from encoded prompts; `streamed` writes a single text while it comes."""
+    from transformers import TextStreamer
+
+    from ..hf import prompts
+    from ..hf.generate import generate as write
+
+    streamer = TextStreamer(tokenizer, skip_prompt=True, **prompts.DECODING) if streamed else None
+    options = {**sampling, "pad_token_id": tokenizer.pad_token_id}
+    return write(model, inputs.to(model.device), max_new_tokens, streamer=streamer, **options)
 
 
 def _converse(tokenizer: Any, checkpoint: str, answer: Callable[[Any], Generation]) -> None:

@@ -188,7 +188,8 @@ def quantize_arguments(
     dtype: Annotated[
         Dtype,
         typer.Option(
-            help="Dtype of the model: for calibration and for weights that are not quantized.",
+            help="Dtype of the model: for calibration and for weights that are not quantized; auto: its own, or "
+            "float32 for calibration where a CPU is faster so.",
             rich_help_panel=ADVANCED,
         ),
     ] = "auto",

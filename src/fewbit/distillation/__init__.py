@@ -87,7 +87,7 @@ def distill(
     resume: bool = True,
     max_shard_size: int | str = "5GB",
     trust_remote_code: bool = False,
-    progress: Progress | bool = True,
+    progress: Progress | bool | None = True,
 ) -> Distillation:
     """Train the scales, norm weights and biases of a GPTQ checkpoint against the original model's logits.
 

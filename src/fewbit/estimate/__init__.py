@@ -196,7 +196,7 @@ def estimate(
     Returns:
         What the run would do, need and take. `problems` has what would make it fail; nothing is raised for that.
     """
-    config, found = QuantConfig.of(config, settings), Estimate(processes)
+    config, found = QuantConfig.of(config, settings, estimate), Estimate(processes)
     folder, scratch = (None if path is None else Path(path) for path in (output, offload_dir))
     found.attempt(check_processes, dataset, processes)
     if found.problems:
@@ -236,7 +236,7 @@ def _prepare(found: Estimate, run: Preparation) -> bool:
     if found.attempt(lambda: run.opened) is None:
         return False
     found.plan, found.parameters = found.attempt(lambda: run.plan), run.origin.parameters
-    found.notes += [*(calibration.notes if calibration else ()), *run.source.notes]
+    found.notes += [*(calibration.notes if calibration else ()), *run.notes]
     if found.plan is not None:
         found.notes += found.plan.notes
         found.attempt(check_budget, found.plan, run.ctx.config)

@@ -21,7 +21,7 @@ from ..engines import engine, of_plan, unsupported_reasons
 from ..errors import ConfigError
 from ..modeling.experts import unfuse
 from ..modeling.source import Source, open_source
-from ..planning import LayerPlan, Plan, fit_group_size, make_plan
+from ..planning import LayerPlan, Plan, plan_and_group_size
 from ..quantized_matrix import group_count
 from . import GGUF, check_file, gguf_blocks, gguf_models, gguf_vocabulary, target_of
 from .target import LayerGrid
@@ -40,7 +40,7 @@ class Prospect:
     model: nn.Module
 
     def plan(self, config: QuantConfig) -> Plan:
-        return make_plan(self.model, fit_group_size(self.model, config))
+        return plan_and_group_size(self.model, config)[0]
 
 
 def open_prospect(

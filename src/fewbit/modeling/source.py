@@ -23,12 +23,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
-from yaml import YAMLError
 
 from .. import transformers_internals
 from ..checkpoint.low_precision import METHODS, DequantizedTensor, dequantized, method_of
 from ..checkpoint.reader import open_weights
-from ..checkpoint.safe_io import WEIGHT_SUFFIXES, files_beside_weights
+from ..checkpoint.safe_io import WEIGHT_SUFFIXES, files_beside_weights, read_card
 from ..checkpoint.safetensors_file import FileTensor, TensorInfo, scan
 from ..errors import CheckpointError, DependencyError, FewbitError, ModelError
 
@@ -84,11 +83,7 @@ class Source:
     @property
     def license(self) -> str | None:
         """The license in the header of the model's card; None where none can be read."""
-        try:
-            header = huggingface_hub.metadata_load(self.folder / "README.md") or {}
-        except (OSError, ValueError, YAMLError):
-            return None
-        found = header.get("license")
+        found = read_card(self.folder).get("license")
         return found if isinstance(found, str) else None
 
     def weight_files(self) -> list[Path]:

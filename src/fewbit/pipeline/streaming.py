@@ -50,13 +50,13 @@ class Weights:
     Attributes:
         unused: Tensors of the source that the model has no parameter for, by their names in the files, such as the
             layers for multi-token prediction. The checkpoint gets a copy.
-        stored_dtypes: Tensors that the checkpoint gets in another dtype than the one the model computes in.
+        stored_dtypes: Dtypes in the checkpoint of the state that the model computes with in another one.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.unused: dict[str, FileTensor] = {}
-        self.stored_dtypes: dict[str, torch.dtype] = {}
+        self.stored_dtypes: Mapping[str, torch.dtype] = {}
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def load(self, name: str) -> None:
@@ -107,6 +107,7 @@ class StreamedWeights(Weights):
         files: Every tensor of the source by its name there.
         device: Device to read to.
         profiler: Gets the seconds of reading, as "load".
+        stored_dtypes: See `Weights`; None if there are none.
 
     Attributes:
         read_bytes: Bytes of all shards read so far.
@@ -116,10 +117,15 @@ class StreamedWeights(Weights):
     """
 
     def __init__(
-        self, model: nn.Module, files: Mapping[str, FileTensor], device: torch.device, profiler: Profiler
+        self,
+        model: nn.Module,
+        files: Mapping[str, FileTensor],
+        device: torch.device,
+        profiler: Profiler,
+        stored_dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         self.model, self.device = model, device
-        self.stored_dtypes = {}
+        self.stored_dtypes = stored_dtypes or {}
         self.read_bytes = self.resident_bytes = self.peak_bytes = self.prefetched_shards = 0
         self._prefetches = device.type != "cpu"
         self._prefetcher: Prefetcher | None = None
@@ -298,10 +304,10 @@ class StreamedWeights(Weights):
                     files = {name: prefetched.get(self._files[name], self._files[name]) for name in sources}
                     load_converted(self.model, files, self.device)
         tensors = {name: self._get(name) for name in members}
-        for name, tensor in tensors.items():
-            stored = self.stored_dtypes.get(name, tensor.dtype)
-            if stored is not tensor.dtype:  # compute with the values that the checkpoint gets
-                tensor.data.copy_(tensor.to(stored))
+        for name in (
+            tensors.keys() & self.stored_dtypes.keys()
+        ):  # compute with the values that the checkpoint gets
+            tensors[name].data.copy_(tensors[name].to(self.stored_dtypes[name]))
         check_all_finite(tensors)
         self._tie(shard)
         size = sum(tensor.nbytes for tensor in tensors.values())
