@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import sys
 
 import pytest
@@ -29,6 +30,18 @@ def test_a_bar_for_each_phase_in_a_terminal(monkeypatch):
             callback(phase, done, 4)
     assert "quantize: measure: 100%" in shown.getvalue()
     assert "quantize: 100%" in shown.getvalue()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_a_terminal_that_does_not_state_its_size_shows_the_bar(monkeypatch):
+    here, there = os.openpty()  # 0 columns, 0 rows
+    with open(there, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        callback = progress.progress_of(True, "quantize")
+        callback("quantize", 1, 1)
+        assert isinstance(callback, progress.Bar)
+        assert "quantize: 100%|" in os.read(here, 4096).decode()
+    os.close(here)
 
 
 def test_lines_in_the_log_elsewhere(caplog, capsys):

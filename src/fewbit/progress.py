@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -45,7 +46,7 @@ class Bar:
             self._phase = phase
             form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
             name = name_of(self._title, phase)
-            self._bar = tqdm(total=total, initial=done, desc=name, bar_format=form)
+            self._bar = tqdm(total=total, initial=done, desc=name, bar_format=form, **_size())
         self._bar.total = total
         self._bar.update(done - self._bar.n)
         if done >= total:
@@ -56,6 +57,11 @@ class Bar:
         if self._bar is not None:
             self._bar.close()
         self._bar = None
+
+
+def _size() -> dict[str, int]:
+    """Size of the terminal for tqdm, which shows nothing in one that states none."""
+    return {} if _IN_NOTEBOOK else {"ncols": shutil.get_terminal_size().columns, "nrows": 20}
 
 
 class Lines:
