@@ -7,6 +7,10 @@
 #else
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -47,6 +51,17 @@ unsigned long long saved_state() {
 #endif
 }
 
+// Linux saves the tile registers only of processes that asked for it.
+bool tiles_permitted(unsigned long long state) {
+#if defined(__linux__)
+    constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM
+    return (state & 0x60000) == 0x60000 && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+    (void)state;
+    return false;
+#endif
+}
+
 bool bit(unsigned word, int index) { return (word >> index) & 1u; }
 #endif
 
@@ -65,6 +80,7 @@ Cpu detect() {
     const unsigned more = seven.eax >= 1 ? cpuid(7, 1).eax : 0;
     found.avx_vnni = found.avx2 && bit(more, 4);
     found.avx512_bf16 = found.avx512 && bit(more, 5);
+    found.amx_bf16 = found.avx512_bf16 && found.avx512_vnni && bit(seven.edx, 22) && bit(seven.edx, 24) && tiles_permitted(state);
 #elif defined(__aarch64__) && defined(__linux__)
     found.dotprod = (getauxval(AT_HWCAP) >> 20) & 1u;  // HWCAP_ASIMDDP
 #elif defined(__aarch64__) && defined(__APPLE__)

@@ -41,9 +41,9 @@ struct PackedWeight {
     int64_t grid(int64_t block, int64_t group) const { return (block * groups + group) * BLOCK; }
 };
 
-// What becomes of x: 16 bits of every number are kept; for many tokens it is rounded to 8 bits per token and 16 inputs,
-// where that is fast and x is not float32; it is rounded to 8 bits per token and group.
-enum class Rounding : int { none = 0, int8_for_prefill = 1, int8 = 2 };
+// What becomes of x: 16 bits of every number are kept; for many tokens it is rounded to what is fastest, where x is not
+// float32: with AMX to bfloat16, with VNNI to 8 bits per token and 16 inputs; it is rounded to 8 bits per token and group.
+enum class Rounding : int { none = 0, fast_prefill = 1, int8 = 2 };
 
 struct MatMul {
     const void* x;  // (tokens, inputs)
@@ -72,6 +72,11 @@ FEWBIT_MATMUL(avx512)
 #endif
 #if defined(FEWBIT_HAVE_BF16)
 namespace vnni {  // AVX-512 with VNNI and BF16
+void matmul(const PackedWeight& weight, const MatMul& product, int threads);
+}
+#endif
+#if defined(FEWBIT_HAVE_AMX)
+namespace amx {  // the same, and for many tokens AMX
 void matmul(const PackedWeight& weight, const MatMul& product, int threads);
 }
 #endif

@@ -222,7 +222,7 @@ public:
         for (int64_t n = 0; n < blocks_; n++)
             for (size_t s = 0; s < segments.size(); s++) {
                 const Segment& segment = segments[s];
-                const Grid grid(w_, segment.group, block_ + n, FOLDED<Math, SPLIT> ? 0 : Math::CENTRE);
+                const Grid grid(w_, segment.group, block_ + n, Math::CENTRE);
                 grids_[s * PANEL_BLOCKS + static_cast<size_t>(n)] = grid;
                 for (int64_t i = segment.first_tile; i < segment.last_tile; i++)
                     unpack_tile(Tile<BITS>(w_.tiles + (block_ + n) * w_.block_bytes() + i * tile_bytes(BITS)), grid,
@@ -319,16 +319,7 @@ private:
                 _mm512_storeu_si512(words + decltype(k)::value * 16, math_.template word<decltype(k)::value, 1>(tile));
             });
         } else {
-            const __m512 shift = _mm512_mul_ps(grid.scale, grid.zero);
-            const __m512i mask = _mm512_set1_epi32((1 << BITS) - 1);
-            static_for<static_cast<int>(WORDS)>([&](auto k) {
-                const __m512i v = tile.template pair<decltype(k)::value>();
-                const __m512 even = _mm512_cvtepi32_ps(_mm512_and_si512(v, mask));
-                const __m512 odd = _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(v, 16), mask));
-                const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_fmsub_ps(even, grid.scale, shift)));
-                const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_fmsub_ps(odd, grid.scale, shift)));
-                _mm512_storeu_si512(words + decltype(k)::value * 16, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-            });
+            fold(math_, tile, grid, words);
         }
     }
 
@@ -414,7 +405,7 @@ void multiply_all(const PackedWeight& w, const MatMul& p, int64_t from, int thre
 template <int BITS>
 void run(const PackedWeight& w, const MatMul& p, int threads) {
     constexpr int64_t PANEL_FROM_INT8 = 40;
-    if (p.rounding == Rounding::int8_for_prefill && p.tokens >= PANEL_FROM_INT8 && p.type != DType::float32) {
+    if (p.rounding == Rounding::fast_prefill && p.tokens >= PANEL_FROM_INT8 && p.type != DType::float32) {
         many_tokens<BITS, FineInt8<BITS>, false, false>(w, p, threads);
     } else if (p.rounding == Rounding::int8 && w.zeros) {
         multiply_all<BITS, Int8<BITS>, false>(w, p, PANEL_FROM_INT8, threads);

@@ -59,6 +59,9 @@ struct Kernels {
 
 std::vector<Kernels> find_kernels() {
     std::vector<Kernels> found;
+#if defined(FEWBIT_HAVE_AMX)
+    if (cpu().amx_bf16) found.push_back(FEWBIT_ENTRY("amx", avx512, amx::matmul, amx::matmul));
+#endif
 #if defined(FEWBIT_HAVE_BF16)
     if (cpu().avx512_bf16 && cpu().avx512_vnni)
         found.push_back(FEWBIT_ENTRY("avx512_vnni", avx512, vnni::matmul, vnni::matmul));

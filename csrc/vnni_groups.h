@@ -38,7 +38,24 @@ struct Grid {
     }
 };
 
-void write_result(const PackedWeight& w, const MatMul& p, int64_t token, int64_t block, __m512 y) {
+// The weights of a tile, s (q − z) rounded once to bfloat16, as words of pairs [pairs][16 outputs]. The grid is for codes
+// less `Bfloat16<BITS>::CENTRE`.
+template <int BITS>
+void fold(const Bfloat16<BITS>& math, const Tile<BITS>& tile, const Grid& grid, uint32_t* words) {
+    alignas(64) static constexpr uint16_t interleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i order = _mm512_load_si512(interleave), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    const __m512 shift = _mm512_mul_ps(grid.scale, grid.zero);
+    static_for<static_cast<int>(tile_inputs(BITS) / 2)>([&](auto k) {
+        const __m512i codes = math.template word<decltype(k)::value, 1>(tile);
+        const __m512 even = _mm512_fmsub_ps((__m512)_mm512_slli_epi32(codes, 16), grid.scale, shift);
+        const __m512 odd = _mm512_fmsub_ps((__m512)_mm512_and_si512(codes, upper), grid.scale, shift);
+        const __m512i pairs = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+        _mm512_storeu_si512(words + decltype(k)::value * 16, _mm512_permutexvar_epi16(order, pairs));
+    });
+}
+
+inline void write_result(const PackedWeight& w, const MatMul& p, int64_t token, int64_t block, __m512 y) {
     const __mmask16 mask = existing(w.outputs - block * BLOCK);
     if (p.bias) y = _mm512_add_ps(y, read16(p.bias, p.bias_type, block * BLOCK, mask));
     write16(p.y, p.type, token * w.outputs + block * BLOCK, mask, y);

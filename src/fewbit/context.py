@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,13 +12,7 @@ from .config import QuantConfig
 from .distributed import Communicator
 from .errors import ConfigError
 from .profiling import Profiler
-
-# Called as progress(phase, done, total).
-Progress = Callable[[str, int, int], None]
-
-
-def no_progress(phase: str, done: int, total: int) -> None:
-    """The progress callback of a run that shows none."""
+from .progress import Progress, no_progress
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,17 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from . import formatting
-from .context import Progress, no_progress
 
 _LOG = logging.getLogger("fewbit")
 _IN_NOTEBOOK = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
+
+
+# Called as progress(phase, done, total).
+Progress = Callable[[str, int, int], None]
+
+
+def no_progress(phase: str, done: int, total: int) -> None:
+    """The progress callback of a run that shows none."""
 
 
 def progress_of(progress: Progress | bool | None, title: str) -> Progress:

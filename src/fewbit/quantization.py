@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .config import QuantConfig, dtype_name
-from .context import Progress, RunContext, computing_dtype, resolve_device
+from .context import RunContext, computing_dtype, resolve_device
 from .distributed import Communicator, open_communicator
 from .errors import ConfigError
 from .evaluation import evaluate
@@ -29,7 +29,7 @@ from .pipeline.offload import check_offload_dir
 from .pipeline.quantize_layers import quantize_layers
 from .preparation import EvaluationText, Preparation
 from .profiling import Profiler, peak_memory_bytes
-from .progress import progress_of
+from .progress import Progress, progress_of
 from .report.report import Report, RunResult, collect
 from .report.reproduce import reproduce
 

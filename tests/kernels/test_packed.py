@@ -156,9 +156,29 @@ def test_activations_in_fine_steps(bits, group_size):
             x[0] = 1 / 64
             rounded = rounded_to_int8(x, codes, 16).double()
             truth = rounded @ codes.dequantize(torch.float64).t()
-            found = on("avx512_vnni", x, weight, None, Rounding.INT8_FOR_PREFILL).double()
+            found = on("avx512_vnni", x, weight, None, Rounding.FAST_PREFILL).double()
             error = (found - truth).abs() - truth.abs() * 2**-11
             assert (error / (rounded.abs() @ sizes)).max() < 2e-6, (sym, columns, tokens)
+
+
+@pytest.mark.skipif("amx" not in native.instruction_sets(), reason="no tiles of bfloat16 here")
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", [-1, 24, 64])
+def test_weights_of_prompts_are_rounded_once_to_bfloat16(bits, group_size):
+    torch.manual_seed(bits)
+    for sym, order, (rows, columns) in itertools.product(
+        (False, True), (False, True), ((300, 100), (37, 4200), (64, 2048))
+    ):
+        codes = make(rows, columns, bits, group_size, sym=sym, order=order)
+        _, weight = weight_of(codes)
+        x = (torch.randn(530, columns) / 64).bfloat16().half()  # so that float16 holds the results
+        bias = torch.randn(rows)
+        truth = x.double() @ codes.dequantize(torch.bfloat16).double().t() + bias.double()
+        found = on("amx", x, weight, bias, Rounding.FAST_PREFILL)
+        # float16 results, and weights near a tie
+        assert (found.double() - truth).norm() / truth.norm() < 5e-4, (sym, order, rows, columns)
+        for tokens in (16, 17, 48):
+            assert torch.equal(on("amx", x[:tokens], weight, bias, Rounding.FAST_PREFILL), found[:tokens])
 
 
 def with_large_sums(bits, group_size, columns, sym):
@@ -177,13 +197,16 @@ def test_prefill_rounding_needs_many_16_bit_tokens(bits):
     x = torch.randn(64, 96)
 
     def same(x, isa="best"):
-        rounded, kept = (on(isa, x, weight, None, how) for how in (Rounding.INT8_FOR_PREFILL, Rounding.NONE))
+        rounded, kept = (on(isa, x, weight, None, how) for how in (Rounding.FAST_PREFILL, Rounding.NONE))
         return torch.equal(rounded, kept)
 
     assert same(x)
     for dtype in (torch.bfloat16, torch.float16):
         assert same(x[:8].to(dtype))
-        assert same(x.to(dtype)) == (native.instruction_sets()[0] != "avx512_vnni")
+        if "avx512_vnni" in native.instruction_sets():
+            assert not same(x.to(dtype), "avx512_vnni")
+        if "amx" in native.instruction_sets():  # bfloat16 is what it takes
+            assert same(x.to(dtype), "amx") == (dtype is torch.bfloat16)
         assert same(x.to(dtype), "generic")
 
 

@@ -12,9 +12,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..context import Progress, no_progress
 from ..engines import engine
-from ..progress import Bar, Lines
+from ..progress import Bar, Lines, Progress, no_progress
 
 # Results go to stdout; progress and notes to stderr, so that `--json` can be piped.
 console = Console(stderr=True)

@@ -21,14 +21,14 @@ from torch import nn
 from .. import __version__
 from ..checkpoint.writer import PAGE_NAME, REPORT_NAME, parse_size
 from ..config import Dtype, QuantConfig
-from ..context import Progress, RunContext, computing_dtype, no_progress, resolve_device
+from ..context import RunContext, computing_dtype, resolve_device
 from ..distributed import open_communicator
 from ..errors import ConfigError, ModelError
 from ..hf.load import load
 from ..hf.quantized_layers import quantized_layers
 from ..modeling.source import Source, open_source
 from ..pipeline.journal import FOLDER, Journal, check_output
-from ..progress import progress_of
+from ..progress import Progress, no_progress, progress_of
 from ..report.page import page
 from ..report.report import write_text
 from ..report.reproduce import without_folders

@@ -15,9 +15,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..atomic_io import write_whole
-from ..context import Progress
 from ..distributed import Communicator
 from ..errors import ModelError, ResumeError
+from ..progress import Progress
 from .loss import divergence
 from .student import Student
 from .teacher import Logits

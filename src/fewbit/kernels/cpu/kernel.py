@@ -23,7 +23,7 @@ class Cpu(Kernel):
     name = "cpu"
     summary = "fewbit's own: reads each packed weight once; 16-bit activations, for prompts 8-bit ones in fine steps"
     repacks_scales = True
-    rounding = Rounding.INT8_FOR_PREFILL
+    rounding = Rounding.FAST_PREFILL
 
     def unsupported_reason(
         self, spec: KernelSpec, device: torch.device, dtype: torch.dtype, trainable: bool
@@ -90,12 +90,12 @@ NAMES = tuple(kernel.name for kernel in (Cpu, Cpu16, CpuInt8))
 def product(x: Tensor, weight: PackedWeight, bias: Tensor | None, *, rounding: Rounding) -> Tensor:
     """``x @ weightᵀ + bias``, with gradients where they are needed.
 
-    Gradients assume 16-bit activations: where they are needed, `Rounding.INT8_FOR_PREFILL` rounds nothing.
+    Gradients assume 16-bit activations: where they are needed, `Rounding.FAST_PREFILL` rounds nothing.
     """
     if can_bypass_dispatch(x, bias):
         # Dispatching a custom operator takes longer than multiplying with a small weight.
         return packed.multiply(x, weight, bias, rounding)
-    if rounding is Rounding.INT8_FOR_PREFILL and _needs_gradients(x, bias):
+    if rounding is Rounding.FAST_PREFILL and _needs_gradients(x, bias):
         rounding = Rounding.NONE
     y: Tensor = torch.ops.fewbit.linear_packed(x, *weight, bias, rounding)
     return y

@@ -32,14 +32,14 @@ class Rounding(IntEnum):
 
     Attributes:
         NONE: activations keep 16 bits.
-        INT8_FOR_PREFILL: activations of many tokens (a prompt; the compiled module has the threshold) are rounded to 8
-            bits with a scale per token and 16 inputs, if they are bfloat16 or float16 and the processor has AVX-512
-            with VNNI and BF16. Otherwise as `NONE`.
+        FAST_PREFILL: bfloat16 and float16 activations of many tokens (a prompt; the compiled module has the threshold)
+            are rounded to what is fastest: with AMX to bfloat16, with AVX-512, VNNI and BF16 to 8 bits with a scale per
+            token and 16 inputs. Otherwise as `NONE`.
         INT8: activations are rounded to 8 bits with a scale per token and group.
     """
 
     NONE = 0
-    INT8_FOR_PREFILL = 1
+    FAST_PREFILL = 1
     INT8 = 2
 
 
@@ -252,7 +252,7 @@ def _check_operands(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> int
 def _dense_from(rounding: int) -> float:
     """Number of tokens from which on a dense product is faster."""
     int8 = rounding == Rounding.INT8 and native.has_int8_products()
-    return float("inf") if native.instruction_sets()[0] == "avx512_vnni" or int8 else _DENSE_FROM
+    return float("inf") if native.instruction_sets()[0] in ("amx", "avx512_vnni") or int8 else _DENSE_FROM
 
 
 def _dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
