@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "amx_tiles.h"
 #include "vnni_groups.h"
 
 namespace fewbit {
@@ -21,22 +22,6 @@ constexpr int64_t TOKENS = 16, INPUTS = 32, TILE_WORDS = TOKENS * INPUTS / 2;  /
 constexpr int64_t MOST_BLOCKS = 8, PANEL_POSITIONS = 2048, PANEL_TOKENS = 512;
 
 int64_t tiles_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
-// The tile registers of this thread, all of 16 rows of 64 bytes.
-class TileUnit {
-public:
-    TileUnit() {
-        struct {
-            uint8_t palette = 1, start = 0, reserved[14] = {};
-            uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-        } config;
-        _tile_loadconfig(&config);
-    }
-    ~TileUnit() { _tile_release(); }
-    TileUnit(const TileUnit&) = delete;
-    TileUnit& operator=(const TileUnit&) = delete;
-};
 
 // All rows of x as bfloat16: [tiles of tokens][tiles of inputs][16 tokens][32 inputs], padded with zeros.
 template <int BITS>

@@ -183,7 +183,7 @@ void sum_of_squares(Activations X, Out<float, 1> sums, int threads, const char* 
 
 #if defined(FEWBIT_HAVE_BF16)
 void gram(Activations A, Activations B, Out<int32_t, 2> C, In<int64_t, 1> ends, In<float, 1> row_factors,
-          In<float, 1> column_factors, bool upper, int threads) {
+          In<float, 1> column_factors, bool upper, int threads, const char* isa) {
     constexpr nb::dlpack::dtype BFLOAT16{static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1};
     const size_t tokens = A.shape(0), n = A.shape(1);
     require(A.dtype() == BFLOAT16 && B.dtype() == BFLOAT16, "A and B are not bfloat16");
@@ -196,8 +196,13 @@ void gram(Activations A, Activations B, Out<int32_t, 2> C, In<int64_t, 1> ends, 
     }
     const GramBf16 problem{static_cast<const uint16_t*>(A.data()), static_cast<const uint16_t*>(B.data()), C.data(),
                            ends.data(), row_factors.data(), column_factors.data(), int64_t(ends.size()), int64_t(n), upper};
+    const bool tiles = std::strcmp(choose(isa).isa, "amx") == 0;
     nb::gil_scoped_release release;
-    gram_bf16(problem, threads);
+#if defined(FEWBIT_HAVE_AMX)
+    if (tiles) return amx::gram_bf16(problem, threads);
+#endif
+    (void)tiles;
+    bf16::gram_bf16(problem, threads);
 }
 #endif
 
@@ -326,6 +331,6 @@ NB_MODULE(_native, m) {
         .def("dequantize", &fewbit::Packed::dequantize, exact, nb::arg())
         .def("matmul", &fewbit::Packed::matmul, release());
 #if defined(FEWBIT_HAVE_BF16)
-    m.def("gram_bf16", &fewbit::gram, exact, exact, exact, exact, exact, exact, nb::arg(), nb::arg());
+    m.def("gram_bf16", &fewbit::gram, exact, exact, exact, exact, exact, exact, nb::arg(), nb::arg(), nb::arg());
 #endif
 }

@@ -83,8 +83,14 @@ struct GramBf16 {
     bool upper;
 };
 
-// Needs AVX512-BF16.
+namespace bf16 {  // AVX512-BF16
 void gram_bf16(const GramBf16& problem, int threads);
+}
+#if defined(FEWBIT_HAVE_AMX)
+namespace amx {
+void gram_bf16(const GramBf16& problem, int threads);
+}
+#endif
 #endif
 
 }  // namespace fewbit

@@ -103,7 +103,7 @@ def gram_bf16(
         upper: whether only the upper triangle is computed.
     """
     arrays = (tensor.detach() for tensor in (A, B, C, ends, row_factors, column_factors))
-    _module().gram_bf16(*arrays, upper, torch.get_num_threads())
+    _module().gram_bf16(*arrays, upper, torch.get_num_threads(), _isa)
 
 
 def fit_grid(

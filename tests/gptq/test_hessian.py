@@ -12,14 +12,18 @@ from fewbit.gptq import gram as products
 from summing import hessian_of
 
 
-@pytest.fixture(params=["torch", "native"])
+@pytest.fixture(params=["torch", "avx512_vnni", "amx"])
 def backend(request, monkeypatch):
-    """Both ways to multiply bfloat16 activations; returns the name."""
+    """All ways to multiply bfloat16 activations."""
+    sets = native.instruction_sets()
     if request.param == "torch":
         monkeypatch.setattr(native, "instruction_sets", lambda: ())
-    elif "avx512_bf16" not in native.instruction_sets():
+        yield
+    elif request.param in sets and "avx512_bf16" in sets:
+        with native.instruction_set(request.param):
+            yield
+    else:
         pytest.skip("no compiled product on this processor")
-    return request.param
 
 
 def relative(H, truth):
