@@ -3,8 +3,11 @@
 //
 // Tokens come in batches. Each batch is summed on its own (in pieces of 512 tokens) and its sum rounded to C's
 // integers, so C does not depend on the order of the batches, nor on who else adds to it, nor on the threads.
+//
+// What limits AMX is memory: panels are used for several squares of C while they are in the second-level cache.
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -27,9 +30,9 @@ constexpr int ROWS = 32, VECTORS = 2, PAIRS = 16;
 #else
 constexpr int ROWS = 8, VECTORS = 3, PAIRS = 1;
 #endif
-constexpr int PANEL = VECTORS * 16;    // columns that are packed into one panel
-constexpr int64_t DEPTH = 256;         // token pairs per pass and, at most, per piece: a panel is 48 KiB
-constexpr int64_t PANELS_PER_TASK = 8;
+constexpr int PANEL = VECTORS * 16;  // columns that are packed into one panel
+constexpr int64_t DEPTH = 256;       // token pairs per pass and, at most, per piece: a panel is 48 KiB, or 32
+constexpr int64_t MOST_PANELS = 8;    // of each factor, in a task
 
 // Tokens row … row + count of one batch; in a packed panel, pairs first … first + pairs.
 struct Piece {
@@ -224,20 +227,21 @@ void pack(const GramBf16& problem, const std::vector<Piece>& pieces, int64_t pan
 
 void gram_bf16(const GramBf16& problem, int threads) {
     const int64_t panels = (problem.n + PANEL - 1) / PANEL, size = panels * DEPTH * PANEL;
-    const int64_t tasks_per_panel = (panels + PANELS_PER_TASK - 1) / PANELS_PER_TASK;
+    const int64_t group = std::max<int64_t>(1, std::min(MOST_PANELS, panels / (2 * threads))), groups = (panels + group - 1) / group;
     const bool shared = problem.A == problem.B && PAIRS == 1;
     std::unique_ptr<uint32_t[]> packed(new uint32_t[static_cast<size_t>(shared ? size : 2 * size)]);
     uint32_t *const right = packed.get(), *const left = shared ? right : right + size;
     for (const std::vector<Piece>& pieces : passes(problem.ends, problem.batches)) {
         parallel_for(panels, threads, [&](int64_t panel) { pack(problem, pieces, panel, left, right); });
         const Pass pass{left, right, pieces, problem};
-        parallel_for(panels * tasks_per_panel, threads, [&](int64_t task) {
+        parallel_for(groups * groups, threads, [&](int64_t task) {
+            const int64_t column = task / groups * group, first = task % groups * group;
+            if (problem.upper && first > column) return;
 #if defined(__AMX_BF16__)
             const TileUnit unit;
 #endif
-            const int64_t j = task / tasks_per_panel, first = task % tasks_per_panel * PANELS_PER_TASK;
-            const int64_t end = problem.upper ? j + 1 : panels;
-            pass.run(j, first, first + PANELS_PER_TASK < end ? first + PANELS_PER_TASK : end);
+            for (int64_t j = column; j < std::min(panels, column + group); j++)
+                pass.run(j, first, std::min(problem.upper ? j + 1 : panels, first + group));
         });
     }
 }

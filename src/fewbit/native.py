@@ -53,6 +53,12 @@ def instruction_sets() -> tuple[str, ...]:
     return tuple(module.instruction_sets()) if module is not None else ()
 
 
+@functools.cache
+def has_amx() -> bool:
+    """Whether the processor multiplies tiles of bfloat16, and the compiled module uses it."""
+    return "amx" in instruction_sets()
+
+
 @contextlib.contextmanager
 def instruction_set(name: str) -> Iterator[None]:
     """Run compiled code for another instruction set than the best one, to test what other processors run.

@@ -58,7 +58,11 @@ class QuantizedMatrix:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (out, in): computed in float32, then rounded once to `dtype`."""
-        groups = self.g_idx.long()
-        scales = self.scales.float().index_select(1, groups)
-        zeros = self.zeros.float().index_select(1, groups)
-        return ((self.codes.float() - zeros) * scales).to(dtype)
+        W, scales, zeros = self.codes.float(), self.scales.float(), self.zeros.float()
+        whole = scales.shape[1] * self.group_size == W.shape[1] or scales.shape[1] == 1
+        if whole and not self.has_act_order:
+            W.view(*scales.shape, -1).sub_(zeros[:, :, None]).mul_(scales[:, :, None])
+        else:
+            groups = self.g_idx.long()
+            W.sub_(zeros.index_select(1, groups)).mul_(scales.index_select(1, groups))
+        return W.to(dtype)

@@ -89,19 +89,19 @@ def best_alpha(W: Tensor, step: Tensor, holdout: Holdout, reduce: RowReduce) -> 
     A = W @ (holdout.X_full - holdout.X).T
     B = step @ holdout.X.T
     # ‖A − αB‖² is smallest at α = ⟨A, B⟩ / ‖B‖².
-    inner, norm = reduce(torch.stack([_row_sums(A * B), _row_sums(B.square())], dim=-1)).tolist()
+    inner, norm = reduce(torch.stack([torch.linalg.vecdot(A, B).double(), _squares(B)], dim=-1)).tolist()
     return min(1.0, max(0.0, inner / norm)) if norm > 0 else 0.0
 
 
 def true_error(W: Tensor, W_hat: Tensor, holdout: Holdout, reduce: RowReduce) -> float | None:
     """‖W X̃ − Ŵ X‖ / ‖W X̃‖ on the held-out tokens; None where W X̃ carries no signal."""
     Y = W @ holdout.X_full.T
-    norms = _row_sums(Y.square())
-    errors = _row_sums(Y.sub_(W_hat @ holdout.X.T).square_())
-    error, norm = reduce(torch.stack([errors, norms], dim=-1)).tolist()
+    norms = _squares(Y)
+    error, norm = reduce(torch.stack([_squares(Y.sub_(W_hat @ holdout.X.T)), norms], dim=-1)).tolist()
     return math.sqrt(error / norm) if norm > 0 else None
 
 
-def _row_sums(Y: Tensor) -> Tensor:
-    """The sum of every row, float64."""
-    return Y.sum(dim=-1, dtype=torch.float64)
+def _squares(Y: Tensor) -> Tensor:
+    """Σ y² of every row, float64."""
+    norms: Tensor = torch.linalg.vector_norm(Y, dim=-1)
+    return norms.double().square()
