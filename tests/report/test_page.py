@@ -1,8 +1,11 @@
 """The page: valid HTML, complete, static, and safe with hostile names and missing figures."""
 
+import hashlib
 import html.parser
 import re
-from base64 import b64decode
+import shutil
+import subprocess
+from base64 import b64decode, b64encode
 from xml.etree import ElementTree
 
 import pytest
@@ -42,7 +45,7 @@ class Parsed(html.parser.HTMLParser):
         self.texts.append((self.open[-1] if self.open else "", data))
 
     def visible(self):
-        return " ".join(" ".join(text for tag, text in self.texts if tag != "style").split())
+        return " ".join(" ".join(text for tag, text in self.texts if tag not in ("style", "script")).split())
 
 
 @pytest.mark.parametrize(
@@ -89,6 +92,52 @@ def test_nothing_is_loaded_from_anywhere():
         a["content"] for tag, a in parsed.elements if a.get("http-equiv") == "Content-Security-Policy"
     )
     assert policy.startswith("default-src 'none'")
+    digest = b64encode(hashlib.sha256(script(parsed).encode()).digest()).decode()
+    assert policy.endswith(f"; script-src 'sha256-{digest}'")
+
+
+def script(parsed):
+    [text] = [text for tag, text in parsed.texts if tag == "script"]
+    return text
+
+
+# What sort.js needs of a document: a table of one column of figures and one of names.
+DOM = """
+const cell = (text, value) => ({ textContent: text, dataset: value === undefined ? {} : { value } });
+const attributes = () => {
+  const kept = {}, listeners = {};
+  return {
+    getAttribute: (name) => kept[name], setAttribute: (name, value) => kept[name] = value,
+    removeAttribute: (name) => delete kept[name],
+    addEventListener: (name, call) => listeners[name] = call, fire: (name, event) => listeners[name](event),
+  };
+};
+const headings = [attributes(), attributes()];
+const rows = [["5 %", "0.05", "layers.10"], ["10 %", "0.1", "layers.2"], ["–", "", "layers.1"]].map(
+  ([text, value, name]) => ({ cells: [cell(text, value), cell(name)] }));
+const body = { rows, append: (...sorted) => { body.rows = sorted; } };
+const table = { tHead: { rows: [{ cells: headings }] }, tBodies: [body] };
+globalThis.document = { querySelectorAll: (what) => what === "table.sortable" ? [table] : [] };
+const names = () => body.rows.map((row) => row.cells[1].textContent.slice(7));
+"""
+
+
+def test_a_click_sorts_the_table_of_layers():
+    node = shutil.which("node") or pytest.skip("node is not installed")
+    parsed = Parsed(page(report()))
+    assert [a["class"] for tag, a in parsed.elements if "sortable" in a.get("class", "")] == ["figures sortable"]
+    clicks = [(0, "click", "{}"), (0, "click", "{}"), (1, "keydown", "{key: 'Enter'}"), (1, "click", "{}")]
+    fired = "".join(
+        f"headings[{column}].fire('{name}', {event}); console.log(names().join(), headings[{column}].getAttribute('aria-sort'));"
+        for column, name, event in clicks
+    )
+    done = subprocess.run([node, "-e", DOM + script(parsed) + fired], capture_output=True, text=True)
+    assert done.stdout.split("\n")[:-1] == [
+        "2,10,1 descending",
+        "1,10,2 ascending",
+        "1,2,10 ascending",
+        "10,2,1 descending",
+    ], done.stderr
 
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028&'\""
@@ -107,7 +156,8 @@ def test_hostile_text_stays_text():
     hostile["model"]["name"] = HOSTILE
     parsed = Parsed(page(hostile))
     assert not [tag for tag, _ in parsed.elements if tag == "img"]
-    assert not [tag for tag, _ in parsed.elements if tag == "script"]
+    assert [tag for tag, _ in parsed.elements].count("script") == 1
+    assert "alert" not in script(parsed)
     assert not [
         attributes for _, attributes in parsed.elements if any(name.startswith("on") for name in attributes)
     ]

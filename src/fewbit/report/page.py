@@ -1,7 +1,7 @@
 """The report as an HTML page: a pure function of the report's JSON.
 
-The page is static. It has no script and loads nothing, and its content security policy forbids both. The link that
-saves the picture contains it.
+The page loads nothing, and its content security policy allows no script but sort.js, by its hash. The link that saves the
+picture contains it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
+from importlib.resources import files
 from typing import Any
 
 import torch
@@ -93,7 +95,10 @@ def page(report: Mapping[str, Any]) -> str:
     environment.filters["breakable"] = _breakable
     environment.filters["setting"] = setting
     environment.filters["picture_link"] = _picture_link
-    return environment.get_template("page.html.j2").render(view(report))
+    script = (files("fewbit.report") / "page" / "sort.js").read_text(encoding="utf-8")
+    script_hash = b64encode(sha256(script.encode()).digest()).decode()
+    template = environment.get_template("page.html.j2")
+    return template.render(view(report), script=Markup(script), script_hash=script_hash)
 
 
 def _picture_link(svg: str) -> str:
