@@ -21,7 +21,7 @@ from .checkpoint.assemble import checkpoint_tensors, names_on_disk, separate_lay
 from .checkpoint.layout import Shaped, pack
 from .checkpoint.quantization_config import build
 from .checkpoint.safetensors_file import check_finite
-from .checkpoint.writer import PAGE_NAME, REPORT_NAME, CheckpointWriter, is_written, parse_size
+from .checkpoint.writer import CheckpointWriter, is_written, parse_size
 from .config import QuantConfig
 from .distillation import Distillation, distill_into
 from .distillation.data import DistillData, fingerprint_of_run, settings_of, text_of_run
@@ -264,7 +264,6 @@ def upload(
             commit_message=message,
             token=token,
             create_pr=create_pr,
-            ignore_patterns=[REPORT_NAME, PAGE_NAME],  # they contain paths of this machine
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise OutputError(

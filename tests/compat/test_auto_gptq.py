@@ -428,7 +428,7 @@ def test_push_to_hub(model, tmp_path, monkeypatch):
         uploads.append(("create", repo_id, kwargs["private"], kwargs["token"]))
         return type("Url", (), {"repo_id": f"me/{repo_id}"})
 
-    def upload_folder(self, *, repo_id, folder_path, commit_message, token, create_pr, ignore_patterns):
+    def upload_folder(self, *, repo_id, folder_path, commit_message, token, create_pr):
         uploads.append(
             ("upload", repo_id, sorted(p.name for p in folder_path.iterdir()), commit_message, create_pr)
         )

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.layout import Shaped, pack_rows
+from ..checkpoint.quantization_config import OUTPUT_EMBEDDINGS
 from ..quantized_matrix import QuantizedMatrix
 from .target import EXACT, LayerGrid, Target, Verdict, refuse_order_and_short_groups
 
@@ -91,7 +92,11 @@ class CompressedTensors(Target):
         return {**config, "quantization_config": quantization}
 
     def notes(self, grids: Sequence[LayerGrid]) -> list[str]:
-        return ["vLLM rounds scales to the model's dtype: serve with --dtype float16, which keeps them exact"]
+        found = ["vLLM rounds scales to the model's dtype: serve with --dtype float16, which keeps them exact"]
+        heads = [grid.name for grid in grids if grid.name.rpartition(".")[2] in OUTPUT_EMBEDDINGS]
+        if heads:
+            found.append(f"vLLM refuses a quantized {heads[0]} in this format: quantize without --lm-head for it")
+        return found
 
 
 def _words(values: int, bits: int) -> int:
