@@ -141,7 +141,7 @@ def test_transformers_computes_the_same_from_the_result(to, settings, tmp_path):
     result = export(tmp_path / "in", tmp_path / "out", to)
     assert result.layers == 14 + bool(settings.get("lm_head"))
     warned = any("vLLM refuses a quantized lm_head" in note for note in result.notes)
-    assert warned == (target == "compressed-tensors" and bool(settings.get("lm_head")))
+    assert warned == (to == "compressed-tensors" and bool(settings.get("lm_head")))
     assert not result.inexact
     options = {}
     if to == "compressed-tensors":  # transformers 5.24 cannot keep asymmetric layers packed

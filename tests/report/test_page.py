@@ -125,10 +125,13 @@ const names = () => body.rows.map((row) => row.cells[1].textContent.slice(7));
 def test_a_click_sorts_the_table_of_layers():
     node = shutil.which("node") or pytest.skip("node is not installed")
     parsed = Parsed(page(report()))
-    assert [a["class"] for tag, a in parsed.elements if "sortable" in a.get("class", "")] == ["figures sortable"]
+    assert [a["class"] for tag, a in parsed.elements if "sortable" in a.get("class", "")] == [
+        "figures sortable"
+    ]
     clicks = [(0, "click", "{}"), (0, "click", "{}"), (1, "keydown", "{key: 'Enter'}"), (1, "click", "{}")]
     fired = "".join(
-        f"headings[{column}].fire('{name}', {event}); console.log(names().join(), headings[{column}].getAttribute('aria-sort'));"
+        f"headings[{column}].fire('{name}', {event});"
+        f"console.log(names().join(), headings[{column}].getAttribute('aria-sort'));"
         for column, name, event in clicks
     )
     done = subprocess.run([node, "-e", DOM + script(parsed) + fired], capture_output=True, text=True)

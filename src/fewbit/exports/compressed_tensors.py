@@ -92,10 +92,14 @@ class CompressedTensors(Target):
         return {**config, "quantization_config": quantization}
 
     def notes(self, grids: Sequence[LayerGrid]) -> list[str]:
-        found = ["vLLM rounds scales to the model's dtype: serve with --dtype float16, which keeps them exact"]
+        found = [
+            "vLLM rounds scales to the model's dtype: serve with --dtype float16, which keeps them exact"
+        ]
         heads = [grid.name for grid in grids if grid.name.rpartition(".")[2] in OUTPUT_EMBEDDINGS]
         if heads:
-            found.append(f"vLLM refuses a quantized {heads[0]} in this format: quantize without --lm-head for it")
+            found.append(
+                f"vLLM refuses a quantized {heads[0]} in this format: quantize without --lm-head for it"
+            )
         return found
 
 

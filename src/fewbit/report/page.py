@@ -1,7 +1,7 @@
 """The report as an HTML page: a pure function of the report's JSON.
 
-The page loads nothing, and its content security policy allows no script but sort.js, by its hash. The link that saves the
-picture contains it.
+The page loads nothing, and its content security policy allows no script but sort.js, by its hash. The link that saves
+the picture contains it.
 """
 
 from __future__ import annotations
