@@ -551,6 +551,34 @@ def test_the_evaluation_rounds_nothing_but_weights(tmp_path, text_file, model_fo
     }
 
 
+@pytest.mark.parametrize(("tokens", "windows", "seq_len"), [(100, 1, 100), (140, 2, 64), (2, 1, 2)])
+def test_the_evaluation_takes_so_many_tokens(
+    tmp_path, text_file, model_folder, tokens, windows, seq_len, monkeypatch
+):
+    if seq_len == 64:
+        monkeypatch.setattr("fewbit.preparation.EVALUATION_SEQ_LEN", seq_len)
+    report = fewbit.quantize(
+        model_folder,
+        dataset=text_file,
+        output=tmp_path / "out",
+        evaluate_on=text_file,
+        evaluate_tokens=tokens,
+        **SMALL,
+    )
+    found = report.evaluation["quantized"]
+    assert (found["windows"], found["seq_len"], found["tokens"]) == (
+        windows,
+        seq_len,
+        windows * (seq_len - 1),
+    )
+    assert f"--eval-tokens {tokens}" in report.command
+
+
+def test_an_evaluation_of_no_tokens_is_refused(tmp_path, text_file, model_folder):
+    arguments = {"dataset": text_file, "evaluate_on": text_file, "evaluate_tokens": 1}
+    refused(ConfigError, "at least 2 tokens; got 1", tmp_path, model_folder, **arguments)
+
+
 def test_a_bad_evaluation_text_is_refused_first(tmp_path, text_file, model_folder):
     refused(
         CalibrationError,

@@ -24,6 +24,7 @@ ExportTarget = Literal["compressed-tensors", "awq", "gguf", "mlx", "auto-round",
 PlainDtype = Literal["float16", "bfloat16", "float32", "q8_0"]  # of exported weights that stay unquantized
 
 BITS = (2, 3, 4, 8)
+EVALUATION_TOKENS = 32_768  # on which a result is measured, unless told otherwise
 # Other names of the dtypes.
 DTYPE_NAMES = {
     "bf16": "bfloat16",

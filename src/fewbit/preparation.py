@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import __version__
 from .calibration import Calibration, prepare
 from .checkpoint.safetensors_file import FileTensor
-from .config import AUTO, QuantConfig
+from .config import AUTO, EVALUATION_TOKENS, QuantConfig
 from .context import RunContext, computing_dtype
 from .errors import CalibrationError, ConfigError, ModelError
 from .evaluation import windows
@@ -28,9 +28,7 @@ from .pipeline.quantize_layers import check_weights
 from .pipeline.streaming import StreamedWeights, Weights
 from .planning import Plan, plan_and_group_size, plan_copied
 
-# Tokens per window and number of windows on which the result is measured.
-EVALUATION_SEQ_LEN = 512
-EVALUATION_WINDOWS = 64
+EVALUATION_SEQ_LEN = 512  # tokens per window on which the result is measured
 
 _PLACEHOLDER = re.compile(r"(image|video|audio|speech)\w*_token_(id|index)$")
 
@@ -96,6 +94,7 @@ class Preparation:
         dataset: calibration text.
         tokenizer: tokenizer, or where it is; None for the one beside the model.
         evaluate_on: text on which the result will be measured; None for no evaluation.
+        evaluate_tokens: tokens of that text at most.
     """
 
     ctx: RunContext
@@ -103,6 +102,7 @@ class Preparation:
     dataset: Any = None
     tokenizer: Any = None
     evaluate_on: Any = None
+    evaluate_tokens: int = EVALUATION_TOKENS
 
     def check(self) -> None:
         """Make everything, the cheapest first.
@@ -144,7 +144,10 @@ class Preparation:
             )
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) or EVALUATION_SEQ_LEN
         seq_len = min(EVALUATION_SEQ_LEN, positions)
-        text = windows(self.evaluate_on, self.text_tokenizer, seq_len, EVALUATION_WINDOWS)
+        if self.evaluate_tokens < 2:
+            raise ConfigError(f"the evaluation needs at least 2 tokens; got {self.evaluate_tokens}")
+        seq_len = min(seq_len, self.evaluate_tokens)
+        text = windows(self.evaluate_on, self.text_tokenizer, seq_len, self.evaluate_tokens // seq_len)
         return EvaluationText(_text_name(self.evaluate_on), text)
 
     @cached_property

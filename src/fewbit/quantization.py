@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from .config import QuantConfig, dtype_name
+from .config import EVALUATION_TOKENS, QuantConfig, dtype_name
 from .context import RunContext, computing_dtype, resolve_device
 from .distributed import Communicator, open_communicator
 from .errors import ConfigError
@@ -51,6 +51,7 @@ def quantize(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     evaluate_on: Any = None,
+    evaluate_tokens: int = EVALUATION_TOKENS,
     push_to_hub: str | None = None,
     offload_dir: str | Path | None = None,
     progress: Progress | bool | None = True,
@@ -74,6 +75,7 @@ def quantize(
         trust_remote_code: run Python code that comes with the model.
         allow_pickle: read weights from .bin files.
         evaluate_on: a text on which the result is then measured against the original, for the report.
+        evaluate_tokens: tokens of that text at most.
         push_to_hub: a Hub repository that the result is uploaded to.
         offload_dir: a folder for the activations of paused calibration batches, which are then not held in memory.
             It is left empty. The result is the same.
@@ -98,6 +100,7 @@ def quantize(
         "trust_remote_code": trust_remote_code,
         "allow_pickle": allow_pickle,
         "evaluate_on": evaluate_on,
+        "evaluate_tokens": evaluate_tokens,
     }
     commands = reproduce(model, config, arguments), reproduce(model, config, arguments, published=True)
     if offload_dir is not None:
@@ -124,7 +127,7 @@ def quantize(
         where = source.device or resolve_device(device)
         shown = progress_of(progress if comm.is_leader else False, "quantize")
         ctx = RunContext(config, where, comm, Profiler(where), shown, offload_dir)
-        run = Preparation(ctx, source, dataset, tokenizer, evaluate_on)
+        run = Preparation(ctx, source, dataset, tokenizer, evaluate_on, evaluate_tokens)
         destination.check(comm)
         run.check()
         with destination.open(run) as sink:

@@ -56,7 +56,7 @@ def test_every_setting_comes_back(field, monkeypatch):
 def test_every_argument_comes_back(monkeypatch):
     given = {
         "output": Path("my out"), "dataset": "-", "tokenizer": None, "device": "cuda:1", "max_shard_size": "2GB",
-        "trust_remote_code": True, "allow_pickle": True, "evaluate_on": "test.txt",
+        "trust_remote_code": True, "allow_pickle": True, "evaluate_on": "test.txt", "evaluate_tokens": 4096,
     }  # fmt: skip
     _, config, arguments = called_by(reproduce("m", QuantConfig(), given), monkeypatch)
     assert config == QuantConfig()

@@ -15,7 +15,17 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..config import AUTO, ActOrder, Dtype, Format, Method, Quality, QuantConfig, parse_overrides
+from ..config import (
+    AUTO,
+    EVALUATION_TOKENS,
+    ActOrder,
+    Dtype,
+    Format,
+    Method,
+    Quality,
+    QuantConfig,
+    parse_overrides,
+)
 from ..engines import ENGINES
 
 _ENGINES = [entry.name for entry in ENGINES]
@@ -228,6 +238,9 @@ def quantize_arguments(
             "--eval", help="Evaluate the result on this text, against the original.", rich_help_panel=OUTPUT
         ),
     ] = None,
+    eval_tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens of that text at most.", rich_help_panel=OUTPUT)
+    ] = EVALUATION_TOKENS,
     seed: Annotated[
         int, typer.Option(help="Chooses the calibration windows.", rich_help_panel=CALIBRATION)
     ] = 0,
@@ -284,6 +297,7 @@ def quantize_arguments(
         "allow_pickle": allow_pickle,
         "offload_dir": offload_dir,
         "evaluate_on": eval_dataset,
+        "evaluate_tokens": eval_tokens,
     }
     return QuantizeArguments(model, config, keywords)
 

@@ -23,7 +23,7 @@ import torch
 
 from ..checkpoint.safetensors_file import TensorInfo, read_header
 from ..checkpoint.writer import parse_size
-from ..config import QuantConfig
+from ..config import EVALUATION_TOKENS, QuantConfig
 from ..context import RunContext, resolve_device
 from ..distillation import SHARE
 from ..distillation.data import fingerprint_of_run, text_of_run
@@ -168,6 +168,7 @@ def estimate(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     evaluate_on: Any = None,
+    evaluate_tokens: int = EVALUATION_TOKENS,
     offload_dir: str | Path | None = None,
     processes: int = 1,
     **settings: Any,
@@ -188,6 +189,7 @@ def estimate(
         trust_remote_code: run Python code that comes with the model.
         allow_pickle: read weights from .bin files.
         evaluate_on: a text on which the result is then measured.
+        evaluate_tokens: tokens of that text at most.
         offload_dir: a folder for the activations of paused calibration batches.
         processes: number of processes of torchrun. Memory and time are then for each of them. All run on this machine:
             without GPUs they share its cores and its memory.
@@ -217,7 +219,7 @@ def estimate(
             f"no dataset was given: planned with {config.num_samples} sequences of {config.seq_len} tokens"
         )
     ctx = RunContext(config, where, profiler=Profiler(where), offload_dir=scratch)
-    run = Preparation(ctx, source, text, tokenizer, evaluate_on)
+    run = Preparation(ctx, source, text, tokenizer, evaluate_on, evaluate_tokens)
     if _prepare(found, run) and found.plan is not None:
         if dataset is not None and folder is not None:
             found.attempt(_check_resume, found, run, folder, resume)

@@ -122,7 +122,7 @@ def sizes_of(weights: Weights, plan: Plan, config: QuantConfig, source: Source) 
         quantized = int(config.target_bits * plan.weights / 8)
     copied = sum(path.stat().st_size for path in source.files_to_copy().values())
     # Report, model card and manifest; lines of the journal: as seen with models of every size.
-    texts = 2 * len(json.dumps(source.config_dict(model))) + 30_000 + 1_150 * len(plan.layers)
+    texts = 2 * len(json.dumps(source.config_dict(model))) + 46_000 + 1_400 * len(plan.layers)
     output = quantized + plain + len(encode_header(entries)) + copied + texts
     return Sizes(quantized, plain, output, quantized + 600 * len(plan.layers), layers)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import QuantConfig
+from ..config import EVALUATION_TOKENS, QuantConfig
 
 # Arguments of `fewbit.quantize` that change the result → (option of the command line, default).
 _OPTIONS: dict[str, tuple[str, Any]] = {
@@ -25,6 +25,7 @@ _OPTIONS: dict[str, tuple[str, Any]] = {
     "trust_remote_code": ("--trust-remote-code", False),
     "allow_pickle": ("--allow-pickle", False),
     "evaluate_on": ("--eval", None),
+    "evaluate_tokens": ("--eval-tokens", EVALUATION_TOKENS),
 }
 _PATHS = ("output", "dataset", "evaluate_on")
 
