@@ -16,14 +16,19 @@ import multiprocessing
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 SAMPLES, SEQ_LEN = 8, 128
 
 
 def random_llama(
-    folder: Path, blocks: int, hidden: int, intermediate: int, dtype: str = "bfloat16", vocabulary: int = 1024
+    folder: Path, blocks: int, hidden: int, intermediate: int, dtype: str = "bfloat16", **shape: Any
 ) -> int:
-    """Write a Llama of random weights, one file per block, one block in memory; its weights' bytes."""
+    """Write a Llama of random weights, one file per block, one block in memory; its weights' bytes.
+
+    Args:
+        shape: settings of `LlamaConfig` that differ from the ones below.
+    """
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -33,9 +38,10 @@ def random_llama(
         "intermediate_size": intermediate,
         "num_attention_heads": hidden // 64,
         "num_key_value_heads": max(1, hidden // 256),
-        "vocab_size": vocabulary,
+        "vocab_size": 1024,
         "max_position_embeddings": 4096,
         "tie_word_embeddings": True,
+        **shape,
     }
     generator = torch.Generator().manual_seed(0)
     folder.mkdir(parents=True)
@@ -47,7 +53,8 @@ def random_llama(
     for number in range(blocks + 1):
         tensors = {}
         for name, empty in one.items():
-            if name == "lm_head.weight" or (".layers.0." in name) != (number < blocks):
+            tied = name == "lm_head.weight" and shape["tie_word_embeddings"]
+            if tied or (".layers.0." in name) != (number < blocks):
                 continue
             tensor = torch.empty(empty.shape, dtype=getattr(torch, dtype))
             tensor.normal_(

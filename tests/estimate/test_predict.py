@@ -111,7 +111,7 @@ def test_only_activations_can_leave_a_gpu():
 
 def seconds(works, trial, **inputs):
     given = {"calibration": 3.0, "load": 1.0, "source_bytes": 1000, "weight_bytes": 400, **inputs}
-    rates = {(48, SETTINGS): LayerRate(0.1, 7.0, 0.2, 0.3)}
+    rates = {(48, SETTINGS): LayerRate(0.1, 7.0, 0.5, 0.2, 0.3)}
     return predict_seconds(works, trial, rates, DiskRate(0.001, 0.5, 0.002), SIZES, InputCost(**given))
 
 
@@ -125,7 +125,7 @@ def test_seconds_are_rates_times_counts():
     assert found["reading weights"] == pytest.approx(5.0)
     assert found["forward passes"] == pytest.approx(0.5 * 2 * 10 * 2)
     assert found["Hessians"] == pytest.approx(2 * 100 * 0.1)
-    assert found["solving"] == pytest.approx(2 * 7.0 + 25 * 0.2)
+    assert found["solving"] == pytest.approx(2 * 7.0 + 3 * 0.5 + 25 * 0.2)
     assert found["packing"] == pytest.approx(25 * 0.3)
     assert found["offloading"] == pytest.approx(4 * 50 * 0.001)
     assert found["journal"] == pytest.approx(2 * 2 * 0.5 + 110 * 0.003)
@@ -144,6 +144,6 @@ def test_two_processes_share_batches_and_rows():
     assert divided["forward passes"] == pytest.approx(alone["forward passes"] * 2 / 3)
     assert divided["Hessians"] == pytest.approx(alone["Hessians"] * 0.67, rel=0.01)
     # 64 of 96 rows, as they are divided in pieces of 32; all of 10.
-    assert divided["solving"] == pytest.approx(7.0 + (64 + 10) * 0.2)
+    assert divided["solving"] == pytest.approx(7.0 + 2 * 0.5 + (64 + 10) * 0.2)
     unchanged = set(alone) - {"forward passes", "Hessians", "solving"}
     assert all(divided[phase] == alone[phase] for phase in unchanged)

@@ -44,12 +44,12 @@ def test_large_widths_are_carried_over(monkeypatch):
 
     def rate(self, n, m, settings, holdout):
         asked.append((n, holdout))
-        return LayerRate(1.0, 1.0, 1.0, 1.0)
+        return LayerRate(1.0, 1.0, 1.0, 1.0, 1.0)
 
     monkeypatch.setattr(LayerBenchmark, "rate", rate)
     [found] = measured([layer("b.q", 16, 128)], paths=2, holdout=100).values()
     assert asked[-1] == (64, 50)
-    assert found == LayerRate(accumulate=4.0, factor=8.0, solve=4.0, pack=2.0)
+    assert found == LayerRate(accumulate=4.0, factor=8.0, layer=4.0, solve=4.0, pack=2.0)
 
 
 def test_the_disk_and_the_source_are_measured_and_nothing_stays(tmp_path):

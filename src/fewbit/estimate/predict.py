@@ -36,10 +36,9 @@ from ..distributed import largest_shard
 from ..mixed_precision.sensitivity import ROWS, measured_batches
 from ..modeling.source import Source
 from ..pipeline.memory import (
-    FACTORING_MATRICES,
     FIRST_USE_BYTES,
     HOST_FRAGMENTATION,
-    KEPT_MATRICES,
+    MATRICES,
     PACKING_BYTES,
     PINNED_BYTES,
     solver_bytes,
@@ -201,13 +200,12 @@ def _block_moments(
     for one in ones:
         n = one.layer.in_features
         matrix = 4 * n * n
-        kept = KEPT_MATRICES[work.paths] * matrix
+        kept = MATRICES[work.paths] * matrix
         rows = largest_shard(one.layer.out_features, work.processes)
         solver = solver_bytes(
             rows, n, work.paths, converted=dtype != torch.float32, holdout_tokens=work.holdout
         )
-        factoring = FACTORING_MATRICES[work.paths] * matrix - kept
-        hessians = kept + before + max(0, factoring - solver)
+        hessians = kept + before
         arena = most.arena + (hessians if matrix < ARENA_BYTES else 0)
         arena += solver if 4 * one.layer.weights < ARENA_BYTES else 0
         yield (
@@ -353,7 +351,7 @@ def predict_seconds(
         "forward passes": trial.forward_seconds * work.batches * work.paths,
         "Hessians": sum(one.rows * rate.accumulate for one, rate in own),
         "solving": sum(rate.factor for _, rate in own)
-        + sum(count * rate.solve for count, (_, rate) in zip(rows, rated, strict=True)),
+        + sum(rate.layer + count * rate.solve for count, (_, rate) in zip(rows, rated, strict=True)),
     }
     reading = inputs.weight_bytes * per_byte
     if inputs.prefetch:  # only the first block is waited for, or what takes longer than the work

@@ -37,9 +37,11 @@ from .trial import Trial, is_expert, synchronize, tokens_of
 # weight, n³ for a factorization.
 LARGEST_WIDTH = 4096
 
-# Rows of the Hessian that is measured, and about the number of operations for the rows of the weight.
+# Rows of the Hessian that is measured, and about the number of operations for the rows of the weight. A few rows are
+# measured too: what they take beyond their share is the layer's own.
 _HESSIAN_ROWS = 1024
-_WEIGHT_OPERATIONS = 4e9
+_WEIGHT_OPERATIONS = 2e10
+_FEW_ROWS = 64
 _FILE_BYTES = 1 << 24
 
 # What decides a layer's rate: its width and its settings.
@@ -169,12 +171,14 @@ class LayerRate:
     Attributes:
         accumulate: seconds for each row that enters a Hessian.
         factor: seconds for each Hessian.
+        layer: seconds for each weight, however many rows it has.
         solve: seconds for each row of a weight.
         pack: seconds for each row of a weight.
     """
 
     accumulate: float
     factor: float
+    layer: float
     solve: float
     pack: float
 
@@ -211,19 +215,23 @@ class LayerBenchmark:
             rate = self.rate(width, m, settings, self.holdout * width // n)
             up = n / width
             found[n, settings] = LayerRate(
-                rate.accumulate * up**2, rate.factor * up**3, rate.solve * up**2, rate.pack * up
+                rate.accumulate * up**2,
+                rate.factor * up**3,
+                rate.layer * up**2,
+                rate.solve * up**2,
+                rate.pack * up,
             )
         return found
 
     def rate(self, n: int, m: int, settings: LayerSettings, holdout: int) -> LayerRate:
         """The rate of layers with `n` inputs, measured on at most `m` rows."""
-        m = min(m, max(64, int(_WEIGHT_OPERATIONS / (6 * n * n))))
+        m = min(m, max(4 * _FEW_ROWS, int(_WEIGHT_OPERATIONS / (6 * n * n))))
         W = self._random(m, n)
         if not settings.needs_inputs:
             seconds, solution = self._timed(partial(quantize_weight, W, None, settings))
             packing, _ = self._timed(partial(self._finish, solution.codes))
-            return LayerRate(0.0, 0.0, seconds / m, packing / m)
-        rows = max(64, min(_HESSIAN_ROWS, int(_WEIGHT_OPERATIONS / n**2)))
+            return LayerRate(0.0, 0.0, 0.0, seconds / m, packing / m)
+        rows = max(64, min(_HESSIAN_ROWS, int(_WEIGHT_OPERATIONS / (5 * n**2))))
         hessian = Hessian(n, device=self.device)
         X, full = self._random(rows, n), self._random(rows, n) if self.paths == 2 else None
         accumulating = 0.0
@@ -236,7 +244,13 @@ class LayerBenchmark:
         first, _ = self._timed(solve)
         again, solution = self._timed(solve)  # with the cached factor
         packing, _ = self._timed(partial(self._finish, solution.codes))
-        return LayerRate(accumulating / rows, max(first - again, 0.0), again / m, packing / m)
+        few = min(m, _FEW_ROWS)
+        solve_few = partial(quantize_weight, W[:few], group, settings, correction=correction)
+        solve_few()
+        least = self._timed(solve_few)[0] if few < m else 0.0
+        each = max(again - least, 0.0) / max(m - few, 1) if least else again / m
+        layer = max(again - m * each, 0.0)
+        return LayerRate(accumulating / rows, max(first - again, 0.0), layer, each, packing / m)
 
     def _finish(self, codes: Any) -> None:
         """What follows a solve: the quantized weight for the model, and the tensors for the file."""

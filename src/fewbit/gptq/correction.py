@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .gptq import cholesky_
 from .hessian import Hessian
 
 # Sums the statistics of rows, float64 (rows, …), over all rows of a layer. If W holds only some of them, the other
@@ -66,17 +67,18 @@ def input_error_covariance(hessian: Hessian) -> InputErrorCovariance:
     """Factor H + ρI for the correction; the Hessian has full-precision inputs."""
     A = hessian.matrix().clone()
     A.diagonal().add_(RIDGE * A.diagonal().mean())
-    L, info = torch.linalg.cholesky_ex(A)
     C = hessian.input_error()
     assert C is not None
-    return InputErrorCovariance(C, L if info == 0 and bool(torch.isfinite(L.diagonal()).all()) else None)
+    return InputErrorCovariance(C, A.mT if cholesky_(A) else None)
 
 
 def correction_step(W: Tensor, error: InputErrorCovariance) -> Tensor:
     """W C (H + ρI)⁻¹, float32 (m, n)."""
-    assert error.L is not None
-    step = W @ error.C
-    return step.copy_(torch.cholesky_solve(step.T, error.L).T)
+    L = error.L
+    assert L is not None
+    half = torch.linalg.solve_triangular(L.mT, W @ error.C, upper=True, left=False)  # W C L⁻ᵀ
+    step: Tensor = torch.linalg.solve_triangular(L, half, upper=False, left=False)
+    return step
 
 
 def local_sum(stats: Tensor) -> Tensor:

@@ -30,6 +30,9 @@ from .grid import Grid
 
 BLOCK = 128
 
+# What is copied at a time where a whole matrix need not be: rows, elements.
+_ROWS, _REVERSED = 128, 1 << 16
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -88,16 +91,33 @@ def factor(H: Tensor, perm: Tensor, damp: float, dtype: torch.dtype = torch.floa
     added = damp * float(H.diagonal().double().mean())
     # The Cholesky factor of the reversed matrix, reversed again, is upper triangular.
     backwards = perm.flip(0)
-    A = H.index_select(0, backwards).index_select(1, backwards).to(dtype)
+    A = torch.empty_like(H, dtype=dtype)
+    for a in range(0, len(H), _ROWS):
+        A[a : a + _ROWS] = H.index_select(0, backwards[a : a + _ROWS]).index_select(1, backwards)
     A.diagonal().add_(added)
-    L, info = torch.linalg.cholesky_ex(A)
-    del A
-    if info != 0 or not bool(torch.isfinite(L.diagonal()).all()):
+    if not cholesky_(A):
         return None
-    R = L.flip(0, 1)  # H_λ = R Rᵀ
+    _reverse_(A.view(-1))
+    R = A.mT  # H_λ = R Rᵀ
     diagonal = R.diagonal().clone()
     R.div_(diagonal)  # F = R diag(R)⁻¹
     return Factor(perm, R.float(), diagonal.square().float(), added)
+
+
+def cholesky_(A: Tensor) -> bool:
+    """Replace a symmetric A (n, n) by Lᵀ with A = L Lᵀ, without a copy; whether that was possible."""
+    info = torch.empty((), dtype=torch.int32, device=A.device)
+    torch.linalg.cholesky_ex(A.mT, out=(A.mT, info))  # LAPACK stores columns
+    return int(info) == 0 and bool(torch.isfinite(A.diagonal()).all())
+
+
+def _reverse_(flat: Tensor) -> None:
+    """Reverse a vector in place."""
+    size, half = len(flat), len(flat) // 2
+    for a in range(0, half, _REVERSED):
+        b = min(a + _REVERSED, half)
+        head, tail = flat[a:b].flip(0), flat[size - b : size - a].flip(0)
+        flat[a:b], flat[size - b : size - a] = tail, head
 
 
 def round_block(

@@ -22,11 +22,9 @@ from ..planning import Plan, block_of
 from .statistics import BatchMasks
 from .streaming import Weights
 
-# Float32 matrices n × n by the number of paths (1: quantized only, 2: with full precision): at most while they are
-# factorized, and those that stay with the Hessian. One path has H, its factor and LAPACK's copy; two paths also have C
-# and the factorization for the correction. Counted.
-FACTORING_MATRICES = {1: 3, 2: 5}
-KEPT_MATRICES = {1: 2, 2: 4}
+# Float32 matrices n × n by the number of paths (1: quantized only, 2: with full precision). One path has H and its
+# factor; two paths also have C and the factorization for the correction. Both are factored in place. Counted.
+MATRICES = {1: 2, 2: 4}
 
 # Bytes for every weight of the layer being solved, in float32 matrices and codes: after the rounding, and while targets
 # are corrected. Bytes for every product of an output and a holdout token. Bytes for every weight on a candidate grid,
@@ -127,9 +125,9 @@ def solver_bytes(
 
 def largest_layer_bytes(plan: Plan, paths: int) -> int:
     """Return the bytes for the layer that needs most: solver, its matrices, and the kept ones of the layer before."""
-    matrices = FACTORING_MATRICES[paths] + KEPT_MATRICES[paths]
     sizes = (
-        4 * matrices * layer.in_features**2 + solver_bytes(layer.out_features, layer.in_features, paths)
+        8 * MATRICES[paths] * layer.in_features**2
+        + solver_bytes(layer.out_features, layer.in_features, paths)
         for layer in plan.layers
     )
     return max(sizes, default=0)

@@ -1,7 +1,8 @@
 """fewbit's own kernels for CPUs: every bit width, group size, zero point, column order, shape and float dtype.
 
 All of them read the tiles of `packed`. They differ in the rounding of activations (`packed.Rounding`): 16 bits, 8 bits,
-or 16 bits for a few tokens and 8 bits for a prompt, without measurable loss (docs/performance-measurements.md).
+or 16 bits for a few tokens and what is fastest for a prompt, without measurable loss
+(docs/performance-measurements.md).
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from .packed import PackedWeight, Rounding
 
 
 class Cpu(Kernel):
-    """Integer codes times 16-bit activations, summed in float32; prompts with 8-bit activations."""
+    """Integer codes times 16-bit activations, summed in float32; prompts in bfloat16 or with 8-bit activations."""
 
     name = "cpu"
-    summary = "fewbit's own: reads each packed weight once; 16-bit activations, for prompts 8-bit ones in fine steps"
+    summary = (
+        "fewbit's own: reads each packed weight once; 16-bit activations, for prompts bfloat16 (AMX) or 8 bits in fine "
+        "steps"
+    )
     repacks_scales = True
     rounding = Rounding.FAST_PREFILL
 
