@@ -72,7 +72,7 @@ ADDED = {
     "group sizes that fit, settings as keywords, conversations, the original in inspect, progress": (2, 340),
     "float32 where a CPU multiplies 16 bits slowly": (0, 60),
     "settings for engines, more model types in GGUF, reading compressed-tensors": (3, 700),
-    "AMX, a table of layers that sorts": (0, 40),
+    "AMX, a table of layers that sorts, --eval-tokens, factorizations in place": (0, 90),
 }
 
 

@@ -33,6 +33,10 @@ RIDGE = 0.1
 ALPHA_SHRINKAGE = 0.6
 
 
+# Rows of the weight that are corrected at a time, which bounds the memory.
+CORRECTED_ROWS = 1024
+
+
 @dataclass(frozen=True)
 class Holdout:
     """Held-out tokens of a layer, which enter no Hessian and measure the result.
@@ -76,8 +80,12 @@ def correction_step(W: Tensor, error: InputErrorCovariance) -> Tensor:
     """W C (H + ρI)⁻¹, float32 (m, n)."""
     L = error.L
     assert L is not None
-    half = torch.linalg.solve_triangular(L.mT, W @ error.C, upper=True, left=False)  # W C L⁻ᵀ
-    step: Tensor = torch.linalg.solve_triangular(L, half, upper=False, left=False)
+    step = torch.empty_like(W)
+    for a in range(0, len(W), CORRECTED_ROWS):
+        rows = slice(a, a + CORRECTED_ROWS)
+        product = W[rows] @ error.C
+        half = torch.linalg.solve_triangular(L.mT, product, upper=True, left=False)  # W C L⁻ᵀ
+        step[rows] = torch.linalg.solve_triangular(L, half, upper=False, left=False)
     return step
 
 

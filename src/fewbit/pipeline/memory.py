@@ -15,6 +15,7 @@ from statistics import mode
 import torch
 from torch import nn
 
+from ..gptq.correction import CORRECTED_ROWS
 from ..gptq.gptq import BLOCK
 from ..gptq.solve import CANDIDATE_ELEMENTS, WIDER_GRIDS
 from ..modeling.layers import is_layer, matrix_shape
@@ -26,10 +27,11 @@ from .streaming import Weights
 # factor; two paths also have C and the factorization for the correction. Both are factored in place. Counted.
 MATRICES = {1: 2, 2: 4}
 
-# Bytes for every weight of the layer being solved, in float32 matrices and codes: after the rounding, and while targets
-# are corrected. Bytes for every product of an output and a holdout token. Bytes for every weight on a candidate grid,
-# in E and codes, and for every weight of one block of columns on top. Counted.
-ROUNDING_BYTES, CORRECTION_BYTES, HOLDOUT_BYTES = 11, 22, 12
+# Bytes for every weight of the layer being solved, in float32 matrices and codes: after the rounding; while targets are
+# corrected; and then also for every weight of the rows that are corrected together. Bytes for every product of an
+# output and a holdout token. Bytes for every weight on a candidate grid, in E and codes, and for every weight of one
+# block of columns on top. Counted.
+ROUNDING_BYTES, CORRECTION_BYTES, CORRECTED_BYTES, HOLDOUT_BYTES = 11, 10, 12, 12
 CANDIDATE_BYTES, BLOCK_BYTES = 5, 10
 
 # Bytes for every weight of a block whose codes wait to be packed; later its packed tensors twice.
@@ -119,7 +121,8 @@ def solver_bytes(
     block = BLOCK_BYTES * candidates * min(BLOCK, in_features) // in_features
     on_candidates = CANDIDATE_BYTES * candidates + block + (10 if paths == 2 else 6) * weights
     rounded = ROUNDING_BYTES * weights + HOLDOUT_BYTES * out_features * holdout_tokens
-    correction = CORRECTION_BYTES * weights if paths == 2 else 0
+    corrected = CORRECTED_BYTES * min(out_features, CORRECTED_ROWS) * in_features
+    correction = CORRECTION_BYTES * weights + corrected if paths == 2 else 0
     return (4 * weights if converted else 0) + max(on_candidates, rounded, correction)
 
 
