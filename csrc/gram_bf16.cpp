@@ -32,7 +32,7 @@ constexpr int ROWS = 8, VECTORS = 3, PAIRS = 1;
 #endif
 constexpr int PANEL = VECTORS * 16;  // columns that are packed into one panel
 constexpr int64_t DEPTH = 256;       // token pairs per pass and, at most, per piece: a panel is 48 KiB, or 32
-constexpr int64_t MOST_PANELS = 8;    // of each factor, in a task
+constexpr int64_t MOST_PANELS = 8;     // of each factor, in a task
 
 // Tokens row … row + count of one batch; in a packed panel, pairs first … first + pairs.
 struct Piece {
@@ -87,7 +87,7 @@ void add_scaled(const Sums& sum, const float* row_factors, const float* column_f
     }
 }
 
-// C[0 … ROWS, 0 … PANEL] += what ROWS columns of one panel and all of another make. On AMX the rows come from `turned`.
+// C[0 … ROWS, 0 … PANEL] += what ROWS columns of one panel and all of another make. On AMX the rows come from `turn`.
 #if defined(__AMX_BF16__)
 void tile(const uint32_t* rows, const uint32_t* panel, int64_t pairs, const float* row_factors,
           const float* column_factors, int32_t* C, int64_t n, int64_t height, int64_t width) {

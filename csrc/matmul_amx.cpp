@@ -27,7 +27,7 @@ int64_t tiles_of(int64_t count, int64_t size) { return (count + size - 1) / size
 template <int BITS>
 Buffer<uint32_t> read_tokens(const PackedWeight& w, const MatMul& p, int threads) {
     const int64_t along = tiles_of(w.positions(), INPUTS), tiles = tiles_of(p.tokens, TOKENS);
-    const bool as_it_is = p.type == DType::bfloat16 && !w.order && w.inputs % 16 == 0;
+    const bool as_it_is = p.type == DType::bfloat16 && w.positions() == w.inputs && !w.order && w.inputs % 16 == 0;
     Buffer<uint32_t> all(tiles * along * TILE_WORDS, false);
     parallel_for(tiles, threads, [&](int64_t tile) {
         uint32_t* const first = all.data() + tile * along * TILE_WORDS;
@@ -116,7 +116,7 @@ void multiply_blocks(Tiles x, Tiles weights, int64_t blocks, int64_t count, bool
     }
 }
 
-// Sums of one token and whole panel → y; `bias` has 16 numbers for each block.
+// Sums of one token and a whole panel → y; `bias` has 16 numbers for each block.
 void write_token(const PackedWeight& w, const MatMul& p, int64_t token, int64_t block, int64_t blocks, const float* sums, const float* bias) {
     const auto sum = [&](int64_t n) { return _mm512_add_ps(_mm512_loadu_ps(sums + n * BLOCK), _mm512_loadu_ps(bias + n * BLOCK)); };
     int64_t n = 0;

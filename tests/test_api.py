@@ -56,6 +56,11 @@ def test_importing_loads_neither_torch_nor_transformers():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
+def test_the_commands_show_their_help_without_torch():
+    code = "import sys, fewbit.cli.main; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_are_typed_and_every_argument_is_described(name):
     function = getattr(fewbit, name)

@@ -163,6 +163,21 @@ def test_activations_in_fine_steps(bits, group_size):
 
 @pytest.mark.skipif("amx" not in native.instruction_sets(), reason="no tiles of bfloat16 here")
 @pytest.mark.parametrize("bits", BITS)
+def test_a_prompt_reads_no_number_of_the_next_token(bits):
+    """Also where the inputs do not fill the last tile of the weight, and at the end of x."""
+    for columns in (16, 48, 80, 100):
+        codes = make(40, columns, bits, -1, sym=True, order=False)
+        _, weight = weight_of(codes)
+        x = torch.randn(17, columns).bfloat16()
+        truth = x.double() @ codes.dequantize(torch.float64).t()
+        found = on("amx", x, weight, None, Rounding.NONE)
+        assert (found.double() - truth).norm() < 5e-3 * truth.norm(), columns
+        x[1::2] = float("nan")
+        assert torch.equal(on("amx", x, weight, None, Rounding.NONE)[::2], found[::2]), columns
+
+
+@pytest.mark.skipif("amx" not in native.instruction_sets(), reason="no tiles of bfloat16 here")
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group_size", [-1, 24, 64])
 def test_weights_of_prompts_are_rounded_once_to_bfloat16(bits, group_size):
     torch.manual_seed(bits)

@@ -25,6 +25,7 @@ from ..checkpoint.safetensors_file import TensorInfo, check_finite
 from ..config import LayerSettings, QuantConfig
 from ..errors import ModelError, OutputError
 from ..gptq import Hessian, Holdout, InputGroup, quantize_weight
+from ..gptq.hessian import SMALL_BATCH
 from ..modeling.experts import RoutedExperts, routed_modules
 from ..pipeline.expert_calibration import TOKENS_PER_FEATURE
 from ..pipeline.memory import RESIDENT_STORAGES
@@ -37,8 +38,8 @@ from .trial import Trial, is_expert, synchronize, tokens_of
 # weight, n³ for a factorization.
 LARGEST_WIDTH = 4096
 
-# Rows of the Hessian that is measured, and about the number of operations for the rows of the weight. A few rows are
-# measured too: what they take beyond their share is the layer's own.
+# Rows of the Hessian that is measured (small batches would wait for each other), and about the number of operations for
+# the rows of the weight. A few rows are measured too: what they take beyond their share is the layer's own.
 _HESSIAN_ROWS = 1024
 _WEIGHT_OPERATIONS = 2e10
 _FEW_ROWS = 64
@@ -231,7 +232,7 @@ class LayerBenchmark:
             seconds, solution = self._timed(partial(quantize_weight, W, None, settings))
             packing, _ = self._timed(partial(self._finish, solution.codes))
             return LayerRate(0.0, 0.0, 0.0, seconds / m, packing / m)
-        rows = max(64, min(_HESSIAN_ROWS, int(_WEIGHT_OPERATIONS / (5 * n**2))))
+        rows = max(SMALL_BATCH, min(_HESSIAN_ROWS, int(_WEIGHT_OPERATIONS / (5 * n**2))))
         hessian = Hessian(n, device=self.device)
         X, full = self._random(rows, n), self._random(rows, n) if self.paths == 2 else None
         accumulating = 0.0

@@ -25,9 +25,9 @@ LARGEST_ACTIVATION = 2.0**50
 # Float32: what is added to the exponent, and the bits below it.
 _BIAS, _MANTISSA = 127, 23
 
-# For the compiled module, batches smaller than `_SMALL_BATCH` wait until `_JOINED_TOKENS` tokens have come: each call
+# For the compiled module, batches smaller than `SMALL_BATCH` wait until `_JOINED_TOKENS` tokens have come: each call
 # goes through the whole matrix.
-_SMALL_BATCH = 256
+SMALL_BATCH = 256
 _JOINED_TOKENS = 4096
 
 _FINISHED_ROWS = 64  # that are turned into float32 at a time
@@ -206,7 +206,7 @@ class Hessian:
         return short and both[0].device.type == "cpu" and "avx512_bf16" in native.instruction_sets()
 
     def _joins(self, both: list[Tensor]) -> bool:
-        return len(both[0]) < _SMALL_BATCH and self._is_native(both)
+        return len(both[0]) < SMALL_BATCH and self._is_native(both)
 
     def _flush(self) -> None:
         """Add the batches that wait."""
