@@ -45,13 +45,16 @@ def hessian(n: int, tokens: int) -> None:
     times = {}
     for path, batch in (("torch", X32), ("native", X)):  # float32 activations take the torch path
         times[path] = seconds(lambda batch=batch: Hessian(n).add(batch))
+    with native.instruction_set("avx512_vnni" if native.has_amx() else "best"):  # without the tile unit
+        dots = seconds(lambda: Hessian(n).add(X))
     print(f"Hessian, {tokens} x {n} bfloat16 tokens")
     print(f"  torch float32 matmul {peak32 / 1e9:.0f} GF/s, bfloat16 matmul {peak16 / 1e9:.0f} GF/s")
     print(f"  torch path  {useful / times['torch'] / 1e9:7.0f} useful GF/s")
     print(
         f"  native      {useful / times['native'] / 1e9:7.0f} useful GF/s, {times['torch'] / times['native']:.1f}x"
         f" the torch path, {useful / times['native'] / peak16:.2f} of the bfloat16 matmul rate,"
-        f" {full / times['native'] / peak32:.1f}x a full float32 product"
+        f" {full / times['native'] / peak32:.1f}x a full float32 product,"
+        f" {dots / times['native']:.1f}x its own dot products"
     )
 
 
@@ -113,6 +116,8 @@ def main() -> None:
     n = arguments.features
     hessian(n, 8192)
     hessian(576, 16384)
+    hessian(n, 512)
+    hessian(576, 512)
     grids(1024, n)
     loops(n, n)
 

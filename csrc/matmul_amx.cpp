@@ -179,15 +179,10 @@ void run(const PackedWeight& w, const MatMul& p, int threads) {
 }  // namespace
 
 void matmul(const PackedWeight& w, const MatMul& p, int threads) {
-    constexpr int64_t FROM = 16;  // benchmarks/kernels_cpu.py
+    constexpr int64_t FROM = 16;  // a tile of tokens; below, tiles would hold more zeros than tokens
     const bool rounded = p.type == DType::bfloat16 || (p.type == DType::float16 && p.rounding == Rounding::fast_prefill);
     if (p.tokens < FROM || !rounded || p.rounding == Rounding::int8) return vnni::matmul(w, p, threads);
-    switch (w.bits) {
-        case 2: run<2>(w, p, threads); break;
-        case 3: run<3>(w, p, threads); break;
-        case 4: run<4>(w, p, threads); break;
-        default: run<8>(w, p, threads);
-    }
+    with_bits(w.bits, [&](auto bits) { run<decltype(bits)::value>(w, p, threads); });
 }
 
 }  // namespace FEWBIT_ISA

@@ -227,12 +227,7 @@ void run(const PackedWeight& w, const MatMul& p, int threads) {
 }  // namespace
 
 void matmul_int8(const PackedWeight& w, const MatMul& p, int threads) {
-    switch (w.bits) {
-        case 2: run<2>(w, p, threads); break;
-        case 3: run<3>(w, p, threads); break;
-        case 4: run<4>(w, p, threads); break;
-        default: run<8>(w, p, threads);
-    }
+    with_bits(w.bits, [&](auto bits) { run<decltype(bits)::value>(w, p, threads); });
 }
 
 }  // namespace FEWBIT_ISA

@@ -196,13 +196,14 @@ void gram(Activations A, Activations B, Out<int32_t, 2> C, In<int64_t, 1> ends, 
     }
     const GramBf16 problem{static_cast<const uint16_t*>(A.data()), static_cast<const uint16_t*>(B.data()), C.data(),
                            ends.data(), row_factors.data(), column_factors.data(), int64_t(ends.size()), int64_t(n), upper};
-    const bool tiles = std::strcmp(choose(isa).isa, "amx") == 0;
-    nb::gil_scoped_release release;
+    auto* kernel = bf16::gram_bf16;
 #if defined(FEWBIT_HAVE_AMX)
-    if (tiles) return amx::gram_bf16(problem, threads);
+    if (std::strcmp(choose(isa).isa, "amx") == 0) kernel = amx::gram_bf16;
+#else
+    choose(isa);  // its name is checked all the same
 #endif
-    (void)tiles;
-    bf16::gram_bf16(problem, threads);
+    nb::gil_scoped_release release;
+    kernel(problem, threads);
 }
 #endif
 

@@ -1,4 +1,4 @@
-// Loops whose index is a constant of the compiler.
+// Loops and choices whose index is a constant of the compiler.
 #pragma once
 
 #include <utility>
@@ -18,6 +18,17 @@ inline void static_for_indices(std::integer_sequence<int, I...>, F f) {
 template <int COUNT, class F>
 inline void static_for(F f) {
     static_for_indices(std::make_integer_sequence<int, COUNT>(), f);
+}
+
+// f(integral_constant) for the bits of a code.
+template <class F>
+inline void with_bits(int bits, F f) {
+    switch (bits) {
+        case 2: f(std::integral_constant<int, 2>()); break;
+        case 3: f(std::integral_constant<int, 3>()); break;
+        case 4: f(std::integral_constant<int, 4>()); break;
+        default: f(std::integral_constant<int, 8>());
+    }
 }
 
 }  // namespace

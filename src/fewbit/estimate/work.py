@@ -245,13 +245,13 @@ class LayerBenchmark:
         first, _ = self._timed(solve)
         again, solution = self._timed(solve)  # with the cached factor
         packing, _ = self._timed(partial(self._finish, solution.codes))
-        few = min(m, _FEW_ROWS)
-        solve_few = partial(quantize_weight, W[:few], group, settings, correction=correction)
-        solve_few()
-        least = self._timed(solve_few)[0] if few < m else 0.0
-        each = max(again - least, 0.0) / max(m - few, 1) if least else again / m
-        layer = max(again - m * each, 0.0)
-        return LayerRate(accumulating / rows, max(first - again, 0.0), layer, each, packing / m)
+        each = again / m
+        if m > _FEW_ROWS:
+            few = partial(quantize_weight, W[:_FEW_ROWS], group, settings, correction=correction)
+            few()  # not timed
+            each = max(again - self._timed(few)[0], 0.0) / (m - _FEW_ROWS)
+        factoring, own = max(first - again, 0.0), max(again - m * each, 0.0)
+        return LayerRate(accumulating / rows, factoring, own, each, packing / m)
 
     def _finish(self, codes: Any) -> None:
         """What follows a solve: the quantized weight for the model, and the tensors for the file."""

@@ -32,7 +32,6 @@ RIDGE = 0.1
 # than the held-out part of it does.
 ALPHA_SHRINKAGE = 0.6
 
-
 # Rows of the weight that are corrected at a time, which bounds the memory.
 CORRECTED_ROWS = 1024
 

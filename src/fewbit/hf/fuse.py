@@ -103,7 +103,7 @@ def attention_forward(
         and can_bypass_dispatch(query, key)
         and can_bypass_dispatch(value, None)
         and _is_supported(query, key, value)
-        # With AMX torch's attention is 2 to 3 times as fast for prompts (benchmarks/kernels_cpu.py --attention).
+        # With AMX torch's attention is 2 to 3 times as fast for prompts (benchmarks/attention_cpu.py).
         and not (query.shape[2] > 1 and query.dtype == torch.bfloat16 and native.has_amx())
     ):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
