@@ -164,6 +164,8 @@ class Preparation:
             if isinstance(source, Source) and source.streams:
                 model, files, stored = _built(source, ctx)
                 weights = StreamedWeights(model, files, ctx.device, ctx.profiler, stored)
+                if ctx.config.rotate:
+                    weights.rotate(ctx.config.seed)
                 if left_out := source.files_left_out():
                     source.notes.append(
                         f"{len(left_out)} files beside the weights are not copied, for example {left_out[0]}: copy "
@@ -178,6 +180,11 @@ class Preparation:
                         + (f"; {rounded} of them are rounded to nearest instead (mtp)" if rounded else "")
                     )
                 return model, weights
+            if ctx.config.rotate:
+                raise ConfigError(
+                    "rotate changes weights while they are read from safetensors files, which this model does not come "
+                    "from: give the folder of the original model, or leave rotate out"
+                )
             model = source.load_model(ctx.config.dtype, ctx.device)
             check_weights(model)
             unfuse(model)
@@ -221,7 +228,8 @@ class Preparation:
     @cached_property
     def origin(self) -> Origin:
         """The model before the run; asked for before the model is changed."""
-        files, parameters = self.source.weight_files(), dict(self.model.named_parameters())
+        files = self.source.weight_files()
+        parameters = {n: p for n, p in self.model.named_parameters() if n not in self.weights.untied}
         stored = {name: self.weights.stored_dtypes.get(name, p.dtype) for name, p in parameters.items()}
         unused = [tensor.info for tensor in self.weights.unused.values()]
         return Origin(

@@ -159,6 +159,14 @@ def quantize_arguments(
     tune_steps: Annotated[
         int, typer.Option(help="Steps per block with --tune.", rich_help_panel=ACCURACY)
     ] = 100,
+    rotate: Annotated[
+        bool,
+        typer.Option(
+            "--rotate",
+            help="First rotate the residual stream, folded into the weights. Less error, same speed.",
+            rich_help_panel=ACCURACY,
+        ),
+    ] = False,
     distill: Annotated[
         bool,
         typer.Option(
@@ -272,6 +280,7 @@ def quantize_arguments(
         target_bits=target_bits,
         tune=tune,
         tune_steps=tune_steps,
+        rotate=rotate,
         distill=distill,
         distill_tokens=distill_tokens,
         method=method,

@@ -28,6 +28,8 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.safetensors_file import FileTensor, check_all_finite
 from ..modeling.experts import UnfusedExperts, unfused_modules
+from ..modeling.residual_stream import find_residual_stream, refusal
+from ..modeling.rotation import rotated
 from ..modeling.source import without_progress_bars
 from ..planning import block_of, output_embedding_name
 from ..profiling import Profiler
@@ -51,12 +53,14 @@ class Weights:
         unused: Tensors of the source that the model has no parameter for, by their names in the files, such as the
             layers for multi-token prediction. The checkpoint gets a copy.
         stored_dtypes: Dtypes in the checkpoint of the state that the model computes with in another one.
+        untied: Names of parameters that share their values with another one in the source, and no longer do.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.unused: dict[str, FileTensor] = {}
         self.stored_dtypes: Mapping[str, torch.dtype] = {}
+        self.untied: set[str] = set()
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def load(self, name: str) -> None:
@@ -125,7 +129,7 @@ class StreamedWeights(Weights):
         stored_dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         self.model, self.device = model, device
-        self.stored_dtypes = stored_dtypes or {}
+        self.stored_dtypes, self.untied = stored_dtypes or {}, set()
         self.read_bytes = self.resident_bytes = self.peak_bytes = self.prefetched_shards = 0
         self._prefetches = device.type != "cpu"
         self._prefetcher: Prefetcher | None = None
@@ -197,6 +201,27 @@ class StreamedWeights(Weights):
         shard = self._shard(name)
         self._shard_of[name] = shard
         self._members.setdefault(shard, []).append(name)
+
+    def rotate(self, seed: int) -> None:
+        """Rotate the residual stream of the model: its tensors are rotated while they are read.
+
+        Raises:
+            ModelError: the stream is not understood, or its tensors are not one by one in the files.
+        """
+        stream = find_residual_stream(self.model)
+        if self.unused:
+            raise refusal(self.model, f"it does not run {next(iter(self.unused))}, which may read the stream")
+        names = [name for name in self._names if name.rpartition(".")[0] in stream.modules]
+        for name in names:
+            if name in self._aliases:
+                self.untie(name)
+                self.untied.add(name)
+            if name not in self._plain:
+                raise refusal(self.model, f"{name} is no tensor of its own in the files")
+        if self.untied:
+            config: Any = self.model.config
+            config.tie_word_embeddings = False
+        self._plain |= rotated(stream, self._plain, {name: self._get(name).dtype for name in names}, seed)
 
     @contextmanager
     def on_demand(self, restore: Restore, reading: Reading = nullcontext) -> Iterator[None]:

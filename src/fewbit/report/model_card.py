@@ -104,7 +104,8 @@ def _calibrated(config: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) 
     correction = mean(layer["correction"] for layer in layers)
     corrected = "" if correction is None else f", correction α = {formatting.alpha(correction)} on average"
     tuned = f", tuned for {config['tune_steps']} steps per block" if config["tune"] else ""
-    return f"{method}, act-order {config['act_order']}, damp {config['damp']:g}{corrected}{tuned}"
+    rotated = ", residual stream rotated" if config.get("rotate") else ""
+    return f"{method}{rotated}, act-order {config['act_order']}, damp {config['damp']:g}{corrected}{tuned}"
 
 
 def _calibration(calibration: Mapping[str, Any]) -> str:

@@ -1,0 +1,320 @@
+"""Which layers read and write the residual stream of a decoder, found by one forward pass without weights.
+
+Blocks add their outputs to the residual stream, and read it through a norm: `h + o_proj(attention(norm(h)))`. The pass
+runs on the meta device. It tells of every tensor whether it is the stream, the stream behind a norm, the output of a
+layer, or none of these. If the stream goes through any operation but the few below, the model is not understood: that
+is an error with the name of the operation, never a guess.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..errors import ModelError
+from .layers import has_plain_forward
+
+_TOKENS = 4
+_aten = torch.ops.aten
+_ADDITIONS = {_aten.add, _aten.add_}
+# These return the values of their first argument, scaled by one number at most, or some of the tokens.
+_KEEPING = {
+    _aten.alias, _aten.clone, _aten.contiguous, _aten.copy_, _aten.detach, _aten.div, _aten.div_, _aten.expand,
+    _aten.mul, _aten.mul_, _aten.reshape, _aten.select, _aten.slice, _aten.squeeze, _aten.to, _aten._to_copy,
+    _aten.unsqueeze, _aten._unsafe_view, _aten.view,
+}  # fmt: skip
+_EQUAL = 1e-3  # largest relative difference of equal results in float32
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm between the residual stream and the layers that read it: `(offset + weight) * x / rms(x)`.
+
+    Attributes:
+        has_weight: False for a norm without parameters, whose offset is 1.
+        offset: 0 or 1.
+    """
+
+    has_weight: bool
+    offset: float
+
+
+NO_NORM = Norm(False, 1.0)
+
+
+@dataclass
+class ResidualStream:
+    """Attributes:
+    width: Number of features.
+    embeddings: Names of the embeddings that start the stream.
+    norms: Norms that read the stream, by name.
+    reads: Linear layer → name of the norm through which it reads the stream, or None.
+    writes: Names of the linear layers whose outputs are added to the stream.
+    """
+
+    width: int
+    embeddings: set[str] = field(default_factory=set)
+    norms: dict[str, Norm] = field(default_factory=dict)
+    reads: dict[str, str | None] = field(default_factory=dict)
+    writes: set[str] = field(default_factory=set)
+
+    @property
+    def modules(self) -> set[str]:
+        """Names of all modules whose parameters a rotation of the stream changes."""
+        return {*self.embeddings, *self.norms, *self.reads, *self.writes}
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a tensor holds.
+
+    Attributes:
+        kind: The stream; the stream behind the norm `names`; or a sum of the outputs of the layers `names`.
+    """
+
+    kind: Literal["stream", "normed", "output"]
+    names: frozenset[str] = frozenset()
+
+
+_STREAM = _Known("stream")
+
+
+def find_residual_stream(model: nn.Module) -> ResidualStream:
+    """Run `model`, which may be on the meta device, once without weights.
+
+    Raises:
+        ModelError: something else than layers behind a norm reads or writes the stream, or there is none.
+    """
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    if not isinstance(embedding, nn.Embedding):
+        raise refusal(model, "it has no embedding of tokens")
+    trace = _Trace(model, ResidualStream(embedding.embedding_dim))
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+    ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
+    with torch.no_grad(), torch.device("meta"), trace.hooked(), trace:
+        try:
+            functional_call(model, empty, kwargs={"input_ids": ids})
+        except ModelError:
+            raise
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise refusal(model, f"its code looks at values of tensors ({reason})") from error
+    return trace.complete()
+
+
+class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
+    """Follows the stream through the operations of one forward pass."""
+
+    def __init__(self, model: nn.Module, found: ResidualStream) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
+        self.found = found
+        self._model = model
+        self._inside: list[str] = []  # names of the modules that are running
+        self._opaque = 0  # depth of layers, norms and embeddings, whose own operations are not looked at
+        self._ran: set[str] = set()
+        self._norms: list[str] = []
+        self._used_otherwise: dict[str, str] = {}
+        self._known: dict[int, tuple[Tensor, _Known]] = {}  # with the tensor, so that its id stays its own
+
+    def known(self, tensor: object) -> _Known | None:
+        return self._known.get(id(tensor), (None, None))[1]
+
+    def mark(self, tensor: Tensor, known: _Known | None) -> None:
+        if known is None:
+            self._known.pop(id(tensor), None)
+        else:
+            self._known[id(tensor)] = tensor, known
+
+    def refuse(self, reason: str) -> ModelError:
+        where = f" in {self._inside[-1]}" if self._inside and self._inside[-1] else ""
+        return refusal(self._model, reason + where)
+
+    # Operations outside of layers
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self._opaque and isinstance(result, Tensor):
+            self.mark(result, self._after(func, args, kwargs or {}, result))
+        return result
+
+    def _after(
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor
+    ) -> _Known | None:
+        tensors = [value for value in tree_leaves([args, kwargs]) if isinstance(value, Tensor)]
+        states = [self.known(tensor) for tensor in tensors]
+        if not any(states):
+            return None
+        operation = func.overloadpacket
+        kinds = {state.kind if state else None for state in states}
+        if operation in _ADDITIONS and len(states) == 2 and kinds <= {"stream", "output"}:
+            names = frozenset().union(*(state.names for state in states if state))
+            if "stream" not in kinds:
+                return _Known("output", names)
+            self.found.writes |= names
+            return _STREAM
+        scaled = operation in _KEEPING and all(tensor.ndim == 0 for tensor in tensors[1:])
+        if scaled and states[0] and result.shape[-1:] == tensors[0].shape[-1:]:
+            return states[0]
+        if kinds <= {"output", None}:
+            for state in states:
+                self._used_otherwise |= dict.fromkeys(state.names if state else (), str(operation))
+            return None
+        if operation in _ADDITIONS:
+            raise self.refuse("something that is no layer's output is added to the residual stream")
+        raise self.refuse(f"the residual stream goes through the operation {operation}")
+
+    # Layers, norms and embeddings
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Watch the modules of the model while entered."""
+        with ExitStack() as stack:
+            for name, module in self._model.named_modules():
+                before = module.register_forward_pre_hook(self._entering(name), with_kwargs=True)
+                after = module.register_forward_hook(self._leaving(name), with_kwargs=True)
+                stack.callback(before.remove)
+                stack.callback(after.remove)
+            yield
+
+    def _entering(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._inside.append(name)
+            self._ran.add(name)
+            self._opaque += _is_opaque(module, self.known(_input(args, kwargs)))
+
+        return hook
+
+    def _leaving(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+            x = self.known(_input(args, kwargs))
+            self._inside.pop()
+            if not _is_opaque(module, x):
+                return
+            self._opaque -= 1
+            if self._opaque or not isinstance(result, Tensor):
+                return
+            if isinstance(module, nn.Embedding):
+                if result.shape[-1] == self.found.width:
+                    self.found.embeddings.add(name)
+                    self.mark(result, _STREAM)
+            elif isinstance(module, nn.Linear):
+                self.mark(result, self._after_layer(name, module, x))
+            else:
+                self._norms.append(name)
+                self.mark(result, _Known("normed", frozenset([name])))
+
+        return hook
+
+    def _after_layer(self, name: str, layer: nn.Linear, x: _Known | None) -> _Known | None:
+        if x is not None and x.kind == "output":
+            self._used_otherwise |= dict.fromkeys(x.names, "a layer")
+        elif x is not None:
+            norm = next(iter(x.names), None)
+            if self.found.reads.setdefault(name, norm) != norm:
+                raise self.refuse(f"{name} reads the residual stream through two norms")
+        elif name in self.found.reads:
+            raise self.refuse(f"{name} runs on the residual stream and on something else")
+        return _Known("output", frozenset([name])) if layer.out_features == self.found.width else None
+
+    def complete(self) -> ResidualStream:
+        """Return what was found.
+
+        Raises:
+            ModelError: parts of the model did not run, a norm is no RMSNorm, or a layer's output goes elsewhere too.
+        """
+        found = self.found
+        for name in self._norms:
+            module = self._model.get_submodule(name)
+            norm = _probe_norm(module, found.width)
+            if norm is None:
+                reason = f"{name} ({type(module).__name__}) reads the residual stream and is no RMSNorm"
+                raise refusal(self._model, reason)
+            found.norms[name] = norm
+        for name, module in self._model.named_modules():
+            if name not in self._ran and list(module.parameters(recurse=False)):
+                raise refusal(self._model, f"{name} takes no part in a forward pass over text")
+        for name in sorted(found.writes & self._used_otherwise.keys()):
+            use = self._used_otherwise[name]
+            raise refusal(
+                self._model, f"the output of {name} is used by {use}, not only by the residual stream"
+            )
+        if not found.writes or not found.reads:
+            raise refusal(self._model, "no layer adds its output to the embeddings")
+        return found
+
+
+def _input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def _is_opaque(module: nn.Module, x: _Known | None) -> bool:
+    """Whether the operations inside a module are not looked at, given what its input is."""
+    if isinstance(module, nn.Embedding):
+        return True
+    if isinstance(module, nn.Linear):
+        return has_plain_forward(module)
+    return x is _STREAM and not list(module.children()) and _is_norm_like(module)
+
+
+def _is_norm_like(module: nn.Module) -> bool:
+    return bool(list(module.parameters())) or "norm" in type(module).__name__.lower()
+
+
+def _probe_norm(module: nn.Module, width: int) -> Norm | None:
+    """Find out by small numbers whether `module` is an RMSNorm with a weight or none; None if it is not.
+
+    It is one if a rotation of its input rotates its output, and if its weight multiplies the output.
+    """
+    names = [name for name, _ in module.named_parameters()]
+    if names not in ([], ["weight"]) or list(module.buffers()):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, width, generator=generator), torch.randn(width, generator=generator)
+    y = torch.randn(width, generator=generator)
+    mirror = torch.eye(width) - 2 * torch.outer(y, y) / (y @ y)
+    outputs = {
+        offset: [
+            _with_weight(module, w)(v)
+            for w in (torch.full((width,), 1 - offset), weight)
+            for v in (x, x @ mirror)
+        ]
+        for offset in (0.0, 1.0)
+    }
+    for offset, (plain, mirrored, weighted, _) in outputs.items():
+        gain = offset + weight if names else torch.ones(width)
+        if _close(mirrored, plain @ mirror) and _close(weighted, plain * gain):
+            return Norm(bool(names), offset if names else 1.0)
+    return None
+
+
+def _with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
+    small = copy.copy(module)
+    parameters = {"weight": nn.Parameter(weight, requires_grad=False)} if list(module.parameters()) else {}
+    small.__dict__ = {
+        **module.__dict__,
+        "_parameters": parameters,
+        "_forward_hooks": {},
+        "_forward_pre_hooks": {},
+    }
+    return small
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and float((a - b).norm()) <= _EQUAL * float(b.norm())
+
+
+def refusal(model: nn.Module, reason: str) -> ModelError:
+    """The error of a model that cannot be rotated."""
+    return ModelError(f"rotate cannot be used with {type(model).__name__}: {reason}; leave it out")
