@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ..checkpoint.layout import G_IDX, QWEIGHT, QZEROS, SCALES, unpack_rows, unpack_zeros
 from ..hf.quantized_layers import quantized_layers
 from ..kernels.linear import QuantizedLayer, QuantLinear
-from ..pipeline.scheduler import forward_replaced
+from ..modeling.layers import forward_replaced
 from ..planning import block_of
 
 # Values saved for the backward pass, as a multiple of the inputs and outputs of all quantized layers.

@@ -7,6 +7,9 @@ into the inputs.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,3 +92,17 @@ def row_mask(x: Tensor, mask: Tensor) -> Tensor | None:
     if x.shape[:-1] == mask.shape or (x.ndim == 2 and x.shape[0] == mask.numel()):
         return mask.reshape(-1).bool()
     return None
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give `module` another forward while entered."""
+    previous = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if previous is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = previous

@@ -1,4 +1,4 @@
-"""Which layers read and write the residual stream of a decoder, found by one forward pass without weights.
+"""Which parameters read and write the residual stream of a decoder, found by one forward pass without weights.
 
 Blocks add their outputs to the residual stream, and read it through a norm: `h + o_proj(attention(norm(h)))`. The pass
 runs on the meta device. It tells of every tensor whether it is the stream, the stream behind a norm, the output of a
@@ -17,16 +17,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..errors import ModelError
-from .layers import has_plain_forward
+from ..torch_internals import TorchDispatchMode, tree_leaves
+from .experts import Expert, UnfusedExperts, unfused_modules
+from .layers import forward_replaced, has_plain_forward
 
 _TOKENS = 4
 _aten = torch.ops.aten
 _ADDITIONS = {_aten.add, _aten.add_}
-# These return the values of their first argument, scaled by one number at most, or some of the tokens.
+_MULTIPLICATIONS = {_aten.mul, _aten.mul_}
+_PRODUCTS = {_aten.mm, _aten.addmm, _aten.linear}
+_TRANSPOSITIONS = {_aten.t, _aten.transpose, _aten.permute}
+# These return their first argument, or some of its tokens, each multiplied by one number at most.
 _KEEPING = {
     _aten.alias, _aten.clone, _aten.contiguous, _aten.copy_, _aten.detach, _aten.div, _aten.div_, _aten.expand,
     _aten.mul, _aten.mul_, _aten.reshape, _aten.select, _aten.slice, _aten.squeeze, _aten.to, _aten._to_copy,
@@ -53,12 +56,14 @@ NO_NORM = Norm(False, 1.0)
 
 @dataclass
 class ResidualStream:
-    """Attributes:
-    width: Number of features.
-    embeddings: Names of the embeddings that start the stream.
-    norms: Norms that read the stream, by name.
-    reads: Linear layer → name of the norm through which it reads the stream, or None.
-    writes: Names of the linear layers whose outputs are added to the stream.
+    """Names of the parameters that touch the residual stream.
+
+    Attributes:
+        width: Number of features.
+        embeddings: Matrices whose rows start the stream.
+        norms: Norms that read the stream, by the name of the module.
+        reads: Matrix (out, width) → name of the norm through which it reads the stream, or None.
+        writes: Matrices (width, in) of layers whose outputs are added to the stream.
     """
 
     width: int
@@ -68,9 +73,15 @@ class ResidualStream:
     writes: set[str] = field(default_factory=set)
 
     @property
-    def modules(self) -> set[str]:
-        """Names of all modules whose parameters a rotation of the stream changes."""
-        return {*self.embeddings, *self.norms, *self.reads, *self.writes}
+    def parameters(self) -> set[str]:
+        """All parameters that a rotation of the stream may change, among them biases that do not exist."""
+        norms = {f"{norm}.weight" for norm in self.norms}
+        return {*self.embeddings, *norms, *self.reads, *self.writes, *map(bias_beside, self.writes)}
+
+
+def bias_beside(weight: str) -> str:
+    """The name that the bias of a layer has, given the name of its matrix."""
+    return weight.removesuffix("weight") + "bias"
 
 
 @dataclass(frozen=True)
@@ -78,10 +89,11 @@ class _Known:
     """What a tensor holds.
 
     Attributes:
-        kind: The stream; the stream behind the norm `names`; or a sum of the outputs of the layers `names`.
+        kind: the stream; the stream behind the norm `names`; a sum of the outputs of the layers with the matrices
+            `names`; or the parameter `names`.
     """
 
-    kind: Literal["stream", "normed", "output"]
+    kind: Literal["stream", "normed", "output", "parameter"]
     names: frozenset[str] = frozenset()
 
 
@@ -100,6 +112,8 @@ def find_residual_stream(model: nn.Module) -> ResidualStream:
     trace = _Trace(model, ResidualStream(embedding.embedding_dim))
     tensors = [*model.named_parameters(), *model.named_buffers()]
     empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+    for name, _ in model.named_parameters():
+        trace.mark(empty[name], _Known("parameter", frozenset([name])))
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
     with torch.no_grad(), torch.device("meta"), trace.hooked(), trace:
         try:
@@ -123,6 +137,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
         self._opaque = 0  # depth of layers, norms and embeddings, whose own operations are not looked at
         self._ran: set[str] = set()
         self._norms: list[str] = []
+        self._used_parameters: set[str] = set()  # without a call of their modules
         self._used_otherwise: dict[str, str] = {}
         self._known: dict[int, tuple[Tensor, _Known]] = {}  # with the tensor, so that its id stays its own
 
@@ -145,37 +160,63 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not self._opaque and isinstance(result, Tensor):
-            self.mark(result, self._after(func, args, kwargs or {}, result))
+        if not self._opaque:
+            given = [value for value in tree_leaves([args, kwargs]) if isinstance(value, Tensor)]
+            known = self._after(func.overloadpacket, given, result)
+            if isinstance(result, Tensor):
+                self.mark(result, known)
         return result
 
-    def _after(
-        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor
-    ) -> _Known | None:
-        tensors = [value for value in tree_leaves([args, kwargs]) if isinstance(value, Tensor)]
+    def _after(self, operation: Any, tensors: list[Tensor], result: Any) -> _Known | None:
+        """Return what the result of an operation holds."""
+        if operation in _MULTIPLICATIONS and self.known(tensors[0]) is None:
+            tensors = tensors[::-1]
         states = [self.known(tensor) for tensor in tensors]
-        if not any(states):
-            return None
-        operation = func.overloadpacket
         kinds = {state.kind if state else None for state in states}
+        if kinds <= {None}:
+            return None
         if operation in _ADDITIONS and len(states) == 2 and kinds <= {"stream", "output"}:
             names = frozenset().union(*(state.names for state in states if state))
             if "stream" not in kinds:
                 return _Known("output", names)
             self.found.writes |= names
             return _STREAM
-        scaled = operation in _KEEPING and all(tensor.ndim == 0 for tensor in tensors[1:])
-        if scaled and states[0] and result.shape[-1:] == tensors[0].shape[-1:]:
+        if self._keeps(operation, tensors, states, result):
             return states[0]
-        if kinds <= {"output", None}:
-            for state in states:
-                self._used_otherwise |= dict.fromkeys(state.names if state else (), str(operation))
-            return None
-        if operation in _ADDITIONS:
-            raise self.refuse("something that is no layer's output is added to the residual stream")
-        raise self.refuse(f"the residual stream goes through the operation {operation}")
+        if operation in _PRODUCTS and kinds <= {"stream", "normed", "parameter"}:
+            x = next((state for state in states if state and state.kind != "parameter"), None)
+            matrices = [
+                s.names for s, t in zip(states, tensors, strict=True) if s and s is not x and t.ndim == 2
+            ]
+            if x and len(matrices) == 1:
+                self._reads(next(iter(matrices[0])), x)
+                return None
+        if kinds & {"stream", "normed"}:
+            if operation in _ADDITIONS:
+                raise self.refuse("something that is no layer's output is added to the residual stream")
+            raise self.refuse(f"the residual stream goes through the operation {operation}")
+        for state in states:
+            if state and state.kind == "output":
+                self._used_otherwise |= dict.fromkeys(state.names, str(operation))
+            elif state:
+                self._used_parameters |= state.names
+        return None
 
-    # Layers, norms and embeddings
+    def _keeps(self, operation: Any, tensors: list[Tensor], states: list[_Known | None], result: Any) -> bool:
+        """Whether the result holds what the first argument holds."""
+        if states[0] is None or not isinstance(result, Tensor):
+            return False
+        if states[0].kind == "parameter":
+            return operation in _TRANSPOSITIONS | _KEEPING and len(tensors) == 1
+        scaled = all(tensor.ndim == 0 or tensor.shape[-1] == 1 for tensor in tensors[1:])
+        return operation in _KEEPING and scaled and result.shape[-1:] == tensors[0].shape[-1:]
+
+    def _reads(self, matrix: str, x: _Known) -> None:
+        norm = next(iter(x.names), None)
+        if self.found.reads.setdefault(matrix, norm) != norm:
+            raise self.refuse(f"{matrix} reads the residual stream through two norms")
+
+    # Layers, norms, embeddings and experts
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -186,6 +227,8 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
                 after = module.register_forward_hook(self._leaving(name), with_kwargs=True)
                 stack.callback(before.remove)
                 stack.callback(after.remove)
+            for name, experts in unfused_modules(self._model).items():
+                stack.enter_context(forward_replaced(experts, self._run_experts(name, experts)))
             yield
 
     def _entering(self, name: str) -> Callable[..., None]:
@@ -207,26 +250,48 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
                 return
             if isinstance(module, nn.Embedding):
                 if result.shape[-1] == self.found.width:
-                    self.found.embeddings.add(name)
+                    self.found.embeddings.add(f"{name}.weight")
                     self.mark(result, _STREAM)
             elif isinstance(module, nn.Linear):
-                self.mark(result, self._after_layer(name, module, x))
+                self.mark(result, self._after_layer(f"{name}.weight", module, x))
             else:
                 self._norms.append(name)
                 self.mark(result, _Known("normed", frozenset([name])))
 
         return hook
 
-    def _after_layer(self, name: str, layer: nn.Linear, x: _Known | None) -> _Known | None:
+    def _after_layer(self, matrix: str, layer: nn.Linear, x: _Known | None) -> _Known | None:
         if x is not None and x.kind == "output":
             self._used_otherwise |= dict.fromkeys(x.names, "a layer")
         elif x is not None:
-            norm = next(iter(x.names), None)
-            if self.found.reads.setdefault(name, norm) != norm:
-                raise self.refuse(f"{name} reads the residual stream through two norms")
-        elif name in self.found.reads:
-            raise self.refuse(f"{name} runs on the residual stream and on something else")
-        return _Known("output", frozenset([name])) if layer.out_features == self.found.width else None
+            self._reads(matrix, x)
+        elif matrix in self.found.reads:
+            raise self.refuse(f"{matrix} reads the residual stream and something else")
+        return _Known("output", frozenset([matrix])) if layer.out_features == self.found.width else None
+
+    def _run_experts(self, name: str, experts: UnfusedExperts) -> Callable[..., Tensor]:
+        """What stands for the forward of experts, which depends on values: all of them get every token."""
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            known = self.known(x)
+            written: set[str] = set()
+            for number in range(experts.num_experts):
+                expert = experts.expert(number)
+                layers = dict(expert.named_children())
+                if not isinstance(expert, Expert) or not {"up_proj", "down_proj"} <= layers.keys():
+                    raise self.refuse("experts that are no feed-forward networks")
+                self._ran |= {f"{name}.{number}.{layer}" for layer in layers}
+                for layer in layers.keys() - {"down_proj"}:
+                    if known is not None:
+                        self._reads(f"{name}.{number}.{layer}.weight", known)
+                written.add(f"{name}.{number}.down_proj.weight")
+            self._opaque += 1
+            result = torch.empty_like(x)
+            self._opaque -= 1
+            self.mark(result, _Known("output", frozenset(written)))
+            return result
+
+        return forward
 
     def complete(self) -> ResidualStream:
         """Return what was found.
@@ -243,7 +308,8 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
                 raise refusal(self._model, reason)
             found.norms[name] = norm
         for name, module in self._model.named_modules():
-            if name not in self._ran and list(module.parameters(recurse=False)):
+            parameters = {f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)}
+            if name not in self._ran and parameters - self._used_parameters:
                 raise refusal(self._model, f"{name} takes no part in a forward pass over text")
         for name in sorted(found.writes & self._used_otherwise.keys()):
             use = self._used_otherwise[name]
@@ -301,7 +367,8 @@ def _probe_norm(module: nn.Module, width: int) -> Norm | None:
 
 def _with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
     small = copy.copy(module)
-    parameters = {"weight": nn.Parameter(weight, requires_grad=False)} if list(module.parameters()) else {}
+    own = nn.Parameter(weight, requires_grad=False)
+    parameters = {key: None if value is None else own for key, value in module._parameters.items()}
     small.__dict__ = {
         **module.__dict__,
         "_parameters": parameters,

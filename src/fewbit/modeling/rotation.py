@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.safetensors_file import FileTensor
-from .residual_stream import NO_NORM, ResidualStream
+from .residual_stream import NO_NORM, ResidualStream, bias_beside
 
 _LARGEST_FACTOR = 64
 _ROWS = 4096  # rows of a matrix that are rotated at a time
@@ -161,20 +161,15 @@ def rotated(
             found[name] = RotatedTensor(tensors[name].path, info, tensors[name], rotation, **how)
 
     for embedding in stream.embeddings:
-        add(f"{embedding}.weight", last_axis=True)
-    for layer in {*stream.reads, *stream.writes}:
-        norm, reads = stream.reads.get(layer), layer in stream.reads
+        add(embedding, last_axis=True)
+    for matrix in {*stream.reads, *stream.writes}:
+        norm, reads = stream.reads.get(matrix), matrix in stream.reads
         kind = stream.norms.get(norm or "", NO_NORM)
         gain = tensors[f"{norm}.weight"] if kind.has_weight else None
-        add(
-            f"{layer}.weight",
-            last_axis=reads,
-            first_axis=layer in stream.writes,
-            gain=gain,
-            offset=kind.offset,
-        )
-        if layer in stream.writes:
-            add(f"{layer}.bias", last_axis=True)
+        writes = matrix in stream.writes
+        add(matrix, last_axis=reads, first_axis=writes, gain=gain, offset=kind.offset)
+        if writes:
+            add(bias_beside(matrix), last_axis=True)
     for norm, kind in stream.norms.items():
         if kind.has_weight:
             old = tensors[f"{norm}.weight"]

@@ -21,7 +21,7 @@ from torch.func import functional_call
 
 from ..gptq import Hessian
 from ..modeling.experts import unfused_modules
-from .scheduler import forward_replaced
+from ..modeling.layers import forward_replaced
 
 # What code raises that needs the values of tensors, or that does not run on the meta device.
 _NEEDS_VALUES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)

@@ -30,6 +30,8 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from transformers import Cache
 
+from ..modeling.layers import forward_replaced
+
 
 @dataclass(frozen=True)
 class LayerInput:
@@ -323,20 +325,6 @@ def _pausing_forwards(layers: Mapping[str, nn.Module], blocks: Mapping[str, nn.M
         for name, module in blocks.items():
             stack.enter_context(forward_replaced(module, pause_after(name, module.forward)))
         yield
-
-
-@contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Give `module` another forward while entered."""
-    previous = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if previous is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = previous
 
 
 @contextmanager

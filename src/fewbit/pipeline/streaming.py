@@ -211,7 +211,7 @@ class StreamedWeights(Weights):
         stream = find_residual_stream(self.model)
         if self.unused:
             raise refusal(self.model, f"it does not run {next(iter(self.unused))}, which may read the stream")
-        names = [name for name in self._names if name.rpartition(".")[0] in stream.modules]
+        names = [name for name in self._names if name in stream.parameters]
         for name in names:
             if name in self._aliases:
                 self.untie(name)
