@@ -32,6 +32,7 @@ RESULTS = Path(__file__).with_name("results") / "pareto.jsonl"
 GROUP_SIZE = 64
 DISTILL_TOKENS = 100_000  # a fifth of the default, to end within half an hour a point
 ASYMMETRIC = "asymmetric, 32"  # the defaults with the kind of grid that most GGUF types have
+ROTATED = ", rotated"  # a mode with --rotate, whose output layer no longer shares its matrix with the embeddings
 GGUF_TYPES = (
     *("Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0"),
     *("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
@@ -64,7 +65,8 @@ def settings(tools: list[str]) -> Iterator[Setting]:
         else:
             for mode in ("fast", "default", "best"):
                 yield from (Setting(tool, mode, size) for size in ("8", "4", "3", "2", "3.5", "2.5"))
-            yield from (Setting(tool, ASYMMETRIC, size) for size in ("4", "3", "2"))
+            for mode in (ASYMMETRIC, *(mode + ROTATED for mode in ("default", "best", ASYMMETRIC))):
+                yield from (Setting(tool, mode, size) for size in ("4", "3", "2"))
 
 
 # Each of these leaves a model in job.output and returns facts, among them the bits of a weight.
@@ -73,17 +75,18 @@ def settings(tools: list[str]) -> Iterator[Setting]:
 def with_fewbit(job: accuracy.Job, one: Setting) -> dict[str, Any]:
     import fewbit
 
-    protocol = job.protocol
+    protocol, mode = job.protocol, one.mode.removesuffix(ROTATED)
     size: dict[str, Any] = {"target_bits": float(one.size)} if "." in one.size else {"bits": int(one.size)}
     config = fewbit.QuantConfig(
         **size,
-        quality="default" if one.mode == ASYMMETRIC else one.mode,
-        sym=one.mode != ASYMMETRIC,
-        group_size=32 if one.mode == ASYMMETRIC else GROUP_SIZE,
+        quality="default" if mode == ASYMMETRIC else mode,
+        sym=mode != ASYMMETRIC,
+        group_size=32 if mode == ASYMMETRIC else GROUP_SIZE,
+        rotate=mode != one.mode,
         num_samples=protocol.samples,
         seq_len=protocol.seq_len,
         # Training takes hours in float32, and gains nothing from it.
-        dtype="bfloat16" if one.mode == "best" else protocol.dtype,
+        dtype="bfloat16" if mode == "best" else protocol.dtype,
         distill_tokens=DISTILL_TOKENS,
     )
     report = fewbit.quantize(job.model, config, dataset=str(job.calibration), output=job.output)

@@ -1,0 +1,211 @@
+"""Rotating the residual stream: the function of the model stays, or the model is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from judge import _build, _inputs, _logits
+from models import random_sequences, save_tiny, tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import fewbit
+from fewbit.errors import ConfigError, ModelError
+from fewbit.modeling.experts import unfuse
+from fewbit.modeling.residual_stream import find_residual_stream
+from fewbit.modeling.rotation import Rotation
+from fewbit.modeling.source import open_source
+from fewbit.pipeline.streaming import StreamedWeights
+from fewbit.profiling import Profiler
+from fewbit.verification import verify
+
+CPU = torch.device("cpu")
+SMALL = {"group_size": 16, "seq_len": 24, "dtype": "float32", "rotate": True}
+RIGHT = (
+    "llama",
+    "qwen2",  # biases behind the norm
+    "gemma",  # 1 + weight, scaled embeddings, a tied output layer
+    "granite",  # numbers that multiply every output
+    "phi3",  # q, k and v in one layer
+    "minicpm3",  # latent attention
+    "lfm2",  # convolutions
+    "mamba",  # a convolution that is used without a call
+    "recurrent_gemma",
+    "mixtral",  # experts, and a router without a layer
+    "qwen2_moe",  # a shared expert behind a gate
+    "deepseek_v3",
+    "qwen3_next",  # linear attention
+)
+REFUSED = {
+    "gemma2": "something that is no layer's output is added to the residual stream",  # norms before the addition
+    "stablelm": r"input_layernorm \(LayerNorm\) reads the residual stream and is no RMSNorm",
+    "gpt_oss": "is no tensor of its own in the files",
+    "gpt2": "looks at values",
+    "zamba2": "goes through the operation aten.cat",
+    "bart": "",
+}
+
+
+def rotated(folder, seed: int = 0):
+    model, files = open_source(folder).build_model("float32")
+    unfuse(model)
+    weights = StreamedWeights(model, files, CPU, Profiler(CPU))
+    weights.rotate(seed)
+    weights.load_all()
+    return model, weights
+
+
+def architecture(model_type, folder):
+    """A tiny model whose norms have weights that differ."""
+    model, *_ = _build("CAUSAL_LM", model_type, folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("model_type", RIGHT)
+def test_the_function_stays(model_type, tmp_path):
+    original = architecture(model_type, tmp_path)
+    model, weights = rotated(tmp_path)
+    inputs = _inputs(original, 0)
+    expected, found = _logits(original, inputs), _logits(model, inputs)
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+    # And it was rotated: the embeddings are others of the same lengths.
+    before, after = original.get_input_embeddings().weight, model.get_input_embeddings().weight
+    assert not torch.allclose(before, after, atol=0.1 * float(before.std()))
+    assert torch.allclose(before.norm(dim=1), after.norm(dim=1), rtol=1e-4, atol=1e-5)
+    tied = original.get_output_embeddings().weight is before
+    assert bool(weights.untied) == tied
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_other_models_are_refused_with_the_reason(model_type, tmp_path):
+    architecture(model_type, tmp_path)
+    with pytest.raises(ModelError, match=f"rotate cannot be used with .*{REFUSED[model_type]}.*leave it out"):
+        rotated(tmp_path)
+
+
+def test_an_output_that_goes_elsewhere_too_is_refused():
+    model = tiny_model("llama")
+    layer = model.model.layers[0]
+    attention = layer.self_attn.forward
+
+    def forward(*args, **kwargs):
+        y, *rest = attention(*args, **kwargs)
+        return (y + 0 * torch.relu(y), *rest)
+
+    layer.self_attn.forward = forward
+    with pytest.raises(ModelError, match="no layer's output is added"):
+        find_residual_stream(model)
+    layer.self_attn.forward = lambda *args, **kwargs: (
+        torch.relu(y := attention(*args, **kwargs)[0]).amax() * y,
+        None,
+    )
+    with pytest.raises(
+        ModelError, match=r"o_proj.weight is used by aten.relu, not only by the residual stream"
+    ):
+        find_residual_stream(model)
+
+
+def test_tensors_of_no_layer_are_refused(tmp_path):
+    save_tiny(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {**tensors, "model.layers.2.eh_proj.weight": torch.ones(48, 96)},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(ModelError, match="does not run model.layers.2.eh_proj.weight"):
+        rotated(tmp_path)
+
+
+@pytest.mark.parametrize("width", [1, 7, 48, 64, 576, 640, 8192])
+def test_q_is_the_kronecker_product_and_orthogonal(width):
+    rotation = Rotation.random(width, 3)
+    Q = torch.ones(1, 1, dtype=torch.float64)
+    for factor in rotation.factors:
+        Q = torch.kron(Q, factor.double())
+    Q = rotation.signs.double()[:, None] * Q
+    x = torch.randn(3, 2, width, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(rotation.of_rows(x), (x.double() @ Q).float(), rtol=1e-5, atol=1e-5)
+    if width < 1000:
+        torch.testing.assert_close(Q @ Q.T, torch.eye(width, dtype=torch.float64), rtol=0, atol=1e-6)
+        assert width < 9 or Q.abs().max() < 2.1 * width**-0.5 * (2**0.5)  # nothing stays where it was
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_rotated_checkpoint(tied, tmp_path):
+    folder = save_tiny(tmp_path / "model", tie_word_embeddings=tied)
+    data = random_sequences(20)
+    report = fewbit.quantize(folder, bits=8, dataset=data, output=tmp_path / "out", **SMALL)
+    original = AutoModelForCausalLM.from_pretrained(folder)
+    assert report.parameters == sum(p.numel() for p in original.parameters())
+    assert not verify(tmp_path / "out").problems
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= tensors.keys()
+    assert torch.equal(tensors["model.norm.weight"], torch.ones(48))
+    ids = torch.stack([item["input_ids"] for item in random_sequences(4, seed=9)])
+    expected = original(input_ids=ids).logits
+    for model in (fewbit.load(tmp_path / "out", dtype=torch.float32), _dense(tmp_path)):
+        assert (model(input_ids=ids).logits - expected).norm() < 0.03 * expected.norm()
+    assert "residual stream rotated" in (tmp_path / "out/README.md").read_text()
+
+
+def _dense(folder):
+    fewbit.export(folder / "out", "dense", folder / "dense")
+    return AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32)
+
+
+def test_outliers_cost_less(tmp_path):
+    folder = save_tiny(tmp_path / "model", hidden_size=128, tie_word_embeddings=False)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():  # features that are large in all layers, as large models have them
+        if tensor.shape[-1] == 128 and "layers" in name and tensor.ndim == 2:
+            tensor[:, ::31] *= 12
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    data = random_sequences(40)
+    kl = {}
+    for rotate in (False, True):
+        settings = {**SMALL, "rotate": rotate, "group_size": 64, "bits": 3, "method": "rtn"}
+        fewbit.quantize(folder, dataset=data, output=tmp_path / str(rotate), **settings)
+        quantized = fewbit.load(tmp_path / str(rotate), dtype=torch.float32)
+        original = AutoModelForCausalLM.from_pretrained(folder)
+        windows = torch.stack([item["input_ids"] for item in random_sequences(8, seed=9)])
+        kl[rotate] = fewbit.evaluate(quantized, windows, against=original).kl
+    assert kl[True] < 0.7 * kl[False]
+
+
+def test_resumes_to_the_same_bytes_and_distills(tmp_path):
+    folder = save_tiny(tmp_path / "model")
+    config = fewbit.QuantConfig(**SMALL, bits=2, distill=True, distill_tokens=2048)
+    data = random_sequences(40, 48)
+    report = fewbit.quantize(folder, config, dataset=data, output=tmp_path / "straight")
+    assert report.distillation["after"] < report.distillation["before"]
+
+    class KilledError(Exception):
+        pass
+
+    def kill(phase, done, total):
+        if phase == "quantize" and done > total // 2:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        fewbit.quantize(folder, config, dataset=data, output=tmp_path / "out", progress=kill)
+    again = fewbit.quantize(folder, config, dataset=data, output=tmp_path / "out")
+    assert again.resumed_layers
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def test_a_model_in_memory_is_refused():
+    with pytest.raises(ConfigError, match="rotate changes weights while they are read from safetensors"):
+        fewbit.quantize(
+            tiny_model("llama"), rotate=True, group_size=16, seq_len=24, dataset=random_sequences(20)
+        )
