@@ -6,22 +6,17 @@ import json
 
 import pytest
 import torch
-from judge import _build, _inputs, _logits
-from models import random_sequences, save_tiny, tiny_model
+from rotate_all import TOLERANCE, difference, rotated, with_uneven_norms
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import fewbit
 from fewbit.errors import ConfigError, ModelError
-from fewbit.modeling.experts import unfuse
 from fewbit.modeling.residual_stream import find_residual_stream
 from fewbit.modeling.rotation import Rotation
-from fewbit.modeling.source import open_source
-from fewbit.pipeline.streaming import StreamedWeights
-from fewbit.profiling import Profiler
 from fewbit.verification import verify
+from models import random_sequences, save_tiny, tiny_model
 
-CPU = torch.device("cpu")
 SMALL = {"group_size": 16, "seq_len": 24, "dtype": "float32", "rotate": True}
 RIGHT = (
     "llama",
@@ -48,44 +43,22 @@ REFUSED = {
 }
 
 
-def rotated(folder, seed: int = 0):
-    model, files = open_source(folder).build_model("float32")
-    unfuse(model)
-    weights = StreamedWeights(model, files, CPU, Profiler(CPU))
-    weights.rotate(seed)
-    weights.load_all()
-    return model, weights
-
-
-def architecture(model_type, folder):
-    """A tiny model whose norms have weights that differ."""
-    model, *_ = _build("CAUSAL_LM", model_type, folder)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-    model.save_pretrained(folder)
-    return model
-
-
 @pytest.mark.parametrize("model_type", RIGHT)
 def test_the_function_stays(model_type, tmp_path):
-    original = architecture(model_type, tmp_path)
+    original = with_uneven_norms(model_type, tmp_path)
     model, weights = rotated(tmp_path)
-    inputs = _inputs(original, 0)
-    expected, found = _logits(original, inputs), _logits(model, inputs)
-    assert (found - expected).norm() < 1e-5 * expected.norm()
+    assert difference(original, model) < TOLERANCE
     # And it was rotated: the embeddings are others of the same lengths.
-    before, after = original.get_input_embeddings().weight, model.get_input_embeddings().weight
+    tied = original.get_output_embeddings().weight is original.get_input_embeddings().weight
+    before, after = (m.get_input_embeddings().weight.detach() for m in (original, model))
     assert not torch.allclose(before, after, atol=0.1 * float(before.std()))
     assert torch.allclose(before.norm(dim=1), after.norm(dim=1), rtol=1e-4, atol=1e-5)
-    tied = original.get_output_embeddings().weight is before
     assert bool(weights.untied) == tied
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_other_models_are_refused_with_the_reason(model_type, tmp_path):
-    architecture(model_type, tmp_path)
+    with_uneven_norms(model_type, tmp_path)
     with pytest.raises(ModelError, match=f"rotate cannot be used with .*{REFUSED[model_type]}.*leave it out"):
         rotated(tmp_path)
 
@@ -120,7 +93,7 @@ def test_tensors_of_no_layer_are_refused(tmp_path):
         tmp_path / "model.safetensors",
         {"format": "pt"},
     )
-    with pytest.raises(ModelError, match="does not run model.layers.2.eh_proj.weight"):
+    with pytest.raises(ModelError, match=r"does not run model\.layers\.2\.eh_proj\.weight"):
         rotated(tmp_path)
 
 
@@ -144,7 +117,8 @@ def test_a_rotated_checkpoint(tied, tmp_path):
     data = random_sequences(20)
     report = fewbit.quantize(folder, bits=8, dataset=data, output=tmp_path / "out", **SMALL)
     original = AutoModelForCausalLM.from_pretrained(folder)
-    assert report.parameters == sum(p.numel() for p in original.parameters())
+    assert report.model["parameters"] == sum(p.numel() for p in original.parameters())
+    assert any("23.0 kB" in note for note in report.notes) == tied
     assert not verify(tmp_path / "out").problems
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["tie_word_embeddings"] is False
@@ -159,7 +133,7 @@ def test_a_rotated_checkpoint(tied, tmp_path):
 
 
 def _dense(folder):
-    fewbit.export(folder / "out", "dense", folder / "dense")
+    fewbit.export(folder / "out", folder / "dense", to="dense")
     return AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32)
 
 
@@ -184,7 +158,9 @@ def test_outliers_cost_less(tmp_path):
 
 def test_resumes_to_the_same_bytes_and_distills(tmp_path):
     folder = save_tiny(tmp_path / "model")
-    config = fewbit.QuantConfig(**SMALL, bits=2, distill=True, distill_tokens=2048)
+    config = fewbit.QuantConfig(
+        **{**SMALL, "seq_len": 48, "num_samples": 12}, bits=2, distill=True, distill_tokens=2048
+    )
     data = random_sequences(40, 48)
     report = fewbit.quantize(folder, config, dataset=data, output=tmp_path / "straight")
     assert report.distillation["after"] < report.distillation["before"]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import __version__
+from . import __version__, formatting
 from .calibration import Calibration, prepare
 from .checkpoint.safetensors_file import FileTensor
 from .config import AUTO, EVALUATION_TOKENS, QuantConfig
@@ -166,6 +166,7 @@ class Preparation:
                 weights = StreamedWeights(model, files, ctx.device, ctx.profiler, stored)
                 if ctx.config.rotate:
                     weights.rotate(ctx.config.seed)
+                    source.notes.extend(_note_on_untied(model, weights))
                 if left_out := source.files_left_out():
                     source.notes.append(
                         f"{len(left_out)} files beside the weights are not copied, for example {left_out[0]}: copy "
@@ -256,6 +257,17 @@ class Preparation:
     def meta(self) -> dict[str, Any]:
         """What the checkpoint says about the calibration."""
         return {"calibration": self.calibration.fingerprint}
+
+
+def _note_on_untied(model: nn.Module, weights: Weights) -> list[str]:
+    """What a rotation costs where the output layer shares its matrix with the embeddings."""
+    if not weights.untied:
+        return []
+    own = formatting.size(sum(model.get_parameter(name).nbytes for name in weights.untied))
+    return [
+        f"rotate gave the output layer a matrix of its own, {own}, because it shares that of the embeddings: "
+        "lm_head (--lm-head) quantizes it"
+    ]
 
 
 def _built(
