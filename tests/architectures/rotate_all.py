@@ -1,4 +1,6 @@
-"""Which causal language models of transformers can be rotated: `python tests/architectures/rotate_all.py docs/rotation.md`.
+"""Which causal language models of transformers can be rotated.
+
+    python tests/architectures/rotate_all.py docs/rotation.md
 
 Every type becomes a tiny random model. Its logits before and after the rotation of its residual stream are compared. A
 model that is rotated and gives other logits ends the script with an error. The lists go between the marks of the page.

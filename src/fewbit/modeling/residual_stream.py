@@ -40,18 +40,17 @@ _EQUAL = 1e-3  # largest relative difference of equal results in float32
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm between the residual stream and the layers that read it: `(offset + weight) * x / rms(x)`.
+    """A norm between the residual stream and the layers that read it: `(offset + weight) ∘ x / rms(x) + bias`.
 
     Attributes:
-        has_weight: False for a norm without parameters, whose offset is 1.
-        offset: 0 or 1.
+        parameters: which of "weight" and "bias" it has.
+        offset: 0 or 1; 1 without a weight.
+        centers: whether it subtracts the mean of x first (LayerNorm).
     """
 
-    has_weight: bool
-    offset: float
-
-
-NO_NORM = Norm(False, 1.0)
+    parameters: tuple[str, ...] = ()
+    offset: float = 1.0
+    centers: bool = False
 
 
 @dataclass
@@ -75,7 +74,7 @@ class ResidualStream:
     @property
     def parameters(self) -> set[str]:
         """All parameters that a rotation of the stream may change, among them biases that do not exist."""
-        norms = {f"{norm}.weight" for norm in self.norms}
+        norms = {f"{name}.{key}" for name, norm in self.norms.items() for key in norm.parameters}
         return {*self.embeddings, *norms, *self.reads, *self.writes, *map(bias_beside, self.writes)}
 
 
@@ -297,14 +296,14 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
         """Return what was found.
 
         Raises:
-            ModelError: parts of the model did not run, a norm is no RMSNorm, or a layer's output goes elsewhere too.
+            ModelError: parts of the model did not run, a norm is of another kind, or an output goes elsewhere too.
         """
         found = self.found
         for name in self._norms:
             module = self._model.get_submodule(name)
             norm = _probe_norm(module, found.width)
             if norm is None:
-                reason = f"{name} ({type(module).__name__}) reads the residual stream and is no RMSNorm"
+                reason = f"{name} ({type(module).__name__}) reads the residual stream and is no RMSNorm or LayerNorm"
                 raise refusal(self._model, reason)
             found.norms[name] = norm
         for name, module in self._model.named_modules():
@@ -339,36 +338,38 @@ def _is_norm_like(module: nn.Module) -> bool:
 
 
 def _probe_norm(module: nn.Module, width: int) -> Norm | None:
-    """Find out by small numbers whether `module` is an RMSNorm with a weight or none; None if it is not.
+    """Find out by small numbers which norm `module` is; None if it is neither an RMSNorm nor a LayerNorm.
 
-    It is one if a rotation of its input rotates its output, and if its weight multiplies the output.
+    A reflection of the input must reflect the output: any reflection for an RMSNorm, one that keeps the mean for a
+    LayerNorm. The weight must multiply the output, and the bias be added to it.
     """
-    names = [name for name, _ in module.named_parameters()]
-    if names not in ([], ["weight"]) or list(module.buffers()):
+    names = tuple(name for name, _ in module.named_parameters())
+    if not {"weight", "bias"}.issuperset(names) or list(module.buffers()):
         return None
     generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(2, width, generator=generator), torch.randn(width, generator=generator)
-    y = torch.randn(width, generator=generator)
-    mirror = torch.eye(width) - 2 * torch.outer(y, y) / (y @ y)
-    outputs = {
-        offset: [
-            _with_weight(module, w)(v)
-            for w in (torch.full((width,), 1 - offset), weight)
-            for v in (x, x @ mirror)
-        ]
-        for offset in (0.0, 1.0)
-    }
-    for offset, (plain, mirrored, weighted, _) in outputs.items():
-        gain = offset + weight if names else torch.ones(width)
-        if _close(mirrored, plain @ mirror) and _close(weighted, plain * gain):
-            return Norm(bool(names), offset if names else 1.0)
+    x = torch.randn(2, width, generator=generator)
+    weight, bias, y = torch.randn(3, width, generator=generator).unbind()
+    none = torch.zeros(width)
+    for offset in (0.0, 1.0) if "weight" in names else (1.0,):
+        unit = torch.full((width,), 1 - offset)
+        plain = _with_parameters(module, unit, none)(x)
+        expected = plain * (offset + weight if "weight" in names else 1) + (bias if "bias" in names else 0)
+        if not _close(_with_parameters(module, weight, bias)(x), expected):
+            continue
+        for centers, normal in ((False, y), (True, y - y.mean())):
+            mirror = torch.eye(width) - 2 * torch.outer(normal, normal) / (normal @ normal)
+            if _close(_with_parameters(module, unit, none)(x @ mirror), plain @ mirror):
+                return Norm(names, offset, centers)
     return None
 
 
-def _with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
-    small = copy.copy(module)
-    own = nn.Parameter(weight, requires_grad=False)
-    parameters = {key: None if value is None else own for key, value in module._parameters.items()}
+def _with_parameters(module: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
+    """Return a copy of a norm with other parameters, and without hooks."""
+    small, given = copy.copy(module), {"weight": weight, "bias": bias}
+    parameters = {
+        key: None if old is None else nn.Parameter(given[key], requires_grad=False)
+        for key, old in module._parameters.items()
+    }
     small.__dict__ = {
         **module.__dict__,
         "_parameters": parameters,

@@ -3,12 +3,17 @@
 An orthogonal Q turns the stream h into h Q, and the function of the model does not change if
 
     embeddings                    E → E Q
-    norms that read the stream    g ∘ h / rms(h): g moves into the layers behind the norm, since rms(h Q) = rms(h)
+    norms that read the stream    g ∘ h / rms(h) + β: g moves into the layers behind the norm, since rms(h Q) = rms(h)
+                                  g → 1,  β → (β / g) Q
     layers that read the stream   W → W diag(g) Q
     layers that write to it       W → Qᵀ W,  b → b Q
 
-A rotated column of W is a sum of all columns. So large values are spread over all of them, and grids fit better. Q is
-a Kronecker product of Hadamard matrices, and of a Hartley matrix for the odd part of the width, behind random signs.
+A rotated column of W is a sum of all columns. So large values are spread over all of them, and grids fit better.
+
+F is a Kronecker product of Hadamard matrices, and of a Hartley matrix for the odd part of the width; D are random
+signs. Then `Q = D F`. A LayerNorm subtracts the mean of h, which Q must not change. For models with such norms it is
+`Q = F D F`, where the first sign is 1. The first row of F is constant, so `1 Q = 1`.
+
 An output layer that shares its matrix with the embeddings gets its own, because g goes into one of them only.
 
 Nothing is computed before a tensor is read: `rotated` replaces the tensors of the source by ones that rotate when read.
@@ -25,7 +30,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.safetensors_file import FileTensor
-from .residual_stream import NO_NORM, ResidualStream, bias_beside
+from ..errors import ModelError
+from .residual_stream import Norm, ResidualStream, bias_beside
 
 _LARGEST_FACTOR = 64
 _ROWS = 4096  # rows of a matrix that are rotated at a time
@@ -33,20 +39,24 @@ _ROWS = 4096  # rows of a matrix that are rotated at a time
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """An orthogonal matrix `Q = diag(signs) (F₁ ⊗ F₂ ⊗ …)`, which multiplies without being formed.
+    """An orthogonal matrix `D F` or `F D F` with `F = F₁ ⊗ F₂ ⊗ …`, which multiplies without being formed.
 
     Attributes:
-        signs: ±1, float32, (width,).
+        signs: the diagonal of D: ±1, float32, (width,).
         factors: symmetric orthogonal matrices, float32; the product of their sizes is the width.
+        keeps_mean: whether it is `F D F`.
     """
 
     signs: Tensor
     factors: tuple[Tensor, ...]
+    keeps_mean: bool = False
 
     @classmethod
-    def random(cls, width: int, seed: int) -> Rotation:
+    def random(cls, width: int, seed: int, *, keeps_mean: bool = False) -> Rotation:
         generator = torch.Generator().manual_seed(seed)
         signs = torch.randint(0, 2, (width,), generator=generator).float() * 2 - 1
+        if keeps_mean:
+            signs[0] = 1
         odd, power = width, 1
         while odd % 2 == 0:
             odd, power = odd // 2, power * 2
@@ -54,13 +64,16 @@ class Rotation:
         while power > 1:
             sizes.append(min(power, _LARGEST_FACTOR))
             power //= sizes[-1]
-        return cls(signs, tuple(_hadamard(n) if n % 2 == 0 else _hartley(n) for n in sizes))
+        factors = tuple(_hadamard(n) if n % 2 == 0 else _hartley(n) for n in sizes)
+        return cls(signs, factors, keeps_mean)
 
     def of_rows(self, x: Tensor) -> Tensor:
         """Return `x Q` for x (..., width), float32."""
-        shape = x.shape
-        x = x * self.signs
-        before = 1
+        return self._spread((self._spread(x) if self.keeps_mean else x) * self.signs)
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """Return `x F`."""
+        shape, before = x.shape, 1
         for factor in self.factors:
             size = len(factor)
             x = x.reshape(-1, before, size, shape[-1] // before // size)
@@ -91,10 +104,11 @@ class RotatedTensor(FileTensor):
     Attributes:
         source: tensor of the file.
         rotation: Q.
-        last_axis: whether the last axis is the stream: `x → x diag(offset + gain) Q`.
+        last_axis: whether the last axis is the stream: `x → x diag(g) Q` with `g = offset + gain`.
         first_axis: whether the first axis is the stream: `x → Qᵀ x`.
         gain: weight of the norm in front; None for none.
         offset: see `Norm`.
+        divides: `x → (x / g) Q` instead.
     """
 
     source: FileTensor
@@ -103,17 +117,23 @@ class RotatedTensor(FileTensor):
     first_axis: bool = False
     gain: FileTensor | None = None
     offset: float = 1.0
+    divides: bool = False
 
     def read(self, *, pinned: bool = False) -> Tensor:
         """Read and rotate the whole tensor, in float32 and by parts.
 
         Raises:
-            ModelError: the file cannot be read any more.
+            ModelError: the file cannot be read any more, or has a bias that is to be divided by 0.
         """
         x = self.source.read()
         if self.last_axis:
-            gain = self.offset if self.gain is None else self.offset + self.gain.read().float()
-            x = self._by_parts(x, lambda rows: self.rotation.of_rows(rows.float() * gain))
+            gain = torch.tensor(self.offset) if self.gain is None else self.offset + self.gain.read().float()
+            g = 1 / gain if self.divides else gain
+            if self.divides and not bool(torch.isfinite(g).all()):
+                raise ModelError(
+                    f"rotate cannot be used with {self.path.parent}: a norm has weights of 0; leave it out"
+                )
+            x = self._by_parts(x, lambda rows: self.rotation.of_rows(rows.float() * g))
         if self.first_axis:
             x = self._by_parts(x.T, lambda rows: self.rotation.of_rows(rows.float())).T.contiguous()
         return x.pin_memory() if pinned else x
@@ -152,7 +172,8 @@ def rotated(
     Raises:
         KeyError: a parameter is missing in `tensors`.
     """
-    rotation = Rotation.random(stream.width, seed)
+    centers = any(norm.centers for norm in stream.norms.values())
+    rotation = Rotation.random(stream.width, seed, keeps_mean=centers)
     found: dict[str, FileTensor] = {}
 
     def add(name: str, **how: Any) -> None:
@@ -163,15 +184,17 @@ def rotated(
     for embedding in stream.embeddings:
         add(embedding, last_axis=True)
     for matrix in {*stream.reads, *stream.writes}:
-        norm, reads = stream.reads.get(matrix), matrix in stream.reads
-        kind = stream.norms.get(norm or "", NO_NORM)
-        gain = tensors[f"{norm}.weight"] if kind.has_weight else None
-        writes = matrix in stream.writes
-        add(matrix, last_axis=reads, first_axis=writes, gain=gain, offset=kind.offset)
+        name, writes = stream.reads.get(matrix), matrix in stream.writes
+        norm = stream.norms[name] if name else Norm()
+        gain = tensors[f"{name}.weight"] if "weight" in norm.parameters else None
+        reads = matrix in stream.reads
+        add(matrix, last_axis=reads, first_axis=writes, gain=gain, offset=norm.offset)
         if writes:
             add(bias_beside(matrix), last_axis=True)
-    for norm, kind in stream.norms.items():
-        if kind.has_weight:
-            old = tensors[f"{norm}.weight"]
-            found[f"{norm}.weight"] = ConstantTensor(old.path, old.info, 1 - kind.offset)
+    for name, norm in stream.norms.items():
+        gain = tensors[f"{name}.weight"] if "weight" in norm.parameters else None
+        if "bias" in norm.parameters:
+            add(f"{name}.bias", last_axis=True, gain=gain, offset=norm.offset, divides=True)
+        if gain is not None:
+            found[f"{name}.weight"] = ConstantTensor(gain.path, gain.info, 1 - norm.offset)
     return found
