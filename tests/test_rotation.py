@@ -32,6 +32,7 @@ RIGHT = (
     "qwen2_moe",  # a shared expert behind a gate
     "deepseek_v3",
     "qwen3_next",  # linear attention
+    "xlm-roberta-xl",  # a layer with the matrix of the embeddings that does not read the stream
     "cohere",  # LayerNorms without biases, attention and MLP side by side
     "stablelm",  # LayerNorms with biases
     "nemotron",  # LayerNorms with 1 + weight

@@ -198,8 +198,7 @@ class StreamedWeights(Weights):
         if owner is None:
             return
         self._plain[name] = self._plain[owner]
-        shard = self._shard(name)
-        self._shard_of[name] = shard
+        self._shard_of[name] = shard = self._shard(name)
         self._members.setdefault(shard, []).append(name)
 
     def rotate(self, seed: int) -> None:
@@ -212,15 +211,15 @@ class StreamedWeights(Weights):
         if self.unused:
             raise refusal(self.model, f"it does not run {next(iter(self.unused))}, which may read the stream")
         names = [name for name in self._names if name in stream.parameters]
-        for name in names:
-            if name in self._aliases:
+        for name, owner in list(self._aliases.items()):
+            if {name, owner} & stream.parameters and self._module(name) is not self._module(owner):
                 self.untie(name)
                 self.untied.add(name)
+        for name in names:
             if name not in self._plain:
                 raise refusal(self.model, f"{name} is no tensor of its own in the files")
-        if self.untied:
-            config: Any = self.model.config
-            config.tie_word_embeddings = False
+        if self.untied and isinstance(self.model, PreTrainedModel):
+            self.model.config.tie_word_embeddings = False
         self._plain |= rotated(stream, self._plain, {name: self._get(name).dtype for name in names}, seed)
 
     @contextmanager
@@ -359,16 +358,17 @@ class StreamedWeights(Weights):
                 module, _, key = alias.rpartition(".")
                 setattr(self.model.get_submodule(module), key, self._get(owner))
 
+    def _module(self, name: str) -> nn.Module:
+        return self.model.get_submodule(name.rpartition(".")[0])
+
     def _get(self, name: str) -> Tensor:
-        module_name, _, key = name.rpartition(".")
-        module = self.model.get_submodule(module_name)
+        module, key = self._module(name), name.rpartition(".")[2]
         tensor = module._buffers[key] if key in module._buffers else module._parameters[key]
         assert tensor is not None
         return tensor
 
     def _set(self, name: str, tensor: Tensor) -> None:
-        module_name, _, key = name.rpartition(".")
-        module = self.model.get_submodule(module_name)
+        module, key = self._module(name), name.rpartition(".")[2]
         if key in module._buffers:
             module._buffers[key] = tensor
         else:
