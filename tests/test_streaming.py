@@ -50,17 +50,17 @@ needs_limit = pytest.mark.skipif(
 
 @needs_limit
 def test_a_model_larger_than_memory(tmp_path):
-    # 7 blocks of 76 MB; one small layer of each is solved, all the others only pass through.
-    size = random_llama(tmp_path / "model", 7, hidden=1024, intermediate=4736, dtype="float32")
-    assert size > 480e6
-    headroom = 380_000_000
+    # 6 blocks of 76 MB; one small layer of each is solved, all the others only pass through.
+    size = random_llama(tmp_path / "model", 6, hidden=1024, intermediate=4736, dtype="float32")
+    assert size > 400e6
+    headroom = 360_000_000
     settings = {"override": {"q_proj|o_proj|v_proj|mlp": "skip"}, "group_size": 128}
     # The limit is real: the same process cannot load the model.
     refused = run_limited(tmp_path / "model", tmp_path / "refused", headroom, whole=True, **settings)
     assert refused.returncode != 0
     assert "done" not in refused.stdout
     found = run_limited(tmp_path / "model", tmp_path / "out", headroom, whole=False, **settings)
-    assert found.stdout.split() == ["done", "7"], found.stderr[-2000:]
+    assert found.stdout.split() == ["done", "6"], found.stderr[-2000:]
     # Byte for byte what it is without a limit.
     import torch
 

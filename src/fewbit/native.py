@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import mmap
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -202,7 +203,7 @@ def drop_page_cache(tensor: Tensor) -> bool:
     if not sys.platform.startswith("linux") or not tensor.is_cpu or not tensor.is_contiguous():
         return False
     size = tensor.numel() * tensor.element_size()
-    if not _in_mapped_file(tensor.data_ptr(), tensor.data_ptr() + size):
+    if size < mmap.PAGESIZE or not _in_mapped_file(tensor.data_ptr(), tensor.data_ptr() + size):
         return False
     _module().drop_pages(tensor.data_ptr(), size)
     return True
@@ -210,11 +211,11 @@ def drop_page_cache(tensor: Tensor) -> bool:
 
 def _in_mapped_file(first: int, last: int) -> bool:
     """Whether these addresses lie in one mapping of a safetensors file."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        addresses, _, _, _, _, *path = line.split(maxsplit=5)
-        start, end = (int(address, 16) for address in addresses.split("-"))
-        if start <= first < end:
-            return last <= end and bool(path) and path[0].endswith(".safetensors")
+    for line in Path("/proc/self/maps").read_bytes().splitlines():
+        if line.endswith(b".safetensors"):
+            start, end = (int(address, 16) for address in line.split()[0].split(b"-"))
+            if start <= first < end:
+                return last <= end
     return False
 
 

@@ -60,8 +60,7 @@ def test_gradients_flow_through_the_graph(folder, kernel):
     assert torch.equal(*grads)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize(("bits", "order"), [(2, False), (3, True), (4, True), (8, False)])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_operators_are_well_formed(kernel, bits, order):
     """Schema, fake implementation, autograd and tracing of each operator that a product really calls."""

@@ -16,6 +16,7 @@ from fewbit.pipeline.tune_block import tune_block
 from models import random_sequences, tiny_model, tiny_tokenizer
 
 OPTIONS = {"bits": 2, "group_size": 64, "sym": False, "num_samples": 16, "seq_len": 64}
+STEPS = 12
 
 
 def run(output, **options):
@@ -26,7 +27,7 @@ def run(output, **options):
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuned") / "out"
-    return folder, run(folder, tune=True, tune_steps=20)
+    return folder, run(folder, tune=True, tune_steps=STEPS)
 
 
 def test_every_block_improves(tuned):
@@ -69,9 +70,9 @@ def test_resumes_to_the_same_bytes(tuned, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Journal, "append", dying)
     with pytest.raises(Killed):
-        run(output, tune=True, tune_steps=20)
+        run(output, tune=True, tune_steps=STEPS)
     monkeypatch.undo()
-    report = run(output, tune=True, tune_steps=20)
+    report = run(output, tune=True, tune_steps=STEPS)
     assert 0 < report.resumed_layers < report.modules
     for path in tuned[0].glob("*.safetensors"):
         assert path.read_bytes() == (output / path.name).read_bytes()
