@@ -32,7 +32,9 @@ RESULTS = Path(__file__).with_name("results") / "pareto.jsonl"
 GROUP_SIZE = 64
 DISTILL_TOKENS = 100_000  # a fifth of the default, to end within half an hour a point
 ASYMMETRIC = "asymmetric, 32"  # the defaults with the kind of grid that most GGUF types have
-ROTATED = ", rotated"  # a mode with --rotate, whose output layer no longer shares its matrix with the embeddings
+ROTATED = (
+    ", rotated"  # a mode with --rotate, whose output layer no longer shares its matrix with the embeddings
+)
 GGUF_TYPES = (
     *("Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0"),
     *("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
