@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_the_function_stays(model_type, tmp_path):
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_other_models_are_refused_with_the_reason(model_type, tmp_path):
     with_uneven_norms(model_type, tmp_path)
-    with pytest.raises(ModelError, match=f"rotate cannot be used with .*{REFUSED[model_type]}.*leave it out"):
+    with pytest.raises(ModelError, match=f"is not rotated: .*{REFUSED[model_type]}"):
         rotated(tmp_path)
 
 
@@ -122,7 +123,7 @@ def test_a_bias_behind_a_weight_of_zero_is_refused(tmp_path):
     model = with_uneven_norms("stablelm", tmp_path)
     model.model.layers[0].input_layernorm.weight.data[3] = 0
     model.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="a norm has weights of 0; leave it out"):
+    with pytest.raises(ModelError, match="a norm has weights of 0; leave rotate out"):
         rotated(tmp_path)
 
 
@@ -150,6 +151,30 @@ def test_a_rotated_checkpoint(tied, tmp_path):
 def _dense(folder):
     fewbit.export(folder / "out", folder / "dense", to="dense")
     return AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("llama", True), ("gemma2", False)])
+def test_auto_rotates_what_does_not_grow(family, tied, tmp_path):
+    folder = tmp_path / "model"
+    if family == "llama":
+        save_tiny(folder, tie_word_embeddings=tied)
+    else:
+        with_uneven_norms(family, folder)
+    settings = {**SMALL, "rotate": "auto", "method": "rtn"}
+    report = fewbit.quantize(folder, output=tmp_path / "auto", **settings)
+    rotates = family == "llama" and not tied
+    assert report.model["rotated"] == rotates
+    fewbit.quantize(folder, output=tmp_path / "plain", **{**settings, "rotate": rotates})
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("auto", "plain")]
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0].keys() | files[1].keys())
+    reasons = {True: "lm_head.weight is the matrix of the embeddings", False: "no layer's output is added"}
+    assert (
+        any(f"is not rotated: {reasons[tied]}" in n or "something that is" in n for n in report.notes)
+        != rotates
+    )
+    if not rotates:
+        with pytest.raises(ModelError, match="leave rotate out") if family == "gemma2" else nullcontext():
+            fewbit.quantize(folder, output=tmp_path / "asked", **{**settings, "rotate": True})
 
 
 def test_outliers_cost_less(tmp_path):

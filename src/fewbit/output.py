@@ -164,7 +164,7 @@ class CheckpointFolder:
         dtypes = run.weights.stored_dtypes
         values = source.config_dict(model)
         values["torch_dtype" if "torch_dtype" in values else "dtype"] = run.origin.dtype
-        if run.ctx.config.rotate or output_embedding_name(model) in names:
+        if run.weights.untied or output_embedding_name(model) in names:
             values["tie_word_embeddings"] = False
         extra: dict[str, Path | bytes] = dict(source.files_to_copy())
         if source.gguf is not None:

@@ -69,6 +69,7 @@ class Origin:
         bytes: size of all parameters in that dtype.
         file_bytes: size of the weight files; None for a model in memory.
         license: the license that the model's card states; None where it states none.
+        rotated: whether its residual stream is rotated when it is read.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Origin:
     bytes: int
     file_bytes: int | None
     license: str | None = None
+    rotated: bool = False
 
 
 @dataclass
@@ -165,8 +167,7 @@ class Preparation:
                 model, files, stored = _built(source, ctx)
                 weights = StreamedWeights(model, files, ctx.device, ctx.profiler, stored)
                 if ctx.config.rotate:
-                    weights.rotate(ctx.config.seed)
-                    source.notes.extend(_note_on_untied(model, weights))
+                    source.notes.extend(_rotate(weights, ctx.config))
                 if left_out := source.files_left_out():
                     source.notes.append(
                         f"{len(left_out)} files beside the weights are not copied, for example {left_out[0]}: copy "
@@ -182,10 +183,10 @@ class Preparation:
                     )
                 return model, weights
             if ctx.config.rotate:
-                raise ConfigError(
-                    "rotate changes weights while they are read from safetensors files, which this model does not come "
-                    "from: give the folder of the original model, or leave rotate out"
-                )
+                reason = "rotate changes weights while they are read from safetensors files, and this model has none"
+                if ctx.config.rotate != AUTO:
+                    raise ConfigError(f"{reason}: give the folder of the original model, or leave rotate out")
+                source.notes.append(reason)
             model = source.load_model(ctx.config.dtype, ctx.device)
             check_weights(model)
             unfuse(model)
@@ -244,6 +245,7 @@ class Preparation:
             + sum(t.nbytes for t in unused),
             file_bytes=None if files is None else sum(path.stat().st_size for path in files),
             license=self.source.license,
+            rotated=self.weights.rotated,
         )
 
     @cached_property
@@ -259,14 +261,24 @@ class Preparation:
         return {"calibration": self.calibration.fingerprint}
 
 
-def _note_on_untied(model: nn.Module, weights: Weights) -> list[str]:
-    """What a rotation costs where the output layer shares its matrix with the embeddings."""
+def _rotate(weights: StreamedWeights, config: QuantConfig) -> list[str]:
+    """Rotate the residual stream; what the user should know about it.
+
+    Raises:
+        ModelError: it cannot be rotated, and `config.rotate` is not "auto".
+    """
+    try:
+        weights.rotate(config.seed, untie=config.rotate != AUTO)
+    except ModelError as error:
+        if config.rotate != AUTO:
+            raise ModelError(f"{error}; leave rotate out") from error
+        return [str(error)]
     if not weights.untied:
         return []
-    own = formatting.size(sum(model.get_parameter(name).nbytes for name in weights.untied))
+    own = formatting.size(sum(weights.model.get_parameter(name).nbytes for name in weights.untied))
     return [
-        f"rotate gave the output layer a matrix of its own, {own}, because it shares that of the embeddings: "
-        "lm_head (--lm-head) quantizes it"
+        f"rotate gave the output layer a matrix of its own, {own}, because it shares that of the embeddings: lm_head "
+        "(--lm-head) quantizes it"
     ]
 
 

@@ -385,4 +385,4 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 def refusal(model: nn.Module, reason: str) -> ModelError:
     """The error of a model that cannot be rotated."""
-    return ModelError(f"rotate cannot be used with {type(model).__name__}: {reason}; leave it out")
+    return ModelError(f"{type(model).__name__} is not rotated: {reason}")

@@ -131,7 +131,7 @@ class RotatedTensor(FileTensor):
             g = 1 / gain if self.divides else gain
             if self.divides and not bool(torch.isfinite(g).all()):
                 raise ModelError(
-                    f"rotate cannot be used with {self.path.parent}: a norm has weights of 0; leave it out"
+                    f"the model in {self.path.parent} cannot be rotated: a norm has weights of 0; leave rotate out"
                 )
             x = self._by_parts(x, lambda rows: self.rotation.of_rows(rows.float() * g))
         if self.first_axis:

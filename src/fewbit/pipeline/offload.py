@@ -29,8 +29,8 @@ from ..errors import CalibrationError, OutputError
 from ..formatting import size
 from ..profiling import Profiler
 from ..torch_internals import EveryOperation, is_mutating, without_dispatch_modes
+from .allocator import release_freed_memory
 from .memory import RESIDENT_STORAGES, ActivationBudget
-from .streaming import release_freed_memory
 
 _SMALLEST = 1 << 16  # bytes; smaller storages stay in memory
 _FREED = 1 << 25  # bytes after which freed memory is returned to the system

@@ -14,8 +14,6 @@ conversion gets the tensors of one shard.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -34,16 +32,13 @@ from ..modeling.source import without_progress_bars
 from ..planning import block_of, output_embedding_name
 from ..profiling import Profiler
 from ..transformers_internals import WeightNames, conversions, load_converted
+from .allocator import own_pages_for_large_tensors, release_freed_memory
 from .prefetch import HostTensors, Prefetcher
 
 Restore = Callable[[str], None]
 Reading = Callable[[], AbstractContextManager[None]]
 
 REST = ""  # name of the shard outside of blocks, which stays in memory
-
-_M_MMAP_THRESHOLD = -3  # malloc.h
-_OWN_PAGES = 1 << 20  # bytes from which a tensor gets its own pages
-_ADAPTIVE_MAXIMUM = 32 << 20  # bytes; largest value of glibc's adaptive threshold
 
 
 class Weights:
@@ -54,7 +49,10 @@ class Weights:
             layers for multi-token prediction. The checkpoint gets a copy.
         stored_dtypes: Dtypes in the checkpoint of the state that the model computes with in another one.
         untied: Names of parameters that share their values with another one in the source, and no longer do.
+        rotated: Whether the residual stream is rotated.
     """
+
+    rotated = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -201,25 +199,38 @@ class StreamedWeights(Weights):
         self._shard_of[name] = shard = self._shard(name)
         self._members.setdefault(shard, []).append(name)
 
-    def rotate(self, seed: int) -> None:
+    def rotate(self, seed: int, *, untie: bool = True) -> None:
         """Rotate the residual stream of the model: its tensors are rotated while they are read.
 
+        Args:
+            seed: Chooses the rotation.
+            untie: Whether a layer may get its own copy of a matrix that it shares with the embeddings.
+
         Raises:
-            ModelError: the stream is not understood, or its tensors are not one by one in the files.
+            ModelError: the stream is not understood, or its tensors are not one by one in the files; nothing changed.
         """
         stream = find_residual_stream(self.model)
         if self.unused:
             raise refusal(self.model, f"it does not run {next(iter(self.unused))}, which may read the stream")
         names = [name for name in self._names if name in stream.parameters]
-        for name, owner in list(self._aliases.items()):
-            if {name, owner} & stream.parameters and self._module(name) is not self._module(owner):
-                self.untie(name)
-                self.untied.add(name)
         for name in names:
-            if name not in self._plain:
+            if self._aliases.get(name, name) not in self._plain:
                 raise refusal(self.model, f"{name} is no tensor of its own in the files")
+        shared = [
+            name
+            for name, owner in self._aliases.items()
+            if {name, owner} & stream.parameters and self._module(name) is not self._module(owner)
+        ]
+        if shared and not untie:
+            raise refusal(
+                self.model, f"{shared[0]} is the matrix of the embeddings, and would become a second one"
+            )
+        for name in shared:
+            self.untie(name)
+            self.untied.add(name)
         if self.untied and isinstance(self.model, PreTrainedModel):
             self.model.config.tie_word_embeddings = False
+        self.rotated = True
         self._plain |= rotated(stream, self._plain, {name: self._get(name).dtype for name in names}, seed)
 
     @contextmanager
@@ -240,7 +251,7 @@ class StreamedWeights(Weights):
             return load
 
         with ExitStack() as stack:
-            stack.enter_context(_own_pages_for_large_tensors())
+            stack.enter_context(own_pages_for_large_tensors())
             self._restore = restore
             stack.callback(setattr, self, "_restore", None)
             for name, shards in owners.items():
@@ -466,35 +477,3 @@ def _move_computed(model: nn.Module, device: torch.device) -> None:
             for tensor in tensors.values():
                 if tensor is not None and not tensor.is_meta:
                     tensor.data = tensor.data.to(device)
-
-
-def release_freed_memory() -> None:
-    """Make the C library return freed memory to the system."""
-    trim = _glibc("malloc_trim")
-    if trim is not None:
-        trim(0)
-
-
-@contextmanager
-def _own_pages_for_large_tensors() -> Iterator[None]:
-    """Give each large tensor its own pages, which return to the system as soon as it is freed.
-
-    glibc's adaptive threshold moves large tensors into its arena, which is slightly faster but fragments: by a quarter
-    over sixteen blocks. Setting the threshold switches adaptation off for the rest of the process, and glibc cannot
-    report the old value. So the end of the context does not restore it, but sets the adaptive maximum, which a process
-    that frees large tensors reaches anyway.
-    """
-    mallopt = _glibc("mallopt")
-    if mallopt is None:
-        yield
-        return
-    mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES)
-    try:
-        yield
-    finally:
-        mallopt(_M_MMAP_THRESHOLD, _ADAPTIVE_MAXIMUM)
-        release_freed_memory()
-
-
-def _glibc(name: str) -> Callable[..., int] | None:
-    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -73,7 +73,7 @@ def _facts(report: Mapping[str, Any]) -> Iterator[str]:
         "size": (
             f"{formatting.size(report['result_bytes'])}, from {formatting.size(model['bytes'])} in {model['dtype']}"
         ),
-        "method": _method(config, layers),
+        "method": _method(config, layers) + (", residual stream rotated" if model.get("rotated") else ""),
         "quantized": f"{formatting.plural(len(layers), 'layer')}; {left} left as they are",
         "calibration": _calibration(report["calibration"]),
         "output error of a layer": _error(layers),
@@ -104,8 +104,7 @@ def _calibrated(config: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) 
     correction = mean(layer["correction"] for layer in layers)
     corrected = "" if correction is None else f", correction α = {formatting.alpha(correction)} on average"
     tuned = f", tuned for {config['tune_steps']} steps per block" if config["tune"] else ""
-    rotated = ", residual stream rotated" if config.get("rotate") else ""
-    return f"{method}{rotated}, act-order {config['act_order']}, damp {config['damp']:g}{corrected}{tuned}"
+    return f"{method}, act-order {config['act_order']}, damp {config['damp']:g}{corrected}{tuned}"
 
 
 def _calibration(calibration: Mapping[str, Any]) -> str:
