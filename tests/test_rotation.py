@@ -9,6 +9,8 @@ import pytest
 import torch
 from rotate_all import TOLERANCE, difference, rotated, with_uneven_norms
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM
 
 import fewbit
@@ -89,6 +91,134 @@ def test_an_output_that_goes_elsewhere_too_is_refused():
         find_residual_stream(model)
 
 
+class Toy(nn.Module):
+    """A small model whose parts a test replaces."""
+
+    def __init__(self, **parts):
+        super().__init__()
+        self.embed = parts.get("embed", nn.Embedding(9, 32))
+        self.norm, self.last = parts.get("norm", nn.RMSNorm(32)), nn.RMSNorm(32)
+        self.up, self.down = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.head = nn.Linear(32, 9, bias=False)
+        self.parts = parts
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def mlp(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+    def block(self, h):
+        return h + self.mlp(self.norm(h))
+
+    def forward(self, input_ids):
+        h = self.parts.get("block", Toy.block)(self, self.embed(input_ids))
+        return self.parts.get("output", lambda self, h: self.head(self.last(h)))(self, h)
+
+
+class Bent(nn.Embedding):
+    def forward(self, ids):
+        return torch.tanh(super().forward(ids))
+
+
+class GatedNorm(nn.RMSNorm):
+    def forward(self, x, gate):
+        return super().forward(x) * gate
+
+
+class Router(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 32))
+
+    def forward(self, x):
+        return torch.topk(x @ self.weight.T, 2)
+
+
+def through(function):
+    """A block whose layer reads what `function` makes of the stream behind the norm."""
+    return lambda self, h: h + self.mlp(function(self.norm(h)))
+
+
+TWO_WAYS = "is used in two ways"
+OPERATION = "goes through the operation aten"
+WRONG = {
+    "returns the stream": ({"output": lambda self, h: self.last(h)}, "returns the residual stream"),
+    "returns the stream beside logits": (
+        {"output": lambda self, h: (self.head(self.last(h)), h)},
+        "returns the residual stream",
+    ),
+    "the embeddings as output layer": (
+        {"output": lambda self, h: self.head(h) + F.linear(self.last(h), self.embed.weight)},
+        f"embed.weight {TWO_WAYS}",
+    ),
+    "the embeddings behind another layer": (
+        {"output": lambda self, h: torch.relu(self.head(self.last(h))) + self.embed.weight[:, 0]},
+        f"embed.weight {TWO_WAYS}",
+    ),
+    "a matrix that is not transposed": (
+        {"block": lambda self, h: h + self.down(torch.relu(self.norm(h) @ self.up.weight + self.up.bias))},
+        f"{OPERATION}.mm",
+    ),
+    "a matrix of another layer": (
+        {"block": lambda self, h: Toy.block(self, h) + self.down(torch.ones(32) @ self.down.weight)},
+        f"down.weight {TWO_WAYS}",
+    ),
+    "a layer that reads something else first": (
+        {"block": lambda self, h: h + self.mlp(torch.ones(1, 4, 32)) + self.mlp(self.norm(h))},
+        f"up.weight {TWO_WAYS}",
+    ),
+    "a norm of something else": (
+        {"block": lambda self, h: h + self.down(self.norm(torch.relu(self.up(self.norm(h)))))},
+        f"norm.weight {TWO_WAYS}",
+    ),
+    "a norm with a gate": (
+        {"norm": GatedNorm(32), "block": lambda self, h: h + self.mlp(self.norm(h, torch.ones(32)))},
+        "another tensor enter one layer or norm",
+    ),
+    "a router that reads the stream": (
+        {"norm": Router(), "block": lambda self, h: h + self.mlp(self.last(h)) * self.norm(h)[0].sum()},
+        "returns more than one tensor",
+    ),
+    "embeddings that are bent": ({"embed": Bent(9, 32)}, f"{OPERATION}.tanh"),
+    "rounding": ({"block": through(lambda x: torch.div(x, 0.1, rounding_mode="floor"))}, "goes through"),
+    "integers": ({"block": through(lambda x: x.to(torch.int8).float())}, f"{OPERATION}._to_copy"),
+    "features in another order": ({"block": through(lambda x: x.flip(-1))}, f"{OPERATION}.flip"),
+    "features by heads": (
+        {"block": through(lambda x: x.view(1, 4, 2, 16).transpose(2, 3).reshape(1, 4, 32))},
+        f"{OPERATION}.view",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_would_change_the_function_is_refused(case):
+    parts, message = WRONG[case]
+    assert set(find_residual_stream(Toy()).reads) == {"up.weight", "head.weight"}
+    with pytest.raises(ModelError, match=f"Toy is not rotated: .*{message}"):
+        find_residual_stream(Toy(**parts))
+
+
+def test_a_norm_that_cannot_be_tried_is_refused():
+    class Strange(nn.RMSNorm):
+        def forward(self, x):
+            if x.device.type == "cpu":
+                raise TypeError("needs more")
+            return super().forward(x)
+
+    with pytest.raises(ModelError, match="is no RMSNorm or LayerNorm"):
+        find_residual_stream(Toy(norm=Strange(32)))
+
+
+@pytest.mark.parametrize("settings", [{"rotate": True}, {"lm_head": True}, {"rotate": True, "lm_head": True}])
+@pytest.mark.parametrize("model_type", ["xlm-roberta-xl", "gemma", "ernie4_5"])
+def test_tied_models_are_read_back(model_type, settings, tmp_path):
+    original = with_uneven_norms(model_type, tmp_path / "model")
+    options = {"bits": 8, "group_size": -1, "method": "rtn", "dtype": "float32", **settings}
+    fewbit.quantize(tmp_path / "model", output=tmp_path / "out", **options)
+    assert difference(original, fewbit.load(tmp_path / "out", dtype=torch.float32)) < 0.05
+
+
 def test_tensors_of_no_layer_are_refused(tmp_path):
     save_tiny(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -123,7 +253,7 @@ def test_a_bias_behind_a_weight_of_zero_is_refused(tmp_path):
     model = with_uneven_norms("stablelm", tmp_path)
     model.model.layers[0].input_layernorm.weight.data[3] = 0
     model.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="a norm has weights of 0; leave rotate out"):
+    with pytest.raises(ModelError, match=r"input_layernorm has weights of 0 and a bias"):
         rotated(tmp_path)
 
 

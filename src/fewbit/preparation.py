@@ -278,7 +278,7 @@ def _rotate(weights: StreamedWeights, config: QuantConfig) -> list[str]:
     own = formatting.size(sum(weights.model.get_parameter(name).nbytes for name in weights.untied))
     return [
         f"rotate gave the output layer a matrix of its own, {own}, because it shares that of the embeddings: lm_head "
-        "(--lm-head) quantizes it"
+        "(--lm-head) quantizes it. Engines that know only one matrix for this architecture cannot read the result"
     ]
 
 

@@ -160,6 +160,11 @@ def untie(model: PreTrainedModel, names: Collection[str]) -> None:
         }
 
 
+def unexpected_in_files(model: nn.Module) -> list[str]:
+    """Return the patterns of tensors that old files hold and the model class does not need."""
+    return list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+
+
 def optional_parameters(model: PreTrainedModel) -> list[str]:
     """Return the patterns of parameters that a checkpoint may lack."""
     return list(model._keys_to_ignore_on_load_missing or ())

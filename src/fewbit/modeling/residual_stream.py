@@ -27,14 +27,15 @@ _TOKENS = 4
 _aten = torch.ops.aten
 _ADDITIONS = {_aten.add, _aten.add_}
 _MULTIPLICATIONS = {_aten.mul, _aten.mul_}
-_PRODUCTS = {_aten.mm, _aten.addmm, _aten.linear}
-_TRANSPOSITIONS = {_aten.t, _aten.transpose, _aten.permute}
+_PRODUCTS = {_aten.mm, _aten.addmm}
+_COPIES = {_aten.alias, _aten.clone, _aten.contiguous, _aten.detach, _aten.to, _aten._to_copy}
 # These return their first argument, or some of its tokens, each multiplied by one number at most.
 _KEEPING = {
-    _aten.alias, _aten.clone, _aten.contiguous, _aten.copy_, _aten.detach, _aten.div, _aten.div_, _aten.expand,
+    _aten.alias, _aten.clone, _aten.contiguous, _aten.detach, _aten.div, _aten.div_, _aten.expand,
     _aten.mul, _aten.mul_, _aten.reshape, _aten.select, _aten.slice, _aten.squeeze, _aten.to, _aten._to_copy,
     _aten.unsqueeze, _aten._unsafe_view, _aten.view,
 }  # fmt: skip
+_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 _EQUAL = 1e-3  # largest relative difference of equal results in float32
 
 
@@ -89,10 +90,10 @@ class _Known:
 
     Attributes:
         kind: the stream; the stream behind the norm `names`; a sum of the outputs of the layers with the matrices
-            `names`; or the parameter `names`.
+            `names`; the parameter `names`; or its transpose.
     """
 
-    kind: Literal["stream", "normed", "output", "parameter"]
+    kind: Literal["stream", "normed", "output", "parameter", "transposed"]
     names: frozenset[str] = frozenset()
 
 
@@ -116,13 +117,13 @@ def find_residual_stream(model: nn.Module) -> ResidualStream:
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
     with torch.no_grad(), torch.device("meta"), trace.hooked(), trace:
         try:
-            functional_call(model, empty, kwargs={"input_ids": ids})
+            result = functional_call(model, empty, kwargs={"input_ids": ids})
         except ModelError:
             raise
-        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+        except _ERRORS as error:
             reason = str(error).strip().partition("\n")[0]
             raise refusal(model, f"its code looks at values of tensors ({reason})") from error
-    return trace.complete()
+    return trace.complete(result)
 
 
 class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
@@ -136,6 +137,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
         self._opaque = 0  # depth of layers, norms and embeddings, whose own operations are not looked at
         self._ran: set[str] = set()
         self._norms: list[str] = []
+        self._read_other: set[str] = set()  # matrices of layers whose input is not the stream
         self._used_parameters: set[str] = set()  # without a call of their modules
         self._used_otherwise: dict[str, str] = {}
         self._known: dict[int, tuple[Tensor, _Known]] = {}  # with the tensor, so that its id stays its own
@@ -161,7 +163,8 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
         result = func(*args, **(kwargs or {}))
         if not self._opaque:
             given = [value for value in tree_leaves([args, kwargs]) if isinstance(value, Tensor)]
-            known = self._after(func.overloadpacket, given, result)
+            rounds = (kwargs or {}).get("rounding_mode") is not None
+            known = self._after(None if rounds else func.overloadpacket, given, result)
             if isinstance(result, Tensor):
                 self.mark(result, known)
         return result
@@ -180,15 +183,18 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
                 return _Known("output", names)
             self.found.writes |= names
             return _STREAM
+        if operation is _aten.t and states[0] and states[0].kind in ("parameter", "transposed"):
+            return _Known("transposed" if states[0].kind == "parameter" else "parameter", states[0].names)
         if self._keeps(operation, tensors, states, result):
             return states[0]
-        if operation in _PRODUCTS and kinds <= {"stream", "normed", "parameter"}:
-            x = next((state for state in states if state and state.kind != "parameter"), None)
-            matrices = [
-                s.names for s, t in zip(states, tensors, strict=True) if s and s is not x and t.ndim == 2
-            ]
-            if x and len(matrices) == 1:
-                self._reads(next(iter(matrices[0])), x)
+        if operation is _aten.embedding and states[0] and result.shape[-1:] == (self.found.width,):
+            self.found.embeddings |= states[0].names
+            return _STREAM
+        if operation in _PRODUCTS:
+            x, matrix = states[-2:]
+            reads = x is not None and x.kind in ("stream", "normed")
+            if x and reads and matrix and matrix.kind == "transposed" and tensors[-1].ndim == 2:
+                self._reads(next(iter(matrix.names)), x)
                 return None
         if kinds & {"stream", "normed"}:
             if operation in _ADDITIONS:
@@ -197,16 +203,16 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
         for state in states:
             if state and state.kind == "output":
                 self._used_otherwise |= dict.fromkeys(state.names, str(operation))
-            elif state:
+            elif state:  # also of a bias that is added to a product
                 self._used_parameters |= state.names
         return None
 
     def _keeps(self, operation: Any, tensors: list[Tensor], states: list[_Known | None], result: Any) -> bool:
         """Whether the result holds what the first argument holds."""
-        if states[0] is None or not isinstance(result, Tensor):
+        if states[0] is None or not isinstance(result, Tensor) or not result.is_floating_point():
             return False
-        if states[0].kind == "parameter":
-            return operation in _TRANSPOSITIONS | _KEEPING and len(tensors) == 1
+        if states[0].kind in ("parameter", "transposed"):
+            return operation in _COPIES
         scaled = all(tensor.ndim == 0 or tensor.shape[-1] == 1 for tensor in tensors[1:])
         return operation in _KEEPING and scaled and result.shape[-1:] == tensors[0].shape[-1:]
 
@@ -215,7 +221,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
         if self.found.reads.setdefault(matrix, norm) != norm:
             raise self.refuse(f"{matrix} reads the residual stream through two norms")
 
-    # Layers, norms, embeddings and experts
+    # Layers, norms and experts
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -234,7 +240,10 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._inside.append(name)
             self._ran.add(name)
-            self._opaque += _is_opaque(module, self.known(_input(args, kwargs)))
+            opaque = _is_opaque(module, self.known(_input(args, kwargs)))
+            if opaque and sum(isinstance(value, Tensor) for value in tree_leaves([args, kwargs])) != 1:
+                raise self.refuse("the residual stream and another tensor enter one layer or norm")
+            self._opaque += opaque
 
         return hook
 
@@ -245,13 +254,11 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
             if not _is_opaque(module, x):
                 return
             self._opaque -= 1
-            if self._opaque or not isinstance(result, Tensor):
+            if self._opaque:
                 return
-            if isinstance(module, nn.Embedding):
-                if result.shape[-1] == self.found.width:
-                    self.found.embeddings.add(f"{name}.weight")
-                    self.mark(result, _STREAM)
-            elif isinstance(module, nn.Linear):
+            if not isinstance(result, Tensor):
+                raise self.refuse(f"{name} returns more than one tensor")
+            if isinstance(module, nn.Linear):
                 self.mark(result, self._after_layer(f"{name}.weight", module, x))
             else:
                 self._norms.append(name)
@@ -260,12 +267,11 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
         return hook
 
     def _after_layer(self, matrix: str, layer: nn.Linear, x: _Known | None) -> _Known | None:
-        if x is not None and x.kind == "output":
-            self._used_otherwise |= dict.fromkeys(x.names, "a layer")
-        elif x is not None:
+        if x is not None and x.kind in ("stream", "normed"):
             self._reads(matrix, x)
-        elif matrix in self.found.reads:
-            raise self.refuse(f"{matrix} reads the residual stream and something else")
+        else:
+            self._read_other.add(matrix)
+            self._used_otherwise |= dict.fromkeys(x.names if x else (), "a layer")
         return _Known("output", frozenset([matrix])) if layer.out_features == self.found.width else None
 
     def _run_experts(self, name: str, experts: UnfusedExperts) -> Callable[..., Tensor]:
@@ -273,6 +279,8 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             known = self.known(x)
+            if experts.layout.identities or experts.layout.norm or (known and known.kind == "output"):
+                raise self.refuse("experts that are more than feed-forward networks read the residual stream")
             written: set[str] = set()
             for number in range(experts.num_experts):
                 expert = experts.expert(number)
@@ -292,16 +300,23 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
 
         return forward
 
-    def complete(self) -> ResidualStream:
-        """Return what was found.
+    def complete(self, result: Any) -> ResidualStream:
+        """Return what was found, when the model has returned `result`.
 
         Raises:
-            ModelError: parts of the model did not run, a norm is of another kind, or an output goes elsewhere too.
+            ModelError: parts of the model did not run, a norm is of another kind, something goes elsewhere too, or the
+                model returns the stream.
         """
         found = self.found
+        returned = [self.known(value) for value in tree_leaves(result)]
+        if any(state and (state.kind != "output" or state.names & found.writes) for state in returned):
+            raise refusal(self._model, "it returns the residual stream, without an output layer")
         for name in self._norms:
             module = self._model.get_submodule(name)
-            norm = _probe_norm(module, found.width)
+            try:
+                norm = _probe_norm(module, found.width)
+            except _ERRORS:
+                norm = None
             if norm is None:
                 reason = f"{name} ({type(module).__name__}) reads the residual stream and is no RMSNorm or LayerNorm"
                 raise refusal(self._model, reason)
@@ -310,6 +325,10 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
             parameters = {f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)}
             if name not in self._ran and parameters - self._used_parameters:
                 raise refusal(self._model, f"{name} takes no part in a forward pass over text")
+        twice = found.parameters & self._used_parameters | found.reads.keys() & self._read_other
+        twice |= found.embeddings & {*found.reads, *found.writes}
+        if twice:
+            raise refusal(self._model, f"{min(twice)} is used in two ways")
         for name in sorted(found.writes & self._used_otherwise.keys()):
             use = self._used_otherwise[name]
             raise refusal(
@@ -326,8 +345,6 @@ def _input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 def _is_opaque(module: nn.Module, x: _Known | None) -> bool:
     """Whether the operations inside a module are not looked at, given what its input is."""
-    if isinstance(module, nn.Embedding):
-        return True
     if isinstance(module, nn.Linear):
         return has_plain_forward(module)
     return x is _STREAM and not list(module.children()) and _is_norm_like(module)
@@ -347,7 +364,7 @@ def _probe_norm(module: nn.Module, width: int) -> Norm | None:
     if not {"weight", "bias"}.issuperset(names) or list(module.buffers()):
         return None
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, width, generator=generator)
+    x = torch.randn(1, 2, width, generator=generator)
     weight, bias, y = torch.randn(3, width, generator=generator).unbind()
     none = torch.zeros(width)
     for offset in (0.0, 1.0) if "weight" in names else (1.0,):

@@ -22,15 +22,16 @@ Nothing is computed before a tensor is read: `rotated` replaces the tensors of t
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoint.safetensors_file import FileTensor
-from ..errors import ModelError
+from ..transformers_internals import unexpected_in_files
 from .residual_stream import Norm, ResidualStream, bias_beside
 
 _LARGEST_FACTOR = 64
@@ -123,16 +124,12 @@ class RotatedTensor(FileTensor):
         """Read and rotate the whole tensor, in float32 and by parts.
 
         Raises:
-            ModelError: the file cannot be read any more, or has a bias that is to be divided by 0.
+            ModelError: the file cannot be read any more.
         """
         x = self.source.read()
         if self.last_axis:
             gain = torch.tensor(self.offset) if self.gain is None else self.offset + self.gain.read().float()
             g = 1 / gain if self.divides else gain
-            if self.divides and not bool(torch.isfinite(g).all()):
-                raise ModelError(
-                    f"the model in {self.path.parent} cannot be rotated: a norm has weights of 0; leave rotate out"
-                )
             x = self._by_parts(x, lambda rows: self.rotation.of_rows(rows.float() * g))
         if self.first_axis:
             x = self._by_parts(x.T, lambda rows: self.rotation.of_rows(rows.float())).T.contiguous()
@@ -156,6 +153,26 @@ class ConstantTensor(FileTensor):
     def read(self, *, pinned: bool = False) -> Tensor:
         """Return the whole tensor."""
         return torch.full(self.info.shape, self.value, dtype=self.info.dtype, pin_memory=pinned)
+
+
+def norm_with_zeros(stream: ResidualStream, tensors: Mapping[str, FileTensor]) -> str | None:
+    """Find a norm whose bias cannot be divided by its weight; None if there is none."""
+    for name, norm in stream.norms.items():
+        if norm.parameters == ("weight", "bias") and not bool(
+            (norm.offset + tensors[f"{name}.weight"].read().float()).all()
+        ):
+            return name
+    return None
+
+
+def stream_like(model: nn.Module, unused: Mapping[str, FileTensor], width: int) -> list[str]:
+    """Find tensors that the model does not run and that may read or write the stream, by an axis of its width."""
+    ignored = unexpected_in_files(model)
+    return [
+        name
+        for name, tensor in unused.items()
+        if width in tensor.info.shape and not any(re.search(pattern, name) for pattern in ignored)
+    ]
 
 
 def rotated(

@@ -407,7 +407,8 @@ def _untie(model: nn.Module, modules: Mapping[str, nn.Module], weights: Weights)
     """Untie an output embedding that will be quantized, so that the input embedding keeps its weight."""
     name = output_embedding_name(model)
     if name in modules:
-        weights.untie(f"{name}.weight")
+        for tied in (f"{name}.weight", *weights.tied_vectors()):
+            weights.untie(tied)
         config: Any = model.config
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False

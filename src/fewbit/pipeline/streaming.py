@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from ..checkpoint.safetensors_file import FileTensor, check_all_finite
 from ..modeling.experts import UnfusedExperts, unfused_modules
 from ..modeling.residual_stream import find_residual_stream, refusal
-from ..modeling.rotation import rotated
+from ..modeling.rotation import norm_with_zeros, rotated, stream_like
 from ..modeling.source import without_progress_bars
 from ..planning import block_of, output_embedding_name
 from ..profiling import Profiler
@@ -83,6 +83,14 @@ class Weights:
         module, _, key = name.rpartition(".")
         parameter = self.model.get_parameter(name).detach().clone()
         setattr(self.model.get_submodule(module), key, nn.Parameter(parameter, requires_grad=False))
+
+    def tied_vectors(self) -> list[str]:
+        """Return the names of tied parameters that are no matrices, such as the biases of output layers.
+
+        A model whose embeddings are not tied ties none of them either.
+        """
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        return [name for name in tied if self.model.get_parameter(name).ndim == 1]
 
     @contextmanager
     def on_demand(self, restore: Restore, reading: Reading = nullcontext) -> Iterator[None]:
@@ -199,6 +207,10 @@ class StreamedWeights(Weights):
         self._shard_of[name] = shard = self._shard(name)
         self._members.setdefault(shard, []).append(name)
 
+    def tied_vectors(self) -> list[str]:
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        return [n for n in self._aliases if n in {*tied, *tied.values()} and self._get(n).ndim == 1]
+
     def rotate(self, seed: int, *, untie: bool = True) -> None:
         """Rotate the residual stream of the model: its tensors are rotated while they are read.
 
@@ -210,12 +222,14 @@ class StreamedWeights(Weights):
             ModelError: the stream is not understood, or its tensors are not one by one in the files; nothing changed.
         """
         stream = find_residual_stream(self.model)
-        if self.unused:
-            raise refusal(self.model, f"it does not run {next(iter(self.unused))}, which may read the stream")
+        if unused := stream_like(self.model, self.unused, stream.width):
+            raise refusal(self.model, f"it does not run {unused[0]}, which may read the stream")
         names = [name for name in self._names if name in stream.parameters]
         for name in names:
             if self._aliases.get(name, name) not in self._plain:
                 raise refusal(self.model, f"{name} is no tensor of its own in the files")
+        if norm := norm_with_zeros(stream, self._plain):
+            raise refusal(self.model, f"{norm} has weights of 0 and a bias")
         shared = [
             name
             for name, owner in self._aliases.items()
@@ -225,7 +239,7 @@ class StreamedWeights(Weights):
             raise refusal(
                 self.model, f"{shared[0]} is the matrix of the embeddings, and would become a second one"
             )
-        for name in shared:
+        for name in (*shared, *(self.tied_vectors() if shared else ())):
             self.untie(name)
             self.untied.add(name)
         if self.untied and isinstance(self.model, PreTrainedModel):
