@@ -326,6 +326,17 @@ def test_outliers_cost_less(tmp_path):
     assert kl[True] < 0.7 * kl[False]
 
 
+def test_blocks_of_a_rotated_model_are_tuned(tmp_path):
+    folder = save_tiny(tmp_path / "model", tie_word_embeddings=False)
+    options = {**SMALL, "bits": 4, "tune": True, "tune_steps": 12, "num_samples": 20}
+    report = fewbit.quantize(folder, dataset=random_sequences(20), output=tmp_path / "out", **options)
+    assert any(layer["tuned"] for layer in report.layers)
+    ids = torch.stack([item["input_ids"] for item in random_sequences(4, seed=9)])
+    expected = AutoModelForCausalLM.from_pretrained(folder)(input_ids=ids).logits
+    found = fewbit.load(tmp_path / "out", dtype=torch.float32)(input_ids=ids).logits
+    assert (found - expected).norm() < 0.3 * expected.norm()
+
+
 def test_resumes_to_the_same_bytes_and_distills(tmp_path):
     folder = save_tiny(tmp_path / "model")
     config = fewbit.QuantConfig(

@@ -147,8 +147,10 @@ def test_different_models_in_memory_are_refused():
         assert "another model" in str(result)
 
 
-def test_target_bits_match_one_process(model, tmp_path):
-    quantize(None, model, tmp_path / "alone", target_bits=4.5)
-    divided, _ = run_ranks(2, lambda comm: quantize(comm, model, tmp_path / "out", target_bits=4.5))
+def test_target_bits_of_a_rotated_model_match_one_process(model, tmp_path):
+    options = {"target_bits": 4.5, "rotate": True}
+    quantize(None, model, tmp_path / "alone", **options)
+    divided, _ = run_ranks(2, lambda comm: quantize(comm, model, tmp_path / "out", **options))
+    assert divided.model["rotated"]
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
     assert len({layer["bits"] for layer in divided.layers}) > 1
