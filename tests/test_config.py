@@ -190,3 +190,13 @@ def test_fast_means_no_correction():
     assert QuantConfig(fast=True).effective_correction == 0
     assert QuantConfig().effective_correction == "auto"
     assert QuantConfig(correction=0.3).effective_correction == 0.3
+
+
+def test_presets_leave_what_was_asked_for():
+    best = fewbit.QuantConfig(quality="best")
+    assert (best.tune, best.distill, best.rotate) == (True, True, "auto")
+    assert fewbit.QuantConfig(quality="best", rotate=True).rotate is True
+    assert fewbit.QuantConfig(quality="fast").fast
+    assert fewbit.QuantConfig.from_dict(best.to_dict()) == best
+    with pytest.raises(ConfigError, match="rotate must be True, False or 'auto', not 'yes'"):
+        fewbit.QuantConfig(rotate="yes")
