@@ -17,8 +17,11 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 190, 50, 60
 _BITS = (2.0, 9.0)
 _LINES = {  # (tool, mode) → label, color, width, dashes
     ("fewbit", "best"): ("fewbit best", "#0b6e4f", 3.5, ""),
+    ("fewbit", "best, rotated"): ("fewbit best, rotated", "#063b2a", 3.5, "8 3"),
     ("fewbit", "default"): ("fewbit default", "#20a36f", 2.5, ""),
-    ("fewbit", "asymmetric, 32"): ("fewbit default, asym, 32", "#0b6e4f", 1.5, "5 4"),
+    ("fewbit", "default, rotated"): ("fewbit default, rotated", "#20a36f", 2.5, "8 3"),
+    ("fewbit", "asymmetric, 32"): ("fewbit asym, groups of 32", "#0b6e4f", 1.5, "3 3"),
+    ("fewbit", "asymmetric, 32, rotated"): ("… rotated", "#063b2a", 1.5, "3 3"),
     ("fewbit", "fast"): ("fewbit fast", "#7fcba4", 2, ""),
     ("gptqmodel", "default"): ("GPTQModel 7.7", "#c0392b", 2, ""),
     ("gptqmodel", "mse"): ("GPTQModel 7.7, mse", "#e08e79", 2, ""),
