@@ -41,7 +41,7 @@ SKIP = "skip"
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"fast": True},
     "default": {},
-    "best": {"tune": True, "rotate": AUTO, "distill": True},
+    "best": {"tune": True, "distill": True},
 }
 
 # What users of other tools type, and what it is called here.
@@ -119,7 +119,7 @@ class QuantConfig:
         correction: how far each layer's target is moved towards the full-precision outputs, 0 to 1, or "auto":
             chosen per layer on held-out calibration sequences. Above 0 every batch also runs on the full-precision
             path.
-        quality: "fast" sets `fast`; "best" sets `tune`, `distill` and `rotate` "auto"; "default" sets nothing.
+        quality: "fast" sets `fast`; "best" sets `tune` and `distill`; "default" sets nothing.
         fast: run the quantized path only: no correction, in half the time. Excludes tune.
         target_bits: average stored bits per weight (codes, scales and zero points); bits and group sizes are then
             chosen per layer to meet it, and `bits` and `group_size` are not used. None: no budget.
@@ -178,7 +178,7 @@ class QuantConfig:
     def __post_init__(self) -> None:
         _one_of("quality", self.quality, QUALITIES)
         for name, value in PRESETS[self.quality].items():
-            object.__setattr__(self, name, getattr(self, name) or value)
+            object.__setattr__(self, name, value)
         if isinstance(self.ignore, str):  # a single pattern, not its letters
             object.__setattr__(self, "ignore", (self.ignore,))
         if not isinstance(self.ignore, (list, tuple)) or not isinstance(self.override, Mapping):

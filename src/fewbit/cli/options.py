@@ -131,7 +131,7 @@ def quantize_arguments(
     quality: Annotated[
         Quality,
         typer.Option(
-            help="fast: --fast. best: --tune --distill, --rotate if that costs no space. See docs/choosing.md.",
+            help="fast: --fast. best: --tune --distill. What each costs: docs/choosing.md.",
             rich_help_panel=ACCURACY,
         ),
     ] = "default",
