@@ -195,8 +195,8 @@ def test_fast_means_no_correction():
 def test_presets_leave_what_was_asked_for():
     best = fewbit.QuantConfig(quality="best")
     assert (best.tune, best.distill, best.rotate) == (True, True, False)
-    assert fewbit.QuantConfig(quality="best", rotate="auto").rotate == "auto"
+    assert fewbit.QuantConfig(quality="best", rotate=True).rotate
     assert fewbit.QuantConfig(quality="fast").fast
     assert fewbit.QuantConfig.from_dict(best.to_dict()) == best
-    with pytest.raises(ConfigError, match="rotate must be True, False or 'auto', not 'yes'"):
+    with pytest.raises(ConfigError, match="rotate must be True or False, not 'yes'"):
         fewbit.QuantConfig(rotate="yes")

@@ -126,8 +126,7 @@ class QuantConfig:
         tune: after a block is solved, optimise its rounding and scales by gradient against the full-precision
             block. tune_steps: steps per block.
         rotate: multiply the residual stream by a random orthogonal matrix first, folded into the weights: less error,
-            at the same speed. An output embedding that shares the matrix of the input embedding gets its own. "auto":
-            only models that allow it and do not grow.
+            at the same speed. An output embedding that shares the matrix of the input embedding gets its own.
         distill: after all layers are solved, train scales, norms and biases against the original's logits
             (`fewbit.distill`). distill_tokens: tokens to train on.
         lm_head: also quantize the output embedding.
@@ -157,7 +156,7 @@ class QuantConfig:
     target_bits: float | None = None
     tune: bool = False
     tune_steps: int = 100
-    rotate: bool | Literal["auto"] = False
+    rotate: bool = False
     distill: bool = False
     distill_tokens: int = 500_000
     lm_head: bool = False
@@ -189,11 +188,9 @@ class QuantConfig:
         object.__setattr__(self, "ignore", tuple(self.ignore))
         object.__setattr__(self, "override", dict(self.override))
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        for name in ("lm_head", "mtp", "strict", "fast", "tune", "distill"):
+        for name in ("lm_head", "mtp", "strict", "fast", "tune", "rotate", "distill"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        if not isinstance(self.rotate, bool) and self.rotate != AUTO:
-            raise ConfigError(f"rotate must be True, False or 'auto', not {self.rotate!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed must be a whole number, not {self.seed!r}")
         _one_of("format", self.format, FORMATS)

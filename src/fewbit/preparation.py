@@ -69,7 +69,6 @@ class Origin:
         bytes: size of all parameters in that dtype.
         file_bytes: size of the weight files; None for a model in memory.
         license: the license that the model's card states; None where it states none.
-        rotated: whether its residual stream is rotated when it is read.
     """
 
     name: str
@@ -80,7 +79,6 @@ class Origin:
     bytes: int
     file_bytes: int | None
     license: str | None = None
-    rotated: bool = False
 
 
 @dataclass
@@ -167,7 +165,8 @@ class Preparation:
                 model, files, stored = _built(source, ctx)
                 weights = StreamedWeights(model, files, ctx.device, ctx.profiler, stored)
                 if ctx.config.rotate:
-                    source.notes.extend(_rotate(weights, ctx.config))
+                    weights.rotate(ctx.config.seed)
+                    source.notes.extend(_note_on_untied(weights))
                 if left_out := source.files_left_out():
                     source.notes.append(
                         f"{len(left_out)} files beside the weights are not copied, for example {left_out[0]}: copy "
@@ -183,10 +182,10 @@ class Preparation:
                     )
                 return model, weights
             if ctx.config.rotate:
-                reason = "rotate changes weights while they are read from safetensors files, and this model has none"
-                if ctx.config.rotate != AUTO:
-                    raise ConfigError(f"{reason}: give the folder of the original model, or leave rotate out")
-                source.notes.append(reason)
+                raise ConfigError(
+                    "rotate changes weights while they are read from safetensors files, and this model has none: give "
+                    "the folder of the original model, or leave rotate out"
+                )
             model = source.load_model(ctx.config.dtype, ctx.device)
             check_weights(model)
             unfuse(model)
@@ -245,7 +244,6 @@ class Preparation:
             + sum(t.nbytes for t in unused),
             file_bytes=None if files is None else sum(path.stat().st_size for path in files),
             license=self.source.license,
-            rotated=self.weights.rotated,
         )
 
     @cached_property
@@ -261,18 +259,8 @@ class Preparation:
         return {"calibration": self.calibration.fingerprint}
 
 
-def _rotate(weights: StreamedWeights, config: QuantConfig) -> list[str]:
-    """Rotate the residual stream; what the user should know about it.
-
-    Raises:
-        ModelError: it cannot be rotated, and `config.rotate` is not "auto".
-    """
-    try:
-        weights.rotate(config.seed, untie=config.rotate != AUTO)
-    except ModelError as error:
-        if config.rotate != AUTO:
-            raise ModelError(f"{error}; leave rotate out") from error
-        return [str(error)]
+def _note_on_untied(weights: Weights) -> list[str]:
+    """What a rotation costs where the output layer shares its matrix with the embeddings."""
     if not weights.untied:
         return []
     own = formatting.size(sum(weights.model.get_parameter(name).nbytes for name in weights.untied))

@@ -151,6 +151,6 @@ def test_target_bits_of_a_rotated_model_match_one_process(model, tmp_path):
     options = {"target_bits": 4.5, "rotate": True}
     quantize(None, model, tmp_path / "alone", **options)
     divided, _ = run_ranks(2, lambda comm: quantize(comm, model, tmp_path / "out", **options))
-    assert divided.model["rotated"]
+    assert divided.config["rotate"]
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
     assert len({layer["bits"] for layer in divided.layers}) > 1

@@ -101,7 +101,6 @@ def test_what_the_model_was(run, inputs):
         "parameters": count,
         "bytes": 4 * count,
         "file_bytes": weights.stat().st_size,
-        "rotated": False,
     }
 
 

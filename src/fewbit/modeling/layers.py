@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers.pytorch_utils import Conv1D
 
+# What code raises that needs the values of tensors, or that does not run on the meta device.
+NEEDS_VALUES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 LAYER_TYPES = (nn.Linear, Conv1D, nn.Conv2d)
 
 
@@ -92,6 +94,12 @@ def row_mask(x: Tensor, mask: Tensor) -> Tensor | None:
     if x.shape[:-1] == mask.shape or (x.ndim == 2 and x.shape[0] == mask.numel()):
         return mask.reshape(-1).bool()
     return None
+
+
+def empty_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and buffers by name, without values: on the meta device."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from ..errors import ModelError
 from ..torch_internals import TorchDispatchMode, tree_leaves
 from .experts import Expert, UnfusedExperts, unfused_modules
-from .layers import forward_replaced, has_plain_forward
+from .layers import NEEDS_VALUES, empty_state, forward_replaced, has_plain_forward
 
 _TOKENS = 4
 _aten = torch.ops.aten
@@ -30,12 +30,10 @@ _MULTIPLICATIONS = {_aten.mul, _aten.mul_}
 _PRODUCTS = {_aten.mm, _aten.addmm}
 _COPIES = {_aten.alias, _aten.clone, _aten.contiguous, _aten.detach, _aten.to, _aten._to_copy}
 # These return their first argument, or some of its tokens, each multiplied by one number at most.
-_KEEPING = {
-    _aten.alias, _aten.clone, _aten.contiguous, _aten.detach, _aten.div, _aten.div_, _aten.expand,
-    _aten.mul, _aten.mul_, _aten.reshape, _aten.select, _aten.slice, _aten.squeeze, _aten.to, _aten._to_copy,
-    _aten.unsqueeze, _aten._unsafe_view, _aten.view,
+_KEEPING = _COPIES | {
+    _aten.div, _aten.div_, _aten.expand, _aten.mul, _aten.mul_, _aten.reshape, _aten.select, _aten.slice,
+    _aten.squeeze, _aten.unsqueeze, _aten._unsafe_view, _aten.view,
 }  # fmt: skip
-_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 _EQUAL = 1e-3  # largest relative difference of equal results in float32
 
 
@@ -110,8 +108,7 @@ def find_residual_stream(model: nn.Module) -> ResidualStream:
     if not isinstance(embedding, nn.Embedding):
         raise refusal(model, "it has no embedding of tokens")
     trace = _Trace(model, ResidualStream(embedding.embedding_dim))
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+    empty = empty_state(model)
     for name, _ in model.named_parameters():
         trace.mark(empty[name], _Known("parameter", frozenset([name])))
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
@@ -120,7 +117,7 @@ def find_residual_stream(model: nn.Module) -> ResidualStream:
             result = functional_call(model, empty, kwargs={"input_ids": ids})
         except ModelError:
             raise
-        except _ERRORS as error:
+        except NEEDS_VALUES as error:
             reason = str(error).strip().partition("\n")[0]
             raise refusal(model, f"its code looks at values of tensors ({reason})") from error
     return trace.complete(result)
@@ -315,7 +312,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
             module = self._model.get_submodule(name)
             try:
                 norm = _probe_norm(module, found.width)
-            except _ERRORS:
+            except NEEDS_VALUES:
                 norm = None
             if norm is None:
                 reason = f"{name} ({type(module).__name__}) reads the residual stream and is no RMSNorm or LayerNorm"
@@ -402,4 +399,4 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 def refusal(model: nn.Module, reason: str) -> ModelError:
     """The error of a model that cannot be rotated."""
-    return ModelError(f"{type(model).__name__} is not rotated: {reason}")
+    return ModelError(f"{type(model).__name__} cannot be rotated: {reason}; leave rotate out")

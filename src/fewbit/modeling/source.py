@@ -305,10 +305,10 @@ class LoadedModel:
     """A model in memory, with the methods of `Source` that a run calls."""
 
     model: nn.Module
-    notes: list[str] = field(default_factory=list, compare=False)
 
     hub_id: ClassVar[None] = None
     license: ClassVar[None] = None
+    notes: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if getattr(getattr(self.model, "config", None), "quantization_config", None):

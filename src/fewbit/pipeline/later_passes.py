@@ -21,10 +21,7 @@ from torch.func import functional_call
 
 from ..gptq import Hessian
 from ..modeling.experts import unfused_modules
-from ..modeling.layers import forward_replaced
-
-# What code raises that needs the values of tensors, or that does not run on the meta device.
-_NEEDS_VALUES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
+from ..modeling.layers import NEEDS_VALUES, empty_state, forward_replaced
 
 
 def uses_per_pass(
@@ -39,8 +36,7 @@ def uses_per_pass(
         uses are then late inputs (`ScheduleStats`).
     """
     uses: Counter[str] = Counter()
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+    empty = empty_state(model)
     inputs = {key: value.to("meta") for key, value in batch.items() if not key.endswith("attention_mask")}
     with ExitStack() as stack, torch.no_grad():
         for name, module in layers.items():
@@ -51,7 +47,7 @@ def uses_per_pass(
         stack.enter_context(torch.device("meta"))  # for tensors that the model makes itself
         try:
             functional_call(model, empty, kwargs=inputs)
-        except _NEEDS_VALUES:
+        except NEEDS_VALUES:
             return {}
     return {name: count for name, count in uses.items() if count > 1}
 

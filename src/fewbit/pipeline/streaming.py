@@ -49,10 +49,7 @@ class Weights:
             layers for multi-token prediction. The checkpoint gets a copy.
         stored_dtypes: Dtypes in the checkpoint of the state that the model computes with in another one.
         untied: Names of parameters that share their values with another one in the source, and no longer do.
-        rotated: Whether the residual stream is rotated.
     """
-
-    rotated = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -211,12 +208,10 @@ class StreamedWeights(Weights):
         tied = getattr(self.model, "all_tied_weights_keys", {})
         return [n for n in self._aliases if n in {*tied, *tied.values()} and self._get(n).ndim == 1]
 
-    def rotate(self, seed: int, *, untie: bool = True) -> None:
+    def rotate(self, seed: int) -> None:
         """Rotate the residual stream of the model: its tensors are rotated while they are read.
 
-        Args:
-            seed: Chooses the rotation.
-            untie: Whether a layer may get its own copy of a matrix that it shares with the embeddings.
+        A layer that shares its matrix with the embeddings gets its own.
 
         Raises:
             ModelError: the stream is not understood, or its tensors are not one by one in the files; nothing changed.
@@ -235,16 +230,11 @@ class StreamedWeights(Weights):
             for name, owner in self._aliases.items()
             if {name, owner} & stream.parameters and self._module(name) is not self._module(owner)
         ]
-        if shared and not untie:
-            raise refusal(
-                self.model, f"{shared[0]} is the matrix of the embeddings, and would become a second one"
-            )
         for name in (*shared, *(self.tied_vectors() if shared else ())):
             self.untie(name)
             self.untied.add(name)
         if self.untied and isinstance(self.model, PreTrainedModel):
             self.model.config.tie_word_embeddings = False
-        self.rotated = True
         self._plain |= rotated(stream, self._plain, {name: self._get(name).dtype for name in names}, seed)
 
     @contextmanager

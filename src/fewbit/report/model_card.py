@@ -73,7 +73,7 @@ def _facts(report: Mapping[str, Any]) -> Iterator[str]:
         "size": (
             f"{formatting.size(report['result_bytes'])}, from {formatting.size(model['bytes'])} in {model['dtype']}"
         ),
-        "method": _method(config, layers) + (", residual stream rotated" if model.get("rotated") else ""),
+        "method": _method(config, layers) + (", residual stream rotated" if config.get("rotate") else ""),
         "quantized": f"{formatting.plural(len(layers), 'layer')}; {left} left as they are",
         "calibration": _calibration(report["calibration"]),
         "output error of a layer": _error(layers),
