@@ -73,7 +73,7 @@ ADDED = {
     "float32 where a CPU multiplies 16 bits slowly": (0, 60),
     "settings for engines, more model types in GGUF, reading compressed-tensors": (3, 700),
     "AMX, a table of layers that sorts, --eval-tokens, factorizations in place": (0, 90),
-    "rotation": (3, 680),
+    "rotation": (3, 715),
 }
 
 
