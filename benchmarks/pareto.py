@@ -32,9 +32,9 @@ RESULTS = Path(__file__).with_name("results") / "pareto.jsonl"
 GROUP_SIZE = 64
 DISTILL_TOKENS = 100_000  # a fifth of the default, to end within half an hour a point
 ASYMMETRIC = "asymmetric, 32"  # the defaults with the kind of grid that most GGUF types have
-ROTATED = (
-    ", rotated"  # a mode with --rotate, whose output layer no longer shares its matrix with the embeddings
-)
+# Modes with options: --loss-aware; --rotate, whose output layer no longer shares its matrix with the embeddings; and
+# --distill with both.
+LOSS_AWARE, ROTATED, DISTILLED = "loss-aware", "rotated", "distilled"
 GGUF_TYPES = (
     *("Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0"),
     *("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
@@ -67,7 +67,11 @@ def settings(tools: list[str]) -> Iterator[Setting]:
         else:
             for mode in ("fast", "default", "best"):
                 yield from (Setting(tool, mode, size) for size in ("8", "4", "3", "2", "3.5", "2.5"))
-            for mode in (ASYMMETRIC, *(mode + ROTATED for mode in ("default", "best", ASYMMETRIC))):
+            for mode in ("default", "best", ASYMMETRIC):
+                yield from (Setting(tool, f"{mode}, {ROTATED}", size) for size in ("4", "3", "2"))
+            for more in (LOSS_AWARE, f"{LOSS_AWARE}, {ROTATED}", f"{LOSS_AWARE}, {ROTATED}, {DISTILLED}"):
+                yield from (Setting(tool, f"default, {more}", size) for size in ("4", "3", "2"))
+            for mode in (ASYMMETRIC, f"{ASYMMETRIC}, {LOSS_AWARE}, {ROTATED}"):
                 yield from (Setting(tool, mode, size) for size in ("4", "3", "2"))
 
 
@@ -77,19 +81,23 @@ def settings(tools: list[str]) -> Iterator[Setting]:
 def with_fewbit(job: accuracy.Job, one: Setting) -> dict[str, Any]:
     import fewbit
 
-    protocol, mode = job.protocol, one.mode.removesuffix(ROTATED)
+    protocol, options = job.protocol, one.mode.split(", ")
+    asymmetric = one.mode.startswith(ASYMMETRIC)
+    trains = "best" in options or DISTILLED in options
     size: dict[str, Any] = {"target_bits": float(one.size)} if "." in one.size else {"bits": int(one.size)}
     config = fewbit.QuantConfig(
         **size,
-        quality="default" if mode == ASYMMETRIC else mode,
-        sym=mode != ASYMMETRIC,
-        group_size=32 if mode == ASYMMETRIC else GROUP_SIZE,
-        rotate=mode != one.mode,
+        quality="default" if asymmetric else options[0],
+        sym=not asymmetric,
+        group_size=32 if asymmetric else GROUP_SIZE,
+        loss_aware=LOSS_AWARE in options,
+        rotate=ROTATED in options,
         num_samples=protocol.samples,
         seq_len=protocol.seq_len,
         # Training takes hours in float32, and gains nothing from it.
-        dtype="bfloat16" if mode == "best" else protocol.dtype,
+        dtype="bfloat16" if trains else protocol.dtype,
         distill_tokens=DISTILL_TOKENS,
+        **({"distill": True} if DISTILLED in options else {}),
     )
     report = fewbit.quantize(job.model, config, dataset=str(job.calibration), output=job.output)
     return {"bits": report.bits_per_weight, "seconds": report.seconds}

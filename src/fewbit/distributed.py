@@ -107,10 +107,10 @@ class Communicator:
         """Concatenate the rows (any number, ...) of all ranks, in rank order."""
         return rows
 
-    def row_shard(self, rows: int) -> RowShard:
-        """Divide a matrix of this many rows over the ranks.
+    def row_shard(self, rows: int, multiple: int = ROW_MULTIPLE) -> RowShard:
+        """Divide a matrix of this many rows over the ranks, in whole multiples.
 
-        Every rank gets at least `ROW_MULTIPLE` rows. A matrix too small for that is solved whole on every rank.
+        Every rank gets at least `multiple` rows. A matrix too small for that is solved whole on every rank.
         """
         return RowShard(slice(0, rows), _summed, _same)
 
@@ -177,10 +177,10 @@ class _Group(Communicator):
             rows, self.all_reduce_sum(*(rows.shape[0] * (r == self.rank) for r in range(self.world_size)))
         )
 
-    def row_shard(self, rows: int) -> RowShard:
-        if rows < self.world_size * ROW_MULTIPLE:
+    def row_shard(self, rows: int, multiple: int = ROW_MULTIPLE) -> RowShard:
+        if rows < self.world_size * multiple:
             return super().row_shard(rows)
-        bounds = row_bounds(rows, self.world_size)
+        bounds = row_bounds(rows, self.world_size, multiple)
         sizes = [b - a for a, b in pairwise(bounds)]
 
         def gather(part: Tensor) -> Tensor:
@@ -355,9 +355,9 @@ def launched_rank() -> int | None:
     return int(os.environ["RANK"])
 
 
-def row_bounds(rows: int, world: int) -> list[int]:
-    """Return the boundaries of the row shards: world + 1 numbers, multiples of `ROW_MULTIPLE` except the last."""
-    return [ROW_MULTIPLE * bound for bound in _bounds(rows // ROW_MULTIPLE, world)[:-1]] + [rows]
+def row_bounds(rows: int, world: int, multiple: int = ROW_MULTIPLE) -> list[int]:
+    """Return the boundaries of the row shards: world + 1 numbers, whole multiples except for the last."""
+    return [multiple * bound for bound in _bounds(rows // multiple, world)[:-1]] + [rows]
 
 
 def largest_shard(rows: int, world: int) -> int:

@@ -32,6 +32,7 @@ from .mixed_precision import BudgetStore, base_settings
 from .modeling.source import Source
 from .pipeline.journal import FOLDER, Journal, check_output
 from .pipeline.layer_quantizer import MemorySink, NonLeaderSink, ResultSink
+from .pipeline.output_hessians import OutputHessianStore
 from .planning import LayerPlan, Plan, output_embedding_name, plan_copied
 from .preparation import Preparation
 from .report.model_card import CARD_NAME, model_card
@@ -45,6 +46,7 @@ class InPlace:
 
     folder: Path | None = None
     budget: BudgetStore | None = None
+    output_hessians: OutputHessianStore | None = None
     distillation: Distillation | None = None
     notes: tuple[str, ...] = ()
 
@@ -80,6 +82,7 @@ class CheckpointFolder:
     Attributes:
         folder: path of the folder.
         budget: store of the chosen bits, beside the journal; None before `open` and on the other ranks.
+        output_hessians: store of the Hessians of the outputs, beside the journal, in the same way.
         distillation: what distillation did; None without it.
         notes: sentences about damaged parts of an interrupted run.
     """
@@ -95,6 +98,7 @@ class CheckpointFolder:
             raise ConfigError("no output folder was given: pass output=…")
         self.folder = Path(folder)
         self.budget: BudgetStore | None = None
+        self.output_hessians: OutputHessianStore | None = None
         self.distillation: Distillation | None = None
         self._data: DistillData | None = None
         self.notes: tuple[str, ...] = ()
@@ -121,6 +125,7 @@ class CheckpointFolder:
         try:
             comm.broadcast_object(journal.records)
             self.budget = BudgetStore(journal.folder, run.fingerprint, journal.records)
+            self.output_hessians = OutputHessianStore(journal.folder, run.fingerprint)
             self.notes = tuple(journal.notes)
             yield journal
         finally:

@@ -26,6 +26,7 @@ from .mixed_precision import choose_bits
 from .modeling.source import LoadedModel, Source, open_source
 from .output import CheckpointFolder, InPlace, upload
 from .pipeline.offload import check_offload_dir
+from .pipeline.output_hessians import output_hessians
 from .pipeline.quantize_layers import quantize_layers
 from .preparation import EvaluationText, Preparation
 from .profiling import Profiler, peak_memory_bytes
@@ -135,9 +136,14 @@ def quantize(
             plan, choice = choose_bits(
                 run.model, run.plan, run.calibration, run.weights, run.ctx, destination.budget
             )
-            notes = [*run.notes, *plan.notes, *run.calibration.notes, *destination.notes, *choice]
+            outputs, missing = output_hessians(
+                run.model, plan, run.calibration, run.weights, run.ctx, destination.output_hessians
+            )
+            notes = [*run.notes, *plan.notes, *run.calibration.notes, *destination.notes, *choice, *missing]
             with fast_attention(run.model):
-                notes += quantize_layers(run.model, plan, run.calibration, sink, run.weights, run.ctx)
+                notes += quantize_layers(
+                    run.model, plan, run.calibration, sink, run.weights, run.ctx, outputs
+                )
             destination.write(run, plan, sink)
             distilled = destination.distillation
             notes += distilled.notes if distilled else ()

@@ -8,8 +8,9 @@ from fewbit.calibration import Calibration, prepare
 from fewbit.config import QuantConfig
 from fewbit.errors import ModelError
 from fewbit.gptq.grid import fit_grid, nearest
-from fewbit.mixed_precision.sensitivity import measure, measured_batches
+from fewbit.mixed_precision.sensitivity import BATCHES, TOKENS, measure
 from fewbit.mixed_precision.settings_groups import Choice, make_groups
+from fewbit.pipeline.gradients import some_batches
 from fewbit.planning import make_plan
 from fewbit.quantized_matrix import sequential_groups
 from models import random_sequences, tiny_model
@@ -87,7 +88,9 @@ def test_progress_runs_to_the_end(model, calibration):
 @pytest.mark.parametrize(("length", "expected"), [(256, 16), (600, 8), (100, 24), (0, 8)])
 def test_as_many_batches_as_the_tokens_need_from_the_whole_set(length, expected):
     batches = [{"input_ids": torch.tensor([[number]])} for number in range(24)]
-    chosen = measured_batches(Calibration(batches, "", 24 * length, 24, "ids"), torch.device("cpu"))
+    chosen = some_batches(
+        Calibration(batches, "", 24 * length, 24, "ids"), TOKENS, BATCHES, torch.device("cpu")
+    )
     numbers = [int(batch["input_ids"]) for batch in chosen]
     assert numbers == [24 * i // expected for i in range(expected)]
 

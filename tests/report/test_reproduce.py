@@ -33,7 +33,8 @@ OTHER = {
     "bits": 3, "group_size": -1, "sym": False, "act_order": "full", "damp": 1e-5, "method": "rtn",
     "ignore": ("layers.0.", "it's"), "override": {r"down_proj$": {"bits": 8, "damp": 2e-7, "sym": True}, "v=": "skip"},
     "correction": 0.25, "quality": "fast", "fast": True, "target_bits": 3.5, "tune": True,
-    "tune_steps": 50, "rotate": True, "distill": True, "distill_tokens": 1000, "lm_head": True, "mtp": True,
+    "tune_steps": 50, "loss_aware": True, "rotate": True, "distill": True,
+    "distill_tokens": 1000, "lm_head": True, "mtp": True,
     "format": "gptq_v2", "num_samples": 8, "seq_len": 512, "batch_size": 2,
     "seed": 7, "dtype": "bfloat16", "strict": True,
 }  # fmt: skip

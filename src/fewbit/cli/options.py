@@ -159,6 +159,14 @@ def quantize_arguments(
     tune_steps: Annotated[
         int, typer.Option(help="Steps per block with --tune.", rich_help_panel=ACCURACY)
     ] = 100,
+    loss_aware: Annotated[
+        bool,
+        typer.Option(
+            "--loss-aware",
+            help="Weight outputs by the gradients of the model's loss. Less error, a backward pass more.",
+            rich_help_panel=ACCURACY,
+        ),
+    ] = False,
     rotate: Annotated[
         bool,
         typer.Option(
@@ -280,6 +288,7 @@ def quantize_arguments(
         target_bits=target_bits,
         tune=tune,
         tune_steps=tune_steps,
+        loss_aware=loss_aware,
         rotate=rotate,
         distill=distill,
         distill_tokens=distill_tokens,

@@ -8,8 +8,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..modeling.layers import without_cache
 from ..modeling.source import Source
-from ..pipeline.quantize_layers import without_cache
 from ..pipeline.streaming import StreamedWeights
 from ..planning import block_of
 from ..profiling import Profiler

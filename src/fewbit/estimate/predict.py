@@ -33,8 +33,9 @@ from ..checkpoint.safetensors_file import encode_header
 from ..config import QuantConfig
 from ..distillation.student import bytes_kept
 from ..distributed import largest_shard
-from ..mixed_precision.sensitivity import ROWS, measured_batches
+from ..mixed_precision.sensitivity import BATCHES, ROWS, TOKENS
 from ..modeling.source import Source
+from ..pipeline.gradients import some_batches
 from ..pipeline.memory import (
     FIRST_USE_BYTES,
     HOST_FRAGMENTATION,
@@ -244,7 +245,7 @@ def option_moments(
     for layer in layers:
         blocks[layer.block] = blocks.get(layer.block, 0) + layer.weights
     if config.target_bits is not None:
-        batches = measured_batches(calibration, torch.device("cpu"))
+        batches = some_batches(calibration, TOKENS, BATCHES, torch.device("cpu"))
         longest = max(tokens_of(batch) for batch in batches)
         rows = min(ROWS, sum(tokens_of(batch) for batch in batches))
         moments["measuring the cost of bits"] = {

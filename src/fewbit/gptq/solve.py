@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +34,7 @@ from .correction import (
 from .gptq import Factor, RoundBlock, round_columns
 from .grid import Grid, clamped_scales, fit_grid, nearest, storable
 from .hessian import Hessian
+from .output_feedback import Rounded, factor_outputs, round_with_feedback
 
 # Multiples of the fitted scales. They are tried for rows that lose more than CLIPPED times what rounding alone would.
 WIDER_GRIDS = (1.15, 1.3)
@@ -133,8 +133,10 @@ def quantize_weight(
     *,
     correction: float | str = 0.0,
     reduce: RowReduce = local_sum,
+    G: Tensor | None = None,
 ) -> Solution:
-    """Quantize one linear layer, or some of its rows: given H, rows depend on each other only through a few sums.
+    """Quantize one linear layer, or some of its rows: given H, rows depend on each other only through a few sums, and
+    through the blocks of G.
 
     Args:
         W: (out, in), any float dtype, on the device of the Hessian; computed in float32.
@@ -143,6 +145,8 @@ def quantize_weight(
         correction: α, 0 to 1, or "auto": the best on the held-out tokens; without them no correction.
         reduce: sums statistics of rows over all rows of the layer, where W holds only some of them. α, loss and true
             error are then the same in every part.
+        G: float32 (blocks, size, size), the Hessian of the outputs of these rows in blocks (see `output_feedback`);
+            None counts all outputs alike.
 
     Raises:
         SolverError: W is not a matrix, does not fit H, or is not finite.
@@ -156,16 +160,12 @@ def quantize_weight(
     grid = fit_grid(T, H.D, H.g_idx, settings.bits, sym=settings.sym, search=backend.search)
     if H.factor is None:
         codes = _matrix(nearest(T, grid, settings.bits), grid, settings)
-        E = T - codes.dequantize()
-        losses = (E @ group.hessian.matrix()).mul_(E).sum(dim=1, dtype=torch.float64)
+        losses = _losses(T - codes.dequantize(), group.hessian)
     else:
-        rounded = _round_rows(T, H.factor, grid, (1.0,), settings.bits, backend.round_block)
-        rows = _clipped_rows(rounded, grid, H.factor, settings.bits)
-        if len(rows):
-            some = Grid(grid.scales[rows], grid.zeros[rows], grid.g_idx)
-            wider = _round_rows(T[rows], H.factor, some, WIDER_GRIDS, settings.bits, backend.round_block)
-            _keep_better(rounded, rows, wider)
+        rounded = _round(T, H.factor, grid, settings.bits, backend.round_block, G)
         codes, losses = _matrix(rounded.codes, replace(grid, scales=rounded.scales), settings), rounded.losses
+        if G is not None:  # the losses of the shifted targets
+            losses = _losses(T - codes.dequantize(), group.hessian)
     loss, error = float(reduce(losses)), None
     fallbacks += _clamped(codes, reduce)
     if group.holdout is not None:
@@ -202,18 +202,40 @@ def _target(
     return torch.add(W, step, alpha=alpha, out=step), alpha, H.fallbacks
 
 
-class Rounded(NamedTuple):
-    """Rows that are rounded.
+def _round(
+    T: Tensor, factor: Factor, grid: Grid, bits: int, round_block: RoundBlock, G: Tensor | None
+) -> Rounded:
+    """Round T, each row on the grid that ends with its lowest loss; with G, rows absorb each other's errors."""
+    if G is None:
+        return _round_independently(T, factor, grid, bits, round_block)
+    g_idx = grid.g_idx.long()
 
-    Attributes:
-        codes: uint8 (m, n).
-        scales: float16 (m, G).
-        losses: float64 (m,).
-    """
+    def round_rows(targets: Tensor, rows: Tensor) -> tuple[Rounded, Tensor]:
+        padded = _to_row_multiple(torch.arange(len(rows), device=T.device))
+        some = Grid(grid.scales[rows[padded]], grid.zeros[rows[padded]], grid.g_idx)
+        found = _round_independently(targets[padded], factor, some, bits, round_block)
+        rounded = Rounded(*(part[: len(rows)] for part in found))
+        zeros = grid.zeros[rows].float()[:, g_idx]
+        return rounded, (rounded.codes.float() - zeros) * rounded.scales.float()[:, g_idx]
 
-    codes: Tensor
-    scales: Tensor
-    losses: Tensor
+    return round_with_feedback(T, factor_outputs(G), round_rows)
+
+
+def _round_independently(
+    T: Tensor, factor: Factor, grid: Grid, bits: int, round_block: RoundBlock
+) -> Rounded:
+    """Round T, each row on the grid that ends with its lowest loss."""
+    rounded = _round_rows(T, factor, grid, (1.0,), bits, round_block)
+    rows = _clipped_rows(rounded, grid, factor, bits)
+    if len(rows):
+        some = Grid(grid.scales[rows], grid.zeros[rows], grid.g_idx)
+        _keep_better(rounded, rows, _round_rows(T[rows], factor, some, WIDER_GRIDS, bits, round_block))
+    return rounded
+
+
+def _losses(E: Tensor, hessian: Hessian) -> Tensor:
+    """tr(e H eᵀ) of every row e of E, float64 (m,)."""
+    return (E @ hessian.matrix()).mul_(E).sum(dim=1, dtype=torch.float64)
 
 
 def _round_rows(
@@ -243,9 +265,13 @@ def _clipped_rows(rounded: Rounded, grid: Grid, factor: Factor, bits: int) -> Te
     """
     limit = math.inf if bits == 8 else CLIPPED
     clipped = (rounded.losses > limit * _rounding_loss(grid, factor)).nonzero()[:, 0]
-    # Repeated up to a whole multiple of rows, so that a part of the layer gives the bytes of the whole.
-    count = -(-len(clipped) // ROW_MULTIPLE) * ROW_MULTIPLE
-    return clipped[torch.arange(count, device=clipped.device) % max(len(clipped), 1)]
+    return _to_row_multiple(clipped)
+
+
+def _to_row_multiple(rows: Tensor) -> Tensor:
+    """Repeat row numbers up to a whole multiple, so that a part of the layer gives the bytes of the whole."""
+    count = -(-len(rows) // ROW_MULTIPLE) * ROW_MULTIPLE
+    return rows[torch.arange(count, device=rows.device) % max(len(rows), 1)]
 
 
 def _keep_better(rounded: Rounded, rows: Tensor, others: Rounded) -> None:

@@ -1,6 +1,6 @@
 """Predict what each choice costs: KL divergence in nats per token.
 
-    cost = 1/(2 N) Σ_t (g_tᵀ (W − Ŵ) x_t)²                      (x, g, N: see `gradients`)
+    cost = 1/(2 N) Σ_t (g_tᵀ (W − Ŵ) x_t)²                      (x, g, N: see `pipeline.gradients`)
 
 Ŵ is W rounded to nearest on the grid that the solver would fit. docs/mixed-precision.md compares the
 prediction with the measured KL of single groups, and round-to-nearest with a GPTQ solve.
@@ -9,7 +9,7 @@ prediction with the measured KL of single groups, and round-to-nearest with a GP
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,10 @@ from ..gptq.backends import select
 from ..gptq.cholesky import grid_weights
 from ..gptq.grid import fit_grid, nearest
 from ..gptq.hessian import usable_rows
-from ..modeling.layers import is_layer, weight_matrix
-from ..planning import Plan, block_of
+from ..modeling.layers import weight_matrix
+from ..pipeline.gradients import repeated_blocks, run_backward, some_batches
+from ..planning import Plan
 from ..quantized_matrix import QuantizedMatrix, sequential_groups
-from .gradients import LayerSample, collect_samples
 from .settings_groups import Choice, SettingsGroup
 
 # Calibration tokens for the backward pass, at least, and batches; rows kept of each layer.
@@ -61,14 +61,14 @@ def measure(
         ModelError: no gradients can be computed through the model, or none is finite.
     """
     layers = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
-    batches = measured_batches(calibration, next(model.parameters()).device)
+    batches = some_batches(calibration, TOKENS, BATCHES, next(model.parameters()).device)
     half = len(layers)  # the two halves of the work take about the same time
-    samples, positions = collect_samples(
+    samples = {name: LayerSample(rows=-(-ROWS // len(batches))) for name in layers}
+    positions = run_backward(
         model,
-        layers,
-        _blocks(model, plan),
+        {name: sample.take for name, sample in samples.items()},
+        repeated_blocks(model, plan),
         batches,
-        rows=-(-ROWS // len(batches)),
         seed=seed,
         progress=lambda done, total: progress(half * done // total, 2 * half),
     )
@@ -81,6 +81,37 @@ def measure(
             )
             progress(half + len(errors), 2 * half)
     return _sum_up(groups, errors)
+
+
+@dataclass
+class LayerSample:
+    """Some tokens of one layer, in the dtype of the activations; one tensor for each call of the layer.
+
+    Attributes:
+        rows: tokens kept of a call, evenly spaced.
+        x: inputs (tokens, in).
+        g: gradients (tokens, out) of the log-likelihood of the labels, scaled so that a sum of (gᵀ Δy)² over these
+            tokens estimates the sum over all tokens.
+    """
+
+    rows: int
+    x: list[Tensor] = field(default_factory=list)
+    g: list[Tensor] = field(default_factory=list)
+
+    def take(self, x: Tensor) -> Callable[[Tensor], None]:
+        """Keep some rows of a call, and of its gradients."""
+        kept = torch.linspace(0, len(x) - 1, min(self.rows, len(x)), device=x.device).round().long()
+        x_kept, scale = x[kept], (len(x) / max(len(kept), 1)) ** 0.5
+
+        def take_gradients(g: Tensor) -> None:
+            self.x.append(x_kept)
+            self.g.append(g[kept] * scale)
+
+        return take_gradients
+
+    def all_rows(self) -> tuple[Tensor, Tensor]:
+        """x and g, each as one tensor."""
+        return torch.cat(self.x), torch.cat(self.g)
 
 
 @dataclass(frozen=True)
@@ -101,7 +132,7 @@ def _errors(
     W: Tensor, sample: LayerSample, choices: Sequence[Choice], sym: bool, damp: float, positions: int
 ) -> list[_Error]:
     W = W.float()
-    x, g = sample.rows() if sample.x else (W.new_zeros(0, W.shape[1]), W.new_zeros(0, W.shape[0]))
+    x, g = sample.all_rows() if sample.x else (W.new_zeros(0, W.shape[1]), W.new_zeros(0, W.shape[0]))
     good = usable_rows(x) & usable_rows(g)
     x, g = x[good], g[good].float()
     # Products of bfloat16 are exact in float32; float16 cannot represent small errors.
@@ -146,20 +177,3 @@ def _sum_up(groups: Sequence[SettingsGroup], errors: Mapping[str, list[_Error]])
         for group in groups
     ]
     return Costs(by_group, [name for name, found in errors.items() if found[0].cost is None])
-
-
-def measured_batches(calibration: Calibration, device: torch.device) -> list[dict[str, Tensor]]:
-    """Batches evenly from the calibration set: `BATCHES` of them, or more if these are fewer than `TOKENS` tokens."""
-    count = len(calibration.batches)
-    # Ready-made batches may hold no tokens.
-    for_tokens = -(-TOKENS * count // calibration.tokens) if calibration.tokens else 0
-    wanted = min(count, max(BATCHES, for_tokens))
-    chosen = [calibration.batches[i * count // wanted] for i in range(wanted)]
-    return [{key: value.to(device) for key, value in batch.items()} for batch in chosen]
-
-
-def _blocks(model: nn.Module, plan: Plan) -> list[nn.Module]:
-    """The repeated blocks that hold layers of the plan; a layer outside of blocks is none."""
-    names = dict.fromkeys(block_of(layer.name) for layer in plan.layers)
-    modules = [model.get_submodule(name) for name in names]
-    return [module for module in modules if not is_layer(module)]

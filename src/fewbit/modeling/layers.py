@@ -7,6 +7,7 @@ into the inputs.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -100,6 +101,14 @@ def empty_state(model: nn.Module) -> dict[str, Tensor]:
     """Return all parameters and buffers by name, without values: on the meta device."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+
+
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """Return the arguments that keep a model's forward from filling a cache of keys and values."""
+    accepted = inspect.signature(model.forward).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    takes_it = "use_cache" in accepted or (takes_any and hasattr(model, "config"))
+    return {"use_cache": False} if takes_it else {}
 
 
 @contextmanager

@@ -15,13 +15,16 @@ from torch import Tensor, nn
 
 from ..checkpoint.layout import pack, unpack
 from ..context import RunContext
+from ..distributed import ROW_MULTIPLE
 from ..errors import ModelError, RankError, SolverError
 from ..gptq import Hessian, InputGroup, Solution, quantize_weight
 from ..gptq.cholesky import UNDER_ROUTED
 from ..gptq.hessian import usable_rows
+from ..gptq.output_feedback import block_size
 from ..modeling.layers import input_rows, set_weight_matrix, weight_matrix
 from ..planning import LayerPlan, Plan
 from ..quantized_matrix import QuantizedMatrix
+from .output_hessians import OutputHessians
 from .scheduler import LayerInput
 from .statistics import HessianPool, SharedHessian
 from .tune_block import TuneResult
@@ -153,6 +156,7 @@ class LayerQuantizer:
         sink: receives finished blocks.
         ctx: all ranks visit the same layers; each solves some rows of a layer, and gets all codes.
         keep_open: blocks that are not flushed to the sink before `close`.
+        outputs: Hessians of the layers' outputs; None counts all outputs of a layer alike.
     """
 
     def __init__(
@@ -164,11 +168,13 @@ class LayerQuantizer:
         ctx: RunContext,
         *,
         keep_open: Collection[str] = (),
+        outputs: OutputHessians | None = None,
     ) -> None:
         self.plan = plan
         self.modules = modules
         self.hessians = hessians
         self.sink = sink
+        self.outputs = outputs
         self.ctx, self.comm, self.profiler = ctx, ctx.comm, ctx.profiler
         self._layers = {layer.name: layer for layer in plan.layers}
         self._open = {block: set(names) for block, names in plan.block_layers().items()}
@@ -207,11 +213,13 @@ class LayerQuantizer:
 
         # 2. Solve this rank's rows (given H, rows are independent), and gather the codes of all rows.
         with self.profiler.time("solve"):
-            shard = self.comm.row_shard(layer.out_features)
+            multiple = block_size(layer.out_features) if self.outputs else ROW_MULTIPLE
+            shard = self.comm.row_shard(layer.out_features, multiple)
             correction = self.ctx.config.effective_correction
+            G = self.outputs.of(name, shard.rows, W.device) if self.outputs else None
             try:
                 solution = quantize_weight(
-                    W[shard.rows], group, settings, correction=correction, reduce=shard.reduce
+                    W[shard.rows], group, settings, correction=correction, reduce=shard.reduce, G=G
                 )
             except SolverError as error:
                 raise ModelError(f"layer {name} cannot be quantized: {error}") from error

@@ -25,6 +25,7 @@ from ..context import RunContext
 from ..distributed import Communicator
 from ..errors import CalibrationError, FewbitError, ModelError, SolverError
 from ..gptq import fallback_reason
+from ..modeling.layers import without_cache
 from ..planning import Plan, output_embedding_name
 from ..profiling import Profiler
 from .block_tuning import BlockTuner
@@ -33,6 +34,7 @@ from .later_passes import LaterInputs, uses_per_pass
 from .layer_quantizer import LayerQuantizer, ResultSink
 from .memory import activation_budget
 from .offload import make_offloader
+from .output_hessians import OutputHessians
 from .scheduler import BlockCall, Hooks, LayerInput, OnBlockEnd, Scheduler, ScheduleStats
 from .statistics import BatchMasks, HessianPool, split_holdout
 from .streaming import Weights
@@ -51,6 +53,7 @@ def quantize_layers(
     sink: ResultSink,
     weights: Weights,
     ctx: RunContext,
+    outputs: OutputHessians | None = None,
 ) -> list[str]:
     """Put the quantized weight of every layer of the plan in place, and its packed tensors into the sink.
 
@@ -62,6 +65,7 @@ def quantize_layers(
         weights: source of the model's weights.
         ctx: every rank of `ctx.comm` has the model and all batches, and ends with all layers quantized. Activations
             that do not fit on a CUDA device are kept in `ctx.offload_dir`, or else in host memory.
+        outputs: Hessians of the layers' outputs; None counts all outputs of a layer alike.
 
     Returns:
         Notes for the user, as sentences.
@@ -85,7 +89,7 @@ def quantize_layers(
     uses = uses_per_pass(model, modules, calibration.batches[0]) if calibration.batches else {}
     later = LaterInputs(uses, ctx.offload_dir)
     hessians = HessianPool(masks, encoder_outputs.has, comm, experts.rows, later)
-    quantizer = LayerQuantizer(plan, modules, hessians, sink, ctx, keep_open=blocks)
+    quantizer = LayerQuantizer(plan, modules, hessians, sink, ctx, keep_open=blocks, outputs=outputs)
     notes = _solver_notes(weights.device, len(plan.layers))
     # Jobs 0 ... N−1 run the quantized path; with a full-precision path, jobs N ... 2N−1 run the same batches on it.
     two_paths = needs_full_precision(config)
@@ -393,14 +397,6 @@ class UnchangedWeights:
                     "of RWKV models, set it to 0"
                 )
         self._versions.clear()
-
-
-def without_cache(model: nn.Module) -> dict[str, bool]:
-    """Return the arguments that keep a model's forward from filling a cache of keys and values."""
-    accepted = inspect.signature(model.forward).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    takes_it = "use_cache" in accepted or (takes_any and hasattr(model, "config"))
-    return {"use_cache": False} if takes_it else {}
 
 
 def _untie(model: nn.Module, modules: Mapping[str, nn.Module], weights: Weights) -> None:

@@ -44,6 +44,7 @@ _PHASES = {
     "calibration": "read and tokenize the text",
     "load": "read the model",
     "measure": "measure the sensitivity of each layer",
+    "gradients": "gradients of the outputs",
     "walk": "forward passes",
     "hessian": "accumulate Hessians",
     "solve": "solve",

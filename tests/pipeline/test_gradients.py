@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from fewbit.errors import ModelError
-from fewbit.mixed_precision.gradients import collect_samples, gaussian_score, label_score
+from fewbit.mixed_precision.sensitivity import LayerSample
 from fewbit.modeling.layers import is_layer
+from fewbit.pipeline.gradients import gaussian_score, label_score, run_backward
 from models import FAMILIES, random_sequences, tiny_model
 
 
@@ -22,11 +23,14 @@ def batches(count=2, **more):
     return [{"input_ids": item["input_ids"][None], **more} for item in random_sequences(count)]
 
 
+def collect(model, layers, blocks, data, rows=1000, seed=0):
+    samples = {name: LayerSample(rows) for name in layers}
+    takes = {name: sample.take for name, sample in samples.items()}
+    return samples, run_backward(model, takes, blocks, data, seed=seed, progress=lambda done, total: None)
+
+
 def run(model, data, rows=1000, seed=0):
-    layers = linear_layers(model)
-    return collect_samples(
-        model, layers, list(model.model.layers), data, rows=rows, seed=seed, progress=lambda done, total: None
-    )
+    return collect(model, linear_layers(model), list(model.model.layers), data, rows, seed)
 
 
 def test_label_score_is_the_drawn_label_less_the_distribution():
@@ -68,7 +72,7 @@ def test_gradients_are_those_of_plain_autograd():
     handle.remove()
     score, count = label_score(logits.detach(), None, torch.Generator().manual_seed(0))
     logits.backward(score)
-    x, g = samples[name].rows()
+    x, g = samples[name].all_rows()
     assert positions == count == 24
     torch.testing.assert_close(x, found["x"][0].detach())
     torch.testing.assert_close(g, found["y"].grad[0])
@@ -79,8 +83,8 @@ def test_fewer_rows_are_scaled_to_stand_for_all():
     whole, _ = run(model, data)
     some, _ = run(model, data, rows=8)
     name = "model.layers.0.mlp.down_proj"
-    x, g = whole[name].rows()
-    x_some, g_some = some[name].rows()
+    x, g = whole[name].all_rows()
+    x_some, g_some = some[name].all_rows()
     kept = torch.linspace(0, 23, 8).round().long()
     torch.testing.assert_close(x_some, x[kept])
     torch.testing.assert_close(g_some, g[kept] * 3**0.5)
@@ -95,11 +99,9 @@ def test_every_layer_of_every_family_gets_gradients(family):
         if is_layer(module) and name not in ("lm_head", "embed_out")
     }
     blocks = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
-    samples, _ = collect_samples(
-        model, layers, list(blocks), batches(), rows=100, seed=0, progress=lambda done, total: None
-    )
+    samples, _ = collect(model, layers, list(blocks), batches())
     for name, sample in samples.items():
-        x, g = sample.rows()
+        x, g = sample.all_rows()
         assert len(x) == len(g) == 48, name
         assert g.ne(0).any(), name
 
@@ -126,7 +128,7 @@ def test_the_model_is_left_as_it_was_after_an_error():
 def test_the_seed_decides_the_labels():
     model, data = tiny_model("llama"), batches()
     name = "model.layers.0.mlp.up_proj"
-    first, again, other = (run(model, data, seed=seed)[0][name].rows()[1] for seed in (1, 1, 2))
+    first, again, other = (run(model, data, seed=seed)[0][name].all_rows()[1] for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -148,9 +150,7 @@ class InPlace(nn.Module):
 def test_models_of_unusual_habits():
     model = InPlace()
     layers = {"first": model.first, "second": model.second}
-    samples, positions = collect_samples(
-        model, layers, [], [{"x": torch.randn(1, 6, 4)}], rows=100, seed=0, progress=lambda done, total: None
-    )
+    samples, positions = collect(model, layers, [], [{"x": torch.randn(1, 6, 4)}])
     assert positions == 6
     torch.testing.assert_close(samples["first"].g[0], samples["second"].g[0] @ model.second.weight.detach())
 
@@ -166,13 +166,11 @@ class Convolution(nn.Module):
 
 def test_rows_of_a_convolution_are_its_patches():
     model, x = Convolution(), torch.randn(2, 3, 6, 8)
-    samples, _ = collect_samples(
-        model, {"layer": model.layer}, [], [{"x": x}], rows=1000, seed=0, progress=lambda done, total: None
-    )
+    samples, _ = collect(model, {"layer": model.layer}, [], [{"x": x}])
     output = model(x)
     score, _ = gaussian_score(output.detach(), None, torch.Generator().manual_seed(0))
     output.backward(score)
-    patches, g = samples["layer"].rows()
+    patches, g = samples["layer"].all_rows()
     torch.testing.assert_close(g.T @ patches, model.layer.weight.grad.flatten(1))
 
 
@@ -201,13 +199,5 @@ class BrokenBackward(NoGradient):
     ],
 )
 def test_models_without_gradients_are_refused_with_advice(model, reason):
-    with pytest.raises(ModelError, match=rf"{reason}.*leave target_bits out and choose bits with override"):
-        collect_samples(
-            model,
-            {"layer": model.layer},
-            [],
-            [{"x": torch.randn(1, 3, 4)}],
-            rows=9,
-            seed=0,
-            progress=lambda *_: None,
-        )
+    with pytest.raises(ModelError, match=rf"{reason}.*leave them out, choose bits with override"):
+        collect(model, {"layer": model.layer}, [], [{"x": torch.randn(1, 3, 4)}])

@@ -1,94 +1,104 @@
 """How the model's output depends on every layer: inputs and output gradients of the same tokens.
 
-`collect_samples` runs the model forward and backward over a few batches and does not change it.
+`run_backward` runs the model forward and backward over some batches and does not change it.
 
 The labels are drawn from the model's own distribution p, and g_t is the gradient of log p(labels) with respect to a
 layer's output at token t. The second-order term of the KL divergence is ½ Δyᵀ F Δy with the Fisher information
 F = E[g gᵀ]. So a small change Δy_t causes a KL divergence of E[½ (g_tᵀ Δy_t)²].
 
-Memory: the inputs of every block for one batch, one block's activations, and the rows that are kept.
+Memory: the inputs of every block for one batch, one block's activations, and what the caller keeps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..calibration import Calibration
 from ..errors import ModelError
-from ..modeling.layers import input_rows
-from ..pipeline.quantize_layers import without_cache
+from ..modeling.layers import forward_replaced, input_rows, is_layer, without_cache
+from ..planning import Plan, block_of
 
 # Positions × vocabulary of one float32 softmax: 64 MB.
 _CHUNK_ELEMENTS = 1 << 24
 
 
-@dataclass
-class LayerSample:
-    """Some tokens of one layer, in the dtype of the activations; one tensor for each call of the layer.
-
-    Attributes:
-        x: inputs (tokens, in).
-        g: gradients (tokens, out) of the log-likelihood of the labels, scaled so that a sum of (gᵀ Δy)² over these
-            tokens estimates the sum over all tokens.
-    """
-
-    x: list[Tensor] = field(default_factory=list)
-    g: list[Tensor] = field(default_factory=list)
-
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """x and g, each as one tensor."""
-        return torch.cat(self.x), torch.cat(self.g)
+# Called with the input rows x (tokens, in) of one call of a layer. What it returns is called in the backward pass with
+# g (tokens, out), the gradient of the log-likelihood of the labels with respect to the output rows. Both have the
+# dtype of the activations. What it keeps of x stays in memory until then.
+Take = Callable[[Tensor], Callable[[Tensor], None]]
 
 
-def collect_samples(
+def run_backward(
     model: nn.Module,
-    layers: Mapping[str, nn.Module],
+    takes: Mapping[str, Take],
     blocks: Sequence[nn.Module],
     batches: Sequence[Mapping[str, Tensor]],
     *,
-    rows: int,
     seed: int,
     progress: Callable[[int, int], None],
-) -> tuple[dict[str, LayerSample], int]:
-    """Inputs and gradients of all layers, and the number of positions whose labels were drawn.
+    release: Callable[[], None] = lambda: None,
+) -> int:
+    """Run all batches forward and backward.
 
     Args:
         model: model in evaluation mode.
-        layers: layers of the model, by name.
+        takes: name of a layer → what gets its rows.
         blocks: modules whose activations are computed again in the backward pass; only their inputs are kept.
         batches: keyword arguments of the model, on its device.
-        rows: tokens kept per layer and batch.
         seed: seed of the labels.
         progress: callback, called as ``progress(done, total)`` after each batch.
+        release: called when a block was computed; its weights may then leave the model until the block runs again.
+
+    Returns:
+        The number of positions whose labels were drawn.
 
     Raises:
         ModelError: gradients cannot be computed through this model.
     """
-    samples = {name: LayerSample() for name in layers}
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    device = next(iter(batches[0].values())).device
+    generator = torch.Generator(device).manual_seed(seed)
     positions = 0
     with ExitStack() as undo:
         undo.enter_context(torch.enable_grad())
         undo.enter_context(_frozen(model))
-        undo.enter_context(_recomputed(blocks))
-        for name, module in layers.items():
-            hook = _keep(samples[name], rows)
-            undo.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        undo.enter_context(_recomputed(blocks, release))
+        for name, take in takes.items():
+            hook = model.get_submodule(name).register_forward_hook(_hook(take), with_kwargs=True)
+            undo.callback(hook.remove)
         for done, batch in enumerate(batches, start=1):
             positions += _forward_backward(model, batch, generator)
             progress(done, len(batches))
-    return samples, positions
+    return positions
+
+
+def some_batches(
+    calibration: Calibration, tokens: int, least: int, device: torch.device
+) -> list[dict[str, Tensor]]:
+    """Batches evenly from the calibration set: `least` of them, or more if these have fewer than `tokens` tokens."""
+    count = len(calibration.batches)
+    # Ready-made batches may hold no tokens.
+    for_tokens = -(-tokens * count // calibration.tokens) if calibration.tokens else 0
+    wanted = min(count, max(least, for_tokens))
+    chosen = [calibration.batches[i * count // wanted] for i in range(wanted)]
+    return [{key: value.to(device) for key, value in batch.items()} for batch in chosen]
+
+
+def repeated_blocks(model: nn.Module, plan: Plan) -> list[nn.Module]:
+    """The repeated blocks that hold layers of the plan; a layer outside of blocks is none."""
+    names = dict.fromkeys(block_of(layer.name) for layer in plan.layers)
+    modules = [model.get_submodule(name) for name in names]
+    return [module for module in modules if not is_layer(module)]
 
 
 def _forward_backward(model: nn.Module, batch: Mapping[str, Tensor], generator: torch.Generator) -> int:
     """Run one batch forward and backward. Returns the number of labels drawn."""
-    advice = "target_bits measures every layer by its gradients: leave target_bits out and choose bits with override"
+    advice = "target_bits and loss_aware need the gradients of every layer: leave them out, choose bits with override"
     try:
         output = model(**batch, **without_cache(model))
         result, score = _result(output)
@@ -159,24 +169,17 @@ def _counted(result: Tensor, batch: Mapping[str, Tensor]) -> Tensor | None:
     return mask.bool() if mask is not None and mask.shape == result.shape[:-1] else None
 
 
-def _keep(sample: LayerSample, rows: int) -> Callable[[nn.Module, Any, dict[str, Any], Tensor], Tensor]:
-    """A forward hook that puts some input rows, and later their gradients, into `sample`."""
+def _hook(take: Take) -> Callable[[nn.Module, Any, dict[str, Any], Tensor], Tensor]:
+    """A forward hook that hands the input rows, and later the gradients of the output rows, to `take`."""
 
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
         if not output.requires_grad:  # the first layers, where the gradients end
             # Cloned, because a model may change it in place, which a leaf does not allow.
             output = output.detach().requires_grad_().clone()
         first: Tensor = args[0] if args else next(iter(kwargs.values()))
-        x = input_rows(module, first.detach())
-        kept = torch.linspace(0, len(x) - 1, min(rows, len(x)), device=x.device).round().long()
-        x_kept, scale = x[kept], (len(x) / max(len(kept), 1)) ** 0.5
-
-        def take(gradient: Tensor) -> None:
-            sample.x.append(x_kept)
-            sample.g.append(_output_rows(module, gradient)[kept] * scale)
-
+        take_gradients = take(input_rows(module, first.detach()))
         # A block that is computed again gives new outputs, whose hooks never run: each call counts once.
-        output.register_hook(take)  # type: ignore[no-untyped-call]
+        output.register_hook(lambda g: take_gradients(_output_rows(module, g)))  # type: ignore[no-untyped-call]
         return output
 
     return hook
@@ -203,20 +206,19 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
+def _recomputed(blocks: Sequence[nn.Module], release: Callable[[], None]) -> Iterator[None]:
     """Keep only the inputs of `blocks`; the backward pass computes their activations again."""
 
     def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return forward(*args, **kwargs)
+            finally:  # the second time it ends early, with an exception, once all activations are there
+                release()
 
-    previous = [block.__dict__.get("forward") for block in blocks]
-    try:
+        return lambda *args, **kwargs: checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+    with ExitStack() as undo:
         for block in blocks:
-            block.__dict__["forward"] = wrap(block.forward)
+            undo.enter_context(forward_replaced(block, wrap(block.forward)))
         yield
-    finally:
-        for block, forward in zip(blocks, previous, strict=True):
-            if forward is None:
-                del block.__dict__["forward"]
-            else:
-                block.__dict__["forward"] = forward

@@ -1,0 +1,122 @@
+"""Feedback between outputs: rows absorb the errors of rows that were rounded before them.
+
+The layer's loss tr(E H Eᵀ) with E = Ŵ − T counts all outputs alike. The model's loss does not: with g the gradient of
+the log-likelihood with respect to the layer's output, a small error adds the mean of ½ (gᵀ E x)² to the KL divergence.
+Taking g and x as independent (K-FAC, arXiv:1503.05671), that is ½ tr(G E H Eᵀ) with G = Σ g gᵀ, but for a factor. With
+
+    G + λI = L D Lᵀ     D block diagonal in chunks of outputs, L lower triangular with the identity in these blocks
+
+it is ½ Σ_k tr(D_k E'_k H E'_kᵀ) with E'_k = E_k + Σ_{l>k} L_lkᵀ E_l. So the chunks are rounded from the last to the
+first, and chunk k is rounded to T_k − Σ_{l>k} L_lkᵀ E_l: feedback across outputs as in YAQA (arXiv:2505.22988), beside
+the feedback across inputs that is GPTQ.
+
+G is kept in equal blocks of at most `LARGEST_BLOCK` consecutive outputs. Blocks are independent: chunk k of all blocks
+is rounded at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LARGEST_BLOCK = 1024  # outputs in a block of G
+MULTIPLE = 32  # outputs; a product of a part of the rows gives the bytes of the whole (as in `distributed`)
+CHUNK = 8  # outputs that are rounded at once, and ignore each other's errors
+
+# λ as a fraction of the mean of a block's diagonal, without zeros. Chosen by measurement: docs/accuracy.md.
+DAMP = 1.0
+
+
+@dataclass(frozen=True)
+class OutputFactor:
+    """G + λI = L D Lᵀ of every block.
+
+    Attributes:
+        rows: int64 (blocks, size), the outputs of each block by rising diagonal of G; numbers beyond the layer's last
+            output fill the last block.
+        L: float32 (blocks, size, size), in this order.
+    """
+
+    rows: Tensor
+    L: Tensor
+
+
+class Rounded(NamedTuple):
+    """Rows that are rounded.
+
+    Attributes:
+        codes: uint8 (m, n).
+        scales: float16 (m, groups).
+        losses: float64 (m,), tr(E H Eᵀ) of every row.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    losses: Tensor
+
+
+# Rounds rows to targets: called with the targets, float32 (k, n), and the numbers of the rows, int64 (k,). Returns what
+# it rounded, and the dequantized weight (k, n).
+RoundRows = Callable[[Tensor, Tensor], tuple[Rounded, Tensor]]
+
+
+def block_size(outputs: int) -> int:
+    """Outputs in a block of G, a whole multiple of `MULTIPLE`."""
+    blocks = -(-outputs // LARGEST_BLOCK)
+    return -(-outputs // (blocks * MULTIPLE)) * MULTIPLE
+
+
+def output_blocks(g: Tensor) -> Tensor:
+    """Σ g gᵀ of some tokens, in blocks: float32 (blocks, size, size) from g (tokens, outputs)."""
+    size = block_size(g.shape[1])
+    padded = torch.nn.functional.pad(g.float(), (0, -g.shape[1] % size))
+    return torch.stack([block.T @ block for block in torch.split(padded, size, dim=1)])
+
+
+def factor_outputs(G: Tensor) -> OutputFactor:
+    """Factor G (blocks, size, size), finite and positive semidefinite, in float64."""
+    orders, factors = zip(*map(_factor_block, G), strict=True)
+    first = torch.arange(len(G), device=G.device)[:, None] * G.shape[1]
+    return OutputFactor(torch.stack(orders) + first, torch.stack(factors))
+
+
+def _factor_block(G: Tensor) -> tuple[Tensor, Tensor]:
+    """The order of the outputs of a block, and its L."""
+    diagonal = G.diagonal().double()
+    order = torch.argsort(diagonal, stable=True)
+    used = diagonal > 0
+    added = DAMP * float(diagonal[used].mean()) if bool(used.any()) else 1.0
+    A = G.double()[order][:, order]
+    A.diagonal().add_(added)
+    C = torch.linalg.cholesky(A)
+    chunk = torch.arange(len(G), device=G.device) // CHUNK
+    roots = C * (chunk[:, None] == chunk)  # D = roots rootsᵀ
+    return order, torch.linalg.solve_triangular(roots, C, upper=False, left=False).float()
+
+
+def round_with_feedback(T: Tensor, factor: OutputFactor, round_rows: RoundRows) -> Rounded:
+    """Round all rows of T (m, n); the losses are those of the shifted targets."""
+    (m, n), (blocks, size) = T.shape, factor.rows.shape
+    E = T.new_zeros(blocks, size, n)  # Ŵ − T, in the order of factor.rows
+    parts: list[tuple[Tensor, ...]] = []
+    for a in reversed(range(0, size, CHUNK)):
+        b = a + CHUNK
+        rows = factor.rows[:, a:b].flatten()
+        inside = rows < m
+        rows = rows[inside]
+        if len(rows) == 0:
+            continue
+        # Σ_{l>k} L_lkᵀ E_l
+        shifts = torch.cat([L[b:, a:b].T @ later[b:] for L, later in zip(factor.L, E, strict=True)])
+        rounded, W_hat = round_rows(T[rows] - shifts[inside], rows)
+        chunk = T.new_zeros(blocks * CHUNK, n)
+        chunk[inside] = W_hat - T[rows]
+        E[:, a:b] = chunk.view(blocks, CHUNK, n)
+        parts.append((rows, *rounded))
+    rows, codes, scales, losses = map(torch.cat, zip(*parts, strict=True))
+    order = torch.argsort(rows)
+    return Rounded(codes[order], scales[order], losses[order])
