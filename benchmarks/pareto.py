@@ -4,13 +4,14 @@
     python benchmarks/pareto.py --tools fewbit gguf
     python benchmarks/pareto.py --tools gptqmodel --gptqmodel-python V/bin/python
     python benchmarks/pareto.py --chart docs/pareto.svg --table docs/accuracy.md
+    python benchmarks/pareto.py --model smollm2 --samples 64 --only 'fewbit/best, 300000/3'
 
 A point is a tool, a setting and a size. Each is quantized in a process of its own, on the calibration tokens that
 fewbit draws, and its dequantized weights are scored in float32 by fewbit.evaluation. Size is the mean number of stored
 bits of a weight of the decoder's linear layers: embeddings and output layer stay as they are, for every tool. The
 model is SmolLM2-135M with rescaled features (prepare.py): its own weights come from a GGUF file, and lie on a grid that
-GGUF types find again. Points
-are appended to benchmarks/results/pareto.jsonl at once, and what is there is not run again.
+GGUF types find again. The last command measures one point on the model itself, with more training. Points are appended
+to benchmarks/results/pareto.jsonl at once, and what is there is not run again.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ GROUP_SIZE = 64
 DISTILL_TOKENS = 100_000  # a fifth of the default, to end within half an hour a point
 ASYMMETRIC = "asymmetric, 32"  # the defaults with the kind of grid that most GGUF types have
 # Modes with options: --loss-aware; --rotate, whose output layer no longer shares its matrix with the embeddings; and
-# --distill with both.
+# --distill. A number at the end is that of the tokens to distill on.
 LOSS_AWARE, ROTATED, DISTILLED = "loss-aware", "rotated", "distilled"
 GGUF_TYPES = (
     *("Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0"),
@@ -69,9 +70,9 @@ def settings(tools: list[str]) -> Iterator[Setting]:
                 yield from (Setting(tool, mode, size) for size in ("8", "4", "3", "2", "3.5", "2.5"))
             for mode in ("default", "best", ASYMMETRIC):
                 yield from (Setting(tool, f"{mode}, {ROTATED}", size) for size in ("4", "3", "2"))
-            for more in (LOSS_AWARE, f"{LOSS_AWARE}, {ROTATED}", f"{LOSS_AWARE}, {ROTATED}, {DISTILLED}"):
-                yield from (Setting(tool, f"default, {more}", size) for size in ("4", "3", "2"))
-            for mode in (ASYMMETRIC, f"{ASYMMETRIC}, {LOSS_AWARE}, {ROTATED}"):
+            for more in ("", f", {ROTATED}", f", {DISTILLED}", f", {ROTATED}, {DISTILLED}"):
+                yield from (Setting(tool, f"default, {LOSS_AWARE}{more}", size) for size in ("4", "3", "2"))
+            for mode in (ASYMMETRIC, f"{ASYMMETRIC}, {LOSS_AWARE}, {ROTATED}", f"best, {LOSS_AWARE}"):
                 yield from (Setting(tool, mode, size) for size in ("4", "3", "2"))
 
 
@@ -96,7 +97,7 @@ def with_fewbit(job: accuracy.Job, one: Setting) -> dict[str, Any]:
         seq_len=protocol.seq_len,
         # Training takes hours in float32, and gains nothing from it.
         dtype="bfloat16" if trains else protocol.dtype,
-        distill_tokens=DISTILL_TOKENS,
+        distill_tokens=int(options[-1]) if options[-1].isdigit() and trains else DISTILL_TOKENS,
         **({"distill": True} if DISTILLED in options else {}),
     )
     report = fewbit.quantize(job.model, config, dataset=str(job.calibration), output=job.output)
@@ -161,7 +162,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tools", nargs="+", choices=list(TOOLS), default=list(TOOLS))
-    parser.add_argument("--only", help="TOOL/MODE/SIZE of a single point")
+    parser.add_argument("--only", metavar="TOOL/MODE/SIZE", help="a single point, of the chart or not")
+    parser.add_argument(
+        "--model", choices=(prepare.RESCALED.name, prepare.MODEL.name), default=prepare.RESCALED.name
+    )
     parser.add_argument("--gptqmodel-python", type=Path)
     parser.add_argument(
         "--ggml-folder", type=Path, help="folder of libggml-base.so, without llama-cpp-python"
@@ -174,18 +178,24 @@ def main() -> None:
         "--table", type=Path, metavar="PAGE.md", help="with --chart: also list the points there"
     )
     arguments = parser.parse_args()
-    if arguments.chart:
-        pareto_chart.write(arguments.chart, read())
-        if arguments.table:
-            pareto_chart.write_table(arguments.table, read())
-        return
     protocol = accuracy.Protocol(
-        prepare.RESCALED.name, "wiki", "wiki, austen", arguments.samples, 512, arguments.windows, "float32"
+        arguments.model, "wiki", "wiki, austen", arguments.samples, 512, arguments.windows, "float32"
     )
+    if arguments.chart:
+        chosen = {tuple(asdict(one).values()) for one in settings(list(TOOLS))}
+        records = [
+            record
+            for record in read()
+            if record["protocol"] == asdict(protocol) and tuple(record["setting"].values()) in chosen
+        ]
+        pareto_chart.write(arguments.chart, records)
+        if arguments.table:
+            pareto_chart.write_table(arguments.table, records)
+        return
     texts = (prepare.TEST, prepare.AUSTEN_TEST)
     job = accuracy.Job(
         protocol,
-        prepare.RESCALED,
+        prepare.DATA / arguments.model,
         prepare.TRAIN,
         texts,
         arguments.gptqmodel_python,
@@ -197,15 +207,18 @@ def main() -> None:
         accuracy.in_child(accuracy.score_original, job)
     RESULTS.parent.mkdir(exist_ok=True)
     done = {tuple(record["setting"].values()) for record in read() if record["protocol"] == asdict(protocol)}
-    for one in settings(arguments.tools):
-        name = f"{one.tool}/{one.mode}/{one.size}"
-        if arguments.only not in (None, name) or (one.tool, one.mode, one.size) in done:
+    only = [Setting(*arguments.only.split("/"))] if arguments.only else settings(arguments.tools)
+    for one in only:
+        if tuple(asdict(one).values()) in done:
             continue
         found = measure(job, one, arguments.keep)
         with RESULTS.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"protocol": asdict(protocol), "setting": asdict(one), **found}) + "\n")
         kl = {text: score["kl"] for text, score in found.get("texts", {}).items()}
-        print(f"{name}: {found.get('bits')} bits per weight, KL {kl or found['error']}", flush=True)
+        print(
+            f"{one.tool}/{one.mode}/{one.size}: {found.get('bits')} bits per weight, KL {kl or found['error']}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

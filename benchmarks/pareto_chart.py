@@ -16,13 +16,14 @@ _WIDTH, _HEIGHT = 860, 520
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 190, 50, 60
 _BITS = (2.0, 9.0)
 _LINES = {  # (tool, mode) → label, color, width, dashes
-    ("fewbit", "best"): ("fewbit best", "#0b6e4f", 3.5, ""),
-    ("fewbit", "best, rotated"): ("fewbit best, rotated", "#063b2a", 3.5, "8 3"),
-    ("fewbit", "default"): ("fewbit default", "#20a36f", 2.5, ""),
-    ("fewbit", "default, rotated"): ("fewbit default, rotated", "#20a36f", 2.5, "8 3"),
-    ("fewbit", "asymmetric, 32"): ("fewbit asym, groups of 32", "#0b6e4f", 1.5, "3 3"),
-    ("fewbit", "asymmetric, 32, rotated"): ("… rotated", "#063b2a", 1.5, "3 3"),
     ("fewbit", "fast"): ("fewbit fast", "#7fcba4", 2, ""),
+    ("fewbit", "default"): ("fewbit default", "#20a36f", 2.5, ""),
+    ("fewbit", "default, loss-aware"): ("… loss-aware", "#20a36f", 2.5, "8 3"),
+    ("fewbit", "default, loss-aware, rotated"): ("… loss-aware, rotated", "#20a36f", 2.5, "2 3"),
+    ("fewbit", "best"): ("fewbit best", "#063b2a", 3, ""),
+    ("fewbit", "default, loss-aware, rotated, distilled"): ("… both, distilled", "#063b2a", 3, "8 3"),
+    ("fewbit", "asymmetric, 32"): ("fewbit asym, groups of 32", "#b7950b", 1.5, ""),
+    ("fewbit", "asymmetric, 32, loss-aware, rotated"): ("… loss-aware, rotated", "#b7950b", 1.5, "2 3"),
     ("gptqmodel", "default"): ("GPTQModel 7.7", "#c0392b", 2, ""),
     ("gptqmodel", "mse"): ("GPTQModel 7.7, mse", "#e08e79", 2, ""),
     ("auto-round", "default"): ("auto-round 0.16", "#8e44ad", 2, ""),

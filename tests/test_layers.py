@@ -74,6 +74,7 @@ ADDED = {
     "settings for engines, more model types in GGUF, reading compressed-tensors": (3, 700),
     "AMX, a table of layers that sorts, --eval-tokens, factorizations in place": (0, 90),
     "rotation": (3, 715),
+    "loss-aware rounding": (3, 520),
 }
 
 

@@ -51,7 +51,7 @@ def test_the_points_are_listed_by_size(tmp_path):
 
 def test_points_are_listed_once():
     found = list(pareto.settings(["fewbit", "gguf", "gptqmodel"]))
-    assert len(found) == len(set(found)) == 42 + 15 + 8
+    assert len(found) == len(set(found)) == 48 + 15 + 8
 
 
 def test_ggml_types_come_back(tmp_path):

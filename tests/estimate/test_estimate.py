@@ -48,6 +48,11 @@ def test_the_time_of_options_is_left_out_with_a_note(model_folder, options, name
     )
 
 
+def added(memory):
+    """The peak without what this process held before, which varies from test to test."""
+    return memory.peak - memory.parts["libraries"]
+
+
 def test_presets_have_a_time_and_a_moment(model_folder):
     fast, default, best = (
         estimate(
@@ -61,7 +66,22 @@ def test_presets_have_a_time_and_a_moment(model_folder):
     assert fast.seconds["forward passes"] < default.seconds["forward passes"]
     assert best.seconds.keys() - default.seconds.keys() == {"tuning", "distillation"}
     assert min(best.seconds["tuning"], best.seconds["distillation"]) > 0
-    assert best.memory.peak >= default.memory.peak
+    assert added(best.memory) >= added(default.memory)
+
+
+def test_loss_aware_has_a_time_and_takes_memory(model_folder):
+    plain, loss_aware = (
+        estimate(
+            model_folder,
+            QuantConfig(group_size=16, loss_aware=chosen, seq_len=24),
+            dataset=random_sequences(),
+        )
+        for chosen in (False, True)
+    )
+    assert loss_aware.works
+    assert loss_aware.seconds.keys() - plain.seconds.keys() == {"gradients"}
+    assert loss_aware.seconds["gradients"] > 0
+    assert added(loss_aware.memory) > added(plain.memory)
 
 
 def test_activations_grow_with_the_tokens(model_folder):

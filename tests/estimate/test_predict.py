@@ -11,12 +11,13 @@ from fewbit.estimate.predict import InputCost, Sizes, device_memory, host_memory
 from fewbit.estimate.trial import LiveBytes, Trial
 from fewbit.estimate.work import DiskRate, LayerRate, LayerWork, Work, of_one_process
 from fewbit.gptq import Hessian, Holdout, InputGroup, quantize_weight
+from fewbit.gptq.output_feedback import feedback_bytes, output_blocks
 from fewbit.pipeline.memory import HOST_FRAGMENTATION
 from fewbit.planning import LayerPlan
 
 SETTINGS = LayerSettings(4, 16, True, "group", 0.01, "gptq")
 SHARDS = {"": 1000, "b": 2000}
-SIZES = Sizes(quantized=100, plain=10, output=200, journal=110, layers={})
+SIZES = Sizes(quantized=100, plain=10, output=200, journal=110, output_hessians=0, layers={})
 
 
 def layer_work(name, m, n, *, rows=100, shares=False, held=0, arena=0):
@@ -42,7 +43,7 @@ def on_gpu(works, shards=SHARDS, baseline=0, free=None):
 )
 def test_the_solver_holds_what_is_predicted(paths, m, n, dtype, monkeypatch):
     monkeypatch.setattr(
-        "fewbit.gptq.solve.CLIPPED", 0.0
+        "fewbit.gptq.round_rows.CLIPPED", 0.0
     )  # the most that a layer can need: every row on every grid
     holdout = 256 if paths == 2 else 0
     W, X = torch.randn(m, n).to(dtype), torch.randn(64, n).to(dtype)
@@ -56,6 +57,20 @@ def test_the_solver_holds_what_is_predicted(paths, m, n, dtype, monkeypatch):
     parts = on_cpu(work(layer_work("b.x", m, n), paths=paths, holdout=holdout), dtype=dtype).parts
     waiting = 2 * m * n  # of the block: not in this test
     assert parts["Hessians"] + parts["solver"] + parts["holdout"] - waiting == pytest.approx(seen, rel=0.15)
+
+
+@pytest.mark.parametrize(("m", "n"), [(1024, 512), (1536, 640), (2048, 1024), (576, 1536)])
+def test_feedback_between_outputs_holds_what_is_predicted(m, n):
+    peaks = []
+    for G in (None, output_blocks(torch.randn(64, m))):
+        W, X = torch.randn(m, n), torch.randn(64, n)
+        with LiveBytes() as live:
+            hessian = Hessian(n)
+            hessian.add(X)
+            quantize_weight(W, InputGroup(hessian), SETTINGS, G=None if G is None else G.clone())
+            peaks.append(live.peak)
+    predicted = feedback_bytes(m, n, peaks[0] - 4 * n * n)
+    assert peaks[1] == pytest.approx(peaks[0] + predicted, rel=0.1)
 
 
 def test_the_parts_of_a_moment_add_up():

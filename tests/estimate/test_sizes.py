@@ -26,3 +26,22 @@ def test_the_files_have_the_predicted_sizes(tmp_path, options):
     assert 0 <= weights - found.sizes.quantized - found.sizes.plain < 8000  # the header
     everything = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
     assert found.sizes.output == pytest.approx(everything, rel=0.15)
+
+
+def test_the_hessians_of_the_outputs_take_what_is_predicted(tmp_path):
+    model = save_tiny(tmp_path / "model")
+    config, data = QuantConfig(group_size=16, loss_aware=True), random_sequences()
+
+    class KilledError(Exception):
+        pass
+
+    def kill(phase, done, total):
+        if phase == "quantize":
+            raise KilledError
+
+    found = estimate(model, config, dataset=data, output=tmp_path / "out")
+    with pytest.raises(KilledError):
+        fewbit.quantize(model, config, dataset=data, output=tmp_path / "out", progress=kill)
+    stored = (tmp_path / "out" / ".fewbit" / "output_hessians.safetensors").stat().st_size
+    assert 0 <= stored - found.sizes.output_hessians < 8000  # the header
+    assert found.sizes.disk - found.sizes.output - found.sizes.journal == found.sizes.output_hessians

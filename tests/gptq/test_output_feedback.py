@@ -8,7 +8,9 @@ import torch
 from fewbit.config import LayerSettings
 from fewbit.gptq import Hessian, InputGroup, quantize_weight
 from fewbit.gptq import output_feedback as feedback
-from fewbit.gptq.output_feedback import CHUNK, Rounded, block_size, factor_outputs, output_blocks
+from fewbit.gptq.grid import Grid
+from fewbit.gptq.output_feedback import CHUNK, block_size, factor_outputs, output_blocks
+from fewbit.gptq.round_rows import Rounded
 
 SETTINGS = LayerSettings(bits=3, group_size=32, sym=True, act_order="group", damp=0.01, method="gptq")
 
@@ -84,30 +86,29 @@ def test_blocks_without_any_gradient_have_no_feedback():
 
 @pytest.mark.parametrize("outputs", [8, 100, 192])
 def test_targets_are_shifted_by_the_errors_of_the_rows_before(outputs):
-    """A rounding that is known exactly: each row is one bit above its target in every column."""
     generator = torch.Generator().manual_seed(1)
     T = torch.randn(outputs, 5, generator=generator, dtype=torch.float64).float()
-    G = output_blocks(torch.randn(200, outputs, generator=generator))
-    factor = factor_outputs(G)
-    given = {}
+    factor = factor_outputs(output_blocks(torch.randn(200, outputs, generator=generator)))
+    numbers = torch.arange(outputs)[:, None]  # zero points that say which row it is
+    given, E = {}, torch.zeros(outputs, 5, dtype=torch.float64)
 
-    def round_rows(targets, rows):
-        given.update(zip(rows.tolist(), targets, strict=True))
-        W_hat = torch.round(targets * 4) / 4
-        return Rounded(W_hat.to(torch.uint8), W_hat.half(), W_hat.sum(1).double()), W_hat
+    def round_rows(targets, grid):
+        for target, row in zip(targets, grid.zeros[:, 0].tolist(), strict=True):
+            given[row] = target.double()
+            E[row] = torch.round(4 * target) / 4 - T[row].double()
+        return Rounded(torch.round(4 * targets) + grid.zeros, grid.scales, grid.zeros[:, 0].double())
 
-    rounded = feedback.round_with_feedback(T, factor, round_rows)
-    assert sorted(given) == list(range(outputs))
-    E = torch.stack([torch.round(given[row] * 4) / 4 for row in range(outputs)]).double() - T.double()
+    grid = Grid(torch.full((outputs, 1), 0.25).half(), numbers, torch.zeros(5, dtype=torch.int32))
+    rounded = feedback.round_with_feedback(T, grid, factor, round_rows)
+    assert rounded.losses.tolist() == list(range(outputs))  # in the order of the rows
+    torch.testing.assert_close((rounded.codes - numbers) / 4 - T, E, check_dtype=False)
     for rows, L in zip(factor.rows, factor.L.double(), strict=True):
         for k, row in enumerate(rows.tolist()):
             if row >= outputs:
                 continue
             later = [i for i in range((k // CHUNK + 1) * CHUNK, len(rows)) if int(rows[i]) < outputs]
             expected = T[row].double() - sum((L[i, k] * E[rows[i]] for i in later), torch.zeros(5))
-            torch.testing.assert_close(given[row].double(), expected, atol=1e-5, rtol=0)
-    W_hat = torch.stack([torch.round(given[row] * 4) / 4 for row in range(outputs)])
-    torch.testing.assert_close(rounded.losses, W_hat.sum(1).double())  # in the order of the rows
+            torch.testing.assert_close(given[row], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.usefixtures("backend")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -10,7 +12,7 @@ import fewbit
 from fewbit.calibration import prepare
 from fewbit.context import RunContext
 from fewbit.demo import calibration_text, evaluation_text, model_path
-from fewbit.errors import ConfigError, ModelError, OutputError
+from fewbit.errors import ConfigError, ModelError, OutputError, SolverError
 from fewbit.gptq import output_feedback
 from fewbit.gptq.output_feedback import output_blocks
 from fewbit.modeling.source import open_source
@@ -20,6 +22,7 @@ from fewbit.pipeline.output_hessians import OutputHessianStore, output_hessians
 from fewbit.pipeline.streaming import StreamedWeights, Weights
 from fewbit.planning import make_plan
 from fewbit.profiling import Profiler
+from fewbit.resources import Limit
 from models import random_sequences, save_tiny, tiny_model
 from moe_models import save_tiny_moe
 from rank_processes import run_ranks
@@ -100,8 +103,9 @@ def test_a_model_larger_than_memory_is_read_block_by_block(folder, monkeypatch):
         assert torch.equal(streamed[name], G)
 
 
-def test_the_result_is_nearer_to_the_original(tmp_path):
+def test_the_result_is_nearer_to_the_original(tmp_path, monkeypatch):
     """The trained model in the package, on text that it was not calibrated with."""
+    monkeypatch.setattr(output_feedback, "LARGEST_BLOCK", 1024)
     kl = {}
     for loss_aware in (False, True):
         out = tmp_path / str(loss_aware)
@@ -119,7 +123,7 @@ def test_the_result_is_nearer_to_the_original(tmp_path):
             evaluate_tokens=8192,
         )
         kl[loss_aware] = report.evaluation["quantized"]["kl"]
-    assert kl[True] < 0.97 * kl[False]
+    assert kl[True] < 0.93 * kl[False]
 
 
 def test_a_report_without_notes_and_a_phase(result):
@@ -198,11 +202,19 @@ def test_experts_without_tokens_are_counted(tmp_path):
         seq_len=8,
         loss_aware=True,
     )
-    tokens = {layer["name"]: layer["tokens"] - layer["added"] for layer in report.layers}
-    if not all(tokens.values()):
-        assert any(
-            "no gradient reached" in note and "their outputs count alike" in note for note in report.notes
-        )
+    [note] = [note for note in report.notes if "no gradient reached" in note]
+    assert re.match(
+        r"no gradient reached 6 layers, for example model\.layers\..*: the outputs count alike", note
+    )
+
+
+def test_hessians_that_do_not_fit_into_memory_are_refused(monkeypatch):
+    model = tiny_model("llama", **SHAPE)
+    monkeypatch.setattr(module, "memory_left", lambda: Limit(100_000, "free on this machine"))
+    with pytest.raises(
+        ConfigError, match=r"needs 467 kB of memory .*, 100 kB are free on this machine: leave"
+    ):
+        output_hessians(model, make_plan(model, CONFIG), calibration(), Weights(model), context())
 
 
 def test_a_full_disk_is_reported(tmp_path):
@@ -211,11 +223,30 @@ def test_a_full_disk_is_reported(tmp_path):
         store.write({"x": torch.ones(2)})
 
 
-def test_gradients_that_overflow_are_refused(monkeypatch):
+def test_gradients_that_overflow_are_refused():
     model = tiny_model("llama", **SHAPE)
-    monkeypatch.setattr(module, "output_blocks", lambda g: torch.full((1, 64, 64), torch.inf))
+    model.model.layers[1].mlp.up_proj.register_full_backward_pre_hook(lambda module, g: (g[0] * torch.inf,))
     with pytest.raises(ModelError, match=r"the gradients of model.layers.* overflow: try dtype float32"):
         output_hessians(model, make_plan(model, CONFIG), calibration(), Weights(model), context())
+
+
+def test_a_loss_without_gradients_changes_nothing():
+    model = tiny_model("llama", **SHAPE)
+    model.lm_head.weight.data.zero_()
+    _, [note] = output_hessians(model, make_plan(model, CONFIG), calibration(), Weights(model), context())
+    assert note.startswith("no gradient reached 21 layers, for example model.layers.0.")
+
+
+def test_layers_that_are_rounded_to_nearest_need_no_gradients():
+    model = tiny_model("llama", **SHAPE)
+    config = fewbit.QuantConfig(loss_aware=True, group_size=32, override={".*": {"method": "rtn"}})
+    plan = make_plan(model, config)
+    assert output_hessians(model, plan, calibration(), Weights(model), context(config)) == (None, [])
+
+
+def test_damaged_sums_are_told():
+    with pytest.raises(SolverError, match=r"is damaged: remove OUT/\.fewbit/output_hessians"):
+        output_feedback.factor_outputs(-torch.eye(64)[None] * torch.arange(64))
 
 
 def test_methods_without_calibration_are_refused():

@@ -163,7 +163,7 @@ def quantize_arguments(
         bool,
         typer.Option(
             "--loss-aware",
-            help="Weight outputs by the gradients of the model's loss. Less error, a backward pass more.",
+            help="Weight outputs by the gradients of the model's loss. Less error, for one more backward pass.",
             rich_help_panel=ACCURACY,
         ),
     ] = False,

@@ -304,6 +304,8 @@ def _predict(found: Estimate, run: Preparation, folder: Path | None, *, known_te
     )
     rates = LayerBenchmark(ctx.config, dtype, device, work.paths, work.holdout).rates(plan.layers)
     found.seconds = predict.predict_seconds(work, trial, rates, disk, sizes, inputs)
+    if ctx.config.loss_aware:
+        found.seconds["gradients"] = predict.gradient_seconds(model, plan, calibration, trial)
     if ctx.config.tune:
         found.seconds["tuning"] = predict.tuning_seconds(ctx.config, trial)
     if ctx.config.distill:
@@ -317,6 +319,8 @@ def _memory(
     model, config, device = run.model, run.ctx.config, run.weights.device
     moments = predict.run_moments(work, shards, next(model.parameters()).dtype)
     moments |= predict.option_moments(model, config, run.calibration, work, shards)
+    if config.loss_aware:
+        moments = predict.loss_aware_moments(moments, run, work, shards)
     evaluation = run.__dict__.get("evaluation")
     if evaluation is not None:
         moments["evaluation"] = predict.evaluation_moment(model, evaluation.windows.shape[1])

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..calibration import Calibration
 from ..checkpoint.assemble import checkpoint_tensors
@@ -33,8 +33,10 @@ from ..checkpoint.safetensors_file import encode_header
 from ..config import QuantConfig
 from ..distillation.student import bytes_kept
 from ..distributed import largest_shard
+from ..gptq.output_feedback import feedback_bytes
 from ..mixed_precision.sensitivity import BATCHES, ROWS, TOKENS
 from ..modeling.source import Source
+from ..pipeline import output_hessians
 from ..pipeline.gradients import some_batches
 from ..pipeline.memory import (
     FIRST_USE_BYTES,
@@ -47,6 +49,8 @@ from ..pipeline.memory import (
 from ..pipeline.streaming import REST, Weights
 from ..pipeline.tune_block import TOKENS_PER_STEP
 from ..planning import Plan, output_embedding_name, plan_copied
+from ..preparation import Preparation
+from ..resources import takes_at_most
 from .trial import ARENA_BYTES, Trial, tokens_of
 from .work import DiskRate, Kind, LayerRate, LayerWork, Work
 
@@ -57,6 +61,8 @@ Parts = dict[str, int]
 TUNE_BYTES = 28
 # Passes through a block for each token of a tuning step, measured: forward, backward, and the step itself.
 _TUNE_PASSES = 3.7
+# Passes through a block for each token whose gradients are computed: forward, forward again, backward to the inputs.
+_GRADIENT_PASSES = 3.0
 # Tensors that a block saves for the backward pass, as a multiple of what it holds where it pauses.
 _SAVED = 4
 # Distillation, for the default batch: its tokens; passes through the model for each token, measured (teacher, student,
@@ -86,6 +92,7 @@ class Sizes:
         plain: bytes of the tensors that are not quantized.
         output: bytes of the finished folder.
         journal: bytes of the journal, which exists until the folder is complete.
+        output_hessians: bytes that `loss_aware` keeps beside it.
         layers: layer → bytes of its packed tensors.
     """
 
@@ -93,12 +100,13 @@ class Sizes:
     plain: int
     output: int
     journal: int
+    output_hessians: int
     layers: dict[str, int]
 
     @property
     def disk(self) -> int:
-        """Free space that a new run needs: result and journal at the same time."""
-        return self.output + self.journal
+        """Free space that a new run needs: result, journal and what lies beside it, at the same time."""
+        return self.output + self.journal + self.output_hessians
 
 
 def sizes_of(weights: Weights, plan: Plan, config: QuantConfig, source: Source) -> Sizes:
@@ -124,7 +132,8 @@ def sizes_of(weights: Weights, plan: Plan, config: QuantConfig, source: Source) 
     # Report, model card and manifest; lines of the journal: as seen with models of every size.
     texts = 2 * len(json.dumps(source.config_dict(model))) + 46_000 + 1_400 * len(plan.layers)
     output = quantized + plain + len(encode_header(entries)) + copied + texts
-    return Sizes(quantized, plain, output, quantized + 600 * len(plan.layers), layers)
+    hessians = sum(output_hessians.hessian_sizes(plan).values()) if config.loss_aware else 0
+    return Sizes(quantized, plain, output, quantized + 600 * len(plan.layers), hessians, layers)
 
 
 @dataclass(frozen=True)
@@ -240,7 +249,7 @@ def option_moments(
     """What is in memory while a bit budget is measured, and while a block is tuned."""
     dtype, moments = next(model.parameters()).dtype, {}
     layers = [one.layer for one in work.layers]
-    held = round(work.held().held / max(work.batches * work.paths, 1))
+    held = _held_by_a_batch(work)
     blocks: dict[str, int] = {}
     for layer in layers:
         blocks[layer.block] = blocks.get(layer.block, 0) + layer.weights
@@ -263,6 +272,50 @@ def option_moments(
             "tuning": TUNE_BYTES * max(blocks.values()),
         }
     return moments
+
+
+def loss_aware_moments(
+    moments: Mapping[str, Parts], run: Preparation, work: Work, shards: Mapping[str, int]
+) -> dict[str, Parts]:
+    """The moments with `loss_aware`: one more for the backward passes, and more to hold while layers are solved."""
+    model, plan = run.model, run.plan
+    parameter = next(model.parameters())
+    longest = max(map(tokens_of, _gradient_batches(run.calibration)))
+    whole, rest = sum(shards.values()), shards.get(REST, 0)
+    fits = takes_at_most(output_hessians.SHARE, whole, parameter.device)
+    size = parameter.dtype.itemsize
+    kept = len(plan.block_layers()) * longest * plan.layers[0].in_features * size
+    found = {name: dict(parts) for name, parts in moments.items()}
+    for layer in plan.layers:
+        parts = found.get(f"solving {layer.name}")
+        if parts is not None:
+            parts["feedback"] = feedback_bytes(layer.out_features, layer.in_features, parts["solver"])
+    return {
+        **found,
+        "gradients": {
+            "weights": whole if fits else rest + 2 * max(shards.values()),
+            "activations": kept + _SAVED * _held_by_a_batch(work),
+            "logits": 3 * longest * vocabulary_size(model) * size,
+            "output Hessians": sum(output_hessians.hessian_sizes(plan).values()),
+        },
+    }
+
+
+def _held_by_a_batch(work: Work) -> int:
+    """Bytes that pause in one block for one batch."""
+    return round(work.held().held / max(work.batches * work.paths, 1))
+
+
+def _gradient_batches(calibration: Calibration) -> list[dict[str, Tensor]]:
+    return some_batches(calibration, output_hessians.TOKENS, output_hessians.BATCHES, torch.device("cpu"))
+
+
+def gradient_seconds(model: nn.Module, plan: Plan, calibration: Calibration, trial: Trial) -> float:
+    """Seconds of the backward passes of `loss_aware`: through all blocks and the output embedding."""
+    head = vocabulary_size(model) * min(layer.in_features for layer in plan.layers)
+    tokens = sum(map(tokens_of, _gradient_batches(calibration)))
+    share = 1 + head / max(1, plan.weights)
+    return _GRADIENT_PASSES * share * trial.forward_seconds / trial.tokens * tokens
 
 
 def tuning_seconds(config: QuantConfig, trial: Trial) -> float:

@@ -26,6 +26,7 @@ from ..config import LayerSettings, QuantConfig
 from ..errors import ModelError, OutputError
 from ..gptq import Hessian, Holdout, InputGroup, quantize_weight
 from ..gptq.hessian import SMALL_BATCH
+from ..gptq.output_feedback import output_blocks
 from ..modeling.experts import RoutedExperts, routed_modules
 from ..pipeline.expert_calibration import TOKENS_PER_FEATURE
 from ..pipeline.memory import RESIDENT_STORAGES
@@ -241,13 +242,20 @@ class LayerBenchmark:
             accumulating += self._timed(partial(step, X, None, full))[0]
         judge = Holdout(*(self._random(holdout, n).float() for _ in range(2))) if holdout else None
         group, correction = InputGroup(hessian, judge), self.config.effective_correction
-        solve = partial(quantize_weight, W, group, settings, correction=correction)
+        solve = partial(quantize_weight, W, group, settings, correction=correction, G=self._outputs(m))
         first, _ = self._timed(solve)
         again, solution = self._timed(solve)  # with the cached factor
         packing, _ = self._timed(partial(self._finish, solution.codes))
         each = again / m
         if m > _FEW_ROWS:
-            few = partial(quantize_weight, W[:_FEW_ROWS], group, settings, correction=correction)
+            few = partial(
+                quantize_weight,
+                W[:_FEW_ROWS],
+                group,
+                settings,
+                correction=correction,
+                G=self._outputs(_FEW_ROWS),
+            )
             few()  # not timed
             each = max(again - self._timed(few)[0], 0.0) / (m - _FEW_ROWS)
         factoring, own = max(first - again, 0.0), max(again - m * each, 0.0)
@@ -258,6 +266,10 @@ class LayerBenchmark:
         codes.dequantize(self.dtype)
         for tensor in pack(codes, self.config.format).values():
             tensor.cpu().clone()
+
+    def _outputs(self, m: int) -> torch.Tensor | None:
+        """Some Hessian of m outputs, with `loss_aware`."""
+        return output_blocks(torch.randn(64, m, device=self.device)) if self.config.loss_aware else None
 
     def _random(self, rows: int, n: int) -> torch.Tensor:
         return torch.randn(rows, n).to(self.device, self.dtype)

@@ -3,7 +3,8 @@
 from .backends import fallback_reason
 from .correction import Holdout
 from .hessian import Hessian
-from .solve import WIDER_GRIDS, InputGroup, Solution, quantize_weight
+from .round_rows import WIDER_GRIDS
+from .solve import InputGroup, Solution, quantize_weight
 
 __all__ = [
     "WIDER_GRIDS",

@@ -2,11 +2,11 @@
 
 The layer's loss tr(E H Eᵀ) with E = Ŵ − T counts all outputs alike. The model's loss does not: with g the gradient of
 the log-likelihood with respect to the layer's output, a small error adds the mean of ½ (gᵀ E x)² to the KL divergence.
-Taking g and x as independent (K-FAC, arXiv:1503.05671), that is ½ tr(G E H Eᵀ) with G = Σ g gᵀ, but for a factor. With
+Taking g and x as independent (K-FAC, arXiv:1503.05671), that is proportional to tr(G E H Eᵀ) with G = Σ g gᵀ. With
 
     G + λI = L D Lᵀ     D block diagonal in chunks of outputs, L lower triangular with the identity in these blocks
 
-it is ½ Σ_k tr(D_k E'_k H E'_kᵀ) with E'_k = E_k + Σ_{l>k} L_lkᵀ E_l. So the chunks are rounded from the last to the
+it is Σ_k tr(D_k E'_k H E'_kᵀ) with E'_k = E_k + Σ_{l>k} L_lkᵀ E_l. So the chunks are rounded from the last to the
 first, and chunk k is rounded to T_k − Σ_{l>k} L_lkᵀ E_l: feedback across outputs as in YAQA (arXiv:2505.22988), beside
 the feedback across inputs that is GPTQ.
 
@@ -18,10 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..errors import SolverError
+from .grid import Grid
+from .round_rows import Rounded, rows_of, to_row_multiple
 
 LARGEST_BLOCK = 1024  # outputs in a block of G
 MULTIPLE = 32  # outputs; a product of a part of the rows gives the bytes of the whole (as in `distributed`)
@@ -36,8 +39,8 @@ class OutputFactor:
     """G + λI = L D Lᵀ of every block.
 
     Attributes:
-        rows: int64 (blocks, size), the outputs of each block by rising diagonal of G; numbers beyond the layer's last
-            output fill the last block.
+        rows: int64 (blocks, size), the outputs of each block in ascending order of the diagonal of G; numbers beyond
+            the layer's last output fill the last block.
         L: float32 (blocks, size, size), in this order.
     """
 
@@ -45,29 +48,30 @@ class OutputFactor:
     L: Tensor
 
 
-class Rounded(NamedTuple):
-    """Rows that are rounded.
-
-    Attributes:
-        codes: uint8 (m, n).
-        scales: float16 (m, groups).
-        losses: float64 (m,), tr(E H Eᵀ) of every row.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    losses: Tensor
-
-
-# Rounds rows to targets: called with the targets, float32 (k, n), and the numbers of the rows, int64 (k,). Returns what
-# it rounded, and the dequantized weight (k, n).
-RoundRows = Callable[[Tensor, Tensor], tuple[Rounded, Tensor]]
+RoundRows = Callable[[Tensor, Grid], Rounded]
 
 
 def block_size(outputs: int) -> int:
     """Outputs in a block of G, a whole multiple of `MULTIPLE`."""
     blocks = -(-outputs // LARGEST_BLOCK)
     return -(-outputs // (blocks * MULTIPLE)) * MULTIPLE
+
+
+def hessian_bytes(outputs: int) -> int:
+    """Bytes of G."""
+    size = block_size(outputs)
+    return 4 * size * size * -(-outputs // size)
+
+
+def feedback_bytes(outputs: int, inputs: int, solver: int) -> int:
+    """Bytes that the feedback adds to solving a layer, which takes `solver` bytes without it.
+
+    G, L and E are kept; a block is factored, in float64, before rows are rounded.
+    """
+    size = block_size(outputs)
+    blocks = -(-outputs // size)
+    kept = 8 * blocks * size * size + 4 * blocks * size * inputs
+    return kept + max(0, 32 * size * size - solver)
 
 
 def output_blocks(g: Tensor) -> Tensor:
@@ -78,7 +82,11 @@ def output_blocks(g: Tensor) -> Tensor:
 
 
 def factor_outputs(G: Tensor) -> OutputFactor:
-    """Factor G (blocks, size, size), finite and positive semidefinite, in float64."""
+    """Factor G (blocks, size, size) in float64.
+
+    Raises:
+        SolverError: G is not positive semidefinite, or not finite.
+    """
     orders, factors = zip(*map(_factor_block, G), strict=True)
     first = torch.arange(len(G), device=G.device)[:, None] * G.shape[1]
     return OutputFactor(torch.stack(orders) + first, torch.stack(factors))
@@ -92,15 +100,19 @@ def _factor_block(G: Tensor) -> tuple[Tensor, Tensor]:
     added = DAMP * float(diagonal[used].mean()) if bool(used.any()) else 1.0
     A = G.double()[order][:, order]
     A.diagonal().add_(added)
-    C = torch.linalg.cholesky(A)
+    C, info = torch.linalg.cholesky_ex(A)
+    if int(info):
+        raise SolverError(
+            "the Hessian of the outputs is damaged: remove OUT/.fewbit/output_hessians.safetensors"
+        )
     chunk = torch.arange(len(G), device=G.device) // CHUNK
     roots = C * (chunk[:, None] == chunk)  # D = roots rootsᵀ
     return order, torch.linalg.solve_triangular(roots, C, upper=False, left=False).float()
 
 
-def round_with_feedback(T: Tensor, factor: OutputFactor, round_rows: RoundRows) -> Rounded:
-    """Round all rows of T (m, n); the losses are those of the shifted targets."""
-    (m, n), (blocks, size) = T.shape, factor.rows.shape
+def round_with_feedback(T: Tensor, grid: Grid, factor: OutputFactor, round_rows: RoundRows) -> Rounded:
+    """Round all rows of T (m, n); the losses belong to the shifted targets."""
+    (m, n), (blocks, size), g_idx = T.shape, factor.rows.shape, grid.g_idx.long()
     E = T.new_zeros(blocks, size, n)  # Ŵ − T, in the order of factor.rows
     parts: list[tuple[Tensor, ...]] = []
     for a in reversed(range(0, size, CHUNK)):
@@ -110,13 +122,18 @@ def round_with_feedback(T: Tensor, factor: OutputFactor, round_rows: RoundRows) 
         rows = rows[inside]
         if len(rows) == 0:
             continue
-        # Σ_{l>k} L_lkᵀ E_l
+        # T_k − Σ_{l>k} L_lkᵀ E_l
         shifts = torch.cat([L[b:, a:b].T @ later[b:] for L, later in zip(factor.L, E, strict=True)])
-        rounded, W_hat = round_rows(T[rows] - shifts[inside], rows)
+        targets, some = T[rows] - shifts[inside], rows_of(grid, rows)
+        padded = to_row_multiple(torch.arange(len(rows), device=T.device))
+        codes, scales, losses = (
+            part[: len(rows)] for part in round_rows(targets[padded], rows_of(some, padded))
+        )
+        W_hat = (codes.float() - some.zeros.float()[:, g_idx]) * scales.float()[:, g_idx]
         chunk = T.new_zeros(blocks * CHUNK, n)
         chunk[inside] = W_hat - T[rows]
         E[:, a:b] = chunk.view(blocks, CHUNK, n)
-        parts.append((rows, *rounded))
+        parts.append((rows, codes, scales, losses))
     rows, codes, scales, losses = map(torch.cat, zip(*parts, strict=True))
     order = torch.argsort(rows)
     return Rounded(codes[order], scales[order], losses[order])

@@ -7,10 +7,10 @@ for a bad Hessian.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,19 +31,10 @@ from .correction import (
     local_sum,
     true_error,
 )
-from .gptq import Factor, RoundBlock, round_columns
-from .grid import Grid, clamped_scales, fit_grid, nearest, storable
+from .grid import Grid, clamped_scales, fit_grid, nearest
 from .hessian import Hessian
-from .output_feedback import Rounded, factor_outputs, round_with_feedback
-
-# Multiples of the fitted scales. They are tried for rows that lose more than CLIPPED times what rounding alone would.
-WIDER_GRIDS = (1.15, 1.3)
-CLIPPED = 1.25
-
-# Weights on all candidate grids that are rounded at a time, in whole multiples of 32 rows: a matrix product gives a row
-# the same bytes beside any number of others from there on (as in `distributed`).
-CANDIDATE_ELEMENTS = 1 << 25
-ROW_MULTIPLE = 32
+from .output_feedback import factor_outputs, round_with_feedback
+from .round_rows import round_rows
 
 
 @dataclass
@@ -88,7 +79,8 @@ class Solution:
         damp: the damping in use, a fraction of mean(diag H); None without a factorization.
         tokens: number of calibration tokens in H.
         dropped: number of tokens left out because they were not finite.
-        dead: number of columns whose input was always zero; they are rounded to nearest.
+        dead: number of columns whose input was always zero; they are rounded to nearest (of the shifted target, where
+            outputs have a Hessian).
         alpha: α of the correction; None without full-precision inputs.
         true_error: ‖WX̃ − ŴX‖ / ‖WX̃‖ on the held-out tokens; None without them, or where they carry no signal.
     """
@@ -162,7 +154,10 @@ def quantize_weight(
         codes = _matrix(nearest(T, grid, settings.bits), grid, settings)
         losses = _losses(T - codes.dequantize(), group.hessian)
     else:
-        rounded = _round(T, H.factor, grid, settings.bits, backend.round_block, G)
+        rounding = partial(round_rows, factor=H.factor, bits=settings.bits, round_block=backend.round_block)
+        rounded = (
+            rounding(T, grid) if G is None else round_with_feedback(T, grid, factor_outputs(G), rounding)
+        )
         codes, losses = _matrix(rounded.codes, replace(grid, scales=rounded.scales), settings), rounded.losses
         if G is not None:  # the losses of the shifted targets
             losses = _losses(T - codes.dequantize(), group.hessian)
@@ -202,90 +197,9 @@ def _target(
     return torch.add(W, step, alpha=alpha, out=step), alpha, H.fallbacks
 
 
-def _round(
-    T: Tensor, factor: Factor, grid: Grid, bits: int, round_block: RoundBlock, G: Tensor | None
-) -> Rounded:
-    """Round T, each row on the grid that ends with its lowest loss; with G, rows absorb each other's errors."""
-    if G is None:
-        return _round_independently(T, factor, grid, bits, round_block)
-    g_idx = grid.g_idx.long()
-
-    def round_rows(targets: Tensor, rows: Tensor) -> tuple[Rounded, Tensor]:
-        padded = _to_row_multiple(torch.arange(len(rows), device=T.device))
-        some = Grid(grid.scales[rows[padded]], grid.zeros[rows[padded]], grid.g_idx)
-        found = _round_independently(targets[padded], factor, some, bits, round_block)
-        rounded = Rounded(*(part[: len(rows)] for part in found))
-        zeros = grid.zeros[rows].float()[:, g_idx]
-        return rounded, (rounded.codes.float() - zeros) * rounded.scales.float()[:, g_idx]
-
-    return round_with_feedback(T, factor_outputs(G), round_rows)
-
-
-def _round_independently(
-    T: Tensor, factor: Factor, grid: Grid, bits: int, round_block: RoundBlock
-) -> Rounded:
-    """Round T, each row on the grid that ends with its lowest loss."""
-    rounded = _round_rows(T, factor, grid, (1.0,), bits, round_block)
-    rows = _clipped_rows(rounded, grid, factor, bits)
-    if len(rows):
-        some = Grid(grid.scales[rows], grid.zeros[rows], grid.g_idx)
-        _keep_better(rounded, rows, _round_rows(T[rows], factor, some, WIDER_GRIDS, bits, round_block))
-    return rounded
-
-
 def _losses(E: Tensor, hessian: Hessian) -> Tensor:
     """tr(e H eᵀ) of every row e of E, float64 (m,)."""
     return (E @ hessian.matrix()).mul_(E).sum(dim=1, dtype=torch.float64)
-
-
-def _round_rows(
-    T: Tensor, factor: Factor, grid: Grid, multipliers: Sequence[float], bits: int, round_block: RoundBlock
-) -> Rounded:
-    """Round T on multiples of the fitted scales; every row keeps the one that ends with the lowest loss."""
-    scaled = torch.stack([storable(grid.scales.float() * by).half() for by in multipliers])
-    grids = Grid(scaled, grid.zeros.expand(scaled.shape), grid.g_idx)
-    # Rows are independent: slices of them bound the memory of the candidates.
-    step = max(1, CANDIDATE_ELEMENTS // len(scaled) // T.shape[1] // ROW_MULTIPLE) * ROW_MULTIPLE
-    parts = []
-    for a in range(0, len(T), step):
-        rows = slice(a, a + step)
-        some = Grid(grids.scales[:, rows], grids.zeros[:, rows], grid.g_idx)
-        codes, loss = round_columns(T[rows], factor, some, bits, round_block)
-        best, row = loss.argmin(0), torch.arange(loss.shape[1], device=T.device)
-        parts.append((codes[best, row], some.scales[best, row], loss[best, row]))
-    return Rounded(*(torch.cat(part) for part in zip(*parts, strict=True)))
-
-
-def _clipped_rows(rounded: Rounded, grid: Grid, factor: Factor, bits: int) -> Tensor:
-    """Rows with clipped weights, int64: they lose more than rounding explains. Empty at 8 bits.
-
-    The grid that fits the weights best clips the largest ones. While columns are rounded, each target also absorbs the
-    errors of earlier columns, which a clipped weight cannot. So with strongly correlated inputs a wider and coarser
-    grid ends with the lower loss.
-    """
-    limit = math.inf if bits == 8 else CLIPPED
-    clipped = (rounded.losses > limit * _rounding_loss(grid, factor)).nonzero()[:, 0]
-    return _to_row_multiple(clipped)
-
-
-def _to_row_multiple(rows: Tensor) -> Tensor:
-    """Repeat row numbers up to a whole multiple, so that a part of the layer gives the bytes of the whole."""
-    count = -(-len(rows) // ROW_MULTIPLE) * ROW_MULTIPLE
-    return rows[torch.arange(count, device=rows.device) % max(len(rows), 1)]
-
-
-def _keep_better(rounded: Rounded, rows: Tensor, others: Rounded) -> None:
-    """Replace the rows of `rounded` for which `others` ends with the lower loss."""
-    gains = others.losses < rounded.losses[rows]
-    for old, new in zip(rounded, others, strict=True):
-        old[rows[gains]] = new[gains]
-
-
-def _rounding_loss(grid: Grid, factor: Factor) -> Tensor:
-    """The loss of every row if no weight were clipped: Σ_i (d_i − λ) s_i² / 12. float64 (m,)."""
-    d = torch.zeros(grid.scales.shape[1], dtype=torch.float64, device=factor.d.device)
-    d.index_add_(0, grid.g_idx[factor.perm].long(), factor.d.double() - factor.added)
-    return grid.scales.double().square() @ d / 12
 
 
 def _round_to_nearest(W: Tensor, settings: LayerSettings, reduce: RowReduce) -> Solution:

@@ -98,7 +98,7 @@ def repeated_blocks(model: nn.Module, plan: Plan) -> list[nn.Module]:
 
 def _forward_backward(model: nn.Module, batch: Mapping[str, Tensor], generator: torch.Generator) -> int:
     """Run one batch forward and backward. Returns the number of labels drawn."""
-    advice = "target_bits and loss_aware need the gradients of every layer: leave them out, choose bits with override"
+    advice = "target_bits and loss_aware need the gradients of every layer: leave them out"
     try:
         output = model(**batch, **without_cache(model))
         result, score = _result(output)

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..gptq.correction import CORRECTED_ROWS
 from ..gptq.gptq import BLOCK
-from ..gptq.solve import CANDIDATE_ELEMENTS, WIDER_GRIDS
+from ..gptq.round_rows import CANDIDATE_ELEMENTS, WIDER_GRIDS
 from ..modeling.layers import is_layer, matrix_shape
 from ..planning import Plan, block_of
 from .statistics import BatchMasks

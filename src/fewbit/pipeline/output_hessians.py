@@ -16,18 +16,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..atomic_io import write_whole
+from ..atomic_io import replacing
 from ..calibration import Calibration
 from ..context import RunContext
 from ..distributed import Communicator
-from ..errors import ModelError, OutputError
+from ..errors import ConfigError, ModelError, OutputError
+from ..formatting import plural, size
 from ..gptq.hessian import usable_rows
-from ..gptq.output_feedback import output_blocks
+from ..gptq.output_feedback import hessian_bytes, output_blocks
 from ..planning import Plan
-from ..resources import takes_at_most
+from ..resources import memory_left, takes_at_most
 from .gradients import repeated_blocks, run_backward, some_batches
 from .streaming import Weights
 
@@ -90,10 +91,12 @@ class OutputHessianStore:
             OutputError: the disk is full or cannot be written.
         """
         try:
-            write_whole(self.path, save(dict(sums), {"fingerprint": json.dumps(dict(self.fingerprint))}))
-        except OSError as error:
+            with replacing(self.path) as file:
+                save_file(dict(sums), file.name, {"fingerprint": json.dumps(dict(self.fingerprint))})
+        except (SafetensorError, OSError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise OutputError(
-                f"cannot write {self.path}: {error.strerror}. Make room and run the same command again"
+                f"cannot write {self.path}: {reason}. Make room and run the same command again"
             ) from error
 
 
@@ -117,10 +120,12 @@ def output_hessians(
         store: where a run that can be resumed keeps the sums.
 
     Raises:
+        ConfigError: the sums do not fit into memory.
         ModelError: no gradients can be computed through the model.
         OutputError: the sums cannot be written.
     """
-    if not ctx.config.loss_aware:
+    names = list(hessian_sizes(plan))
+    if not ctx.config.loss_aware or not names:
         return None, []
     read: Read | None = None
     unreached: list[str] = []
@@ -134,11 +139,26 @@ def output_hessians(
             read = store.open() if store else sums.get
         if read is None:
             raise OutputError(f"{store and store.path} was written, but cannot be read: check the disk")
-        unreached = [
-            layer.name for layer in plan.layers if layer.settings.needs_inputs and read(layer.name) is None
-        ]
+        unreached = [name for name in names if read(name) is None]
     notes = ctx.comm.broadcast_object(_notes(unreached))
     return OutputHessians(ctx.comm, read or (lambda name: None)), notes
+
+
+def hessian_sizes(plan: Plan) -> dict[str, int]:
+    """Layer → bytes of its G, for the layers that take part."""
+    return {
+        layer.name: hessian_bytes(layer.out_features) for layer in plan.layers if layer.settings.needs_inputs
+    }
+
+
+def _check_memory(plan: Plan) -> None:
+    """Raise ConfigError if the sums do not fit into memory."""
+    needed, left = sum(hessian_sizes(plan).values()), memory_left()
+    if left is not None and needed > left.bytes:
+        raise ConfigError(
+            f"loss_aware needs {size(needed)} of memory for the Hessians of all outputs, {size(left.bytes)} are "
+            f"{left.name}: leave it out, or use a machine with more memory"
+        )
 
 
 def _collect(
@@ -150,10 +170,16 @@ def _collect(
         return partial(add, name)
 
     def add(name: str, g: Tensor) -> None:
-        G = output_blocks(g[usable_rows(g)]).cpu()
+        usable = usable_rows(g)
+        if not bool(usable.all()):
+            raise ModelError(
+                f"the gradients of {name} overflow: try dtype float32 or bfloat16, or leave loss_aware out"
+            )
+        G = output_blocks(g).cpu()
         sums[name] = sums[name].add_(G) if name in sums else G
 
-    names = [layer.name for layer in plan.layers if layer.settings.needs_inputs]
+    _check_memory(plan)
+    names = list(hessian_sizes(plan))
     fits = takes_at_most(SHARE, sum(weights.shard_sizes().values()), weights.device)
     with weights.on_demand(lambda shard: None):
         run_backward(
@@ -166,16 +192,13 @@ def _collect(
             release=(lambda: None) if fits else (lambda: weights.release_except([])),
         )
     weights.release_except([])
-    broken = [name for name, G in sums.items() if not bool(torch.isfinite(G).all())]
-    if broken:
-        raise ModelError(
-            f"the gradients of {broken[0]} overflow: try dtype float32 or bfloat16, or leave loss_aware out"
-        )
-    return sums
+    return {name: G for name, G in sums.items() if bool(G.any())}
 
 
 def _notes(unreached: Iterable[str]) -> list[str]:
     names = list(unreached)
     if not names:
         return []
-    return [f"no gradient reached {len(names)} layers, for example {names[0]}: their outputs count alike"]
+    return [
+        f"no gradient reached {plural(len(names), 'layer')}, for example {names[0]}: the outputs count alike there"
+    ]

@@ -73,7 +73,7 @@ def _facts(report: Mapping[str, Any]) -> Iterator[str]:
         "size": (
             f"{formatting.size(report['result_bytes'])}, from {formatting.size(model['bytes'])} in {model['dtype']}"
         ),
-        "method": _method(config, layers) + (", residual stream rotated" if config.get("rotate") else ""),
+        "method": ", ".join([_method(config, layers), *_options(config)]),
         "quantized": f"{formatting.plural(len(layers), 'layer')}; {left} left as they are",
         "calibration": _calibration(report["calibration"]),
         "output error of a layer": _error(layers),
@@ -81,6 +81,13 @@ def _facts(report: Mapping[str, Any]) -> Iterator[str]:
         **dict(_distillation(report.get("distillation"))),
     }
     yield from _table(("", ""), facts.items())
+
+
+def _options(config: Mapping[str, Any]) -> Iterator[str]:
+    if config.get("loss_aware"):
+        yield "loss-aware"
+    if config.get("rotate"):
+        yield "residual stream rotated"
 
 
 def _settings(layers: Iterable[Mapping[str, Any]]) -> str:
