@@ -45,13 +45,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--windows", type=int, default=16)
     arguments = parser.parse_args()
-    protocol = accuracy.Protocol(
-        prepare.RESCALED.name, "wiki", "wiki, austen", arguments.samples, 512, arguments.windows, "float32"
-    )
-    texts = (prepare.TEST, prepare.AUSTEN_TEST)
-    job = accuracy.Job(protocol, prepare.RESCALED, prepare.TRAIN, texts, None, False)
-    if not all(job.logits(text).exists() for text in texts):
-        accuracy.in_child(accuracy.score_original, job)
+    job = pareto.prepared_job(pareto.protocol_of(prepare.RESCALED.name, arguments.samples, arguments.windows))
     first: float | None = None
     for change in arguments.only:
         with TemporaryDirectory() as folder:

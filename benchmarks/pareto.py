@@ -153,6 +153,40 @@ def measure(job: accuracy.Job, one: Setting, keep: Path | None) -> dict[str, Any
         return found if "error" in found else found | accuracy.in_child(accuracy.score, job, cell)
 
 
+def prepared_job(
+    protocol: accuracy.Protocol, gptqmodel_python: Path | None = None, ggml_folder: Path | None = None
+) -> accuracy.Job:
+    """What all points of a protocol share; the original's logits are computed if they are missing."""
+    texts = (prepare.TEST, prepare.AUSTEN_TEST)
+    model = prepare.DATA / protocol.model
+    job = accuracy.Job(
+        protocol, model, prepare.TRAIN, texts, gptqmodel_python, say=False, ggml_folder=ggml_folder
+    )
+    if not all(job.logits(text).exists() for text in texts):
+        accuracy.in_child(accuracy.score_original, job)
+    return job
+
+
+def protocol_of(model: str, samples: int, windows: int) -> accuracy.Protocol:
+    return accuracy.Protocol(model, "wiki", "wiki, austen", samples, 512, windows, "float32")
+
+
+def key(record: dict[str, Any]) -> tuple[str, ...]:
+    """Tool, mode and size."""
+    return tuple(record["setting"].values())
+
+
+def draw(chart: Path, table: Path | None, protocol: accuracy.Protocol) -> None:
+    """Draw the points of the chart that were measured under this protocol."""
+    chosen = {tuple(asdict(one).values()) for one in settings(list(TOOLS))}
+    records = [
+        record for record in read() if record["protocol"] == asdict(protocol) and key(record) in chosen
+    ]
+    pareto_chart.write(chart, records)
+    if table:
+        pareto_chart.write_table(table, records)
+
+
 def read() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
@@ -178,36 +212,19 @@ def main() -> None:
         "--table", type=Path, metavar="PAGE.md", help="with --chart: also list the points there"
     )
     arguments = parser.parse_args()
-    protocol = accuracy.Protocol(
-        arguments.model, "wiki", "wiki, austen", arguments.samples, 512, arguments.windows, "float32"
-    )
+    protocol = protocol_of(arguments.model, arguments.samples, arguments.windows)
     if arguments.chart:
-        chosen = {tuple(asdict(one).values()) for one in settings(list(TOOLS))}
-        records = [
-            record
-            for record in read()
-            if record["protocol"] == asdict(protocol) and tuple(record["setting"].values()) in chosen
-        ]
-        pareto_chart.write(arguments.chart, records)
-        if arguments.table:
-            pareto_chart.write_table(arguments.table, records)
+        draw(arguments.chart, arguments.table, protocol)
         return
-    texts = (prepare.TEST, prepare.AUSTEN_TEST)
-    job = accuracy.Job(
-        protocol,
-        prepare.DATA / arguments.model,
-        prepare.TRAIN,
-        texts,
-        arguments.gptqmodel_python,
-        False,
-        Path(),
-        arguments.ggml_folder,
-    )
-    if not all(job.logits(text).exists() for text in texts):
-        accuracy.in_child(accuracy.score_original, job)
+    only = settings(arguments.tools)
+    if arguments.only:
+        parts = arguments.only.split("/")
+        if len(parts) != 3 or parts[0] not in TOOLS:
+            parser.error(f"--only takes TOOL/MODE/SIZE, with a tool of {', '.join(TOOLS)}")
+        only = iter([Setting(*parts)])
+    job = prepared_job(protocol, arguments.gptqmodel_python, arguments.ggml_folder)
     RESULTS.parent.mkdir(exist_ok=True)
-    done = {tuple(record["setting"].values()) for record in read() if record["protocol"] == asdict(protocol)}
-    only = [Setting(*arguments.only.split("/"))] if arguments.only else settings(arguments.tools)
+    done = {key(record) for record in read() if record["protocol"] == asdict(protocol)}
     for one in only:
         if tuple(asdict(one).values()) in done:
             continue

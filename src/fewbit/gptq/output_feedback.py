@@ -24,10 +24,9 @@ from torch import Tensor
 
 from ..errors import SolverError
 from .grid import Grid
-from .round_rows import Rounded, rows_of, to_row_multiple
+from .round_rows import ROW_MULTIPLE, Rounded, rows_of, to_row_multiple
 
 LARGEST_BLOCK = 1024  # outputs in a block of G
-MULTIPLE = 32  # outputs; a product of a part of the rows gives the bytes of the whole (as in `distributed`)
 CHUNK = 8  # outputs that are rounded at once, and ignore each other's errors
 
 # λ as a fraction of the mean of a block's diagonal, without zeros. Chosen by measurement: docs/accuracy.md.
@@ -52,9 +51,9 @@ RoundRows = Callable[[Tensor, Grid], Rounded]
 
 
 def block_size(outputs: int) -> int:
-    """Outputs in a block of G, a whole multiple of `MULTIPLE`."""
+    """Outputs in a block of G, a whole multiple of `ROW_MULTIPLE`: some blocks then give the bytes of the whole."""
     blocks = -(-outputs // LARGEST_BLOCK)
-    return -(-outputs // (blocks * MULTIPLE)) * MULTIPLE
+    return -(-outputs // (blocks * ROW_MULTIPLE)) * ROW_MULTIPLE
 
 
 def hessian_bytes(outputs: int) -> int:

@@ -211,12 +211,14 @@ class LayerQuantizer:
                 shared = self.hessians.get(name, module, inputs)
                 group = shared.group
 
-        # 2. Solve this rank's rows (given H, rows are independent), and gather the codes of all rows.
+        # 2. Solve this rank's rows, and gather the codes of all rows. Given H, rows are independent; with the Hessian
+        #    of the outputs, blocks of rows are.
         with self.profiler.time("solve"):
-            multiple = block_size(layer.out_features) if self.outputs else ROW_MULTIPLE
+            outputs = self.outputs if settings.needs_inputs else None
+            multiple = block_size(layer.out_features) if outputs else ROW_MULTIPLE
             shard = self.comm.row_shard(layer.out_features, multiple)
             correction = self.ctx.config.effective_correction
-            G = self.outputs.of(name, shard.rows, W.device) if self.outputs else None
+            G = outputs.of(name, shard.rows, W.device) if outputs else None
             try:
                 solution = quantize_weight(
                     W[shard.rows], group, settings, correction=correction, reduce=shard.reduce, G=G
